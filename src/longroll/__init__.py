@@ -1,0 +1,1 @@
+"""longroll: recurrent language models past their training length."""
