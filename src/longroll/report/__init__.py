@@ -1,0 +1,26 @@
+"""The report: one HTML page and paper-ready figures, drawn from saved results."""
+
+from longroll.report.export import write_figures
+from longroll.report.figures import (
+    coverage_map,
+    position_figure,
+    remembrance_curves,
+    remembrance_map,
+    state_figure,
+    task_heatmap,
+)
+from longroll.report.page import render, write_report
+from longroll.report.svg import to_svg
+
+__all__ = [
+    "coverage_map",
+    "position_figure",
+    "remembrance_curves",
+    "remembrance_map",
+    "render",
+    "state_figure",
+    "task_heatmap",
+    "to_svg",
+    "write_figures",
+    "write_report",
+]

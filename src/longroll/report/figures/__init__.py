@@ -1,0 +1,16 @@
+"""The figures, each a function from runs to a matplotlib Figure; none touches pyplot's state."""
+
+from longroll.report.figures.coverage import coverage_map
+from longroll.report.figures.position import position_figure
+from longroll.report.figures.remembrance import remembrance_curves, remembrance_map
+from longroll.report.figures.states import state_figure
+from longroll.report.figures.tasks import task_heatmap
+
+__all__ = [
+    "coverage_map",
+    "position_figure",
+    "remembrance_curves",
+    "remembrance_map",
+    "state_figure",
+    "task_heatmap",
+]

@@ -1,0 +1,68 @@
+"""Coverage: how far the states past the training length lie from those seen in training, by layer and head."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longroll.report import units
+from longroll.report.figures._axes import finite_range
+from longroll.report.figures._canvas import canvas
+from longroll.report.figures._tiles import ink_on, scale_key, tiles
+from longroll.report.runs import Run, numbers
+from longroll.report.style import ABOVE, BELOW, WEB, Look, RunStyle
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def coverage_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None) -> "Figure":
+    """Draw the standardised shift of every head as a tile; a dot marks a shift that is significant.
+
+    The tones mean above and below the range seen in training, so `style`, the run's own, is not used.
+    """
+    found = run["coverage"]
+    values = numbers(found["map"])  # (layers, heads)
+    values = values[:, None] if values.ndim == 1 else values
+    mark = numbers(found["significant"]).reshape(len(values), -1) == 1 if found.get("significant") else None
+    names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
+    rows, columns = values.shape
+    low, high = finite_range([values])
+    top = max(abs(low), abs(high), 1e-9)
+    below = BELOW if low < 0 else None
+    side = min(0.88 * look.points / max(columns, 1), 2.4 * look.text)
+    height = rows * max(min(side, 2 * look.text), 5) + 6 * look.text
+    with canvas(look, max(height, 9 * look.text)) as fig:
+        ax = fig.add_subplot()
+        tiles(ax, values, ABOVE, top, below)
+        if mark is not None:
+            for row, column in np.argwhere(mark & np.isfinite(values)):
+                color = ink_on(values[row, column], top)
+                ax.plot(column + 0.5, row + 0.5, "o", color=color, markersize=max(0.16 * side, 1.2), markeredgewidth=0)
+        _count(ax.set_xticks, [str(i) for i in range(columns)], 0.86 * look.points, 2.4 * look.small)
+        _count(ax.set_yticks, names, height - 6 * look.text, 1.25 * look.small)
+        ax.set_xlabel("head")
+        if look.upright:
+            ax.set_title("layer", loc="left", pad=0.7 * look.text, color=ax.xaxis.label.get_color())
+        else:
+            ax.set_ylabel("layer")
+            ax.set_title(" ", pad=0.7 * look.text)  # keeps the strip for the key
+        scale_key(ax, ABOVE, units.minus(f"-{_short(top)}") if below else "0", _short(top), look, below)
+    return fig
+
+
+def layer_name(layer: Any) -> str:
+    """Name a layer given as a number or as a description."""
+    return str(layer.get("layer", "")) if isinstance(layer, dict) else str(layer)
+
+
+def _count(set_ticks: Any, names: list[str], length: float, size: float) -> None:
+    """Label every tile, or every second, fourth, ... so that labels of `size` points fit in `length`."""
+    every = 1
+    while len(names) / every * size > max(length, size):
+        every *= 2
+    kept = range(0, len(names), every)
+    set_ticks([i + 0.5 for i in kept], [names[i] for i in kept])
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"

@@ -1,0 +1,82 @@
+"""Loss over position: the figure that tells whether a model survives its training length."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from longroll.report import units
+from longroll.report.figures._axes import finite_range, name_axes, position_axis, training_edge, value_axis
+from longroll.report.figures._canvas import canvas
+from longroll.report.figures._labels import name_curves
+from longroll.report.runs import Run, number, numbers, ordered, section, train_lengths
+from longroll.report.style import PAPER, WEB, Look, run_styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look = WEB) -> "Figure":
+    """Draw loss over position with its 95 % interval, one curve a run.
+
+    The first sixteenth of the training length is left out: there every model is cold, and its high loss would
+    flatten the rest. A ring marks the position at which a run breaks.
+
+    Args:
+        runs: Diagnoses; the base is drawn solid, all others dashed.
+        unit: "perplexity", "bits_per_byte" or "nats".
+        look: The medium.
+    """
+    runs = ordered(runs)
+    drawn = [(run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "curve")]
+    train = train_lengths(runs)
+    first = max(1.0, train[0] / 16) if train else 1.0
+    with canvas(look, look.aspect * look.points) as fig:
+        ax = fig.add_subplot()
+        shown, ends, last = [], [], 2 * first
+        for run, style in reversed(drawn):  # the base last: on top
+            x, y, low, high = _curve(run, unit, first)
+            zorder = 3 if style.role == "base" else 2.5
+            ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0, zorder=zorder - 1)
+            ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=zorder, solid_capstyle="round")
+            shown += [y, low, high]
+            good = np.isfinite(y)
+            ends.insert(0, (x[good][-1], y[good][-1]) if good.any() else (np.nan, np.nan))
+            stops = numbers(run["curve"].get("stop"))
+            last = max(last, *x[-1:], *stops[-1:])
+        least, most = finite_range(shown)
+        value_axis(ax, least, most, log=most > 6 * least)
+        position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
+        for run, style in drawn:
+            _ring(ax, run, unit, first, style.color, look)
+        training_edge(ax, train, look)
+        name_axes(ax, "position in tokens", units.UNITS[unit], look)
+        name_curves(fig, ax, [style for _, style in drawn], ends, look)
+    return fig
+
+
+def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return positions, values and interval in the unit, from `first` on."""
+    curve = run["curve"]
+    x = numbers(curve["position"])
+    size = run.get("bytes_per_token")
+    y = units.convert(numbers(curve["loss"]), unit, size)
+    low, high = (
+        units.convert(numbers(curve[name]), unit, size) if curve.get(name) else y for name in ("low", "high")
+    )
+    keep = x >= first
+    return x[keep], y[keep], low[keep], high[keep]
+
+
+def _ring(ax: "Axes", run: Run, unit: str, first: float, color: str, look: Look) -> None:
+    """Mark the position at which the run breaks."""
+    edge = number(run.get("edge"))
+    x, y, _, _ = _curve(run, unit, first)
+    good = np.isfinite(y)
+    if np.isfinite(edge) and good.any() and x[good][0] <= edge <= x[good][-1]:
+        value = np.interp(np.log(edge), np.log(x[good]), y[good])
+        ax.plot(
+            [edge], [value], "o", color=color, markerfacecolor=PAPER.light, markersize=3.4 * look.line,
+            markeredgewidth=0.8 * look.line, zorder=4,
+        )  # fmt: skip

@@ -1,0 +1,124 @@
+"""One HTML page that holds everything: verdict, levels, figures, numbers, and how they were made."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longroll.report import units, verdict
+from longroll.report.files import write_whole
+from longroll.report.plates import Panel, Plate, plates
+from longroll.report.runs import Run, common_unit, ordered, section
+from longroll.report.style import PHONE, WEB, RunStyle, css_variables, run_styles
+from longroll.report.svg import to_svg
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PROVENANCE = ("device", "threads", "seed", "seconds", "date")  # shown in this order, anything else after
+
+
+def render(runs: Sequence[Run], *, title: str | None = None) -> str:
+    """Return the report on some runs as one self-contained HTML page.
+
+    Nothing is fetched when it is opened; the same runs always give the same page.
+
+    Args:
+        runs: What `longroll diagnose --json` wrote, one dict a run.
+        title: The title; by default the base model's name and its training length.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    runs = ordered(runs)
+    styled = list(zip(runs, run_styles(runs), strict=True))
+    headline, further = verdict.statements(styled)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        title=title or _title(runs[0]),
+        facts=_facts(runs[0]),
+        css=Markup(css_variables() + "\n" + (_TEMPLATES / "page.css").read_text("utf-8")),
+        styles=[style for _, style in styled],
+        headline=headline,
+        further=further,
+        summary=verdict.summary(styled),
+        levels=verdict.levels(styled),
+        level_unit="bits per byte" if common_unit(runs) == "bits_per_byte" else "nats per token",
+        plates=[_drawn(plate, f"p{i}") for i, plate in enumerate(plates(runs))],
+        made=[_made(run, style) for run, style in styled],
+    )
+
+
+def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Write the page to `path`, whole or not at all, and return the path.
+
+    Raises:
+        LongrollError: The place cannot be written, or the runs hold nothing to report.
+    """
+    return write_whole(path, render(runs, title=title).encode("utf-8"))
+
+
+def _drawn(plate: Plate, prefix: str) -> dict[str, Any]:
+    """Draw a plate: a wide figure also in a narrow version for phones; small ones only in that."""
+    panels = []
+    for i, panel in enumerate(plate.panels):
+        looks = (WEB, PHONE) if plate.wide else (PHONE,)
+        panels.append(
+            {
+                "style": panel.style,
+                "note": panel.note,
+                "svgs": [_svg(plate, panel, f"{prefix}{i}{look.name[0]}", look) for look in looks],
+            }
+        )
+    return {"plate": plate, "panels": panels}
+
+
+def _svg(plate: Plate, panel: Panel, prefix: str, look: Any) -> Any:
+    from markupsafe import Markup
+
+    whose = f" ({panel.style.label})" if panel.style else ""
+    return Markup(to_svg(panel.draw(look), prefix=prefix, description=f"{plate.heading}{whose}. {plate.look_for}"))
+
+
+def _title(run: Run) -> str:
+    name = str(run.get("model") or run.get("label") or "Recurrent language model").rstrip("/").split("/")[-1]
+    train = run.get("train_length")
+    return f"{name} past {units.position(train)} tokens" if train else name
+
+
+def _facts(run: Run) -> list[str]:
+    """List what the base is, in a few words each."""
+    facts = [str(run["architecture"])] if run.get("architecture") else []
+    if run.get("parameters"):
+        facts.append(f"{units.parameters(run['parameters'])} parameters")
+    if run.get("train_length"):
+        facts.append(f"trained on {units.position(run['train_length'])} tokens")
+    if run.get("max_position"):
+        facts.append(f"measured to {units.position(run['max_position'])}")
+    if run.get("sequences"):
+        facts.append(f"{run['sequences']:,} sequences")
+    return facts
+
+
+def _made(run: Run, style: RunStyle) -> dict[str, Any]:
+    """List what is needed to make the run again."""
+    found = section(run, "provenance") or {}
+    keys = [key for key in _PROVENANCE if key in found]
+    keys += [key for key in found if key not in (*_PROVENANCE, "command", "versions")]
+    items = [("model", str(run["model"]))] if run.get("model") else []
+    items += [(key.replace("_", " "), _plain(key, found[key])) for key in keys if found[key] is not None]
+    versions = found.get("versions") or {}
+    if versions:
+        items.append(("versions", _plain("versions", versions)))
+    return {"style": style, "command": str(found.get("command") or ""), "items": items}
+
+
+def _plain(key: str, value: Any) -> str:
+    if key == "seconds":
+        return f"{float(value):,.1f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value)
+    return str(value)

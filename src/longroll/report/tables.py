@@ -1,0 +1,94 @@
+"""The numbers behind each figure, as tables of text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longroll.report import units
+from longroll.report.figures.coverage import layer_name
+from longroll.report.runs import Run, numbers, section
+from longroll.report.style import RunStyle
+
+Styled = Sequence[tuple[Run, RunStyle]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its caption, the names of its columns, its rows; the first column names the row."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def curve_table(styled: Styled) -> Table:
+    """Loss in every bin of positions with its interval, a column a run."""
+    found: dict[tuple[float, float], dict[int, str]] = {}
+    for column, (run, _) in enumerate(styled):
+        curve = run["curve"]
+        loss = numbers(curve["loss"])
+        low, high = (numbers(curve[n]) if curve.get(n) else np.full(loss.shape, np.nan) for n in ("low", "high"))
+        middle = numbers(curve["position"])
+        start, stop = (numbers(curve[n]) if curve.get(n) else middle + i for i, n in enumerate(("start", "stop")))
+        for i, value in enumerate(loss):
+            text = units.nats(value)
+            if np.isfinite(low[i]) and np.isfinite(high[i]):
+                text += f" [{units.nats(low[i])}, {units.nats(high[i])}]"
+            found.setdefault((start[i], stop[i]), {})[column] = text
+    rows = [
+        [units.span(*key), *(found[key].get(column, "–") for column in range(len(styled)))] for key in sorted(found)
+    ]
+    return Table("Loss in nats per token [95 % interval]", ["positions", *(s.label for _, s in styled)], rows)
+
+
+def state_tables(styled: Styled) -> list[Table]:
+    """Standard deviation of the state, a table a run, a column a layer."""
+    tables = []
+    for run, style in styled:
+        layers = run["states"]["layers"]
+        columns = [numbers(layer.get("std")) for layer in layers]
+        rows = [
+            [units.position(t), *(units.quantity(c[i]) if i < c.size else "–" for c in columns)]
+            for i, t in enumerate(numbers(run["states"]["position"]))
+        ]
+        head = ["position", *(f"layer {layer['layer']}" for layer in layers)]
+        tables.append(Table(f"{style.label}: standard deviation of the state", head, rows))
+    return tables
+
+
+def remembrance_tables(styled: Styled) -> list[Table]:
+    """Effective remembrance, a table a run, a column an end."""
+    tables = []
+    for run, style in styled:
+        found = run["remembrance"]
+        mean = numbers(found["mean"]).reshape(len(found["starts"]), -1)
+        rows = [
+            [units.position(s), *(units.share(v) or "–" for v in row)]
+            for s, row in zip(found["starts"], mean, strict=True)
+        ]
+        head = ["t", *(f"T = {units.position(e)}" for e in found["ends"])]
+        tables.append(Table(f"{style.label}: effective remembrance", head, rows))
+    return tables
+
+
+def coverage_tables(styled: Styled) -> list[Table]:
+    """Standardised shift of every head, and what moving a head back recovers."""
+    tables = []
+    for run, style in styled:
+        found = run["coverage"]
+        values = numbers(found["map"])
+        values = values[:, None] if values.ndim == 1 else values
+        names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
+        rows = [[name, *(units.quantity(v) for v in row)] for name, row in zip(names, values, strict=True)]
+        head = ["layer", *(f"head {i}" for i in range(values.shape[1]))]
+        tables.append(Table(f"{style.label}: standardised shift", head, rows))
+    return tables
+
+
+def causal_table(run: Run, style: RunStyle) -> Table | None:
+    """What putting a head's state back into the training range recovers of the loss."""
+    causal = (section(run, "coverage") or {}).get("causal") or []
+    rows = [[str(c["what"]), f"{100 * numbers([c.get('recovered')])[0]:.0f} %"] for c in causal]
+    rows = [[what, "–" if "nan" in share else units.minus(share)] for what, share in rows]
+    return Table(f"{style.label}: damage undone by moving one head back", ["head", "recovered"], rows) if rows else None

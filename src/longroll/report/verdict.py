@@ -1,0 +1,135 @@
+"""The verdict: before and after in a sentence each, and the levels side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longroll.report import units
+from longroll.report.runs import Run, common_unit, number, section, train_lengths
+from longroll.report.style import RunStyle
+
+Styled = Sequence[tuple[Run, RunStyle]]
+
+NOTABLE = 0.01  # nats or bits; a smaller difference is not coloured
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one run comes to: its style, the verdict in a word and in a sentence."""
+
+    style: RunStyle
+    word: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One level of one run: main number, perplexity, difference to the base and which way it goes."""
+
+    main: str
+    perplexity: str
+    difference: str
+    way: str  # "better", "worse" or ""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A row of the table of levels."""
+
+    name: str
+    where: str
+    cells: list[Cell]
+
+
+def statements(styled: Styled) -> tuple[list[Statement], list[Statement]]:
+    """Return the headline (the base, then the best other run) and the statements on all further runs."""
+    rest = sorted(styled[1:], key=lambda pair: _far(pair[0]))  # stable; NaN is put last by _far
+    best = [pair for pair in rest[:1]]
+    further = [pair for pair in styled[1:] if pair not in best]
+    return [_statement(*p) for p in (styled[0], *best)], [_statement(*p) for p in further]
+
+
+def summary(styled: Styled) -> str:
+    """Say in one sentence what the best repair gains far out and what it costs in range; "" for a single run."""
+    if len(styled) < 2 or common_unit([run for run, _ in styled]) != "perplexity":
+        return ""
+    base, (best, style) = styled[0][0], min(styled[1:], key=lambda pair: _far(pair[0]))
+    values = [number(_levels(run).get(key)) for key in ("far", "in_range") for run in (base, best)]
+    if not np.isfinite(values).all():
+        return ""
+    far_base, far_best, in_base, in_best = (units.quantity(float(units.convert(v, "perplexity"))) for v in values)
+    far = _where("far", base)
+    at = f"At positions {far}" if far else "In the last octave"
+    return f"{at} {style.label} takes perplexity from {far_base} to {far_best}; in range, from {in_base} to {in_best}."
+
+
+def levels(styled: Styled) -> list[Level]:
+    """Make the rows of the table: in range, then each multiple of the training length, then the last octave."""
+    keys = {key for run, _ in styled for key in _levels(run)}
+    unit = common_unit([run for run, _ in styled])
+    unit = "nats" if unit == "perplexity" else unit
+    same = len(train_lengths([run for run, _ in styled])) == 1
+    rows = []
+    for key in sorted(keys, key=_order):
+        base = _value(styled[0][0], key, unit)
+        cells = [_cell(run, key, unit, None if i == 0 else base) for i, (run, _) in enumerate(styled)]
+        name = {"in_range": "In range", "far": "Far"}.get(key, key.replace("x", "×"))
+        rows.append(Level(name, _where(key, styled[0][0]) if same else "", cells))
+    return rows
+
+
+def _statement(run: Run, style: RunStyle) -> Statement:
+    word = str(run.get("verdict") or "")
+    edge = number(run.get("edge"))
+    plain = {
+        "healthy": "Holds at every length measured.",
+        "fades": "Fades past its training length.",
+        "explodes": "Explodes past its training length.",
+    }.get(word, "No verdict.")
+    if np.isfinite(edge) and word != "healthy":
+        plain = f"Breaks at position {units.position(edge)}."
+    return Statement(style, word, str(run.get("sentence") or plain))
+
+
+def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
+    value = _value(run, key, unit)
+    if not np.isfinite(value):
+        return Cell("–", "", "", "")
+    perplexity = units.quantity(float(units.convert(number(_levels(run)[key]), "perplexity"))) if unit == "nats" else ""
+    if base is None or not np.isfinite(base):
+        return Cell(units.nats(value), perplexity, "", "")
+    gain = value - base
+    way = "" if abs(gain) < NOTABLE else "better" if gain < 0 else "worse"
+    return Cell(units.nats(value), perplexity, units.difference(gain), way)
+
+
+def _levels(run: Run) -> dict[str, float | None]:
+    return dict(section(run, "levels") or {})
+
+
+def _value(run: Run, key: str, unit: str) -> float:
+    return float(units.convert(number(_levels(run).get(key)), unit, run.get("bytes_per_token")))
+
+
+def _far(run: Run) -> float:
+    value = number(_levels(run).get("far"))
+    return value if np.isfinite(value) else np.inf
+
+
+def _order(key: str) -> tuple[float, str]:
+    if key in ("in_range", "far"):
+        return (0.0 if key == "in_range" else np.inf), key
+    text = key.rstrip("x")
+    return (float(text) if text.replace(".", "", 1).isdigit() else 1e9), key
+
+
+def _where(key: str, run: Run) -> str:
+    """Say at which positions a level was taken, as far as the run tells."""
+    train, last = number(run.get("train_length")), number(run.get("max_position"))
+    factor = _order(key)[0]
+    if key == "far":
+        return units.span(last / 2, last) if np.isfinite(last) else ""
+    if not np.isfinite(train):
+        return ""
+    return f"to {units.position(train)}" if key == "in_range" else units.position(factor * train) if factor < 1e9 else ""
