@@ -1,0 +1,60 @@
+"""What the recurrences share: precision, argument checks, and how time is cut into blocks."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """`blocks` equal runs of `length` time steps, starting at time `start`."""
+
+    start: int
+    blocks: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """First time step after the span."""
+        return self.start + self.blocks * self.length
+
+
+def spans(time: int, length: int, blocks: int) -> Iterator[Span]:
+    """Cut `time` steps into spans of at most `blocks` blocks of `length` steps; a shorter block comes last."""
+    start = 0
+    while time - start >= length:
+        span = Span(start, min(blocks, (time - start) // length), length)
+        yield span
+        start = span.stop
+    if start < time:
+        yield Span(start, 1, time - start)
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Float64 when any of the tensors is, else float32: the precision of states and of all arithmetic."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Return a context that keeps autocast from lowering the precision of decays and states."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Say whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], axes: str) -> None:
+    """Raise ValueError when an argument that is given has another shape than `axes` calls for."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape ({axes}) = {shape}, got {tuple(tensor.shape)}")
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Convert a tensor that may be absent."""
+    return None if tensor is None else tensor.to(dtype)
