@@ -1,0 +1,130 @@
+"""Whole documents of text, from the standard library, files, folders or the Hugging Face hub."""
+
+import random
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from ..errors import LongrollError
+from ._files import documents_in, files_below, is_readable, standard_library
+from ._hub import hub_documents
+from ._split import SPLITS, divide_documents, divide_files
+
+STDLIB = "stdlib"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_FILE_ENDINGS = (".txt", ".md", ".py", ".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".csv")
+
+
+def read_documents(
+    source: str | Path = STDLIB,
+    *,
+    split: str = "train",
+    text_column: str | None = None,
+    limit_bytes: int | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Read whole documents lazily; documents without any visible character are left out.
+
+    Local text is divided into train and validation, 9 to 1: the standard library and folders by a hash of
+    each file's name (not of its place, so that the split is the same on every machine and copies of a file
+    stay on one side); the rows of one .jsonl or .parquet file by every tenth row; a folder or file of fewer
+    than ten documents by the last tenth of each. Hub datasets have their own splits.
+
+    Args:
+        source: "stdlib" (the source of the running Python's standard library); a folder, of which every
+            UTF-8 file is a document; a file: .jsonl, .jsonl.gz and .parquet hold a document a row, any other
+            is one document; else a hub dataset, `name` or `name:config`. Several, separated by commas, are
+            read in turn, a document from each. A `Path` is always local.
+        split: "train", "validation" or "all", or a hub dataset's own.
+        text_column: the column of text of rows; else `text`, `content` or the only one of strings.
+        limit_bytes: stop after the document with which this many UTF-8 bytes were read.
+        seed: read the files of folders in an order shuffled by it, for when a limit cuts the reading short;
+            None: in the order of their paths. Rows are always read in their order.
+
+    Raises:
+        LongrollError: at once for a missing file or a wrong split; while reading for text that is damaged,
+            a column that is not there, a hub that cannot be reached, or a source without any text.
+    """
+    streams = [_never_empty(_stream(one, split, text_column, seed), one, split) for one in _separate(source)]
+    documents = _in_turn(streams)
+    return documents if limit_bytes is None else _up_to(documents, limit_bytes)
+
+
+def _separate(source: str | Path) -> list[str | Path]:
+    """The single sources of a list separated by commas; a file whose name has a comma is one source."""
+    if isinstance(source, Path) or _exists(Path(source).expanduser()):
+        return [source]
+    sources = [one.strip() for one in source.split(",") if one.strip()]
+    if not sources:
+        raise LongrollError('the source of text is empty: name "stdlib", a file, a folder or a hub dataset')
+    return list(sources)
+
+
+def _stream(source: str | Path, split: str, text_column: str | None, seed: int | None) -> Iterator[str]:
+    """The documents of one source; what is missing is said here, not at the first document."""
+    if source == STDLIB:
+        return _local(standard_library(), split, text_column, seed)
+    path = Path(source).expanduser()
+    if not _exists(path):
+        name = str(source)
+        if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(_FILE_ENDINGS):
+            raise LongrollError(f"{source}: no such file or folder")
+        return hub_documents(name, split=split, text_column=text_column)
+    if path.is_dir():
+        return _local(files_below(path), split, text_column, seed)
+    if not path.is_file() or not is_readable(path):
+        raise LongrollError(f"{path} is not text: name a UTF-8 file, .jsonl, .jsonl.gz, .parquet or a folder")
+    return _local([path], split, text_column, seed)
+
+
+def _local(files: list[Path], split: str, text_column: str | None, seed: int | None) -> Iterator[str]:
+    """The documents of local files."""
+    if split not in SPLITS:
+        raise LongrollError(f"no split {split!r} in local text: it is divided into {', '.join(SPLITS)}")
+    parts = divide_files(files, split)
+    if seed is not None:
+        random.Random(seed).shuffle(parts)
+    return chain.from_iterable(
+        divide_documents(documents_in(file, text_column), part) for file, part in parts
+    )
+
+
+def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> Iterator[str]:
+    """The documents that have text; a source that has none is an error."""
+    empty = True
+    for text in documents:
+        if text and not text.isspace():
+            empty = False
+            yield text
+    if empty:
+        raise LongrollError(
+            f"{source} has no text (split {split!r}): hidden, binary, empty and non-UTF-8 files "
+            'are not read; name another source, or split "all"'
+        )
+
+
+def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
+    """One document from each stream in turn, until all are exhausted."""
+    while streams:
+        for stream in list(streams):
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)
+
+
+def _up_to(documents: Iterator[str], limit_bytes: int) -> Iterator[str]:
+    """Documents until they hold `limit_bytes` of UTF-8; the last one is not cut."""
+    read = 0
+    while read < limit_bytes and (text := next(documents, None)) is not None:
+        read += len(text.encode("utf-8", errors="replace"))
+        yield text
+
+
+def _exists(path: Path) -> bool:
+    """Whether `path` exists; a name too long for the file system does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -1,0 +1,64 @@
+"""Shuffled windows of joined documents: the data of ordinary training."""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..errors import LongrollError
+from .corpus import Corpus
+
+Item = dict[str, torch.Tensor]
+
+
+class Windows(Dataset[Item]):
+    """Windows of `length` predicted tokens in a shuffled order.
+
+    The documents are joined, with the tokenizer's separator between if it has one, and cut into windows;
+    window i is predicted at positions i * length + 1 ... (i + 1) * length of the joined text, so that the
+    target after a window's last token is the first token of the next window and none is lost. What is left
+    at the very end, less than one window, is not used.
+
+    An item has `input_ids` (length,) and `shift_labels` (length,), the token after each, both int64, and
+    `starts` (), bool, always True: no window continues another.
+    """
+
+    def __init__(self, corpus: Corpus, length: int, *, seed: int = 0, num_items: int | None = None):
+        """Cut the corpus and draw the order.
+
+        Args:
+            corpus: of the text.
+            length: predicted tokens of a window.
+            seed: of the order.
+            num_items: how many items to give: every window once in a new order, again and again; None: once.
+
+        Raises:
+            LongrollError: there is not one whole window.
+        """
+        self.length = _positive(length)
+        self.ids = corpus.joined()
+        self.windows = (len(self.ids) - 1) // self.length
+        if self.windows < 1:
+            raise LongrollError(
+                f"a window of {length} tokens needs {length + 1} tokens of text, "
+                f"and there are {len(self.ids)}: ask for a smaller --length or give more text"
+            )
+        items = self.windows if num_items is None else num_items
+        rounds = range(-(-items // self.windows))
+        orders = [np.random.default_rng([seed, number]).permutation(self.windows) for number in rounds]
+        self.order = np.concatenate([np.empty(0, dtype=np.int64), *orders])[:items]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Item:
+        start = int(self.order[index]) * self.length
+        # + 1: the token after the last input is its target
+        ids = torch.from_numpy(self.ids[start : start + self.length + 1].astype(np.int64))
+        return {"input_ids": ids[:-1], "shift_labels": ids[1:], "starts": torch.tensor(True)}
+
+
+def _positive(length: int) -> int:
+    """Check the length of a window."""
+    if length < 1:
+        raise LongrollError(f"--length {length}: a window has at least one token")
+    return length
