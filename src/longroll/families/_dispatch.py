@@ -1,0 +1,96 @@
+"""Longroll's ops in the place of transformers' own scan functions, inside a longroll forward only.
+
+Mixers look `mamba_selective_scan`, `mamba2_chunk_scan` and `causal_conv1d_fn` up in their module at call
+time: the only place where Mamba-1 can be given a state. The replacement runs longroll's op when a
+StateCache left it an initial state and transformers' own function otherwise, so models that were not
+opened by longroll compute exactly what they did before.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+from torch import Tensor
+
+from longroll import ops
+from longroll.families._cache import take_handoff
+
+
+def own_recurrence(modeling: ModuleType) -> None:
+    """Install the dispatching functions in a transformers modeling module; doing it twice is harmless."""
+    for name, adapter in _ADAPTERS.items():
+        original = getattr(modeling, name, None)
+        if original is not None and not hasattr(original, "_longroll"):
+            replacement = functools.partial(_dispatch, adapter, original)
+            replacement._longroll = True  # type: ignore[attr-defined]
+            setattr(modeling, name, replacement)
+
+
+def _dispatch(adapter, original, *args, **kwargs):
+    handoff = take_handoff()
+    if handoff is None:
+        return original(*args, **kwargs)
+    return adapter(*args, initial_state=handoff[0], **kwargs)
+
+
+def _selective_scan(
+    hidden_states: Tensor,  # (B, D, T), as are dt and z; B and C are (B, N, T)
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None,
+    **_,
+):
+    x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
+    z = None if z is None else z.transpose(1, 2)
+    y, final_state = ops.selective_scan(
+        x, dt, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state, output_final_state=True
+    )
+    y = y.transpose(1, 2)
+    return (y, final_state) if return_last_state else y
+
+
+def _chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,  # the checkpoint's, tuned for a GPU: ours chooses its own
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    z: Tensor | None = None,
+    *,
+    initial_state: Tensor | None,
+    **_,
+):
+    y, final_state = ops.ssd(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        initial_state=initial_state,
+        output_final_state=True,
+        dt_limit=dt_limit,
+    )
+    return (y, final_state) if return_final_states else y
+
+
+_ADAPTERS = {"mamba_selective_scan": _selective_scan, "mamba2_chunk_scan": _chunk_scan}

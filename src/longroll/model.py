@@ -1,0 +1,244 @@
+"""A recurrent language model as a function `(tokens, state) -> (logits, state)`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from longroll.errors import LongrollError
+from longroll.families import family_of, is_original, load_original
+from longroll.state import RecurrentState
+
+
+@dataclass(frozen=True)
+class RecurrentLayer:
+    """One recurrent layer, so that statistics can speak of "layer 12, head 3"."""
+
+    layer: int
+    kind: str
+    heads: int
+    """Axis 1 of the state; for Mamba-1 its channels, which are heads of size one (Mamba-2 paper, 7.2)."""
+    shape: tuple[int, ...]
+    """Shape of the recurrent state without the batch axis."""
+
+
+class RecurrentLM(nn.Module):
+    """A causal LM of transformers with its state in the open.
+
+    `lm(input_ids, state)` reads `state` without ever writing into it and returns the final state on the
+    graph; the caller detaches. `state=None` is the zero state. Any number of tokens >= 1, any split.
+
+    Args:
+        model: a transformers model of a family in `longroll.families`.
+        name: what to call it in reports.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str = "") -> None:
+        super().__init__()
+        self.family = family_of(model.config.model_type)
+        self.family.prepare(model)
+        self.model = model
+        self.name = name or model.config.name_or_path or model.config.model_type
+        self._layers: list[RecurrentLayer] | None = None
+        self.train(model.training)
+
+    def forward(
+        self, input_ids: Tensor, state: RecurrentState | None = None, *, logits: bool = True
+    ) -> tuple[Tensor, RecurrentState]:
+        """Read tokens from a state.
+
+        Args:
+            input_ids: (B, T) token ids, T >= 1.
+            state: the initial state; None is the zero state.
+            logits: False returns the hidden states that `head` maps to logits, so that the logits of a
+                long sequence need never exist at once.
+
+        Returns:
+            Logits (B, T, V), or hidden states (B, T, d_model), and the final state.
+        """
+        inputs = self.family.inputs(self.model, input_ids, state)
+        output = self.model(**inputs) if logits else self.model.base_model(**inputs)
+        final_state = inputs[self.family.cache_argument].final(input_ids.shape[1])
+        return (output.logits if logits else output.last_hidden_state), final_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) in float32 or wider of hidden states (..., d_model)."""
+        head = self.model.get_output_embeddings()
+        logits = head(hidden.to(head.weight.dtype))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids at or above it are outside the vocabulary."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def train_length(self) -> int | None:
+        """The length the model was trained at, where its config says so."""
+        for entry in ("train_length", self.family.learned_positions, "max_position_embeddings"):
+            value = getattr(self.model.config, entry, None) if entry else None
+            if value is not None:
+                return int(value)
+        return None
+
+    @property
+    def layers(self) -> list[RecurrentLayer]:
+        """The recurrent layers, in order; empty for the Transformer control."""
+        if self._layers is None:
+            self._layers = [
+                RecurrentLayer(key.layer, self.family.kind, t.shape[1], tuple(t.shape[1:]))
+                for key, t in self.zero_state(1).items()
+                if key.part == "recurrent"
+            ]
+        return self._layers
+
+    @torch.no_grad()
+    def zero_state(self, batch_size: int) -> RecurrentState:
+        """The zero state, spelled out: recurrent and conv tensors, no KV."""
+        probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        _, state = self(probe, logits=False)
+        state = state.part("recurrent", "conv")
+        return state.map(lambda t: torch.zeros(batch_size, *t.shape[1:], dtype=t.dtype, device=t.device))
+
+    @torch.no_grad()
+    def self_check(self, *, tokens: int = 48, seed: int = 0) -> None:
+        """Refuse to go on with a model whose chunked forward is not its full forward.
+
+        Raises:
+            LongrollError: for weights that are not finite, and for a chunked forward (one long chunk, one
+                token, the rest) whose states or logits differ from the full one; it names the layer.
+        """
+        for parameter_name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise LongrollError(
+                    f"{self.name}: {parameter_name} holds NaN or infinity; the checkpoint is broken."
+                )
+        was_training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(self.vocab_size, (2, tokens), generator=generator).to(self.device)
+        full, full_state = self(ids)
+        pieces, state = [], None
+        for piece in ids.split([tokens // 2, 1, tokens - tokens // 2 - 1], dim=1):
+            hidden, state = self(piece, state, logits=False)
+            pieces.append(self.head(hidden))
+        assert state is not None
+        for key in full_state:
+            self._compare(f"layer {key.layer}, {key.part} state", state[key], full_state[key])
+        self._compare("the logits", torch.cat(pieces, dim=1), full)
+        self.train(was_training)
+
+    def _compare(self, what: str, chunked: Tensor, full: Tensor) -> None:
+        difference = ((chunked - full).float().norm() / full.float().norm().clamp_min(1e-6)).item()
+        dtype = next(self.model.parameters()).dtype
+        limit = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+        if not difference < limit:  # NaN fails too
+            raise LongrollError(
+                f"{self.name} fails the self-check at {what}: a chunked forward differs from the full one by "
+                f"{difference:.1e} (relative; limit {limit:.0e}, {dtype}). Its numbers past one chunk would "
+                "be wrong. Update transformers, or report this with the model's config."
+            )
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> RecurrentLM:
+    """Open a checkpoint: a transformers folder, an original state-spaces folder, or a hub id of either.
+
+    Args:
+        path_or_hub_id: a folder, a hub id, or "specimen" for the small model inside the package.
+        device: default: a GPU if there is one.
+        dtype: default: float32 on a CPU, the checkpoint's own on a GPU.
+        trust_remote_code: run code that comes with the checkpoint; off unless the user asks.
+
+    Returns:
+        The model in eval mode, after its self-check.
+
+    Raises:
+        LongrollError: for a missing or broken checkpoint, an unknown architecture, a failed self-check.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype_of(dtype)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    name = str(path_or_hub_id)
+    folder = SPECIMEN if name == "specimen" else Path(name)
+    source = str(folder) if folder.exists() else name
+    config = _read_config(source)
+    if is_original(config):
+        model = load_original(_local_folder(source), dtype=dtype)
+    else:
+        family_of(config.get("model_type"))
+        model = _load_transformers(source, dtype, trust_remote_code)
+    lm = RecurrentLM(model.to(device), name=name).eval()
+    lm.self_check()
+    return lm
+
+
+SPECIMEN = Path(__file__).parent / "assets" / "specimen"
+"""The small model inside the package that breaks past its training length."""
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise LongrollError(f"--dtype {name} is not a torch dtype: try float32, bfloat16 or float16.")
+    return found
+
+
+def _read_config(source: str) -> dict:
+    path = _local_folder(source, only_config=True) / "config.json"
+    if not path.is_file():
+        raise LongrollError(f"{source} has no config.json: name a folder that holds a model.")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise LongrollError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _local_folder(source: str, *, only_config: bool = False) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise LongrollError(f"{source} is not a model folder: check the path.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json"] if only_config else ["config.json", "pytorch_model.bin"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        raise LongrollError(
+            f"{source} is neither a folder here nor to be had from the hub ({type(error).__name__}). Check "
+            "the name and the network, or name a local folder."
+        ) from None
+
+
+def _load_transformers(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # every way in which a checkpoint can be broken comes up here
+        raise LongrollError(f"{source} cannot be loaded: {error}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            keys = sorted(map(str, info[problem]))
+            raise LongrollError(f"{source}: {len(keys)} weights are {problem.split('_')[0]}: {keys[:3]}.")
+    return model
+
+
+__all__ = ["SPECIMEN", "RecurrentLM", "RecurrentLayer", "load"]

@@ -1,0 +1,133 @@
+"""The state of a recurrent language model: named per-layer tensors, batch first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Part = Literal["recurrent", "conv", "attention"]
+
+
+class StateKey(NamedTuple):
+    """Which tensor of the state: layer, part, and the slot where a layer keeps several of one part."""
+
+    layer: int
+    part: Part
+    slot: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.part}.{self.slot}"
+
+    @classmethod
+    def parse(cls, text: str) -> StateKey:
+        """Read back what `str` wrote."""
+        layer, part, slot = text.split(".")
+        return cls(int(layer), part, int(slot))  # type: ignore[arg-type]
+
+
+class RecurrentState(Mapping[StateKey, Tensor]):
+    """An immutable collection of state tensors, each `(batch, ...)`.
+
+    Parts: `recurrent` (the hidden state h), `conv` (tails of short convolutions, token shifts) and
+    `attention` (KV of hybrids and of the Transformer control). Interventions act on `recurrent`
+    and, by option, `conv`; rolling out carries all of them.
+
+    Args:
+        tensors: the tensors; axis 0 is the batch, axis 1 of recurrent and conv tensors the head
+            (for Mamba-1, whose channels are heads of size one, the channel).
+        seen: how many tokens this state has read (position ids and KV masks go on from there).
+    """
+
+    def __init__(self, tensors: Mapping[StateKey, Tensor], *, seen: int = 0) -> None:
+        self._tensors = dict(tensors)
+        self.seen = seen
+
+    def __getitem__(self, key: StateKey) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[StateKey]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{key}: {tuple(t.shape)}" for key, t in self.items())
+        return f"RecurrentState(seen={self.seen}, {shapes})"
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the batch; 0 for a state without tensors."""
+        return next(iter(self.values())).shape[0] if self else 0
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """Apply `function` to every tensor."""
+        return RecurrentState({key: function(t) for key, t in self.items()}, seen=self.seen)
+
+    def detach(self) -> RecurrentState:
+        """Cut the graph: the caller's duty between training steps."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> RecurrentState:
+        """Move or cast every tensor, as `Tensor.to`."""
+        return self.map(lambda t: t.to(*args, **kwargs))
+
+    def rows(self, index: Tensor | list[int] | slice) -> RecurrentState:
+        """Take batch rows by index, mask or slice."""
+        return self.map(lambda t: t[index])
+
+    def part(self, *parts: Part) -> RecurrentState:
+        """Keep only these parts, as the state of a fresh sequence (`seen` is 0 without its KV)."""
+        kept = {key: t for key, t in self.items() if key.part in parts}
+        return RecurrentState(kept, seen=self.seen if "attention" in parts else 0)
+
+    def zeros_like(self) -> RecurrentState:
+        """The zero state of the same shapes."""
+        return self.map(torch.zeros_like)
+
+    def where(self, mask: Tensor, other: RecurrentState | None = None) -> RecurrentState:
+        """Rows of this state where `mask` (B,) is true, of `other` (default: the zero state) elsewhere."""
+
+        def choose(key: StateKey, tensor: Tensor) -> Tensor:
+            row_mask = mask.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+            return torch.where(row_mask, tensor, torch.zeros_like(tensor) if other is None else other[key])
+
+        return RecurrentState({key: choose(key, t) for key, t in self.items()}, seen=self.seen)
+
+    def norms(self) -> dict[StateKey, Tensor]:
+        """Euclidean norm of each row of each floating tensor, (B,) each."""
+        return {
+            key: t.float().flatten(1).norm(dim=1) for key, t in self.items() if t.is_floating_point()
+        }
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors under string names, as `safetensors` and state dicts want them."""
+        return {str(key): t for key, t in self.items()}
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor], *, seen: int = 0) -> RecurrentState:
+        """Inverse of `named`."""
+        return cls({StateKey.parse(name): t for name, t in tensors.items()}, seen=seen)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, bit-exactly; written aside and renamed."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named().items()}
+        save_file(tensors, partial, metadata={"seen": str(self.seen)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> RecurrentState:
+        """Read what `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
+            return cls.from_named(tensors, seen=int(file.metadata()["seen"]))
