@@ -1,18 +1,27 @@
 """Mamba-1's selective scan with an initial state, in plain PyTorch, linear in time and memory.
 
-A span of time is cut into blocks. All blocks step together through their own time, from a zero state, to find what
-each adds to the state; a short loop carries the true state over the block starts; a second walk starts from those.
-The walk stores the (time, N, D) states of one span only: backward keeps the block starts and walks again. Every
-exponential is of `dt * A <= 0`, so nothing overflows however fast a state decays.
+A span of time is cut into blocks. All blocks step together through their own time, from a zero state, to find
+what each adds to the state; a short loop carries the true state over the block starts; a second walk starts from
+those. (One block needs no first walk.) The (time, N, D) states of one span only exist at once: backward keeps the
+block starts and walks again. Every exponential is of `dt * A <= 0`: nothing overflows however fast a state decays.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longroll.ops._common import Span, cast, check_shape, needs_graph, no_autocast, spans, state_dtype
+from longroll.ops._common import (
+    Scratch,
+    Span,
+    cast,
+    check_shape,
+    needs_graph,
+    no_autocast,
+    spans,
+    state_dtype,
+)
 
 
 def selective_scan(
@@ -28,10 +37,10 @@ def selective_scan(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run Mamba-1's recurrence `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t`, `y_t = h_t C_t + D x_t`, gated by z.
+    """Run Mamba-1: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t`, `y_t = h_t C_t + D x_t`, gated by z.
 
-    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic is
-    float32 (float64 when an input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic
+    is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         x: inputs, (B, T, D), T >= 1.
@@ -86,97 +95,115 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
 
 
 def _plan(x: Tensor, order: int) -> list[Span]:
-    """Choose spans whose (time, B, N, D) buffers stay in the last-level cache (CPU) or fill the device (GPU)."""
+    """Choose spans whose (time, B, N, D) work space stays in the last-level cache (CPU) or fills the device (GPU).
+
+    One state of 24k numbers is enough to keep a CPU busy step by step; smaller ones go several blocks at a time.
+    """
     batch, time, width = x.shape
     step = batch * width * order  # numbers in one state
-    length, budget = (16, 1 << 20) if x.device.type == "cpu" else (32, 1 << 26)
-    return list(spans(time, length, max(1, budget // (step * length))))
-
-
-class _Buffers:
-    """(time, B, blocks, N, D) work space, allocated once a call and viewed at each span's size."""
-
-    def __init__(self, plan: list[Span], batch: int, rates: Tensor, count: int) -> None:
-        self.batch, self.state = batch, rates.shape
-        steps = max(span.blocks * span.length for span in plan)
-        self.flat = [rates.new_empty(steps * batch * rates.numel()) for _ in range(count)]
-
-    def view(self, span: Span) -> list[Tensor]:
-        shape = (span.length, self.batch, span.blocks, *self.state)
-        return [flat[: math.prod(shape)].view(shape) for flat in self.flat]
+    if x.device.type == "cpu":
+        length, blocks = min(32, max(16, (1 << 20) // step)), 24576 // step
+    else:
+        length, blocks = 32, (1 << 21) // step
+    return list(spans(time, length, max(1, blocks)))
 
 
 def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    """(B, T, F) -> the span's (length, B, blocks, F), a view where dtype allows."""
+    """(B, T, F) -> the span's (length, B, blocks, F), a view where dtype and strides allow."""
     part = tensor[:, span.start : span.stop].to(dtype)
     if part.stride(-1) != 1:
         part = part.contiguous()
     return part.unflatten(1, (span.blocks, span.length)).permute(2, 0, 1, 3)
 
 
-def _paste(target: Tensor, span: Span, value: Tensor) -> None:
-    """Write a (length, B, blocks, F) result into its place in (B, T, F)."""
-    target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).copy_(
-        value.permute(1, 2, 0, 3)
-    )
+def _place(target: Tensor, span: Span) -> Tensor:
+    """(B, T, F) -> the span's (length, B, blocks, F), a view to write results through."""
+    return target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).permute(2, 0, 1, 3)
 
 
-def _step_sizes(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    raw = raw if bias is None else raw + bias
-    return F.softplus(raw) if softplus else raw
+def _over_channels(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Sum (..., N, D) times (..., D) over D. Written as row times transpose: ten times the other way round."""
+    flat = h.flatten(0, 2)
+    torch.bmm(weight.reshape(-1, 1, h.shape[-1]), flat.mT, out=out.view(-1, 1, h.shape[-2]))
+    return out
 
 
-def _load(decay: Tensor, h: Tensor, rates: Tensor, dt: Tensor, dtx: Tensor, B: Tensor) -> None:
-    """Fill `decay` with exp(dt A) and `h` with what each step adds to the state."""
-    torch.mul(dt.unsqueeze(3), rates, out=decay).exp_()
-    torch.mul(dtx.unsqueeze(3), B.unsqueeze(4), out=h)
+def _over_order(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Sum (..., N, D) times (..., N) over N."""
+    torch.bmm(weight.reshape(-1, 1, h.shape[-2]), h.flatten(0, 2), out=out.view(-1, 1, h.shape[-1]))
+    return out
 
 
-def _starts(decay: Tensor, h: Tensor, rates: Tensor, dt: Tensor, state: Tensor) -> Tensor:
+class _Steps(NamedTuple):
+    """What forward and backward both need of a span; leading axes (length, B, blocks)."""
+
+    x: Tensor  # (..., D)
+    B: Tensor  # (..., N)
+    C: Tensor  # (..., N)
+    raw: Tensor  # (..., D) dt before softplus
+    dt: Tensor  # (..., D)
+    dtx: Tensor  # (..., D)
+    decay: Tensor  # (..., N, D) exp(dt A)
+    h: Tensor  # (..., N, D) what each step adds to the state; _walk turns it into the state
+
+
+def _load(x, dt, rates, B, C, dt_bias, softplus: bool, span: Span, scratch: Scratch) -> _Steps:
+    dtype, (order, width) = rates.dtype, rates.shape
+    x_, B_, C_, raw = (_cut(t, span, dtype) for t in (x, B, C, dt))
+    lead = x_.shape[:3]
+    if dt_bias is not None:
+        raw = torch.add(raw, dt_bias, out=scratch("raw", *lead, width))
+    dt_ = F.softplus(raw, 1.0, 20.0, out=scratch("dt", *lead, width)) if softplus else raw  # type: ignore[call-arg]
+    dtx = torch.mul(dt_, x_, out=scratch("dtx", *lead, width))
+    decay = torch.mul(dt_.unsqueeze(3), rates, out=scratch("decay", *lead, order, width)).exp_()
+    h = torch.mul(dtx.unsqueeze(3), B_.unsqueeze(4), out=scratch("h", *lead, order, width))
+    return _Steps(x_, B_, C_, raw, dt_, dtx, decay, h)
+
+
+def _starts(steps: _Steps, rates: Tensor, state: Tensor) -> Tensor:
     """States at the start of each block, (B, blocks, N, D), given the one at the start of the first."""
+    decay, h, dt = steps.decay, steps.h, steps.dt
     starts = torch.empty_like(h[0])
     starts[:, 0] = state
     if starts.shape[1] > 1:
         added = h[0, :, :-1].clone()
-        for d, a in zip(decay[1:, :, :-1].unbind(0), h[1:, :, :-1].unbind(0), strict=True):
-            torch.addcmul(a, d, added, out=added)
+        for d, now in zip(decay[1:, :, :-1].unbind(0), h[1:, :, :-1].unbind(0), strict=True):
+            torch.addcmul(now, d, added, out=added)
         across = torch.exp(dt[:, :, :-1].sum(0).unsqueeze(2) * rates)
         for i in range(added.shape[1]):
             torch.addcmul(added[:, i], across[:, i], starts[:, i], out=starts[:, i + 1])
     return starts
 
 
-def _walk(decay: Tensor, h: Tensor, starts: Tensor) -> None:
+def _walk(steps: _Steps, starts: Tensor) -> None:
     """Turn `h` from what each step adds into the state after each step."""
     before = starts
-    for d, now in zip(decay.unbind(0), h.unbind(0), strict=True):
-        now.addcmul_(d, before)
-        before = now
+    for d, now in zip(steps.decay.unbind(0), steps.h.unbind(0), strict=True):
+        before = now.addcmul_(d, before)
 
 
-def _forward(
-    x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep: list[Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _output(steps: _Steps, D: Tensor | None, scratch: Scratch) -> Tensor:
+    """y before the gate, (..., D), from the states."""
+    out = _over_order(steps.h, steps.C, scratch("out", *steps.x.shape))
+    return out if D is None else out.addcmul_(steps.x, D)
+
+
+def _forward(x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep: list[Tensor] | None):
     """Outputs and final state (B, N, D); appends each span's block starts to `keep`."""
-    dtype, plan = rates.dtype, _plan(x, rates.shape[0])
-    buffers = _Buffers(plan, x.shape[0], rates, 2)
+    scratch = Scratch(rates)
     if state is None:
         state = rates.new_zeros(x.shape[0], *rates.shape)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for span in plan:
-        decay, h = buffers.view(span)
-        x_, B_, C_ = (_cut(t, span, dtype) for t in (x, B, C))
-        dt_ = _step_sizes(_cut(dt, span, dtype), dt_bias, softplus)
-        _load(decay, h, rates, dt_, dt_ * x_, B_)
-        starts = _starts(decay, h, rates, dt_, state)
-        _walk(decay, h, starts)
-        state = h[-1, :, -1].clone()
-        out = torch.matmul(C_.unsqueeze(3), h).squeeze(3)
-        if D is not None:
-            out.addcmul_(x_, D)
+    for span in _plan(x, rates.shape[0]):
+        steps = _load(x, dt, rates, B, C, dt_bias, softplus, span, scratch)
+        starts = _starts(steps, rates, state)
+        _walk(steps, starts)
+        state = steps.h[-1, :, -1].clone()
+        out = _output(steps, D, scratch)
         if z is not None:
-            out.mul_(F.silu(_cut(z, span, dtype)))
-        _paste(y, span, out)
+            z_ = _cut(z, span, rates.dtype)
+            out.mul_(torch.sigmoid(z_, out=scratch("sigmoid", *z_.shape))).mul_(z_)
+        _place(y, span).copy_(out)
         if keep is not None:
             keep.append(starts)
     return y, state
@@ -206,80 +233,71 @@ class _Scan(torch.autograd.Function):
 
 
 def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> tuple[Tensor | None, ...]:
-    dtype, plan = rates.dtype, _plan(x, rates.shape[0])
-    buffers = _Buffers(plan, x.shape[0], rates, 3)
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    drates = torch.zeros_like(rates)
-    dD = None if D is None else torch.zeros_like(D)
-    ddt_bias = None if dt_bias is None else torch.zeros_like(dt_bias)
+    scratch, dtype = Scratch(rates), rates.dtype
+    dx, ddt, dB, dC, dz = (None if t is None else torch.empty_like(t) for t in (x, dt, B, C, z))
+    drates, dD, ddt_bias = (None if t is None else torch.zeros_like(t) for t in (rates, D, dt_bias))
     dstate = rates.new_zeros(x.shape[0], *rates.shape) if dfinal is None else dfinal
-    if dy is None:
-        dy = torch.zeros_like(x)
-    for span, starts in zip(reversed(plan), reversed(keep), strict=True):
-        decay, h, g = buffers.view(span)
-        x_, B_, C_, dy_ = (_cut(t, span, dtype) for t in (x, B, C, dy))
-        raw = _cut(dt, span, dtype)
-        raw = raw if dt_bias is None else raw + dt_bias
-        dt_ = F.softplus(raw) if softplus else raw
-        dtx = dt_ * x_
-        _load(decay, h, rates, dt_, dtx, B_)
-        _walk(decay, h, starts)
-
+    dy = torch.zeros_like(x) if dy is None else dy
+    for span, starts in zip(reversed(_plan(x, rates.shape[0])), reversed(keep), strict=True):
+        steps = _load(x, dt, rates, B, C, dt_bias, softplus, span, scratch)
+        _walk(steps, starts)
+        decay, h = steps.decay, steps.h
+        wide, narrow = steps.x.shape, steps.B.shape
+        dy_ = _cut(dy, span, dtype)
         if z is not None:
-            z_ = _cut(z, span, dtype)
-            ungated = torch.matmul(C_.unsqueeze(3), h).squeeze(3)
-            if D is not None:
-                ungated.addcmul_(x_, D)
-            sigmoid = torch.sigmoid(z_)
-            gate = z_ * sigmoid
-            _paste(dz, span, dy_ * ungated * (sigmoid + gate * (1 - sigmoid)))
-            dy_ = dy_ * gate
+            dy_ = _ungate(_cut(z, span, dtype), dy_, _output(steps, D, scratch), _place(dz, span), scratch)
 
-        torch.mul(C_.unsqueeze(4), dy_.unsqueeze(3), out=g)
-        _paste(dC, span, torch.matmul(h, dy_.unsqueeze(4)).squeeze(4))
-        dstate = _walk_back(decay, g, rates, dt_, dstate)  # g: gradient of the state after each step
-        _paste(dB, span, torch.matmul(g, dtx.unsqueeze(4)).squeeze(4))
-        ddtx = torch.matmul(B_.unsqueeze(3), g).squeeze(3)
+        g = torch.mul(steps.C.unsqueeze(4), dy_.unsqueeze(3), out=scratch("g", *h.shape))
+        _place(dC, span).copy_(_over_channels(h, dy_, scratch("narrow", *narrow)))
+        dstate = _walk_back(steps, g, rates, dstate)  # g: gradient of the state after each step
+        _place(dB, span).copy_(_over_channels(g, steps.dtx, scratch("narrow", *narrow)))
+        ddtx = _over_order(g, steps.B, scratch("ddtx", *wide))
 
         g.mul_(decay)
         g[1:].mul_(h[:-1])
         g[0].mul_(starts)  # g: gradient of dt A
-        drates += torch.mul(g, dt_.unsqueeze(3), out=h).sum((0, 1, 2))
-        ddt_ = torch.mul(g, rates, out=h).sum(3).addcmul_(ddtx, x_)
+        drates += torch.mul(g, steps.dt.unsqueeze(3), out=h).sum((0, 1, 2))
+        ddt_ = torch.sum(g.mul_(rates), 3, out=scratch("ddt", *wide)).addcmul_(ddtx, steps.x)
         if softplus:
-            ddt_ = ddt_ * torch.sigmoid(raw)
-        _paste(ddt, span, ddt_)
+            ddt_.mul_(torch.sigmoid(steps.raw, out=scratch("sigmoid", *wide)))
+        _place(ddt, span).copy_(ddt_)
         if ddt_bias is not None:
             ddt_bias += ddt_.sum((0, 1, 2))
-        dx_ = ddtx.mul_(dt_)
+        dx_ = ddtx.mul_(steps.dt)
         if D is not None:
             dx_.addcmul_(dy_, D)
-            dD += (dy_ * x_).sum((0, 1, 2))
-        _paste(dx, span, dx_)
+            dD += torch.mul(dy_, steps.x, out=scratch("product", *wide)).sum((0, 1, 2))
+        _place(dx, span).copy_(dx_)
     return dx, ddt, drates, dB, dC, dD, dz, ddt_bias, dstate
 
 
-def _walk_back(decay: Tensor, g: Tensor, rates: Tensor, dt: Tensor, dstate: Tensor) -> Tensor:
-    """Turn `g` from each output's gradient into each state's, (time, B, blocks, N, D), by reverse accumulation.
+def _ungate(z: Tensor, dy: Tensor, ungated: Tensor, dz: Tensor, scratch: Scratch) -> Tensor:
+    """Write the gate's gradient into `dz`; return that of the output before the gate."""
+    sigmoid = torch.sigmoid(z, out=scratch("sigmoid", *z.shape))
+    gate = torch.mul(z, sigmoid, out=scratch("gate", *z.shape))
+    ungated.mul_(dy)
+    inner = torch.mul(dy, gate, out=scratch("dy", *z.shape))
+    dz.copy_(sigmoid.addcmul_(gate, sigmoid, value=-1).add_(gate).mul_(ungated))  # s + z s (1 - s)
+    return inner
+
+
+def _walk_back(steps: _Steps, g: Tensor, rates: Tensor, dstate: Tensor) -> Tensor:
+    """Turn `g` from each output's gradient into each state's, (..., N, D), by reverse accumulation.
 
     `dstate` (B, N, D) is the gradient of the state after the span; returns that of the state before it.
     """
-    ends = torch.empty_like(g[0])  # gradients that reach each block from later ones
+    decay = steps.decay
+    ends = torch.empty_like(g[0])  # what reaches each block from later ones
     ends[:, -1] = dstate
     if ends.shape[1] > 1:
         local = g[-1, :, 1:].clone()
-        for d, now in zip(
-            reversed(decay[1:, :, 1:].unbind(0)), reversed(g[:-1, :, 1:].unbind(0)), strict=True
-        ):
-            torch.addcmul(now, d, local, out=local)
+        for t in reversed(range(g.shape[0] - 1)):
+            torch.addcmul(g[t, :, 1:], decay[t + 1, :, 1:], local, out=local)
         local.mul_(decay[0, :, 1:])
-        across = torch.exp(dt[:, :, 1:].sum(0).unsqueeze(2) * rates)
+        across = torch.exp(steps.dt[:, :, 1:].sum(0).unsqueeze(2) * rates)
         for i in reversed(range(local.shape[1])):
             torch.addcmul(local[:, i], across[:, i], ends[:, i + 1], out=ends[:, i])
-    g[-1].add_(ends)
-    after = g[-1]
+    after = g[-1].add_(ends)
     for d, now in zip(reversed(decay[1:].unbind(0)), reversed(g[:-1].unbind(0)), strict=True):
-        now.addcmul_(d, after)
-        after = now
+        after = now.addcmul_(d, after)
     return decay[0, :, 0] * g[0, :, 0]

@@ -1,9 +1,9 @@
 """Mamba-2's recurrence (state space duality) in chunks, with an initial state, in plain PyTorch.
 
 Inside a chunk the recurrence is a masked attention, `(C B^T * decay) (dt x)`: matrix products. Between chunks the
-state moves by a short loop. Backward keeps the state at the start of each chunk and recomputes the rest, a few
-chunks at a time. Decays are exponentials of differences of running sums; these are summed in float64 and subtracted
-as float32 pairs, so that a strong decay early in a chunk costs the later ones no digits.
+state moves by a short loop. Backward keeps the states at the chunk starts and recomputes the rest, a few chunks
+at a time. Decays are exponentials of differences of running sums; these are summed in float64 and subtracted as
+float32 pairs, so that a strong decay early in a chunk costs the later ones no digits.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longroll.ops._common import Span, cast, check_shape, needs_graph, no_autocast, spans, state_dtype
+from longroll.ops._common import (
+    Scratch,
+    Span,
+    cast,
+    check_shape,
+    needs_graph,
+    no_autocast,
+    spans,
+    state_dtype,
+)
 
-INFINITY = float("inf")
+NO_LIMIT = (0.0, float("inf"))
 
 
 def ssd(
@@ -30,12 +39,12 @@ def ssd(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
-    dt_limit: tuple[float, float] = (0.0, INFINITY),
+    dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run Mamba-2's recurrence `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`, gated by z.
+    """Run Mamba-2: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`, gated by z.
 
-    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic is
-    float32 (float64 when an input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic
+    is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         x: inputs, (B, T, H, P), T >= 1.
@@ -63,7 +72,7 @@ def ssd(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     dtype = state_dtype(*inputs)
-    options = _Options(dt_softplus, dt_limit, output_final_state, tuple(_plan(x, chunk_size)))
+    options = _Options(dt_softplus, tuple(dt_limit), output_final_state, _plan(x, chunk_size))
     state = None if initial_state is None else _state_in(initial_state.to(dtype), B.shape[2])
     arguments = (x, dt, A.to(dtype), B, C, cast(D, dtype), z, cast(dt_bias, dtype), state, options)
     if needs_graph(*inputs):
@@ -71,7 +80,7 @@ def ssd(
     else:
         with no_autocast(x):
             y, final = _forward(*arguments, None)
-    return (y, _state_out(final, x.shape[2:])) if output_final_state else y
+    return (y, _state_out(final, x.shape[2], x.shape[3])) if output_final_state else y
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size) -> None:
@@ -101,140 +110,148 @@ class _Options(NamedTuple):
     plan: tuple[Span, ...]
 
 
-def _plan(x: Tensor, chunk_size: int | None) -> list[Span]:
-    """Choose chunks, and how many of them are in work at once, by the size of their (q, q) decay matrices."""
+def _plan(x: Tensor, chunk_size: int | None) -> tuple[Span, ...]:
+    """Choose chunks, and how many of them are in work at once, by the size of their (q, q) decay matrices.
+
+    Measured on 2 CPU cores with 24 heads of 64 and with 4: 64 steps a chunk are fastest, but one chunk of up to
+    128 beats two, since it has no state to pass on.
+    """
     batch, time, heads, _ = x.shape
-    cpu = x.device.type == "cpu"
-    length = chunk_size or (128 if time <= 128 else 64)
-    budget = (1 << 18) if cpu else (1 << 25)
-    return list(spans(time, length, max(1, budget // (batch * heads * length * length))))
+    length = chunk_size or (time if time <= 128 else 64)
+    budget = (1 << 18) if x.device.type == "cpu" else (1 << 25)
+    return tuple(spans(time, length, max(1, budget // (batch * heads * length * length))))
 
 
 def _state_in(state: Tensor, groups: int) -> Tensor:
-    """(B, H, P, N) -> (B, G, N, H/G * P): heads of a group share one matrix product with their B and C."""
+    """(B, H, P, N) -> (B, g, N, r P): heads of a group share one matrix product with their B and C."""
     return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
 
 
-def _state_out(state: Tensor, head_shape: torch.Size) -> Tensor:
-    """(B, G, N, H/G * P) -> (B, H, P, N)."""
-    heads, width = head_shape
+def _state_out(state: Tensor, heads: int, width: int) -> Tensor:
+    """(B, g, N, r P) -> (B, H, P, N)."""
     return state.unflatten(3, (-1, width)).permute(0, 1, 3, 4, 2).reshape(state.shape[0], heads, width, -1)
 
 
-def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    """(B, T, ...) -> the span's (B, c, q, ...), a view where dtype allows."""
-    return tensor[:, span.start : span.stop].to(dtype).unflatten(1, (span.blocks, span.length))
+def _heads(tensor: Tensor, span: Span, groups: int) -> Tensor:
+    """View the span of (B, T, H, ...) as (B, c, g, r, q, ...)."""
+    part = tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
+    return part.unflatten(3, (groups, -1)).movedim(2, 4)
 
 
-class _Chunk(NamedTuple):
-    """What forward and backward both need of a span: c chunks of q steps; r heads in each of g groups."""
+def _groups(tensor: Tensor, span: Span) -> Tensor:
+    """View the span of (B, T, G, N) as (B, c, g, q, N)."""
+    return tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).transpose(2, 3)
 
-    x: Tensor  # (B, c, q, h, p)
-    raw: Tensor  # (B, c, q, h) dt before softplus and limits
-    positive: Tensor  # (B, c, q, h) dt before limits
-    dt: Tensor  # (B, c, q, h)
+
+class _Chunks(NamedTuple):
+    """What forward and backward both need of a span: c chunks of q steps, g groups of r heads."""
+
+    x: Tensor  # (B, c, g, r, q, p)
+    raw: Tensor  # (B, c, g, r, q) dt before softplus and limits
+    positive: Tensor  # (B, c, g, r, q) dt before limits
+    dt: Tensor  # (B, c, g, r, q)
+    dtx: Tensor  # (B, c, g, r, q, p)
     B: Tensor  # (B, c, g, q, n)
     C: Tensor  # (B, c, g, q, n)
-    total: Tensor  # (B, c, h, q) log decay from the chunk's start through each step
-    remaining: Tensor  # (B, c, h, q) log decay from each step to the chunk's end
-    decay: Tensor  # (B, c, h, q, q) from column to row, 0 above the diagonal
-    scores: Tensor  # (B, c, g, q, q) C B^T
-    dtx: Tensor  # (B, c, h, q, p)
+    arriving: Tensor  # (B, c, g, r, q) decay from the chunk's start through each step
+    leaving: Tensor  # (B, c, g, r, q) decay after each step to the chunk's end
+    decay: Tensor  # (B, c, g, r, q, q) decay after the column's step through the row's; 1 above the diagonal
+    scores: Tensor  # (B, c, g, q, q) C B^T, 0 above the diagonal
+    mixer: Tensor  # (B, c, g, r, q, q) scores * decay: y = mixer dtx
 
 
-def _chunk(x, dt, A, B, C, dt_bias, options: _Options, span: Span) -> _Chunk:
-    dtype = A.dtype
-    x_ = _cut(x, span, dtype)
-    raw = _cut(dt, span, dtype)
-    raw = raw if dt_bias is None else raw + dt_bias
+def _load(x, dt, A, B, C, dt_bias, options: _Options, span: Span, scratch: Scratch) -> _Chunks:
+    dtype, groups, per_head = A.dtype, B.shape[2], (B.shape[2], -1, 1)
+    x_, raw = (_heads(t, span, groups).to(dtype) for t in (x, dt))
+    B_, C_ = (_groups(t, span).to(dtype) for t in (B, C))
+    raw = raw if dt_bias is None else raw + dt_bias.view(per_head)
     positive = F.softplus(raw) if options.softplus else raw
-    dt_ = (
-        positive if options.limit == (0.0, INFINITY) and options.softplus else positive.clamp(*options.limit)
+    dt_ = positive if options.softplus and options.limit == NO_LIMIT else positive.clamp(*options.limit)
+    dtx = torch.mul(x_, dt_.unsqueeze(-1), out=scratch("dtx", *x_.shape))
+    arriving, leaving, decay = _decays(dt_ * A.view(per_head), scratch)
+    scores = torch.matmul(C_, B_.mT, out=scratch("scores", *B_.shape[:-1], B_.shape[-2])).tril_()
+    mixer = torch.mul(decay, scores.unsqueeze(3), out=scratch("mixer", *decay.shape))
+    return _Chunks(x_, raw, positive, dt_, dtx, B_, C_, arriving, leaving, decay, scores, mixer)
+
+
+def _decays(log_steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """From each step's log decay (..., q): decays arriving at, leaving from and between (row, column) steps."""
+    exact = log_steps.double().cumsum(-1)
+    total = exact.to(log_steps.dtype)
+    decay = torch.sub(
+        total.unsqueeze(-1), total.unsqueeze(-2), out=scratch("decay", *total.shape, total.shape[-1])
     )
-    B_, C_ = (_cut(t, span, dtype).transpose(2, 3) for t in (B, C))
-    total, remaining, decay = _decays((dt_ * A).transpose(2, 3))
-    dtx = (x_ * dt_.unsqueeze(-1)).transpose(2, 3).contiguous()
-    return _Chunk(x_, raw, positive, dt_, B_, C_, total, remaining, decay, torch.matmul(C_, B_.mT), dtx)
-
-
-def _decays(rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From log decays (..., q) to those summed from the start, those left to the end, and exp of all differences."""
-    exact = rates.double().cumsum(-1)
-    total = exact.to(rates.dtype)
-    remaining = (exact[..., -1:] - exact).to(rates.dtype)
-    decay = total.unsqueeze(-1) - total.unsqueeze(-2)
-    if rates.dtype != torch.float64:
-        rest = (exact - total).to(rates.dtype)
+    if total.dtype != torch.float64:
+        rest = (exact - total).to(total.dtype)
         decay.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
-    return total, remaining, decay.clamp_(max=0).exp_().tril_()
+    leaving = (exact[..., -1:] - exact).to(total.dtype)
+    return total.exp(), leaving.exp_(), decay.clamp_(max=0).exp_()
 
 
-def _per_head(chunk: _Chunk, value: Tensor, weight: Tensor) -> Tensor:
-    """Scale (B, c, q, h, p) values by a (B, c, h, q) weight and lay them out by group, (B, c, g, q, r * p)."""
-    scaled = value * weight.transpose(2, 3).unsqueeze(-1)
-    return scaled.unflatten(3, (chunk.B.shape[2], -1)).flatten(4).transpose(2, 3)
+def _by_step(values: Tensor, weight: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """Weigh (..., r, q, p) by (..., r, q) and lay the heads of a step side by side: (..., q, r p)."""
+    values = values.transpose(3, 4)
+    return torch.mul(values, weight.mT.unsqueeze(-1), out=scratch(name, *values.shape)).flatten(4)
 
 
-def _forward(x, dt, A, B, C, D, z, dt_bias, state, options: _Options, keep: list | None):
-    """Outputs and final state (B, g, n, r * p); appends each span's chunk start states to `keep`."""
-    dtype = A.dtype
+def _product(left: Tensor, right: Tensor, name: str, scratch: Scratch) -> Tensor:
+    return torch.matmul(left, right, out=scratch(name, *left.shape[:-1], right.shape[-1]))
+
+
+def _forward(x, dt, A, B, C, D, z, dt_bias, state, options: _Options, keep: list[Tensor | None] | None):
+    """Outputs and final state (B, g, n, r p); appends each span's chunk start states to `keep`."""
+    scratch, groups = Scratch(A), B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for span in options.plan:
-        chunk = _chunk(x, dt, A, B, C, dt_bias, options, span)
-        mixer = _mix(chunk)
-        out = torch.matmul(mixer, chunk.dtx).transpose(2, 3)  # (B, c, q, h, p)
+        chunks = _load(x, dt, A, B, C, dt_bias, options, span, scratch)
         last = span.stop == x.shape[1]
-        starts, state = _carry(chunk, state, skip_last=last and not options.want_final)
+        starts, state = _carry(chunks, state, skip_last=last and not options.want_final, scratch=scratch)
+        read = None if starts is None else _read(chunks, starts, scratch)
+        out = _output(chunks, read, D, scratch)
+        if z is not None:
+            z_ = _heads(z, span, groups).to(A.dtype)
+            out.mul_(torch.sigmoid(z_, out=scratch("sigmoid", *z_.shape))).mul_(z_)
+        _heads(y, span, groups).copy_(out)
         if keep is not None:
             keep.append(starts)
-        if starts is not None:
-            out = out + _from_states(chunk, starts)
-        if D is not None:
-            out = out.addcmul(chunk.x, D.unsqueeze(-1))
-        if z is not None:
-            out = out * F.silu(_cut(z, span, dtype))
-        y[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).copy_(out)
     return y, state
 
 
-def _mix(chunk: _Chunk) -> Tensor:
-    """The masked attention matrix, (B, c, h, q, q)."""
-    groups = chunk.scores.shape[2]
-    return (chunk.decay.unflatten(2, (groups, -1)) * chunk.scores.unsqueeze(3)).flatten(2, 3)
+def _carry(chunks: _Chunks, state: Tensor | None, skip_last: bool, scratch: Scratch):
+    """States at the start of each chunk, (B, c, g, n, r p), and after the last one (None when skipped).
 
-
-def _carry(chunk: _Chunk, state: Tensor | None, skip_last: bool) -> tuple[Tensor | None, Tensor | None]:
-    """States at the start of each chunk, (B, c, g, n, r * p), and after the last one (unless skipped).
-
-    None stands for zero: a lone first chunk then has no state to read.
+    A state of None is zero: a lone first chunk then has none to read.
     """
-    blocks = chunk.x.shape[1]
+    blocks = chunks.x.shape[1]
     if skip_last and blocks == 1:
         return (None if state is None else state.unsqueeze(1)), None
-    weighted = _per_head(chunk, chunk.x, chunk.remaining.exp() * chunk.dt.transpose(2, 3))
-    added = torch.matmul(chunk.B.mT, weighted)  # (B, c, g, n, r * p)
-    kept = _chunk_decay(chunk)
-    if state is None:
-        state = torch.zeros_like(added[:, 0])
-    starts = []
-    for i in range(blocks):
-        starts.append(state)
-        if not (skip_last and i == blocks - 1):
-            state = torch.addcmul(added[:, i], kept[:, i], state)
-    return torch.stack(starts, 1), state
+    weighted = _by_step(chunks.dtx, chunks.leaving, "weighted", scratch)
+    added = _product(chunks.B.mT, weighted, "added", scratch)  # (B, c, g, n, r p)
+    kept = _kept(chunks)
+    starts = torch.empty_like(added)
+    starts[:, 0] = 0 if state is None else state
+    for i in range(blocks - 1):
+        torch.addcmul(added[:, i], kept[:, i], starts[:, i], out=starts[:, i + 1])
+    return starts, (None if skip_last else torch.addcmul(added[:, -1], kept[:, -1], starts[:, -1]))
 
 
-def _chunk_decay(chunk: _Chunk) -> Tensor:
-    """Decay across each chunk, broadcastable to its states: (B, c, g, 1, r * p)."""
-    groups, width = chunk.B.shape[2], chunk.x.shape[-1]
-    across = chunk.total[..., -1].exp().unflatten(2, (groups, -1))
-    return across.repeat_interleave(width, -1).unsqueeze(-2)
+def _kept(chunks: _Chunks) -> Tensor:
+    """Decay across each whole chunk, as wide as its states: (B, c, g, 1, r p)."""
+    return chunks.arriving[..., -1].repeat_interleave(chunks.x.shape[-1], -1).unsqueeze(-2)
 
 
-def _from_states(chunk: _Chunk, starts: Tensor) -> Tensor:
-    """What the chunk start states give to the outputs, (B, c, q, h, p)."""
-    read = torch.matmul(chunk.C, starts).transpose(2, 3).reshape(chunk.x.shape)
-    return read.mul_(chunk.total.exp().transpose(2, 3).unsqueeze(-1))
+def _read(chunks: _Chunks, starts: Tensor, scratch: Scratch) -> Tensor:
+    """What the chunk start states give to the outputs, (B, c, g, r, q, p)."""
+    read = _product(chunks.C, starts, "read", scratch).unflatten(-1, (-1, chunks.x.shape[-1]))
+    return read.mul_(chunks.arriving.mT.unsqueeze(-1)).transpose(3, 4)
+
+
+def _output(chunks: _Chunks, read: Tensor | None, D: Tensor | None, scratch: Scratch) -> Tensor:
+    """y before the gate, (B, c, g, r, q, p)."""
+    out = _product(chunks.mixer, chunks.dtx, "out", scratch)
+    if read is not None:
+        out.add_(read)
+    return out if D is None else out.addcmul_(chunks.x, D.view(chunks.x.shape[2], -1, 1, 1))
 
 
 class _SSD(torch.autograd.Function):
@@ -253,114 +270,113 @@ class _SSD(torch.autograd.Function):
         x, dt, A, B, C, D, z, dt_bias, *keep = ctx.saved_tensors
         with no_autocast(x):
             grads = _backward(x, dt, A, B, C, D, z, dt_bias, ctx.has_state, ctx.options, keep, dy, dfinal)
-        return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
-def _backward(
-    x, dt, A, B, C, D, z, dt_bias, has_state, options, keep, dy, dfinal
-) -> tuple[Tensor | None, ...]:
-    dtype = A.dtype
-    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    dA = torch.zeros_like(A)
-    dD = None if D is None else torch.zeros_like(D)
-    ddt_bias = None if dt_bias is None else torch.zeros_like(dt_bias)
+def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep, dy, dfinal):
+    scratch, groups, dtype = Scratch(A), B.shape[2], A.dtype
+    per_head = (groups, -1, 1)
+    dx, ddt, dB, dC, dz = (None if t is None else torch.empty_like(t) for t in (x, dt, B, C, z))
+    dA, dD, ddt_bias = (None if t is None else torch.zeros_like(t) for t in (A, D, dt_bias))
     dstate = dfinal
-    if dy is None:
-        dy = torch.zeros_like(x)
+    dy = torch.zeros_like(x) if dy is None else dy
     for span, starts in zip(reversed(options.plan), reversed(keep), strict=True):
-        chunk = _chunk(x, dt, A, B, C, dt_bias, options, span)
-        groups, width = chunk.B.shape[2], chunk.x.shape[-1]
-        mixer = _mix(chunk)
-        dy_ = _cut(dy, span, dtype)
-        read = None if starts is None else _from_states(chunk, starts)
+        chunks = _load(x, dt, A, B, C, dt_bias, options, span, scratch)
+        read = None if starts is None else _read(chunks, starts, scratch)
+        dy_ = _heads(dy, span, groups)
+        if z is None:
+            dy_ = scratch("dy", *dy_.shape).copy_(dy_)
+        else:
+            z_ = _heads(z, span, groups).to(dtype)
+            dy_ = _ungate(z_, dy_, _output(chunks, read, D, scratch), _heads(dz, span, groups), scratch)
 
-        def paste(target: Tensor, value: Tensor, span: Span = span) -> None:
-            target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).copy_(value)
-
-        if z is not None:
-            out = torch.matmul(mixer, chunk.dtx).transpose(2, 3)
-            out = out if read is None else out + read
-            out = out if D is None else out.addcmul(chunk.x, D.unsqueeze(-1))
-            z_ = _cut(z, span, dtype)
-            sigmoid = torch.sigmoid(z_)
-            gate = z_ * sigmoid
-            paste(dz, dy_ * out * (sigmoid + gate * (1 - sigmoid)))
-            dy_ = dy_ * gate
-
-        # Within the chunk: y = (scores * decay) dtx.
-        dy_heads = dy_.transpose(2, 3).contiguous()  # (B, c, h, q, p)
-        dmixer = torch.matmul(dy_heads, chunk.dtx.mT)  # (B, c, h, q, q); decay masks it below
-        ddtx = torch.matmul(mixer.mT, dy_heads)
-        crossing = mixer.mul_(dmixer).tril_(-1)  # gradient of each log decay from column to row
-        dlog = _reverse_sum(crossing.sum(-1) - crossing.sum(-2))
-        dscores = dmixer.mul_(chunk.decay).unflatten(2, (groups, -1)).sum(3)
-        dC_ = torch.matmul(dscores, chunk.B)  # (B, c, g, q, n)
-        dB_ = torch.matmul(dscores.mT, chunk.C)
-
-        # From the chunk's start state into its outputs.
+        ddtx, dB_, dC_, dlog = _within(chunks, dy_, scratch)
         from_start = None
         if starts is not None:
-            dread = _per_head(chunk, dy_, chunk.total.exp())  # (B, c, g, q, r * p)
-            dC_ += torch.matmul(dread, starts.mT)
-            from_start = torch.matmul(chunk.C.mT, dread)  # (B, c, g, n, r * p)
-            dlog += _reverse_sum((dy_ * read).sum(-1).transpose(2, 3))
-
-        # From the chunk's steps and start state into its end state.
-        dends, dstate = _carry_back(chunk, dstate, from_start, has_state or span.start > 0)
+            dread = _by_step(dy_, chunks.arriving, "dread", scratch)
+            dC_ += _product(dread, starts.mT, "narrow", scratch)
+            from_start = _product(chunks.C.mT, dread, "from_start", scratch)  # (B, c, g, n, r p)
+            dlog += _sum_from(torch.mul(dy_, read, out=scratch("product", *dy_.shape)).sum(-1))
+        dends, dstate = _carry_back(chunks, dstate, from_start, has_state or span.start > 0)
         if dends is not None:
-            leaving = chunk.remaining.exp()
-            weighted = _per_head(chunk, chunk.x, leaving * chunk.dt.transpose(2, 3))
-            dB_ += torch.matmul(weighted, dends.mT)
-            dweighted = torch.matmul(chunk.B, dends).unflatten(4, (-1, width)).transpose(3, 4).flatten(2, 3)
-            dleft = dweighted * leaving.unsqueeze(-1)  # (B, c, h, q, p)
-            ddtx += dleft
-            passed = (dleft * chunk.dtx).sum(-1)
-            dlog[..., 1:] += passed.cumsum(-1)[..., :-1]
-            if starts is not None:
-                through = (dends * starts * _chunk_decay(chunk)).sum(-2).unflatten(-1, (-1, width)).sum(-1)
-                dlog += through.flatten(2, 3).unsqueeze(-1)
+            _into_ends(chunks, starts, dends, ddtx, dB_, dlog, scratch)
 
-        dlog = dlog.transpose(2, 3)  # (B, c, q, h): gradient of dt A
-        ddtx = ddtx.transpose(2, 3)  # (B, c, q, h, p)
-        dA += (dlog * chunk.dt).sum((0, 1, 2))
-        ddt_ = (ddtx * chunk.x).sum(-1).addcmul(dlog, A)
-        low, high = options.limit
-        ddt_ = ddt_ * ((chunk.positive >= low) & (chunk.positive <= high))
+        dA += (dlog * chunks.dt).sum((0, 1, 4)).flatten()
+        ddt_ = torch.mul(ddtx, chunks.x, out=scratch("product", *ddtx.shape)).sum(-1)
+        ddt_.addcmul_(dlog, A.view(per_head))
+        if options.limit != NO_LIMIT or not options.softplus:
+            low, high = options.limit
+            ddt_.mul_((chunks.positive >= low) & (chunks.positive <= high))
         if options.softplus:
-            ddt_ = ddt_ * torch.sigmoid(chunk.raw)
+            ddt_.mul_(torch.sigmoid(chunks.raw))
         if ddt_bias is not None:
-            ddt_bias += ddt_.sum((0, 1, 2))
-        paste(ddt, ddt_)
-        dx_ = ddtx * chunk.dt.unsqueeze(-1)
+            ddt_bias += ddt_.sum((0, 1, 4)).flatten()
+        dx_ = ddtx.mul_(chunks.dt.unsqueeze(-1))
         if D is not None:
-            dx_.addcmul_(dy_, D.unsqueeze(-1))
-            dD += (dy_ * chunk.x).sum((0, 1, 2, 4))
-        paste(dx, dx_)
-        paste(dB, dB_.transpose(2, 3))
-        paste(dC, dC_.transpose(2, 3))
+            dx_.addcmul_(dy_, D.view(*per_head, 1))
+            dD += torch.mul(dy_, chunks.x, out=scratch("product", *dy_.shape)).sum((0, 1, 4, 5)).flatten()
+        _heads(ddt, span, groups).copy_(ddt_)
+        _heads(dx, span, groups).copy_(dx_)
+        _groups(dB, span).copy_(dB_)
+        _groups(dC, span).copy_(dC_)
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dstate
 
 
-def _reverse_sum(value: Tensor) -> Tensor:
-    """Sums from each position to the end, added up in float64 since large terms cancel."""
+def _ungate(z: Tensor, dy: Tensor, ungated: Tensor, dz: Tensor, scratch: Scratch) -> Tensor:
+    """Write the gate's gradient into `dz`; return that of the output before the gate."""
+    sigmoid = torch.sigmoid(z, out=scratch("sigmoid", *z.shape))
+    gate = torch.mul(z, sigmoid, out=scratch("gate", *z.shape))
+    ungated.mul_(dy)
+    inner = torch.mul(dy, gate, out=scratch("dy", *z.shape))
+    dz.copy_(sigmoid.addcmul_(gate, sigmoid, value=-1).add_(gate).mul_(ungated))  # s + z s (1 - s)
+    return inner
+
+
+def _within(chunks: _Chunks, dy: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y = (scores * decay) dtx: of dtx, B, C and each step's log decay. Consumes the mixer."""
+    ddtx = _product(chunks.mixer.mT, dy, "ddtx", scratch)
+    dmixer = _product(dy, chunks.dtx.mT, "dmixer", scratch)
+    crossing = chunks.mixer.mul_(dmixer)  # gradient of each log decay; none on the diagonal, where it is 0
+    crossing.diagonal(dim1=-2, dim2=-1).zero_()
+    dlog = _sum_from(crossing.sum(-1) - crossing.sum(-2))
+    dscores = dmixer.mul_(chunks.decay).sum(3).tril_()  # (B, c, g, q, q)
+    dB = _product(dscores.mT, chunks.C, "dB", scratch)
+    return ddtx, dB, _product(dscores, chunks.B, "dC", scratch), dlog
+
+
+def _sum_from(value: Tensor) -> Tensor:
+    """Sums from each step to the chunk's end, added up in float64 since large terms cancel."""
     return value.double().flip(-1).cumsum(-1).flip(-1).to(value.dtype)
 
 
-def _carry_back(
-    chunk: _Chunk, dstate: Tensor | None, from_start: Tensor | None, want_first: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of each chunk's end state, (B, c, g, n, r * p), and of the state before the span; None is zero."""
-    blocks = chunk.x.shape[1]
-    if dstate is None and blocks == 1:
-        return None, (None if from_start is None else from_start[:, 0])
-    kept = _chunk_decay(chunk)
-    dends = torch.empty_like(from_start) if from_start is not None else dstate.new_empty(0)
-    if from_start is None:
-        return dstate.unsqueeze(1), (kept[:, 0] * dstate if want_first else None)
-    dstate = torch.zeros_like(from_start[:, 0]) if dstate is None else dstate
-    for i in reversed(range(blocks)):
-        dends[:, i] = dstate
-        if i > 0 or want_first:
-            dstate = torch.addcmul(from_start[:, i], kept[:, i], dstate)
-    return dends, (dstate if want_first else None)
+def _carry_back(chunks: _Chunks, dstate: Tensor | None, from_start: Tensor | None, want_first: bool):
+    """Gradients of the chunks' end states, (B, c, g, n, r p), and of the state before them; None is zero.
+
+    `dstate` is the gradient of the state after the span, `from_start` that of each start state through y.
+    """
+    if dstate is None and chunks.x.shape[1] == 1:
+        return None, (None if from_start is None else from_start[:, 0].clone())
+    if from_start is None:  # a lone first chunk without a state
+        return dstate.unsqueeze(1), None
+    kept = _kept(chunks)
+    dends = torch.empty_like(from_start)
+    dends[:, -1] = 0 if dstate is None else dstate
+    for i in reversed(range(1, dends.shape[1])):
+        torch.addcmul(from_start[:, i], kept[:, i], dends[:, i], out=dends[:, i - 1])
+    first = torch.addcmul(from_start[:, 0], kept[:, 0], dends[:, 0]) if want_first else None
+    return dends, first
+
+
+def _into_ends(chunks: _Chunks, starts, dends, ddtx, dB, dlog, scratch: Scratch) -> None:
+    """Add the gradients that come through the chunks' end states to those of dtx, B and the log decays."""
+    width = chunks.x.shape[-1]
+    weighted = _by_step(chunks.dtx, chunks.leaving, "weighted", scratch)
+    dB += _product(weighted, dends.mT, "narrow", scratch)
+    dweighted = _product(chunks.B, dends, "dweighted", scratch).unflatten(-1, (-1, width))
+    dweighted.mul_(chunks.leaving.mT.unsqueeze(-1))
+    ddtx += dweighted.transpose(3, 4)
+    passed = dweighted.transpose(3, 4).mul_(chunks.dtx).sum(-1)  # gradient of the log decay after each step
+    dlog[..., 1:] += passed.cumsum(-1)[..., :-1]
+    if starts is not None:
+        across = torch.mul(dends, starts, out=scratch("across", *dends.shape)).sum(-2)  # (B, c, g, r p)
+        dlog += (across.unflatten(-1, (-1, width)).sum(-1) * chunks.arriving[..., -1]).unsqueeze(-1)
