@@ -18,7 +18,7 @@ def offline() -> bool:
 
 
 def why_not_there(name: str, kind: str) -> str | None:
-    """Why the hub does not give the "model" or "dataset" (`kind`) of this name, as a clause; None if it does."""
+    """Why the hub does not give this "model" or "dataset" (`kind`), as a clause; None if it does."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,

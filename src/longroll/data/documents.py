@@ -53,7 +53,7 @@ def read_documents(
 
 def _separate(source: str | Path) -> list[str | Path]:
     """The single sources of a list separated by commas; a file whose name has a comma is one source."""
-    if isinstance(source, Path) or _exists(Path(source).expanduser()):
+    if isinstance(source, Path) or (source and _exists(Path(source).expanduser())):
         return [source]
     sources = [one.strip() for one in source.split(",") if one.strip()]
     if not sources:

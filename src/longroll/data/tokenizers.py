@@ -151,22 +151,30 @@ def _may_have_tokenizer(model_path: str | Path) -> bool:
 def _load(name_or_path: str | Path) -> HFTokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or the hub."""
     path = Path(name_or_path).expanduser()
+    local, reason = path.exists(), None
+    if not local and isinstance(name_or_path, Path):
+        raise LongrollError(f"tokenizer {name_or_path}: no such file or folder")
+    if not local and not offline():
+        reason = why_not_there(str(name_or_path), "model")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    loaded: Any
     try:
         if path.is_file():
-            return HFTokenizer(PreTrainedTokenizerFast(tokenizer_file=str(path)), str(name_or_path))
-        local = path.is_dir()
-        if not local and isinstance(name_or_path, Path):
-            raise LongrollError(f"tokenizer {name_or_path}: no such file or folder")
-        if not local and not offline() and (reason := why_not_there(str(name_or_path), "model")):
-            raise LongrollError(f"tokenizer {name_or_path!r}: no such file or folder here, and {reason}")
-        loaded = AutoTokenizer.from_pretrained(
-            str(path if local else name_or_path), local_files_only=local or offline(), trust_remote_code=False
-        )
-    except LongrollError:
-        raise
+            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            loaded = AutoTokenizer.from_pretrained(
+                str(path) if local else str(name_or_path),
+                local_files_only=local or offline() or reason is not None,  # then: what was downloaded before
+                trust_remote_code=False,  # the default asks the user at the terminal
+            )
     except Exception as problem:  # OSError, ValueError, KeyError, a parse error of the Rust library
+        if reason:
+            raise LongrollError(
+                f"tokenizer {str(name_or_path)!r}: no such folder here, and {reason}"
+            ) from None
         said = " ".join(str(problem).split())[:300]
-        raise LongrollError(f"tokenizer {name_or_path!r} cannot be loaded: {said}") from problem
+        if "trust_remote_code" in str(problem):
+            said = "it needs code from its repository, which longroll does not run; name a tokenizer.json"
+        raise LongrollError(f"tokenizer {str(name_or_path)!r} cannot be loaded: {said}") from problem
     return HFTokenizer(loaded, str(name_or_path))
