@@ -1,10 +1,16 @@
-"""Runs as `longroll diagnose --json` writes them, with the shapes the paper reports: a base that breaks, repairs."""
+"""Runs as `longroll diagnose --json` writes them, shaped as in the paper: a base that breaks, repairs."""
 
 from typing import Any
 
 import numpy as np
 
-LEVELS = {"in_range": (64, 128), "2x": (224, 288), "8x": (960, 1088), "64x": (7936, 8448), "far": (8192, 16384)}
+LEVELS = {
+    "in_range": (64, 128),
+    "2x": (224, 288),
+    "8x": (960, 1088),
+    "64x": (7936, 8448),
+    "far": (8192, 16384),
+}
 # label: loss in range, how much of the base's damage is left, growth of the state
 KINDS = {
     "base": (1.12, 1.0, 0.34),
@@ -16,7 +22,9 @@ KINDS = {
 }
 
 
-def run(label: str = "base", *, seed: int = 0, layers: int = 3, heads: int = 4, **changes: Any) -> dict[str, Any]:
+def run(
+    label: str = "base", /, *, seed: int = 0, layers: int = 3, heads: int = 4, **changes: Any
+) -> dict[str, Any]:
     """Make one run; `changes` replace its fields."""
     level, damage, growth = KINDS.get(label, KINDS["state passing"])
     rng = np.random.default_rng(seed + sum(map(ord, label)))
@@ -25,7 +33,14 @@ def run(label: str = "base", *, seed: int = 0, layers: int = 3, heads: int = 4, 
     middle = (start + stop - 1) / 2
     loss = _loss(middle, level, damage) + rng.normal(0, 0.012, len(middle))
     width = 0.02 + 0.05 * (loss - level).clip(0)
-    curve = {"position": middle, "start": start, "stop": stop, "loss": loss, "low": loss - width, "high": loss + width}
+    curve = {
+        "position": middle,
+        "start": start,
+        "stop": stop,
+        "loss": loss,
+        "low": loss - width,
+        "high": loss + width,
+    }
     levels = {name: float(np.mean(_loss(np.arange(*span), level, damage))) for name, span in LEVELS.items()}
     broken = damage > 0.5
     result = {
@@ -43,12 +58,7 @@ def run(label: str = "base", *, seed: int = 0, layers: int = 3, heads: int = 4, 
         "edge": 212 if broken else None,
         "severity": levels["far"] - levels["in_range"],
         "verdict": "explodes" if broken else "healthy",
-        "sentence": (
-            f"Breaks at t ≈ 212: perplexity {np.exp(levels['in_range']):.2f} in range, "
-            f"{np.exp(levels['far']):.1f} at 8k–16k."
-            if broken
-            else f"Holds to 16k: perplexity {np.exp(levels['in_range']):.2f} in range, {np.exp(levels['far']):.2f} at 8k–16k."
-        ),
+        "sentence": ("Breaks at t ≈ 212: " if broken else "Holds to 16k: ") + _levels_said(levels),
         "states": _states(growth, layers, heads),
         "remembrance": _remembrance(broken, rng),
         "coverage": _coverage(damage, layers, heads, rng),
@@ -72,6 +82,10 @@ def runs(*names: str) -> list[dict[str, Any]]:
     return [run(name) for name in names]
 
 
+def _levels_said(levels: dict[str, float]) -> str:
+    return f"perplexity {np.exp(levels['in_range']):.2f} in range, {np.exp(levels['far']):.2f} at 8k-16k."
+
+
 def _loss(t: np.ndarray, level: float, damage: float) -> np.ndarray:
     cold = 1.9 * np.exp(-t / 9)
     past = 3.2 / (1 + (1600 / np.maximum(t, 1)) ** 1.1) - 3.2 / (1 + (1600 / 100) ** 1.1)
@@ -82,7 +96,11 @@ def _states(growth: float, layers: int, heads: int) -> dict[str, Any]:
     t = np.round(2.0 ** np.arange(3, 14.1, 0.5))
     out = []
     for layer in range(layers):
-        std = (0.4 + 0.2 * layer % 1.1) * (1 - np.exp(-t / 60)) * (1 + growth * (1 + layer % 3) * np.log2(1 + t / 200))
+        std = (
+            (0.4 + 0.2 * layer % 1.1)
+            * (1 - np.exp(-t / 60))
+            * (1 + growth * (1 + layer % 3) * np.log2(1 + t / 200))
+        )
         each = [(std * (0.8 + 0.1 * h)).tolist() for h in range(heads)]
         out.append({"layer": layer, "kind": "mamba2", "heads": heads, "std": std.tolist(), "std_heads": each,
                     "norm": (8 * std).tolist(), "max": (5 * std).tolist()})  # fmt: skip
@@ -107,7 +125,10 @@ def _remembrance(broken: bool, rng: np.random.Generator) -> dict[str, Any]:
 
 def _coverage(damage: float, layers: int, heads: int, rng: np.random.Generator) -> dict[str, Any]:
     shift = damage * rng.gamma(1.5, 1.2, (layers, heads)) + rng.normal(0, 0.15, (layers, heads))
-    causal = [{"what": f"layer {i % layers} head {i % heads}", "recovered": v} for i, v in enumerate((0.41, 0.22, 0.05))]
+    causal = [
+        {"what": f"layer {i % layers} head {i % heads}", "recovered": v}
+        for i, v in enumerate((0.41, 0.22, 0.05))
+    ]
     return {
         "layers": list(range(layers)),
         "map": shift.tolist(),

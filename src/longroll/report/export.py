@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longroll.errors import LongrollError
-from longroll.report.files import write_whole
+from longroll.files import write_whole
 from longroll.report.plates import plates
 from longroll.report.runs import Run
 from longroll.report.style import PAPER_COLUMN, PAPER_PAGE, Look
@@ -35,7 +35,7 @@ def write_figures(runs: Sequence[Run], folder: str | os.PathLike[str], format: s
     """
     if format not in _METADATA:
         raise LongrollError(f"Unknown figure format {format!r}: use one of {', '.join(_METADATA)}.")
-    paths = []
+    paths: list[Path] = []
     for plate in plates(runs):
         look = PAPER_PAGE if plate.name.startswith(_FULL_WIDTH) else PAPER_COLUMN
         for panel in plate.panels:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longroll.files import write_whole
 from longroll.report import units, verdict
-from longroll.report.files import write_whole
 from longroll.report.plates import Panel, Plate, plates
 from longroll.report.runs import Run, common_unit, ordered, section
 from longroll.report.style import PHONE, WEB, RunStyle, css_variables, run_styles
@@ -78,7 +78,9 @@ def _svg(plate: Plate, panel: Panel, prefix: str, look: Any) -> Any:
     from markupsafe import Markup
 
     whose = f" ({panel.style.label})" if panel.style else ""
-    return Markup(to_svg(panel.draw(look), prefix=prefix, description=f"{plate.heading}{whose}. {plate.look_for}"))
+    return Markup(
+        to_svg(panel.draw(look), prefix=prefix, description=f"{plate.heading}{whose}. {plate.look_for}")
+    )
 
 
 def _title(run: Run) -> str:

@@ -8,12 +8,41 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from longroll.report import figures, tables, units
-from longroll.report.figures.remembrance import common_ends
+from longroll.report.figures.coverage import has_negative, largest_shift
+from longroll.report.figures.remembrance import common_ends, largest_remembrance
 from longroll.report.runs import Run, common_unit, number, ordered, section
 from longroll.report.style import Look, RunStyle, run_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LOOK_FOR = {
+    "position": (
+        "A model that has learned to live with its own state stays level past the dashed line, where "
+        "training ended. The bands are 95 % intervals."
+    ),
+    "states": (
+        "The standard deviation of the state, by layer. A state that still moves past the dashed line "
+        "takes the model where it was never trained; after a repair it stays level."
+    ),
+    "remembrance": (
+        "How much the prediction at T = {end} changes when every token before t is forgotten. A curve "
+        "that jumps up at once hangs on the first tokens; a sound one is low and rises only near T."
+    ),
+    "remembrance-map": (
+        "The same for every pair of t and T: strong tiles far left of the diagonal are memories of "
+        "the first tokens."
+    ),
+    "coverage": (
+        "How far the state of each head has left the range seen in training, in standard deviations; "
+        "a dot marks a significant shift. Orange lies above the range, blue below."
+    ),
+    "task": (
+        "Accuracy by length and by depth of the answer in the text; right of the dashed line the text "
+        "is longer than any in training. A flat loss is not yet a long memory: this is the test of "
+        "it."
+    ),
+}
 
 Draw = Callable[[Look], "Figure"]
 
@@ -30,7 +59,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plate:
-    """A section of the report: a heading, what to look for, one wide drawing or several small ones, the numbers."""
+    """A section of the report: heading, what to look for, one wide drawing or several small, the numbers."""
 
     name: str
     heading: str
@@ -54,8 +83,7 @@ def _position(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
         return []
     unit = common_unit(runs)
     ring = any(number(run.get("edge")) == number(run.get("edge")) for run, _ in having)
-    text = "A model that has learned to live with its own state stays level past the dashed line, where training ended."
-    text += " The ring marks where a run breaks; the bands are 95 % intervals." if ring else " The bands are 95 % intervals."
+    text = LOOK_FOR["position"] + (" The ring marks where a run breaks." if ring else "")
     panel = Panel("position", lambda look: figures.position_figure(runs, unit, look=look))
     heading = f"{units.UNITS[unit][0].upper()}{units.UNITS[unit][1:]} by position"
     return [Plate("position", heading, text, [panel], [tables.curve_table(having)])]
@@ -65,10 +93,10 @@ def _states(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     having = [(run, style) for run, style in styled if section(run, "states")]
     if not having:
         return []
-    text = "The standard deviation of each layer’s state. One that still moves past the dashed line carries the model "
-    text += "into states it was never trained to read; after a repair it stays level."
     panel = Panel("states", lambda look: figures.state_figure(runs, look=look))
-    return [Plate("states", "The state over position", text, [panel], tables.state_tables(having))]
+    return [
+        Plate("states", "The state over position", LOOK_FOR["states"], [panel], tables.state_tables(having))
+    ]
 
 
 def _remembrance(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
@@ -76,8 +104,7 @@ def _remembrance(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     if not common_ends(runs):
         return []
     end = common_ends(runs)[-1]
-    text = f"How much the prediction at T = {units.position(end)} changes when every token before t is forgotten. "
-    text += "A curve that jumps up at once hangs on the first tokens; a sound one is low and rises only near T."
+    text = LOOK_FOR["remembrance"].format(end=units.position(end))
     panel = Panel("remembrance", lambda look: figures.remembrance_curves(runs, end, look=look))
     return [Plate("remembrance", "Effective remembrance", text, [panel], tables.remembrance_tables(having))]
 
@@ -86,33 +113,55 @@ def _remembrance_maps(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]
     having = [(run, style) for run, style in styled if section(run, "remembrance")]
     if not any(len(run["remembrance"]["ends"]) > 1 for run, _ in having):
         return []  # with one end the curves say it all
-    text = "The same for every pair of t and T: strong tiles far left of the diagonal are memories of the first tokens."
-    panels = [Panel(f"remembrance-map-{s.label}", _of_run(figures.remembrance_map, r, s), s) for r, s in having]
-    return [Plate("remembrance-map", "Remembrance at every length", text, panels, wide=False)]
+    top = max(largest_remembrance(run) for run, _ in having)
+    panels = [Panel(f"remembrance-map-{s.label}", _remembrance_map(r, s, top), s) for r, s in having]
+    return [
+        Plate(
+            "remembrance-map", "Remembrance at every length", LOOK_FOR["remembrance-map"], panels, wide=False
+        )
+    ]
 
 
-def _of_run(figure: Callable[..., "Figure"], run: Run, style: RunStyle) -> Draw:
-    return lambda look: figure(run, look=look, style=style)
+def _remembrance_map(run: Run, style: RunStyle, top: float) -> Draw:
+    return lambda look: figures.remembrance_map(run, top=top, look=look, style=style)
 
 
 def _coverage(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     having = [(run, style) for run, style in styled if (section(run, "coverage") or {}).get("map")]
     if not having:
         return []
-    text = "How far each head’s state has left the range seen in training, in standard deviations; a dot marks a "
-    text += "significant shift. Orange lies above the range, blue below."
+    top, signed = max(largest_shift(run) for run, _ in having), any(has_negative(run) for run, _ in having)
     panels = [
-        Panel(f"coverage-{s.label}", _of_run(figures.coverage_map, r, s), s, tables.causal_table(r, s)) for r, s in having
+        Panel(f"coverage-{s.label}", _coverage_map(r, top, signed), s, tables.causal_table(r, s))
+        for r, s in having
     ]
-    return [Plate("coverage", "Coverage by layer and head", text, panels, tables.coverage_tables(having), wide=False)]
+    return [
+        Plate(
+            "coverage",
+            "Coverage by layer and head",
+            LOOK_FOR["coverage"],
+            panels,
+            tables.coverage_tables(having),
+            wide=False,
+        )
+    ]
+
+
+def _coverage_map(run: Run, top: float, signed: bool) -> Draw:
+    return lambda look: figures.coverage_map(run, top=top, signed=signed, look=look)
 
 
 def _tasks(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    names = dict.fromkeys(name for run, _ in styled for name, grid in (section(run, "tasks") or {}).items() if grid)
-    text = "Accuracy by length and by depth of the answer in the text; right of the dashed line the text is longer "
-    text += "than any in training. A flat loss is not yet a long memory: this is the test of it."
+    names = dict.fromkeys(
+        name for run, _ in styled for name, grid in (section(run, "tasks") or {}).items() if grid
+    )
     return [
-        Plate(f"task-{name}", name.replace("_", " ").capitalize(), text, [Panel(f"task-{name}", _task(runs, name))])
+        Plate(
+            f"task-{name}",
+            name.replace("_", " ").capitalize(),
+            LOOK_FOR["task"],
+            [Panel(f"task-{name}", _task(runs, name))],
+        )
         for name in names
     ]
 

@@ -28,7 +28,9 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
     if isinstance(runs, Mapping) or not all(isinstance(run, Mapping) for run in runs):
         raise LongrollError("A report is drawn from a list of runs: pass [run] for a single one.")
     if not runs:
-        raise LongrollError("A report needs at least one run: pass a file made by `longroll diagnose --json`.")
+        raise LongrollError(
+            "A report needs at least one run: pass a file made by `longroll diagnose --json`."
+        )
     named = [role_of(run) for run in runs]
     first = named.index("base") if "base" in named else 0
     rest = [i for i in range(len(runs)) if i != first]

@@ -1,12 +1,12 @@
 """Colours per role and the looks (web, phone, paper) a figure can be drawn in.
 
-One palette serves every medium: figures are drawn in the light hex values; on the page each of them becomes a
-CSS variable (`svg.py`), so a dark page recolours the same drawing. The run colours keep 4.5:1 contrast on their
+One palette serves every medium: figures are drawn in the light hex values; on the page each becomes a CSS
+variable (`svg.py`), so a dark page recolours the same drawing. The run colours keep 4.5:1 contrast on their
 ground, differ in lightness, and every repaired run has a dash of its own: the figures survive a grey printer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from longroll.report.runs import Run, labels, role_of
@@ -44,7 +44,7 @@ BELOW = Tone("below", "#0b66b1", "#63b1f1")  # the two ends of a diverging map; 
 ABOVE = Tone("above", "#b8470c", "#f58f56")
 TONES = (INK, MUTED, RULE, PAPER, *RUN_TONES.values(), *SPARE_TONES, BELOW, ABOVE)
 
-Dash = str | tuple[float, tuple[float, ...]]
+Dash = Any  # a line style of matplotlib: a name, or (offset, (on, off, ...))
 _DASHES: dict[str, Dash] = {
     "base": "solid",
     "none": (0, (1.2, 1.6)),
@@ -111,8 +111,7 @@ class Look:
     panels: int
     """Panels in all."""
     upright: bool = True
-    """Whether the name of the y axis stands upright above it, as on the web, or runs along it, as in print."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    """Whether the name of the y axis stands above it, as on the web, or runs along it, as in print."""
 
     @property
     def points(self) -> float:
@@ -120,8 +119,8 @@ class Look:
         return 72 * self.width
 
     @property
-    def rc(self) -> dict[str, Any]:
-        """Return the matplotlib settings of this medium."""
+    def rc(self) -> Any:  # matplotlib's own type for it changes from version to version
+        """The matplotlib settings of this medium."""
         return {
             "font.family": [self.family],
             "font.size": self.text,
@@ -160,21 +159,44 @@ class Look:
             "legend.frameon": False,
             "figure.constrained_layout.h_pad": 0.03,
             "figure.constrained_layout.w_pad": 0.03,
+            "figure.constrained_layout.wspace": 0.06,
+            "figure.constrained_layout.hspace": 0.05,
             "svg.fonttype": "none",  # text stays text: searchable, and set in the font of the page
             "svg.hashsalt": "longroll",  # ids that do not change from run to run
             "pdf.fonttype": 42,  # embedded TrueType, as conferences ask
             "ps.fonttype": 42,
-            **self.extra,
         }
 
 
-WEB = Look("web", 860 / 72, text=13, small=12.5, line=2, aspect=0.46, family="DejaVu Sans", columns=3, panels=6)
-PHONE = Look("phone", 350 / 72, text=12, small=11, line=1.8, aspect=0.8, family="DejaVu Sans", columns=2, panels=4)
+WEB = Look(
+    "web", 860 / 72, text=13, small=12.5, line=2, aspect=0.46, family="DejaVu Sans", columns=3, panels=6
+)
+PHONE = Look(
+    "phone", 350 / 72, text=12, small=11, line=1.8, aspect=0.8, family="DejaVu Sans", columns=2, panels=4
+)
 PAPER_COLUMN = Look(
-    "paper", 3.25, text=8, small=7, line=1.2, aspect=0.66, family="STIXGeneral", columns=2, panels=4, upright=False
+    "paper",
+    3.25,
+    text=8,
+    small=7,
+    line=1.2,
+    aspect=0.66,
+    family="STIXGeneral",
+    columns=2,
+    panels=4,
+    upright=False,
 )
 PAPER_PAGE = Look(
-    "paper-wide", 6.75, text=8, small=7, line=1.2, aspect=0.36, family="STIXGeneral", columns=3, panels=6, upright=False
+    "paper-wide",
+    6.75,
+    text=8,
+    small=7,
+    line=1.2,
+    aspect=0.36,
+    family="STIXGeneral",
+    columns=3,
+    panels=6,
+    upright=False,
 )
 
 

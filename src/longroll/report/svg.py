@@ -17,12 +17,12 @@ _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 def to_svg(fig: "Figure", *, prefix: str | None = None, description: str | None = None) -> str:
     """Return the figure as an `<svg>` element: no prolog, no date, colours as CSS variables, text as text.
 
-    The same figure always gives the same string. Colours fall back to the light palette where the page does not
-    define the variables.
+    The same figure always gives the same string. Colours fall back to the light palette where the page does
+    not define the variables.
 
     Args:
         fig: The figure.
-        prefix: Put before every id in the SVG; a page gives each figure its own. By default a hash of the drawing.
+        prefix: Put before every id in the SVG, another for each figure of a page; a hash by default.
         description: What a screen reader says.
     """
     import matplotlib
@@ -33,7 +33,9 @@ def to_svg(fig: "Figure", *, prefix: str | None = None, description: str | None 
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, flags=re.S)  # it would style the whole page
+    text = re.sub(
+        r"<style type=\"text/css\">.*?</style>", "", text, flags=re.S
+    )  # it would style the whole page
     text = re.sub(r"<defs>\s*</defs>\s*", "", text)
     text = _own_ids(text, prefix or "f" + hashlib.sha256(text.encode()).hexdigest()[:8])
     text = _page_fonts(text)

@@ -28,16 +28,21 @@ def curve_table(styled: Styled) -> Table:
     for column, (run, _) in enumerate(styled):
         curve = run["curve"]
         loss = numbers(curve["loss"])
-        low, high = (numbers(curve[n]) if curve.get(n) else np.full(loss.shape, np.nan) for n in ("low", "high"))
+        low, high = (
+            numbers(curve[n]) if curve.get(n) else np.full(loss.shape, np.nan) for n in ("low", "high")
+        )
         middle = numbers(curve["position"])
-        start, stop = (numbers(curve[n]) if curve.get(n) else middle + i for i, n in enumerate(("start", "stop")))
+        start, stop = (
+            numbers(curve[n]) if curve.get(n) else middle + i for i, n in enumerate(("start", "stop"))
+        )
         for i, value in enumerate(loss):
             text = units.nats(value)
             if np.isfinite(low[i]) and np.isfinite(high[i]):
                 text += f" [{units.nats(low[i])}, {units.nats(high[i])}]"
             found.setdefault((start[i], stop[i]), {})[column] = text
     rows = [
-        [units.span(*key), *(found[key].get(column, "–") for column in range(len(styled)))] for key in sorted(found)
+        [units.span(*key), *(found[key].get(column, units.MISSING) for column in range(len(styled)))]
+        for key in sorted(found)
     ]
     return Table("Loss in nats per token [95 % interval]", ["positions", *(s.label for _, s in styled)], rows)
 
@@ -49,7 +54,7 @@ def state_tables(styled: Styled) -> list[Table]:
         layers = run["states"]["layers"]
         columns = [numbers(layer.get("std")) for layer in layers]
         rows = [
-            [units.position(t), *(units.quantity(c[i]) if i < c.size else "–" for c in columns)]
+            [units.position(t), *(units.quantity(c[i]) if i < c.size else units.MISSING for c in columns)]
             for i, t in enumerate(numbers(run["states"]["position"]))
         ]
         head = ["position", *(f"layer {layer['layer']}" for layer in layers)]
@@ -64,7 +69,7 @@ def remembrance_tables(styled: Styled) -> list[Table]:
         found = run["remembrance"]
         mean = numbers(found["mean"]).reshape(len(found["starts"]), -1)
         rows = [
-            [units.position(s), *(units.share(v) or "–" for v in row)]
+            [units.position(s), *(units.share(v) or units.MISSING for v in row)]
             for s, row in zip(found["starts"], mean, strict=True)
         ]
         head = ["t", *(f"T = {units.position(e)}" for e in found["ends"])]
@@ -90,5 +95,9 @@ def causal_table(run: Run, style: RunStyle) -> Table | None:
     """What putting a head's state back into the training range recovers of the loss."""
     causal = (section(run, "coverage") or {}).get("causal") or []
     rows = [[str(c["what"]), f"{100 * numbers([c.get('recovered')])[0]:.0f} %"] for c in causal]
-    rows = [[what, "–" if "nan" in share else units.minus(share)] for what, share in rows]
-    return Table(f"{style.label}: damage undone by moving one head back", ["head", "recovered"], rows) if rows else None
+    rows = [[what, units.MISSING if "nan" in share else units.minus(share)] for what, share in rows]
+    return (
+        Table(f"{style.label}: damage undone by moving one head back", ["head", "recovered"], rows)
+        if rows
+        else None
+    )

@@ -11,6 +11,10 @@ UNITS = {
     "bits_per_byte": "bits per byte",
     "nats": "loss in nats per token",
 }
+DASH = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+MISSING = DASH
+
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -40,29 +44,31 @@ def position(value: float) -> str:
 
 def span(start: float, stop: float) -> str:
     """Write the half-open range [start, stop)."""
-    return position(start) if stop - start <= 1 else f"{position(start)}–{position(stop)}"
+    return position(start) if stop - start <= 1 else f"{position(start)}{DASH}{position(stop)}"
 
 
 def quantity(value: float) -> str:
     """Write a value to three significant digits, without exponents while it stays readable."""
     if not np.isfinite(value):
-        return "–"
+        return MISSING
     size = abs(value)
     if size >= 1e6:
         exponent = int(np.floor(np.log10(size)))
-        return f"{value / 10.0**exponent:.1f}×10{str(exponent).translate(_SUPERSCRIPT)}"
+        return f"{value / 10.0**exponent:.1f}{TIMES}10{str(exponent).translate(_SUPERSCRIPT)}"
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3
     return minus(f"{value:,.{digits}f}")
 
 
 def nats(value: float) -> str:
     """Write a loss in nats: two decimals."""
-    return minus(f"{value:.2f}") if np.isfinite(value) else "–"
+    return minus(f"{value:.2f}") if np.isfinite(value) else MISSING
 
 
 def difference(value: float) -> str:
     """Write a signed difference with a true minus sign."""
-    return minus(f"{value:+.2f}") if np.isfinite(value) else ""
+    if not np.isfinite(value):
+        return ""
+    return minus(f"{value:+.2f}") if round(abs(value), 2) else "0.00"
 
 
 def share(value: float) -> str:
@@ -70,7 +76,9 @@ def share(value: float) -> str:
     if not np.isfinite(value):
         return ""
     text = f"{value:.2f}"
-    return "1.0" if text == "1.00" else "0" if text in ("0.00", "-0.00") else minus(text.replace("0.", ".", 1))
+    return (
+        "1.0" if text == "1.00" else "0" if text in ("0.00", "-0.00") else minus(text.replace("0.", ".", 1))
+    )
 
 
 def tick(value: float) -> str:
@@ -78,7 +86,7 @@ def tick(value: float) -> str:
     if value >= 1e6:
         exponent = int(np.floor(np.log10(value) + 1e-9))
         lead = round(value / 10.0**exponent)
-        return ("" if lead == 1 else f"{lead}×") + "10" + str(exponent).translate(_SUPERSCRIPT)
+        return ("" if lead == 1 else f"{lead}{TIMES}") + "10" + str(exponent).translate(_SUPERSCRIPT)
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
     return minus(f"{value:.4g}")

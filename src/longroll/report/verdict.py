@@ -11,7 +11,7 @@ from longroll.report.style import RunStyle
 
 Styled = Sequence[tuple[Run, RunStyle]]
 
-NOTABLE = 0.01  # nats or bits; a smaller difference is not coloured
+NOTABLE = 0.02  # nats or bits; a smaller difference is not coloured
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,34 @@ class Level:
 
 def statements(styled: Styled) -> tuple[list[Statement], list[Statement]]:
     """Return the headline (the base, then the best other run) and the statements on all further runs."""
-    rest = sorted(styled[1:], key=lambda pair: _far(pair[0]))  # stable; NaN is put last by _far
-    best = [pair for pair in rest[:1]]
-    further = [pair for pair in styled[1:] if pair not in best]
-    return [_statement(*p) for p in (styled[0], *best)], [_statement(*p) for p in further]
+    said = [_statement(run, style) for run, style in styled]
+    if len(styled) == 1:
+        return said, []
+    best = _best(styled)
+    return [said[0], said[best]], [s for i, s in enumerate(said) if i not in (0, best)]
 
 
 def summary(styled: Styled) -> str:
-    """Say in one sentence what the best repair gains far out and what it costs in range; "" for a single run."""
+    """Say what the best repair gains far out and what it costs in range; nothing for a single run."""
     if len(styled) < 2 or common_unit([run for run, _ in styled]) != "perplexity":
         return ""
-    base, (best, style) = styled[0][0], min(styled[1:], key=lambda pair: _far(pair[0]))
+    base, (best, style) = styled[0][0], styled[_best(styled)]
     values = [number(_levels(run).get(key)) for key in ("far", "in_range") for run in (base, best)]
     if not np.isfinite(values).all():
         return ""
-    far_base, far_best, in_base, in_best = (units.quantity(float(units.convert(v, "perplexity"))) for v in values)
+    far_base, far_best, in_base, in_best = (
+        units.quantity(float(units.convert(v, "perplexity"))) for v in values
+    )
     far = _where("far", base)
     at = f"At positions {far}" if far else "In the last octave"
-    return f"{at} {style.label} takes perplexity from {far_base} to {far_best}; in range, from {in_base} to {in_best}."
+    return (
+        f"{at}, {style.label} takes perplexity from {far_base} to {far_best}; "
+        f"in range, from {in_base} to {in_best}."
+    )
 
 
 def levels(styled: Styled) -> list[Level]:
-    """Make the rows of the table: in range, then each multiple of the training length, then the last octave."""
+    """Make the rows of the table: in range, each multiple of the training length, the last octave."""
     keys = {key for run, _ in styled for key in _levels(run)}
     unit = common_unit([run for run, _ in styled])
     unit = "nats" if unit == "perplexity" else unit
@@ -74,7 +80,7 @@ def levels(styled: Styled) -> list[Level]:
     for key in sorted(keys, key=_order):
         base = _value(styled[0][0], key, unit)
         cells = [_cell(run, key, unit, None if i == 0 else base) for i, (run, _) in enumerate(styled)]
-        name = {"in_range": "In range", "far": "Far"}.get(key, key.replace("x", "×"))
+        name = {"in_range": "In range", "far": "Far"}.get(key, key.replace("x", units.TIMES))
         rows.append(Level(name, _where(key, styled[0][0]) if same else "", cells))
     return rows
 
@@ -95,8 +101,12 @@ def _statement(run: Run, style: RunStyle) -> Statement:
 def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
     value = _value(run, key, unit)
     if not np.isfinite(value):
-        return Cell("–", "", "", "")
-    perplexity = units.quantity(float(units.convert(number(_levels(run)[key]), "perplexity"))) if unit == "nats" else ""
+        return Cell(units.MISSING, "", "", "")
+    perplexity = (
+        units.quantity(float(units.convert(number(_levels(run)[key]), "perplexity")))
+        if unit == "nats"
+        else ""
+    )
     if base is None or not np.isfinite(base):
         return Cell(units.nats(value), perplexity, "", "")
     gain = value - base
@@ -110,6 +120,11 @@ def _levels(run: Run) -> dict[str, float | None]:
 
 def _value(run: Run, key: str, unit: str) -> float:
     return float(units.convert(number(_levels(run).get(key)), unit, run.get("bytes_per_token")))
+
+
+def _best(styled: Styled) -> int:
+    """Find the run, the base apart, with the least loss far out; a run without that number comes last."""
+    return min(range(1, len(styled)), key=lambda i: _far(styled[i][0]))
 
 
 def _far(run: Run) -> float:
@@ -132,4 +147,10 @@ def _where(key: str, run: Run) -> str:
         return units.span(last / 2, last) if np.isfinite(last) else ""
     if not np.isfinite(train):
         return ""
-    return f"to {units.position(train)}" if key == "in_range" else units.position(factor * train) if factor < 1e9 else ""
+    return (
+        f"to {units.position(train)}"
+        if key == "in_range"
+        else units.position(factor * train)
+        if factor < 1e9
+        else ""
+    )

@@ -26,8 +26,11 @@ def legend(fig: "Figure", styles: Sequence[RunStyle], look: Look) -> None:
 
     handles = [Line2D([], [], color=s.color, linestyle=s.dash, linewidth=look.line) for s in styles]
     names = [f"\u200b{s.label}" if s.label.startswith("_") else s.label for s in styles]  # "_" hides an entry
-    widths = [_width(fig, name, look) + 4.2 * look.text for name in names]
-    columns = max(1, min(len(names), int(0.97 * look.points / max(widths))))
+    widths = [_width(fig, name, look) + 4.8 * look.text for name in names]
+    columns = len(names)
+    if sum(widths) > 0.97 * look.points:
+        most = max(1, min(len(names), int(0.97 * look.points / max(widths))))
+        columns = -(-len(names) // -(-len(names) // most))  # rows of equal length
     fig.legend(
         handles,
         names,

@@ -1,4 +1,4 @@
-"""Coverage: how far the states past the training length lie from those seen in training, by layer and head."""
+"""Coverage: how far the states past the training length lie from those of training, by layer and head."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +9,22 @@ from longroll.report.figures._axes import finite_range
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._tiles import ink_on, scale_key, tiles
 from longroll.report.runs import Run, numbers
-from longroll.report.style import ABOVE, BELOW, WEB, Look, RunStyle
+from longroll.report.style import ABOVE, BELOW, MUTED, WEB, Look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def coverage_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None) -> "Figure":
+def coverage_map(
+    run: Run, *, top: float | None = None, signed: bool | None = None, look: Look = WEB
+) -> "Figure":
     """Draw the standardised shift of every head as a tile; a dot marks a shift that is significant.
 
-    The tones mean above and below the range seen in training, so `style`, the run's own, is not used.
+    Args:
+        run: A diagnosis with a coverage section.
+        top: The shift that gets the full tone, one for all runs to be compared; by default the largest.
+        signed: Whether the scale runs both ways; by default when the run has negative shifts.
+        look: The medium.
     """
     found = run["coverage"]
     values = numbers(found["map"])  # (layers, heads)
@@ -26,9 +32,8 @@ def coverage_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None) -
     mark = numbers(found["significant"]).reshape(len(values), -1) == 1 if found.get("significant") else None
     names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
     rows, columns = values.shape
-    low, high = finite_range([values])
-    top = max(abs(low), abs(high), 1e-9)
-    below = BELOW if low < 0 else None
+    top = top or largest_shift(run)
+    below = BELOW if (has_negative(run) if signed is None else signed) else None
     side = min(0.88 * look.points / max(columns, 1), 2.4 * look.text)
     height = rows * max(min(side, 2 * look.text), 5) + 6 * look.text
     with canvas(look, max(height, 9 * look.text)) as fig:
@@ -36,18 +41,29 @@ def coverage_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None) -
         tiles(ax, values, ABOVE, top, below)
         if mark is not None:
             for row, column in np.argwhere(mark & np.isfinite(values)):
-                color = ink_on(values[row, column], top)
-                ax.plot(column + 0.5, row + 0.5, "o", color=color, markersize=max(0.16 * side, 1.2), markeredgewidth=0)
+                color = ink_on(values[row, column], top, ABOVE if values[row, column] >= 0 else BELOW)
+                size = max(0.16 * side, 1.2)
+                ax.plot(column + 0.5, row + 0.5, "o", color=color, markersize=size, markeredgewidth=0)
         _count(ax.set_xticks, [str(i) for i in range(columns)], 0.86 * look.points, 2.4 * look.small)
         _count(ax.set_yticks, names, height - 6 * look.text, 1.25 * look.small)
         ax.set_xlabel("head")
         if look.upright:
-            ax.set_title("layer", loc="left", pad=0.7 * look.text, color=ax.xaxis.label.get_color())
+            ax.set_title("layer", loc="left", pad=0.7 * look.text, color=MUTED.light)
         else:
             ax.set_ylabel("layer")
             ax.set_title(" ", pad=0.7 * look.text)  # keeps the strip for the key
         scale_key(ax, ABOVE, units.minus(f"-{_short(top)}") if below else "0", _short(top), look, below)
     return fig
+
+
+def largest_shift(run: Run) -> float:
+    """Return the largest standardised shift of a run, in either direction."""
+    return max(*(abs(v) for v in finite_range([numbers(run["coverage"]["map"])])), 1e-9)
+
+
+def has_negative(run: Run) -> bool:
+    """Say whether some head of a run lies below the range seen in training."""
+    return finite_range([numbers(run["coverage"]["map"])])[0] < 0
 
 
 def layer_name(layer: Any) -> str:

@@ -34,7 +34,9 @@ def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look
     first = max(1.0, train[0] / 16) if train else 1.0
     with canvas(look, look.aspect * look.points) as fig:
         ax = fig.add_subplot()
-        shown, ends, last = [], [], 2 * first
+        shown: list[np.ndarray] = []
+        ends: list[tuple[float, float]] = []
+        last = 2 * first
         for run, style in reversed(drawn):  # the base last: on top
             x, y, low, high = _curve(run, unit, first)
             zorder = 3 if style.role == "base" else 2.5
@@ -48,7 +50,7 @@ def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look
         least, most = finite_range(shown)
         value_axis(ax, least, most, log=most > 6 * least)
         position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
-        for run, style in drawn:
+        for run, style in reversed(drawn):
             _ring(ax, run, unit, first, style.color, look)
         training_edge(ax, train, look)
         name_axes(ax, "position in tokens", units.UNITS[unit], look)

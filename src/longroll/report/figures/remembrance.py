@@ -12,12 +12,12 @@ from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
 from longroll.report.figures._tiles import ink_on, scale_key, tiles
 from longroll.report.runs import Run, numbers, ordered, section
-from longroll.report.style import WEB, Look, RunStyle, run_styles
+from longroll.report.style import MUTED, WEB, Look, RunStyle, run_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DISTANCES = {"tv": "total variation", "js": "Jensen–Shannon", "kl": "KL divergence"}
+DISTANCES = {"tv": "total variation", "js": "Jensen-Shannon", "kl": "KL divergence"}
 
 
 def common_ends(runs: Sequence[Run]) -> list[int]:
@@ -43,7 +43,8 @@ def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Loo
     drawn = [(run, s) for run, s in zip(runs, run_styles(runs), strict=True) if section(run, "remembrance")]
     with canvas(look, look.aspect * look.points) as fig:
         ax = fig.add_subplot()
-        ends, shown = [], []
+        ends: list[tuple[float, float]] = []
+        shown: list[np.ndarray] = []
         for run, style in reversed(drawn):
             x, y, low, high = _curve(run, end)
             zorder = 3 if style.role == "base" else 2.5
@@ -65,15 +66,24 @@ def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Loo
     return fig
 
 
-def remembrance_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None) -> "Figure":
-    """Draw effective remembrance for every start t (columns) and end T (rows) of one run."""
+def remembrance_map(
+    run: Run, *, top: float | None = None, look: Look = WEB, style: RunStyle | None = None
+) -> "Figure":
+    """Draw effective remembrance for every start t (columns) and end T (rows) of one run.
+
+    Args:
+        run: A diagnosis with a remembrance section.
+        top: The value that gets the full tone, one for all runs to be compared; by default the largest.
+        look: The medium.
+        style: The run's style among others; by default that of a base.
+    """
     style = style or run_styles([run])[0]
     found = run["remembrance"]
     starts, ends = [int(s) for s in found["starts"]], [int(e) for e in found["ends"]]
     values = numbers(found["mean"]).reshape(len(starts), -1).T  # (ends, starts): T runs down the page
     cell = min(0.88 * look.points / max(len(starts), 1), 3 * look.text)
     height = max(len(ends) * max(0.8 * cell, 1.7 * look.text), 4 * look.text) + 5.2 * look.text
-    top = max(finite_range([values])[1], 0.1)
+    top = top or largest_remembrance(run)
     with canvas(look, height) as fig:
         ax = fig.add_subplot()
         tiles(ax, values, style.tone, top)
@@ -84,7 +94,7 @@ def remembrance_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None
         ax.set_yticks([i + 0.5 for i in range(len(ends))], [units.position(e) for e in ends])
         ax.set_xlabel("t, the first token kept")
         if look.upright:
-            ax.set_title("T, the token predicted", loc="left", pad=0.7 * look.text, color=ax.xaxis.label.get_color())
+            ax.set_title("T, the token predicted", loc="left", pad=0.7 * look.text, color=MUTED.light)
         else:
             ax.set_ylabel("T")
             ax.set_title(" ", pad=0.7 * look.text)  # keeps the strip for the key
@@ -92,11 +102,16 @@ def remembrance_map(run: Run, *, look: Look = WEB, style: RunStyle | None = None
             for (row, column), value in np.ndenumerate(values):
                 ax.text(
                     column + 0.5, row + 0.5, units.share(value), ha="center", va="center",
-                    fontsize=0.92 * look.small, color=ink_on(value, top),
+                    fontsize=0.92 * look.small, color=ink_on(value, top, style.tone),
                 )  # fmt: skip
         else:
             scale_key(ax, style.tone, "0", units.share(top), look)
     return fig
+
+
+def largest_remembrance(run: Run) -> float:
+    """Return the largest effective remembrance of a run; at least 0.1, so that noise stays pale."""
+    return max(finite_range([numbers(run["remembrance"]["mean"])])[1], 0.1)
 
 
 def _curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 def state_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
     """Draw the standard deviation of the state over position, a panel a layer, a curve a run.
 
-    A model with more layers than the medium has panels shows some at even distances, first and last among them.
+    A model with more layers than the medium has panels shows some at even distances.
     """
     runs = ordered(runs)
-    drawn = [(run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "states")]
+    drawn = [
+        (run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "states")
+    ]
     layers = sorted({int(layer["layer"]) for run, _ in drawn for layer in run["states"]["layers"]})
     layers = [layers[i] for i in even(len(layers), look.panels)]
     columns = min(look.columns, max(len(layers), 1)) if len(layers) != 4 else 2
@@ -42,7 +44,9 @@ def state_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
                     continue
                 x, y = numbers(run["states"]["position"]), numbers(found.get("std"))
                 x, y = x[: y.size][x[: y.size] >= warm], y[x[: y.size] >= warm]
-                ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=3 if style.role == "base" else 2.5)
+                ax.plot(
+                    x, y, color=style.color, linestyle=style.dash, zorder=3 if style.role == "base" else 2.5
+                )
                 shown.append(y)
                 first, last = min(first, *x[:1]), max(last, *x[-1:])
             value_axis(ax, *finite_range(shown), log=wide, most=5, zero=True)

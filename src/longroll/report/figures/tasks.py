@@ -42,11 +42,16 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
         axes = fig.subplots(down, across, squeeze=False).ravel()
         for ax in axes[len(drawn) :]:
             ax.remove()
-        for i, ((run, style), (lengths, depths, values), ax) in enumerate(zip(drawn, grids, axes, strict=False)):
+        for i, ((run, style), (lengths, depths, values), ax) in enumerate(
+            zip(drawn, grids, axes, strict=False)
+        ):
             tiles(ax, values, style.tone, 1.0)
             ax.set_title(style.label, loc="left", color=style.color, pad=0.55 * look.text)
             every = max(1, int(np.ceil(3.3 * look.small / cell)))
-            ax.set_xticks([k + 0.5 for k in range(0, len(lengths), every)], [units.position(n) for n in lengths[::every]])
+            ax.set_xticks(
+                [k + 0.5 for k in range(0, len(lengths), every)],
+                [units.position(n) for n in lengths[::every]],
+            )
             ax.set_yticks([k + 0.5 for k in range(len(depths))], depths)
             if i >= len(drawn) - across:
                 ax.set_xlabel("length in tokens")
@@ -56,7 +61,7 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
                 for (r, c), value in np.ndenumerate(values):
                     ax.text(
                         c + 0.5, r + 0.5, units.share(value), ha="center", va="center",
-                        fontsize=0.92 * look.small, color=ink_on(value, 1.0),
+                        fontsize=0.92 * look.small, color=ink_on(value, 1.0, style.tone),
                     )  # fmt: skip
             trained = sum(n <= run["train_length"] for n in lengths) if run.get("train_length") else 0
             if 0 < trained < len(lengths):

@@ -1,0 +1,197 @@
+import json
+import math
+import re
+
+import pytest
+from conftest import Markup
+from synthetic import KINDS, run, runs
+
+from longroll.errors import LongrollError
+from longroll.report import render, write_report
+
+SECTIONS = ("curve", "levels", "states", "remembrance", "coverage", "tasks", "provenance")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render(runs("base", "state passing"))
+
+
+def headings(page):
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+def test_page_is_balanced_and_its_ids_are_unique(page):
+    markup = Markup(page)
+    assert len(markup.ids) == len(set(markup.ids)) > 0
+    assert markup.tags.count("h1") == 1
+
+
+def test_page_fetches_nothing(page):
+    assert all(link.startswith("#") for link in Markup(page).links)
+    assert "@import" not in page
+    assert "<script" not in page
+    assert set(re.findall(r"url\(([^)]*)\)", page)) == {m for m in re.findall(r"url\((#[^)]*)\)", page)}
+    assert set(re.findall(r"https?://[^\s\"'<>]+", page)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, no fetch
+
+
+def test_every_reference_inside_the_page_is_there(page):
+    ids = set(Markup(page).ids)
+    assert set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", page)) <= ids
+
+
+def test_same_runs_same_page(page):
+    assert render(runs("base", "state passing")) == page
+
+
+def test_verdict_comes_first_base_then_repair(page):
+    body = page[page.index("<body>") :]
+    assert body.index("Breaks at t") < body.index("Holds to 16k") < body.index("<table")
+    assert "state passing takes perplexity from 47.3 to 4.36" in body
+
+
+def test_all_sections_in_order(page):
+    assert headings(page) == [
+        "Loss by length",
+        "Perplexity by position",
+        "The state over position",
+        "Effective remembrance",
+        "Remembrance at every length",
+        "Coverage by layer and head",
+        "Passkey",
+        "How this was made",
+    ]
+    assert "longroll diagnose /models/mamba2-tiny-base --train-length 128" in page
+    assert "torch 2.9.0" in page
+
+
+def test_levels_show_the_price_and_the_gain(page):
+    assert re.search(r'class="worse">\+0\.22<', page)
+    assert re.search(r'class="better">−2\.38<', page)  # noqa: RUF001
+
+
+@pytest.mark.parametrize("missing", SECTIONS)
+@pytest.mark.parametrize("how", ["null", "absent"])
+def test_missing_section_is_left_out(missing, how):
+    pair = runs("base", "tbptt")
+    for one in pair:
+        one[missing] = None
+        if how == "absent":
+            del one[missing]
+    Markup(render(pair))
+
+
+def test_a_bare_verdict_is_a_page():
+    bare = {"kind": "diagnosis", "label": "base", "verdict": "fades"}
+    page = render([bare])
+    Markup(page)
+    assert "Fades past its training length." in page
+    assert headings(page) == ["How this was made"]
+
+
+def test_section_held_by_only_one_run():
+    Markup(render([run("base", tasks=None, coverage=None), run("tbptt", states=None, remembrance=None)]))
+
+
+def test_one_run_has_no_comparison():
+    page = render([run("base")])
+    Markup(page)
+    assert "with the difference to" not in page
+    assert 'class="compared"' not in page
+
+
+def test_runs_are_ordered_base_first():
+    page = render(runs("tbptt", "state passing", "fitted noise", "random noise", "none", "base"))
+    Markup(page)
+    head = page[page.index("<thead>") : page.index("</thead>")]
+    assert re.findall(r'class="run"[^>]*>([^<]+)<', head) == list(KINDS)
+
+
+def test_runs_with_the_same_label_or_equal_contents_stay_apart():
+    page = render([run("base"), run("sp"), run("sp"), run("sp")])
+    Markup(page)
+    assert "sp (2)" in page
+    assert "sp (3)" in page
+
+
+def test_null_nan_and_infinity_are_drawn_around():
+    broken = run("base")
+    for name in ("loss", "low", "high"):
+        broken["curve"][name][-6:] = [None, math.nan, math.inf, 800.0, None, None]
+    broken["levels"] |= {"64x": None, "far": math.nan}
+    broken["states"]["layers"][0]["std"][-3:] = [math.inf, None, math.nan]
+    broken["coverage"]["map"][0][0] = None
+    broken["tasks"]["passkey"]["accuracy"][0][0] = None
+    broken["remembrance"]["mean"][3][0] = None
+    page = render([broken, run("state passing")])
+    Markup(page)
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r"<[^>]*>", "", page[page.index("<body>") :]), re.I)
+
+
+def test_all_values_missing():
+    empty = run("base")
+    empty["curve"] |= {name: [None] * len(empty["curve"]["loss"]) for name in ("loss", "low", "high")}
+    empty["levels"] = dict.fromkeys(empty["levels"])
+    Markup(render([empty]))
+
+
+def test_labels_are_text_not_markup():
+    evil = "<script>alert(1)</script>"
+    page = render(
+        [run("base"), run("sp", label=evil, model=f'"{evil}', sentence=f"{evil} & holds")], title=evil
+    )
+    Markup(page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("label", ["$x_1$ & co", "_hidden", "a\nb", "x" * 200, "", None, "状态"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_odd_labels(label):
+    Markup(render([run("base"), run("sp", label=label)]))
+
+
+def test_runs_survive_json():
+    pair = runs("base", "fitted noise")
+    assert render(json.loads(json.dumps(pair))) == render(pair)
+
+
+def test_different_tokens_compare_in_bits_per_byte():
+    page = render([run("base"), run("sp", bytes_per_token=4.2)])
+    assert "Bits per byte by position" in headings(page)
+    assert "Mean loss in bits per byte" in page
+
+
+def test_different_training_lengths():
+    Markup(render([run("base"), run("longer", train_length=512)]))
+
+
+def test_many_layers():
+    Markup(render([run("base", layers=48, heads=24)]))
+
+
+@pytest.mark.parametrize("nothing", [[], {}, [1]])
+def test_no_runs_is_said_clearly(nothing):
+    with pytest.raises(LongrollError, match="run"):
+        render(nothing)
+
+
+def test_write_report_replaces_whole(tmp_path, page):
+    path = tmp_path / "new" / "report.html"
+    assert write_report(runs("base", "state passing"), path) == path
+    write_report(runs("base", "state passing"), path)
+    assert path.read_text("utf-8") == page
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    assert path.stat().st_mode & 0o444
+
+
+def test_unwritable_path_is_said_clearly(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LongrollError, match=r"Cannot write .*report\.html"):
+        write_report([run("base")], tmp_path / "file" / "report.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(LongrollError, match="Cannot write"):
+        write_report([run("base")], tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]  # no temporary file is left
