@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,3 +81,13 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], axes: 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Convert a tensor that may be absent."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def room_for(*tensors: Tensor | None) -> Any:
+    """Return uninitialised contiguous gradients, one for each tensor; None for an absent one."""
+    return tuple(None if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+def zeros_for(*tensors: Tensor | None) -> Any:
+    """Return zero gradients, one for each tensor; None for an absent one."""
+    return tuple(None if t is None else t.new_zeros(t.shape) for t in tensors)

@@ -1,9 +1,9 @@
 """Mamba-1's selective scan with an initial state, in plain PyTorch, linear in time and memory.
 
 A span of time is cut into blocks. All blocks step together through their own time, from a zero state, to find
-what each adds to the state; a short loop carries the true state over the block starts; a second walk starts from
-those. (One block needs no first walk.) The (time, N, D) states of one span only exist at once: backward keeps the
-block starts and walks again. Every exponential is of `dt * A <= 0`: nothing overflows however fast a state decays.
+what each adds to the state; a short loop carries the true state over the block starts; a second walk starts
+from those. (A lone block needs no first walk.) The (time, N, D) states of one span only exist at once:
+backward keeps the block starts and walks again. Every exponential is of `dt * A <= 0`: nothing overflows.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,10 @@ from longroll.ops._common import (
     check_shape,
     needs_graph,
     no_autocast,
+    room_for,
     spans,
     state_dtype,
+    zeros_for,
 )
 
 
@@ -39,8 +41,8 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba-1: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t`, `y_t = h_t C_t + D x_t`, gated by z.
 
-    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic
-    is float32 (float64 when an input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         x: inputs, (B, T, D), T >= 1.
@@ -95,9 +97,9 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
 
 
 def _plan(x: Tensor, order: int) -> list[Span]:
-    """Choose spans whose (time, B, N, D) work space stays in the last-level cache (CPU) or fills the device (GPU).
+    """Choose spans whose (time, B, N, D) work space stays in a CPU's last-level cache or fills a GPU.
 
-    One state of 24k numbers is enough to keep a CPU busy step by step; smaller ones go several blocks at a time.
+    One state of 24k numbers keeps a CPU busy step by step; smaller ones go several blocks at a time.
     """
     batch, time, width = x.shape
     step = batch * width * order  # numbers in one state
@@ -122,7 +124,7 @@ def _place(target: Tensor, span: Span) -> Tensor:
 
 
 def _over_channels(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Sum (..., N, D) times (..., D) over D. Written as row times transpose: ten times the other way round."""
+    """Sum (..., N, D) times (..., D) over D, as row times transpose: ten times as fast as the other way."""
     flat = h.flatten(0, 2)
     torch.bmm(weight.reshape(-1, 1, h.shape[-1]), flat.mT, out=out.view(-1, 1, h.shape[-2]))
     return out
@@ -234,8 +236,8 @@ class _Scan(torch.autograd.Function):
 
 def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> tuple[Tensor | None, ...]:
     scratch, dtype = Scratch(rates), rates.dtype
-    dx, ddt, dB, dC, dz = (None if t is None else torch.empty_like(t) for t in (x, dt, B, C, z))
-    drates, dD, ddt_bias = (None if t is None else torch.zeros_like(t) for t in (rates, D, dt_bias))
+    dx, ddt, dB, dC, dz = room_for(x, dt, B, C, z)
+    drates, dD, ddt_bias = zeros_for(rates, D, dt_bias)
     dstate = rates.new_zeros(x.shape[0], *rates.shape) if dfinal is None else dfinal
     dy = torch.zeros_like(x) if dy is None else dy
     for span, starts in zip(reversed(_plan(x, rates.shape[0])), reversed(keep), strict=True):

@@ -1,9 +1,9 @@
 """Mamba-2's recurrence (state space duality) in chunks, with an initial state, in plain PyTorch.
 
-Inside a chunk the recurrence is a masked attention, `(C B^T * decay) (dt x)`: matrix products. Between chunks the
-state moves by a short loop. Backward keeps the states at the chunk starts and recomputes the rest, a few chunks
-at a time. Decays are exponentials of differences of running sums; these are summed in float64 and subtracted as
-float32 pairs, so that a strong decay early in a chunk costs the later ones no digits.
+Inside a chunk the recurrence is a masked attention, `(C B^T * decay) (dt x)`: matrix products. Between chunks
+the state moves by a short loop. Backward keeps the states at the chunk starts and recomputes the rest, a few
+chunks at a time. Decays are exponentials of differences of running sums; these are summed in float64 and
+subtracted as float32 pairs, so that a strong decay early in a chunk costs the later ones no digits.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,10 @@ from longroll.ops._common import (
     check_shape,
     needs_graph,
     no_autocast,
+    room_for,
     spans,
     state_dtype,
+    zeros_for,
 )
 
 NO_LIMIT = (0.0, float("inf"))
@@ -43,8 +45,8 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba-2: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`, gated by z.
 
-    Gradients flow into every tensor argument and from both outputs; double backward is not supported. Arithmetic
-    is float32 (float64 when an input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         x: inputs, (B, T, H, P), T >= 1.
@@ -72,7 +74,7 @@ def ssd(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     dtype = state_dtype(*inputs)
-    options = _Options(dt_softplus, tuple(dt_limit), output_final_state, _plan(x, chunk_size))
+    options = _Options(dt_softplus, (dt_limit[0], dt_limit[1]), output_final_state, _plan(x, chunk_size))
     state = None if initial_state is None else _state_in(initial_state.to(dtype), B.shape[2])
     arguments = (x, dt, A.to(dtype), B, C, cast(D, dtype), z, cast(dt_bias, dtype), state, options)
     if needs_graph(*inputs):
@@ -113,8 +115,8 @@ class _Options(NamedTuple):
 def _plan(x: Tensor, chunk_size: int | None) -> tuple[Span, ...]:
     """Choose chunks, and how many of them are in work at once, by the size of their (q, q) decay matrices.
 
-    Measured on 2 CPU cores with 24 heads of 64 and with 4: 64 steps a chunk are fastest, but one chunk of up to
-    128 beats two, since it has no state to pass on.
+    Measured on 2 CPU cores with 24 heads of 64 and with 4: 64 steps a chunk are fastest, but one chunk of up
+    to 128 beats two, since it has no state to pass on.
     """
     batch, time, heads, _ = x.shape
     length = chunk_size or (time if time <= 128 else 64)
@@ -175,7 +177,7 @@ def _load(x, dt, A, B, C, dt_bias, options: _Options, span: Span, scratch: Scrat
 
 
 def _decays(log_steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """From each step's log decay (..., q): decays arriving at, leaving from and between (row, column) steps."""
+    """From the log decay of each step (..., q): decays up to, after and between (row, column) steps."""
     exact = log_steps.double().cumsum(-1)
     total = exact.to(log_steps.dtype)
     decay = torch.sub(
@@ -276,8 +278,8 @@ class _SSD(torch.autograd.Function):
 def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep, dy, dfinal):
     scratch, groups, dtype = Scratch(A), B.shape[2], A.dtype
     per_head = (groups, -1, 1)
-    dx, ddt, dB, dC, dz = (None if t is None else torch.empty_like(t) for t in (x, dt, B, C, z))
-    dA, dD, ddt_bias = (None if t is None else torch.zeros_like(t) for t in (A, D, dt_bias))
+    dx, ddt, dB, dC, dz = room_for(x, dt, B, C, z)
+    dA, dD, ddt_bias = zeros_for(A, D, dt_bias)
     dstate = dfinal
     dy = torch.zeros_like(x) if dy is None else dy
     for span, starts in zip(reversed(options.plan), reversed(keep), strict=True):
@@ -292,7 +294,7 @@ def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep,
 
         ddtx, dB_, dC_, dlog = _within(chunks, dy_, scratch)
         from_start = None
-        if starts is not None:
+        if starts is not None and read is not None:
             dread = _by_step(dy_, chunks.arriving, "dread", scratch)
             dC_ += _product(dread, starts.mT, "narrow", scratch)
             from_start = _product(chunks.C.mT, dread, "from_start", scratch)  # (B, c, g, n, r p)
@@ -349,7 +351,7 @@ def _sum_from(value: Tensor) -> Tensor:
     return value.double().flip(-1).cumsum(-1).flip(-1).to(value.dtype)
 
 
-def _carry_back(chunks: _Chunks, dstate: Tensor | None, from_start: Tensor | None, want_first: bool):
+def _carry_back(chunks: _Chunks, dstate, from_start, want_first: bool) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the chunks' end states, (B, c, g, n, r p), and of the state before them; None is zero.
 
     `dstate` is the gradient of the state after the span, `from_start` that of each start state through y.
