@@ -1,1 +1,67 @@
-"""longroll: recurrent language models past their training length."""
+"""longroll: recurrent language models past their training length. The public names, loaded when used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longroll import ops
+    from longroll.errors import LongrollError
+    from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
+    from longroll.measure.diagnose import Diagnosis, diagnose
+    from longroll.measure.position_loss import PositionLoss, position_loss
+    from longroll.measure.state_statistics import state_statistics
+    from longroll.model import RecurrentLM, load
+    from longroll.state import RecurrentState, StateKey
+    from longroll.training.posttrain import PosttrainOptions, posttrain
+    from longroll.training.trainer import InitialStateTrainer
+
+_HOME = {
+    "LongrollError": "errors",
+    "load": "model",
+    "RecurrentLM": "model",
+    "RecurrentState": "state",
+    "StateKey": "state",
+    "Diagnosis": "measure",
+    "PositionLoss": "measure",
+    "diagnose": "measure",
+    "position_loss": "measure",
+    "state_statistics": "measure",
+    "Intervention": "interventions",
+    "RandomNoise": "interventions",
+    "FittedNoise": "interventions",
+    "StatePassing": "interventions",
+    "TBPTT": "interventions",
+    "InitialStateTrainer": "training",
+    "PosttrainOptions": "training",
+    "posttrain": "training",
+}
+
+__all__ = [
+    "TBPTT",
+    "Diagnosis",
+    "FittedNoise",
+    "InitialStateTrainer",
+    "Intervention",
+    "LongrollError",
+    "PositionLoss",
+    "PosttrainOptions",
+    "RandomNoise",
+    "RecurrentLM",
+    "RecurrentState",
+    "StateKey",
+    "StatePassing",
+    "diagnose",
+    "load",
+    "ops",
+    "position_loss",
+    "posttrain",
+    "state_statistics",
+]
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return import_module("longroll.ops")
+    if name in _HOME:
+        return getattr(import_module(f"longroll.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'longroll' has no attribute {name!r}")

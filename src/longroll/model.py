@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ class RecurrentLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids at or above it are outside the vocabulary."""
-        return self.model.get_input_embeddings().num_embeddings
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
+        return weight.shape[0]
 
     @property
     def train_length(self) -> int | None:
@@ -184,7 +186,7 @@ def load(
     else:
         family_of(config.get("model_type"))
         model = _load_transformers(source, dtype, trust_remote_code)
-    lm = RecurrentLM(model.to(device), name=name).eval()
+    lm = RecurrentLM(model, name=name).to(device).eval()
     lm.self_check()
     return lm
 
@@ -229,11 +231,12 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
 
 def _load_transformers(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as error:  # every way in which a checkpoint can be broken comes up here
         raise LongrollError(f"{source} cannot be loaded: {error}") from error
+    model, info = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             keys = sorted(map(str, info[problem]))

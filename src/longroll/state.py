@@ -100,9 +100,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
 
     def norms(self) -> dict[StateKey, Tensor]:
         """Euclidean norm of each row of each floating tensor, (B,) each."""
-        return {
-            key: t.float().flatten(1).norm(dim=1) for key, t in self.items() if t.is_floating_point()
-        }
+        return {key: t.float().flatten(1).norm(dim=1) for key, t in self.items() if t.is_floating_point()}
 
     def named(self) -> dict[str, Tensor]:
         """The tensors under string names, as `safetensors` and state dicts want them."""

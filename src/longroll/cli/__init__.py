@@ -1,0 +1,35 @@
+"""The command line: a table of command -> function, one file each."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from longroll.cli import diagnose, doctor, evaluate, posttrain, quickstart, report
+from longroll.errors import LongrollError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keep recurrent language models working far past the length they were trained on.",
+)
+app.command("quickstart")(quickstart.quickstart)
+app.command("diagnose")(diagnose.diagnose)
+app.command("posttrain")(posttrain.posttrain)
+app.add_typer(evaluate.app, name="evaluate")
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run a command; a problem the user can mend is one line, not a traceback."""
+    try:
+        app()
+    except LongrollError as error:
+        sys.stderr.write(f"longroll: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
+        raise SystemExit(130) from None

@@ -69,7 +69,12 @@ class StateCache(DynamicCache):
         return None
 
     def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_,
     ) -> Tensor:
         """Prepend the initial tail (batch, channels, conv_kernel_size) to new inputs; keep the new tail."""
         width = conv_kernel_size or conv_states.shape[-1]

@@ -44,7 +44,7 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise LongrollError(
-            f"{weights_file} does not fit its config.json: missing {missing[:3]}, unexpected {unexpected[:3]}."
+            f"{weights_file} does not fit its config.json: missing {missing[:3]}, extra {unexpected[:3]}."
         )
     return model.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
 

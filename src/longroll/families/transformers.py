@@ -42,7 +42,8 @@ class Family:
             own_recurrence(_modeling(model))
         for module in model.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
-                module._can_checkpoint_with_cache = True  # StateCache is idempotent under recompute
+                # StateCache is idempotent: a recompute reads what the forward read
+                module._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
     def inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
         """Forward arguments that start from `state`; their `cache_argument` holds the cache."""

@@ -1,0 +1,71 @@
+"""Where progress and tables go: progress to stderr, results to stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+console = Console(stderr=True)
+out = Console()
+
+
+@contextmanager
+def progress(what: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar that shows how much of `total` is done; call what it yields with the amount."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def training_progress(advance: Callable[[int], None]) -> TrainerCallback:
+    """A Trainer callback that moves a bar."""
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(state.global_step)
+
+    return Bar()
+
+
+LEVELS = {"in_range": "in range", "2x": "2x T", "8x": "8x T", "64x": "64x T", "far": "last octave"}
+
+
+def levels_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """Loss in nats (perplexity) of diagnoses side by side, and the std of the state at the end."""
+    table = Table(title=f"{runs[0]['model']}: loss in nats (perplexity), T = {runs[0]['train_length']}")
+    table.add_column("positions")
+    for run in runs:
+        table.add_column(run["label"], justify="right")
+    for key, name in LEVELS.items():
+        if any(run["levels"][key] is not None for run in runs):
+            table.add_row(name, *(_loss(run["levels"][key]) for run in runs))
+    if all(run["states"] for run in runs):
+        table.add_row(f"state std at {runs[0]['train_length']}", *(_std(run, at_end=False) for run in runs))
+        table.add_row("state std at the end", *(_std(run, at_end=True) for run in runs))
+    table.add_row("verdict", *(run["verdict"] for run in runs))
+    return table
+
+
+def _loss(value: float | None) -> str:
+    import math
+
+    if value is None:
+        return "-"
+    return f"{value:.3f} ({math.exp(value):.2f})" if value < 50 else f"{value:.1f}"
+
+
+def _std(run: dict[str, Any], *, at_end: bool) -> str:
+    positions = run["states"]["position"]
+    index = -1 if at_end else max(i for i, p in enumerate(positions) if p <= run["train_length"])
+    stds = [layer["std"][index] for layer in run["states"]["layers"]]
+    return f"{sum(stds) / len(stds):.3f}"

@@ -1,0 +1,109 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from longroll.data import Corpus, Tokenizer
+    from longroll.model import RecurrentLM
+
+Model = Annotated[
+    str, typer.Argument(help='A model folder, a hub id, or "specimen": the small model inside longroll.')
+]
+Text = Annotated[
+    str,
+    typer.Option(
+        help="Text: a folder, a file (.txt, .jsonl, .parquet, ...), a hub dataset id, several with commas, "
+        'or "stdlib": the Python source of the running Python.'
+    ),
+]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of jsonl, parquet and hub data that holds the text.")
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help='A tokenizer folder, hub id, or "bytes". Default: the model\'s.'),
+]
+TrainLength = Annotated[
+    int | None, typer.Option(help="Length the model was trained at. Default: what its config says.", min=1)
+]
+Length = Annotated[int, typer.Option(help="Positions to measure.", min=1)]
+Sequences = Annotated[int, typer.Option(help="Texts to measure.", min=1)]
+Concatenate = Annotated[
+    bool, typer.Option("--concatenate", help="Join documents where none is long enough, rather than fail.")
+]
+ChunkSize = Annotated[
+    int | None, typer.Option(help="Tokens of a text in one forward. Default: by memory.", min=1)
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on a CPU.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for everything this command makes.")]
+
+
+def open_model(
+    model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool = False
+) -> RecurrentLM:
+    """Load a model, and say so while it takes its time."""
+    from longroll.cli._console import console
+    from longroll.model import load
+
+    with console.status(f"loading {model}"):
+        return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def open_tokenizer(lm: RecurrentLM, model: str, tokenizer: str | None) -> Tokenizer:
+    """The tokenizer named, or the model's own."""
+    from longroll.data import load_tokenizer
+
+    path = None if model == "specimen" else model
+    return load_tokenizer(tokenizer, model_path=path, vocab_size=lm.vocab_size)
+
+
+def read_corpus(
+    text: str, tokenizer: Tokenizer, *, split: str, column: str | None, max_tokens: int | None, seed: int
+) -> Corpus:
+    """Read and tokenise text with a progress bar."""
+    from longroll.cli._console import progress
+    from longroll.data import Corpus
+
+    with progress(f"reading {text}", total=max_tokens) as advance:
+        return Corpus.from_source(
+            text,
+            tokenizer,
+            split=split,
+            max_tokens=max_tokens,
+            seed=seed,
+            text_column=column,
+            progress=lambda done, _: advance(done),
+        )
+
+
+def read_sequences(
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    sequences: int,
+    column: str | None = None,
+    concatenate: bool = False,
+    seed: int = 0,
+) -> tuple[torch.Tensor, float]:
+    """Long texts of the validation split, (sequences, length + 1), and the bytes of a token."""
+    from longroll.data import long_sequences
+
+    # joined documents need no more than what is asked; whole long ones have to be found among all
+    max_tokens = 2 * sequences * (length + 1) if concatenate else None
+    corpus = read_corpus(text, tokenizer, split="validation", column=column, max_tokens=max_tokens, seed=seed)
+    tokens = long_sequences(corpus, length, sequences, concatenate=concatenate, seed=seed)
+    return tokens, corpus.bytes_per_token

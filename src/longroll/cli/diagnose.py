@@ -1,0 +1,66 @@
+"""`longroll diagnose`: where a model breaks, and how badly."""
+
+from __future__ import annotations
+
+from longroll.cli import _options as o
+
+
+def diagnose(
+    model: o.Model,
+    text: o.Text = "stdlib",
+    text_column: o.TextColumn = None,
+    tokenizer: o.TokenizerName = None,
+    train_length: o.TrainLength = None,
+    length: o.Length = 16_384,
+    sequences: o.Sequences = 16,
+    concatenate: o.Concatenate = False,
+    chunk_size: o.ChunkSize = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    label: str = "base",
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """Measure a model at every position up to --length and say whether, and where, it breaks."""
+    from longroll.cli._console import levels_table, out
+    from longroll.report import write_report
+    from longroll.results import write_json
+
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    words = o.open_tokenizer(lm, model, tokenizer)
+    tokens, bytes_per_token = o.read_sequences(
+        text,
+        words,
+        length=length,
+        sequences=sequences,
+        column=text_column,
+        concatenate=concatenate,
+        seed=seed,
+    )
+    found = run_diagnosis(
+        lm,
+        tokens,
+        label=label,
+        train_length=train_length,
+        bytes_per_token=bytes_per_token,
+        chunk_size=chunk_size,
+        seed=seed,
+    )
+    if json:
+        write_json(json, found)
+    if output:
+        write_json(output / f"{label}.json", found)
+        write_report([found], output / "report.html")
+    out.print(levels_table([found]))
+    out.print(found["sentence"])
+
+
+def run_diagnosis(lm, tokens, *, label: str, **options) -> dict:
+    """`longroll.diagnose` with a progress bar; its JSON."""
+    from longroll.cli._console import progress
+    from longroll.measure import diagnose
+
+    with progress(f"measuring {label}", total=tokens.shape[1] - 1) as advance:
+        return diagnose(lm, tokens, label=label, progress=advance, **options).to_json()

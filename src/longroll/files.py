@@ -1,0 +1,33 @@
+"""Write a file whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from longroll.errors import LongrollError
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write to a temporary name in the same folder, then rename: a reader never sees half a file."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private; a report is to be shown
+        os.replace(temporary, target)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise _unwritable(target, error) from error
+    return target
+
+
+def _unwritable(path: Path, error: OSError) -> LongrollError:
+    reason = error.strerror or type(error).__name__
+    return LongrollError(f"Cannot write {path}: {reason}. Choose another place with --output.")

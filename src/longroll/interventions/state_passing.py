@@ -1,0 +1,32 @@
+"""State Passing: start from the final state of the previous batch, other texts (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longroll.interventions._base import Batch, Intervention, fit_rows
+from longroll.state import RecurrentState
+
+
+class StatePassing(Intervention):
+    """Row b of batch i starts from the final state of row b of batch i - 1, which is of an unrelated text.
+
+    Nothing is drawn and nothing is fitted: the states are real ones, so this works where states are not
+    IID. It is the wrong tool where the data are not stationary (a passkey told once): see FittedNoise.
+    """
+
+    name = "sp"
+    passed: RecurrentState | None = None
+
+    def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
+        return None if self.passed is None else fit_rows(self.passed, rows)
+
+    def _learn(self, final_state: RecurrentState) -> None:
+        self.passed = final_state
+
+    def _memory(self) -> dict[str, Any]:
+        return {} if self.passed is None else self.passed.named()
+
+    def _recall(self, memory: Mapping[str, Any]) -> None:
+        self.passed = RecurrentState.from_named(memory) if memory else None

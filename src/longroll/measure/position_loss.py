@@ -1,0 +1,120 @@
+"""Loss at every position of long sequences: the curve that shows where a model breaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.roll_out import check_ids, roll_out
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+
+_LOGITS = 2**24  # numbers of logits that exist at once, 64 MiB
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Losses in nats: entry t is -log p(x_{t+1} | x_0..x_t), every position once."""
+
+    losses: Tensor
+    """(B, L) float32, on the CPU."""
+
+    @cached_property
+    def _interval(self) -> tuple[Tensor, Tensor, Tensor]:
+        return bootstrap_mean(self.losses)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over sequences at each position, (L,)."""
+        return self.losses.double().mean(dim=0)
+
+    @property
+    def low(self) -> Tensor:
+        """Lower end of the 95 % bootstrap interval over sequences, (L,)."""
+        return self._interval[1]
+
+    @property
+    def high(self) -> Tensor:
+        """Upper end of the interval, (L,)."""
+        return self._interval[2]
+
+    def between(self, start: int, stop: int) -> float:
+        """Mean loss over positions [start, stop)."""
+        return self.losses[:, start:stop].double().mean().item()
+
+    def curve(self, per_octave: int = 6) -> dict[str, list[float]]:
+        """The loss over log-spaced bins of positions [start, stop), with its interval."""
+        edges = log_spaced(self.losses.shape[1], per_octave)
+        bins = list(zip([0, *edges[:-1]], edges, strict=True))
+        binned = torch.stack([self.losses[:, a:b].double().mean(dim=1) for a, b in bins], dim=1)
+        mean, low, high = bootstrap_mean(binned)
+        return {
+            "start": [a for a, _ in bins],
+            "stop": [b for _, b in bins],
+            # a bin stands at the geometric middle of the (1-based) positions it covers
+            "position": [math.sqrt((a + 1) * b) for a, b in bins],
+            "loss": mean.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+        }
+
+
+def log_spaced(length: int, per_octave: int) -> list[int]:
+    """Distinct positions 1..length, `per_octave` to a doubling, powers of two and `length` among them."""
+    count = math.floor(math.log2(length) * per_octave) + 1 if length > 1 else 1
+    return sorted({round(2 ** (i / per_octave)) for i in range(count)} | {length})
+
+
+def position_loss(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    *,
+    chunk_size: int | None = None,
+    stops: Iterable[int] = (),
+    watch: Callable[[int, RecurrentState], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PositionLoss:
+    """Measure the loss at every position of `tokens` from the zero state, in constant memory.
+
+    Args:
+        lm: the model.
+        tokens: (B, L + 1); every sequence is one text from its beginning.
+        chunk_size: tokens of a row in one forward.
+        stops: positions at which `watch` must see the state.
+        watch: called with how many tokens were read, and the state, after every chunk.
+        progress: called with how many positions of each row are done.
+
+    Raises:
+        LongrollError: for fewer than two tokens, and tokens outside the vocabulary.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
+    check_ids(lm, tokens)
+    losses = torch.empty(tokens.shape[0], tokens.shape[1] - 1)
+    for start, hidden, state in roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops):
+        stop = start + hidden.shape[1]
+        losses[:, start:stop] = token_losses(lm, hidden, tokens[:, start + 1 : stop + 1])
+        if watch is not None:
+            watch(stop, state)
+        if progress is not None:
+            progress(stop)
+    return PositionLoss(losses)
+
+
+@torch.no_grad()
+def token_losses(lm: RecurrentLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a time."""
+    slice_size = max(1, _LOGITS // (hidden.shape[0] * lm.vocab_size))
+    pieces = []
+    for h, y in zip(hidden.split(slice_size, dim=1), targets.split(slice_size, dim=1), strict=True):
+        logits = lm.head(h)
+        pieces.append(F.cross_entropy(logits.transpose(1, 2), y.to(logits.device), reduction="none"))
+    return torch.cat(pieces, dim=1)

@@ -1,0 +1,66 @@
+"""Read long sequences in chunks, carrying the state: the loop under every measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+
+CHUNK_TOKENS = 16_384
+"""Tokens of one forward, all rows together: large enough to keep a CPU busy, small in memory."""
+
+
+class Chunk(NamedTuple):
+    """Hidden states of positions [start, start + T) and the state after them."""
+
+    start: int
+    hidden: Tensor
+    state: RecurrentState
+
+
+@torch.no_grad()
+def roll_out(
+    lm: RecurrentLM,
+    input_ids: Tensor,
+    *,
+    chunk_size: int | None = None,
+    stops: Iterable[int] = (),
+    state: RecurrentState | None = None,
+) -> Iterator[Chunk]:
+    """Read `input_ids` (B, L) from `state` (default: zero) in constant memory.
+
+    Args:
+        lm: the model.
+        input_ids: on any device; chunks are moved to the model's.
+        chunk_size: tokens of a row in one forward; default: as many as make `CHUNK_TOKENS` over all rows.
+        stops: positions after which a chunk must end, so that the state there can be seen.
+        state: the initial state.
+
+    Raises:
+        LongrollError: for tokens outside the vocabulary, and for a `chunk_size` below 1.
+    """
+    rows, length = input_ids.shape
+    check_ids(lm, input_ids)
+    if chunk_size is not None and chunk_size < 1:
+        raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
+    chunk_size = chunk_size or max(64, CHUNK_TOKENS // rows)
+    # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
+    cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
+    for start, stop in pairwise(cuts):
+        hidden, state = lm(input_ids[:, start:stop].to(lm.device), state, logits=False)
+        yield Chunk(start, hidden, state)
+
+
+def check_ids(lm: RecurrentLM, input_ids: Tensor) -> None:
+    """Raise a LongrollError for tokens that the model has no embedding for."""
+    from longroll.data import check_vocabulary
+
+    if input_ids.numel():
+        check_vocabulary(int(input_ids.max()), lm.vocab_size)

@@ -1,0 +1,86 @@
+"""Results are data: what made them, and how they are written and read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longroll.errors import LongrollError
+from longroll.files import write_whole
+
+if TYPE_CHECKING:
+    from longroll.model import RecurrentLM
+
+_PACKAGES = ("longroll", "torch", "transformers", "accelerate", "peft", "fla", "mamba_ssm", "triton")
+
+
+def provenance(lm: RecurrentLM | None = None, *, seed: int, seconds: float) -> dict[str, Any]:
+    """Everything needed to make a result again: command, versions, seed, device, date, duration."""
+    device = lm.device if lm is not None else torch.device("cpu")
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    return {
+        "command": shlex.join(command),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(lm.parameters()).dtype).removeprefix("torch.") if lm is not None else None,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Write results whole or not at all; numbers that are not finite become null."""
+    return write_whole(path, (json.dumps(_finite(data), indent=1) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """Read results.
+
+    Raises:
+        LongrollError: for a missing file and one that is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise LongrollError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise LongrollError(f"{path} is not JSON ({error}): name a file made with --json.") from None
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,184 @@
+"""The repair: a few hundred steps in which only the initial state is new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from longroll.data import Corpus, Lanes, Windows, check_vocabulary
+from longroll.errors import LongrollError
+from longroll.interventions import TBPTT, Intervention
+from longroll.model import RecurrentLM
+from longroll.training.guard import LossGuard
+from longroll.training.trainer import InitialStateTrainer
+
+
+@dataclass(frozen=True)
+class PosttrainOptions:
+    """How to post-train. The paper gives 500 steps at the original length and leaves the rest open."""
+
+    length: int
+    """T, tokens of a sequence: the length the model was trained at."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows of a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    learning_rate: float = 5e-4
+    """Peak of the schedule."""
+    schedule: str = "cosine"
+    """transformers' name of the learning-rate schedule after the warm-up."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank on the linear layers and merge them at the end; 0: all weights."""
+    save_steps: int = 100
+    """A checkpoint to resume from every so many steps."""
+    seed: int = 0
+    """Of the data order."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
+            if getattr(self, name) < 1:
+                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
+        if not self.learning_rate > 0:
+            raise LongrollError(f"--learning-rate {self.learning_rate} must be above 0.")
+        if not 0 <= self.warmup <= 1:
+            raise LongrollError(f"--warmup {self.warmup} is a share of the steps: 0 to 1.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads."""
+        return self.steps * self.accumulation * self.batch_size * self.length
+
+
+def posttrain(
+    lm: RecurrentLM,
+    corpus: Corpus,
+    intervention: Intervention | None,
+    options: PosttrainOptions,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, Any]]:
+    """Post-train `lm` in place and save it to `output` as an ordinary HF checkpoint.
+
+    Args:
+        lm: the model.
+        corpus: tokenised training text.
+        intervention: None is the plain control.
+        options: how.
+        output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
+        resume: go on from the last checkpoint there, if there is one.
+        callbacks: for HF Trainer.
+
+    Returns:
+        Trainer's log, an entry every 10 steps.
+
+    Raises:
+        LongrollError: for text that does not fit the model, an output that holds another model or cannot be
+            written, and a loss that is not finite.
+    """
+    output = _writable(Path(output), resume)
+    check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
+    micro_steps = options.steps * options.accumulation
+    rows = options.batch_size
+    data: Lanes | Windows
+    if isinstance(intervention, TBPTT):
+        data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
+    else:
+        items = micro_steps * rows * _world_size()
+        data = Windows(corpus, options.length, seed=options.seed, num_items=items)
+    checkpoints = output / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=options.steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=round(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        use_cpu=lm.device.type == "cpu",
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_nan_inf_filter=False,  # LossGuard must see them
+        report_to=[],
+        disable_tqdm=True,
+        seed=options.seed,
+        dataloader_drop_last=True,
+    )
+    model = _with_lora(lm.model, options.lora_rank)
+    trainer = InitialStateTrainer(
+        model,
+        arguments,
+        intervention=intervention,
+        train_dataset=data,
+        callbacks=[LossGuard(), *(callbacks or [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if options.lora_rank:
+        lm.model = model.merge_and_unload()
+    lm.eval()
+    if trainer.is_world_process_zero():
+        lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+        lm.model.save_pretrained(output)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return list(trainer.state.log_history)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    if not rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
+    # not dt_proj: Mamba's mixers read its weight directly, past any adapter
+    projections = [
+        name for name, _ in model.named_modules() if name.endswith(("in_proj", "x_proj", "out_proj"))
+    ]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections))
+
+
+def _writable(output: Path, resume: bool) -> Path:
+    if (output / "config.json").exists() and not resume:
+        raise LongrollError(f"--output {output} already holds a model: name another folder, or remove it.")
+    if (output / "checkpoints").exists() and not resume:
+        raise LongrollError(
+            f"--output {output} holds an interrupted run: go on with it by --resume, or name another folder."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise LongrollError(f"--output {output} cannot be written: {error.strerror}.") from None
+    return output
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

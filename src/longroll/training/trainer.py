@@ -1,0 +1,155 @@
+"""HF Trainer with an initial state: one state in, one state out, each micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from longroll.data import Lanes, Windows
+from longroll.errors import LongrollError
+from longroll.families import family_of
+from longroll.interventions import TBPTT, Intervention
+from longroll.model import RecurrentLM
+
+
+class InitialStateTrainer(Trainer):
+    """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
+
+    Gradient accumulation, bf16, gradient checkpointing, LoRA (a peft model) and DDP work as in Trainer; a
+    checkpoint also holds the intervention's memory, a file a rank, so that a resumed run is the same run.
+    The loss is the cross-entropy of `shift_labels` (B, T), the token after each input (as
+    `longroll.data.Windows` and `Lanes` give; else made from `labels`, losing each row's last target).
+
+    Args:
+        model: a transformers causal LM, peft's wrapper of one, or a RecurrentLM.
+        args: as for Trainer. `remove_unused_columns` and reentrant checkpointing are turned off.
+        intervention: None trains from the zero state: the plain control.
+        **kwargs: as for Trainer.
+
+    Raises:
+        LongrollError: for a model without recurrent state, nn.DataParallel, and lanes that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        intervention: Intervention | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = model.model if isinstance(model, RecurrentLM) else model
+        self.base = _base_model(model)
+        self.family = family_of(self.base.config.model_type)
+        self.family.prepare(self.base)
+        self.intervention = intervention
+        if intervention is not None and not self.family.recurrent:
+            raise LongrollError(
+                f"{self.base.config.model_type} has no recurrent state, so there is none to intervene on: "
+                "train it without an intervention."
+            )
+        args.remove_unused_columns = False  # they hold shift_labels and starts
+        if args.gradient_checkpointing:  # a reentrant checkpoint loses the gradient into the state
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        use_cache = self.base.config.use_cache
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(model=model, args=args, **kwargs)
+        self.base.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+        # the loss here is a sum over the tokens of all micro-batches, as transformers' own
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        if args.n_gpu > 1:
+            raise LongrollError(
+                "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
+                "launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        self._check_lanes()
+
+    def _check_lanes(self) -> None:
+        if not isinstance(self.intervention, TBPTT) or self.train_dataset is None:
+            return
+        rows = self.args.per_device_train_batch_size * self.args.world_size
+        lanes = getattr(self.train_dataset, "lanes", None)
+        if lanes != rows:
+            raise LongrollError(
+                f"TBPTT reads {rows} rows a step (all ranks together) and the data have {lanes} lanes: build "
+                f"longroll.data.Lanes(..., lanes={rows})."
+            )
+        self.args.dataloader_drop_last = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, Lanes | Windows):
+            return SequentialSampler(dataset)  # these are in the order they are meant to be read in
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy from the intervention's state; evaluation starts from zero and leaves it alone."""
+        intervention = self.intervention if model.training else None
+        state = None if intervention is None else intervention.initial_state(inputs)
+        arguments = self.family.inputs(self.base, inputs["input_ids"], state)
+        outputs = model(**arguments)
+        if intervention is not None:
+            intervention.observe(arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1]))
+        labels = _shifted(inputs)
+        logits = outputs.logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / (labels != -100).sum().clamp_min(1)
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # DDP will take the mean
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _memory_file(self, folder: str) -> Path:
+        return Path(folder) / f"intervention_{self.args.process_index}.pt"
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.intervention is not None:
+            torch.save(self.intervention.state_dict(), self._memory_file(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.intervention is None:
+            return
+        file = self._memory_file(checkpoint)
+        if not file.is_file():
+            raise LongrollError(
+                f"{checkpoint} has no {file.name}: it was not saved by longroll with an intervention and as "
+                "many processes."
+            )
+        memory = torch.load(file, map_location=self.args.device, weights_only=True)
+        if memory["generator"] is not None:
+            memory["generator"] = memory["generator"].cpu()
+        self.intervention.load_state_dict(memory)
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack items of `Windows` or `Lanes`; `labels` is there for Trainer to count tokens by."""
+    batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
+    if "shift_labels" in batch:
+        batch.setdefault("labels", batch["shift_labels"])
+    return batch
+
+
+def _shifted(inputs: dict[str, Any]) -> Tensor:
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
