@@ -17,6 +17,17 @@ console = Console(stderr=True)
 out = Console()
 
 
+def quiet() -> None:
+    """Keep other libraries' bars and warnings out of the way of ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 @contextmanager
 def progress(what: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar that shows how much of `total` is done; call what it yields with the amount."""

@@ -55,9 +55,10 @@ def open_model(
     model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool = False
 ) -> RecurrentLM:
     """Load a model, and say so while it takes its time."""
-    from longroll.cli._console import console
+    from longroll.cli._console import console, quiet
     from longroll.model import load
 
+    quiet()
     with console.status(f"loading {model}"):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 

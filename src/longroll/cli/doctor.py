@@ -31,11 +31,13 @@ def examine() -> dict:
     """What `doctor` prints, as data."""
     import torch
 
+    from longroll.cli._console import quiet
     from longroll.errors import LongrollError
     from longroll.families import FAMILIES
     from longroll.model import load
     from longroll.results import provenance
 
+    quiet()
     made = provenance(seed=0, seconds=0.0)
     gpu = torch.cuda.is_available()
     rows, problems = [], []
@@ -70,5 +72,5 @@ def _kernel(family, gpu: bool) -> str:
     op = {"mamba": "selective_scan", "mamba2": "ssd"}.get(family.kind)
     if op is None:
         return "transformers' attention"
-    where = "GPU, in PyTorch: no fused kernel with a state yet" if gpu else "CPU"
-    return f"longroll.ops.{op}, chunked ({where})"
+    where = "GPU, plain PyTorch: no fused kernel takes a state yet" if gpu else "CPU"
+    return f"ops.{op}, chunked ({where})"

@@ -19,13 +19,15 @@ from longroll.state import Part, RecurrentState, StateKey
 
 # The state that the recurrence about to run starts from: mixers read it from the cache, then call the
 # scan without it (transformers' Mamba-1 has no argument for it), so the cache leaves it here.
-_handoff: ContextVar[tuple[Tensor | None] | None] = ContextVar("longroll_initial_state", default=None)
+_Handoff = ContextVar[tuple[Tensor | None] | None]
+recurrent_handoff: _Handoff = ContextVar("longroll_recurrent_state", default=None)
+conv_handoff: _Handoff = ContextVar("longroll_conv_state", default=None)
 
 
-def take_handoff() -> tuple[Tensor | None] | None:
+def take(handoff: _Handoff) -> tuple[Tensor | None] | None:
     """The initial state left for the op that is about to run, once; None outside a longroll forward."""
-    left = _handoff.get()
-    _handoff.set(None)
+    left = handoff.get()
+    handoff.set(None)
     return left
 
 
@@ -35,8 +37,8 @@ class StateCache(DynamicCache):
     Args:
         config: the model's config.
         initial: the state to start from, or None for the zero state.
-        owns_recurrence: the mixers' scan functions are longroll's (`families/_dispatch.py`): they take
-            their state by `take_handoff`, and one-token calls go the multi-token way too.
+        owns_recurrence: the mixers' scan and conv functions are longroll's (`families/_dispatch.py`):
+            they `take` their state, and one-token calls go the multi-token way too.
     """
 
     def __init__(
@@ -46,12 +48,17 @@ class StateCache(DynamicCache):
         self.initial = initial if initial is not None else RecurrentState({})
         self.owns_recurrence = owns_recurrence
         self._final: dict[StateKey, Tensor] = {}
-        _handoff.set(None)
+        self._clear_handoffs()
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
-        _handoff.set(None)
+        self._clear_handoffs()
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
+
+    @staticmethod
+    def _clear_handoffs() -> None:
+        recurrent_handoff.set(None)
+        conv_handoff.set(None)
 
     def _read(self, part: Part, layer: int, slot: int) -> Tensor | None:
         tensor = self.initial.get(StateKey(layer, part, slot))
@@ -65,7 +72,7 @@ class StateCache(DynamicCache):
         """The initial recurrent state; handed to longroll's op directly where that runs."""
         if not self.owns_recurrence:
             return self._read("recurrent", layer_idx, state_idx)
-        _handoff.set((self.initial.get(StateKey(layer_idx, "recurrent", state_idx)),))
+        recurrent_handoff.set((self.initial.get(StateKey(layer_idx, "recurrent", state_idx)),))
         return None
 
     def update_conv_state(
@@ -76,7 +83,10 @@ class StateCache(DynamicCache):
         conv_kernel_size: int | None = None,
         **_,
     ) -> Tensor:
-        """Prepend the initial tail (batch, channels, conv_kernel_size) to new inputs; keep the new tail."""
+        """Keep the new tail (batch, channels, conv_kernel_size); return the inputs after the initial tail.
+
+        Where longroll's op runs, the tail is handed to it and the inputs come back as they are.
+        """
         width = conv_kernel_size or conv_states.shape[-1]
         key = StateKey(layer_idx, "conv", state_idx)
         tail = self.initial.get(key)
@@ -85,7 +95,10 @@ class StateCache(DynamicCache):
         else:
             full = torch.cat([tail.to(conv_states.dtype), conv_states], dim=-1)
         self._final[key] = full[..., -width:]
-        return full
+        if not self.owns_recurrence:
+            return full
+        conv_handoff.set((tail,))
+        return conv_states
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_

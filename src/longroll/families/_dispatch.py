@@ -10,28 +10,29 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import cast
 
 from torch import Tensor
 
 from longroll import ops
-from longroll.families._cache import take_handoff
+from longroll.families._cache import conv_handoff, recurrent_handoff, take
 
 
 def own_recurrence(modeling: ModuleType) -> None:
     """Install the dispatching functions in a transformers modeling module; doing it twice is harmless."""
-    for name, adapter in _ADAPTERS.items():
+    for name, (adapter, handoff) in _ADAPTERS.items():
         original = getattr(modeling, name, None)
         if original is not None and not hasattr(original, "_longroll"):
-            replacement = functools.partial(_dispatch, adapter, original)
+            replacement = functools.partial(_dispatch, adapter, handoff, original)
             replacement._longroll = True  # type: ignore[attr-defined]
             setattr(modeling, name, replacement)
 
 
-def _dispatch(adapter, original, *args, **kwargs):
-    handoff = take_handoff()
-    if handoff is None:
+def _dispatch(adapter, handoff, original, *args, **kwargs):
+    left = take(handoff)
+    if left is None:
         return original(*args, **kwargs)
-    return adapter(*args, initial_state=handoff[0], **kwargs)
+    return adapter(*args, initial_state=left[0], **kwargs)
 
 
 def _selective_scan(
@@ -93,4 +94,22 @@ def _chunk_scan(
     return (y, final_state) if return_final_states else y
 
 
-_ADAPTERS = {"mamba_selective_scan": _selective_scan, "mamba2_chunk_scan": _chunk_scan}
+def _causal_conv(
+    hidden_states: Tensor,  # (B, D, T)
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    initial_state: Tensor | None,
+    **_,
+):
+    x = hidden_states.transpose(1, 2)
+    y = cast(Tensor, ops.short_conv(x, weight, bias, activation, initial_state=initial_state))
+    return y.transpose(1, 2)
+
+
+_ADAPTERS = {
+    "mamba_selective_scan": (_selective_scan, recurrent_handoff),
+    "mamba2_chunk_scan": (_chunk_scan, recurrent_handoff),
+    "causal_conv1d_fn": (_causal_conv, conv_handoff),
+}

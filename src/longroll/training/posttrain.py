@@ -47,7 +47,7 @@ class PosttrainOptions:
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
     lora_rank: int = 0
-    """Train LoRA adapters of this rank on the linear layers and merge them at the end; 0: all weights."""
+    """Train LoRA adapters of this rank on the input projections and merge them; 0: train all weights."""
     save_steps: int = 100
     """A checkpoint to resume from every so many steps."""
     seed: int = 0
@@ -158,10 +158,8 @@ def _with_lora(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
-    # not dt_proj: Mamba's mixers read its weight directly, past any adapter
-    projections = [
-        name for name, _ in model.named_modules() if name.endswith(("in_proj", "x_proj", "out_proj"))
-    ]
+    # not dt_proj and out_proj: Mamba's mixers or their kernels read these weights past any adapter
+    projections = [name for name, _ in model.named_modules() if name.endswith(("in_proj", "x_proj"))]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections))
 
 
