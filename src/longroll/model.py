@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longroll.errors import LongrollError
 from longroll.families import family_of, is_original, load_original
+from longroll.families._cache import clear_handoffs
 from longroll.state import RecurrentState
 
 
@@ -63,7 +64,11 @@ class RecurrentLM(nn.Module):
             Logits (B, T, V), or hidden states (B, T, d_model), and the final state.
         """
         inputs = self.family.inputs(self.model, input_ids, state)
-        output = self.model(**inputs) if logits else self.model.base_model(**inputs)
+        try:
+            output = self.model(**inputs) if logits else self.model.base_model(**inputs)
+        except BaseException:
+            clear_handoffs()
+            raise
         final_state = inputs[self.family.cache_argument].final(input_ids.shape[1])
         return (output.logits if logits else output.last_hidden_state), final_state
 

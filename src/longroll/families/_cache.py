@@ -31,6 +31,12 @@ def take(handoff: _Handoff) -> tuple[Tensor | None] | None:
     return left
 
 
+def clear_handoffs() -> None:
+    """Forget what was left: a forward that died must not hand its state to another model's."""
+    recurrent_handoff.set(None)
+    conv_handoff.set(None)
+
+
 class StateCache(DynamicCache):
     """A cache for one forward: reads `initial`, collects `final()`.
 
@@ -48,17 +54,12 @@ class StateCache(DynamicCache):
         self.initial = initial if initial is not None else RecurrentState({})
         self.owns_recurrence = owns_recurrence
         self._final: dict[StateKey, Tensor] = {}
-        self._clear_handoffs()
+        clear_handoffs()
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
-        self._clear_handoffs()
+        clear_handoffs()
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
-
-    @staticmethod
-    def _clear_handoffs() -> None:
-        recurrent_handoff.set(None)
-        conv_handoff.set(None)
 
     def _read(self, part: Part, layer: int, slot: int) -> Tensor | None:
         tensor = self.initial.get(StateKey(layer, part, slot))
