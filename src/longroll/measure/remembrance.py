@@ -1,0 +1,213 @@
+"""Effective remembrance: how much the tokens before t still matter for the prediction at T.
+
+`EffRem_T(t) = d(q(. | x[0:T]), q(. | x[t:T]))`, each suffix read from the zero state (Buitrago Ruiz & Gu
+2025, section 5). The suffixes differ only in where they start, so they are read together: one batch in which
+every start joins, as rows of zero state, when its t is reached. K evenly spaced starts then cost half of K
+forwards, in batches instead of one by one, and one pass gives every T on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.distances import Distance, check_distance, head_distance
+from longroll.measure.roll_out import CHUNK_TOKENS, check_ids, roll_out
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+
+_STATE_BYTES = 2**31  # of the states that are rolled out together; more rows of text go one after another
+
+
+@dataclass(frozen=True)
+class Remembrance:
+    """EffRem for every start t and end T; NaN where t >= T."""
+
+    distances: Tensor
+    """(B, S, E) float64, on the CPU: rows, starts, ends."""
+    starts: list[int]
+    ends: list[int]
+    distance: Distance
+
+    @cached_property
+    def _interval(self) -> list[Tensor]:
+        flat = bootstrap_mean(self.distances.flatten(1))
+        return [values.view(self.distances.shape[1:]) for values in flat]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over rows, (S, E)."""
+        return self.distances.mean(dim=0)
+
+    @property
+    def low(self) -> Tensor:
+        """Lower end of the 95 % bootstrap interval over rows, (S, E)."""
+        return self._interval[1]
+
+    @property
+    def high(self) -> Tensor:
+        """Upper end of the interval, (S, E)."""
+        return self._interval[2]
+
+    def to_json(self) -> dict:
+        """For results; null where the start is not before the end."""
+        values = {"mean": self.mean, "low": self.low, "high": self.high}
+        return {
+            "starts": self.starts,
+            "ends": self.ends,
+            "distance": self.distance,
+            **{
+                name: [[None if v != v else v for v in row] for row in t.tolist()]
+                for name, t in values.items()
+            },
+        }
+
+
+def effective_remembrance(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    starts: Sequence[int],
+    ends: Sequence[int] | None = None,
+    *,
+    distance: Distance = "tv",
+    chunk_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Mean over rows of `EffRem_T(t)` for t in `starts` and T in `ends`, (S, E); see `remembrance_map`."""
+    options = {"distance": distance, "chunk_size": chunk_size, "progress": progress}
+    return remembrance_map(lm, tokens, starts, ends, **options).mean  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def remembrance_map(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    starts: Sequence[int],
+    ends: Sequence[int] | None = None,
+    *,
+    distance: Distance = "tv",
+    chunk_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Remembrance:
+    """Measure `EffRem_T(t)` for every t in `starts` and T in `ends`, with intervals over rows.
+
+    The Transformer control, whose rows cannot have pasts of different lengths, is read once a start.
+
+    Args:
+        lm: the model.
+        tokens: (B, L); every row is one text from its beginning.
+        starts: t, the first token kept, 0 <= t < L; in any order.
+        ends: T, how many tokens were read when the prediction is made, 1 <= T <= L; default: L.
+        distance: `tv` (total variation, as in the paper), `js` or `kl` (nats; from the full text's prediction
+            to the suffix's).
+        chunk_size: tokens of a row in one forward; default: as many as keep the processor busy.
+        progress: called with how many positions of each row are done.
+
+    Raises:
+        LongrollError: for starts and ends outside the text, an unknown distance, tokens outside the
+            vocabulary, and a `chunk_size` below 1.
+    """
+    starts, ends = [int(t) for t in starts], [int(t) for t in (ends or [tokens.shape[-1]])]
+    _check(lm, tokens, starts, ends, distance, chunk_size)
+    joining = sorted({0, *(t for t in starts if t < max(ends))})
+    probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
+    together = not any(key.part == "attention" for key in probe)
+    row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
+    groups = tokens.split(max(1, _STATE_BYTES // max(row_bytes, 1))) if together else [tokens]
+    work = _Work(progress, max(ends), len(groups) if together else len(joining))
+    found = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
+    for rows, out in zip(groups, found.split([len(g) for g in groups]), strict=True):
+        read = _read_together if together else _read_apart
+        for end, hidden in read(lm, rows, joining, sorted(set(ends)), chunk_size, work):
+            measured = head_distance(lm, hidden[0], hidden, distance)
+            measured[0] = 0  # the text against itself
+            out[:, : len(hidden), sorted(set(ends)).index(end)] = measured.T.double().cpu()
+    blank = found.new_full((tokens.shape[0], 1, found.shape[2]), torch.nan)  # starts past every end
+    found = torch.cat([found, blank], dim=1)
+    row_of = [joining.index(t) if t in joining else len(joining) for t in starts]
+    column_of = [sorted(set(ends)).index(t) for t in ends]
+    return Remembrance(found[:, row_of][:, :, column_of], starts, ends, distance)
+
+
+def spread_starts(length: int, *, per_side: int = 8) -> list[int]:
+    """Starts for a curve over [0, length): 0, and geometric steps away from both ends, where it bends."""
+    steps = {round((length / 2) ** (i / per_side)) for i in range(per_side + 1)}
+    return sorted(t for t in {0, *steps, *(length - step for step in steps)} if 0 <= t < length)
+
+
+class _Work:
+    """Tells `progress` how many of `total` positions are done, over several passes of that many each."""
+
+    def __init__(self, progress: Callable[[int], None] | None, total: int, passes: int) -> None:
+        self.progress, self.total, self.passes, self.done = progress, total, passes, 0
+
+    def add(self, positions: int) -> None:
+        self.done += positions
+        if self.progress is not None:
+            self.progress(self.done // self.passes)
+
+
+def _read_together(
+    lm: RecurrentLM, tokens: Tensor, starts: list[int], ends: list[int], chunk_size: int | None, work: _Work
+) -> Iterable[tuple[int, Tensor]]:
+    """Yield each end with the last hidden states (K, B, d_model) of the K starts before it, staggered."""
+    batch, tokens = tokens.shape[0], tokens.to(lm.device)
+    zero = lm.zero_state(batch)
+    state: RecurrentState | None = None
+    cuts = sorted({*starts, *ends})
+    for cut, next_cut in pairwise(c for c in cuts if c <= ends[-1]):
+        if cut in starts:
+            state = zero if state is None else _append(state, zero)
+        assert state is not None  # 0 is a start
+        read = state.batch_size // batch
+        size = chunk_size or max(64, CHUNK_TOKENS // state.batch_size)
+        for first in range(cut, next_cut, size):
+            piece = tokens[:, first : min(first + size, next_cut)]
+            hidden, state = lm(piece.repeat(read, 1), state, logits=False)
+            work.add(piece.shape[1])
+        if next_cut in ends:
+            yield next_cut, hidden[:, -1].unflatten(0, (read, batch))
+
+
+def _append(state: RecurrentState, rows: RecurrentState) -> RecurrentState:
+    return RecurrentState({key: torch.cat([t, rows[key].to(t)]) for key, t in state.items()}, seen=state.seen)
+
+
+def _read_apart(
+    lm: RecurrentLM, tokens: Tensor, starts: list[int], ends: list[int], chunk_size: int | None, work: _Work
+) -> Iterable[tuple[int, Tensor]]:
+    """The same, one start after another: for states that cannot stand in one batch (KV)."""
+    found: dict[int, list[Tensor]] = {end: [] for end in ends}
+    for start in starts:
+        stops = [end - start for end in ends if end > start]
+        text = tokens[:, start : ends[-1]]
+        for chunk in roll_out(lm, text, chunk_size=chunk_size, stops=stops):
+            stop = start + chunk.start + chunk.hidden.shape[1]
+            if stop in found:
+                found[stop].append(chunk.hidden[:, -1])
+        work.add(ends[-1])
+    for end in ends:
+        yield end, torch.stack(found[end])
+
+
+def _check(
+    lm: RecurrentLM, tokens: Tensor, starts: list[int], ends: list[int], distance: str, chunk_size: int | None
+) -> None:
+    check_distance(distance)
+    if tokens.ndim != 2 or not tokens.numel():
+        raise LongrollError(f"tokens {tuple(tokens.shape)}: remembrance needs (B, L) with L >= 1.")
+    length = tokens.shape[1]
+    if not starts or min(starts) < 0 or max(starts) >= length:
+        raise LongrollError(f"starts must lie in 0..{length - 1}, the {length} tokens given.")
+    if min(ends) < 1 or max(ends) > length:
+        raise LongrollError(f"ends must lie in 1..{length}, the {length} tokens given.")
+    if chunk_size is not None and chunk_size < 1:
+        raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
+    check_ids(lm, tokens)
