@@ -1,5 +1,6 @@
 """Tiny random models of every family, with weights large enough that the past matters."""
 
+import os
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # also for the processes that tests start
+torch.set_num_threads(1)  # a pytest worker is one of several
 
 VOCAB = 64
 

@@ -178,7 +178,7 @@ def load(
     Raises:
         LongrollError: for a missing or broken checkpoint, an unknown architecture, a failed self-check.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype_of(dtype)
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
@@ -200,6 +200,14 @@ SPECIMEN = Path(__file__).parent / "assets" / "specimen"
 """The small model inside the package that breaks past its training length."""
 
 
+def _device_of(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise LongrollError(f"--device {device} is not to be had here: {reason}. Try cpu.") from None
+
+
 def _dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
@@ -212,9 +220,12 @@ def _read_config(source: str) -> dict:
     if not path.is_file():
         raise LongrollError(f"{source} has no config.json: name a folder that holds a model.")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise LongrollError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise LongrollError(f"{path} holds no model's config: it must be a JSON object.")
+    return config
 
 
 def _local_folder(source: str, *, only_config: bool = False) -> Path:

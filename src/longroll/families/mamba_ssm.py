@@ -15,8 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from longroll.errors import LongrollError
 
-_DEFAULTS_MAMBA1 = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"}
-_DEFAULTS_MAMBA2 = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256}
+_EMBEDDINGS = "backbone.embeddings.weight"
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Mamba1": {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto"},
+    "Mamba2": {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256},
+}
+_WITHOUT_EFFECT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init"}
+_WITHOUT_EFFECT |= {"use_fast_path", "use_mem_eff_path", "chunk_size"}  # on a forward with trained weights
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -28,25 +33,37 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     """Load an original checkpoint into transformers' `MambaForCausalLM` or `Mamba2ForCausalLM`.
 
     Raises:
-        LongrollError: for attention or MLP layers, missing weights, and names that do not belong.
+        LongrollError: for a file that cannot be read or holds more than tensors, attention or MLP layers,
+            settings without a counterpart in transformers, and weights that do not fit.
     """
     source = json.loads((folder / "config.json").read_text())
     weights_file = folder / "pytorch_model.bin"
     if not weights_file.is_file():
         raise LongrollError(f"{folder} has an original state-spaces config.json but no pytorch_model.bin.")
-    weights = torch.load(weights_file, map_location="cpu", weights_only=True)
-    weights = {_rename(name): tensor for name, tensor in weights.items()}
-    vocab_size = weights["backbone.embeddings.weight"].shape[0]  # padded beyond the config's vocab_size
+    weights = {_rename(name): tensor for name, tensor in _read(weights_file).items()}
+    if _EMBEDDINGS not in weights:
+        raise LongrollError(f"{weights_file} does not fit its config.json: missing {[_EMBEDDINGS]}.")
+    vocab_size = weights[_EMBEDDINGS].shape[0]  # padded beyond the config's vocab_size
     model = AutoModelForCausalLM.from_config(_config(source, vocab_size, folder))
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-        weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+        weights["lm_head.weight"] = weights[_EMBEDDINGS]
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # sizes
+        raise LongrollError(f"{weights_file} does not fit its config.json: {error}") from None
     if missing or unexpected:
         raise LongrollError(
             f"{weights_file} does not fit its config.json: missing {missing[:3]}, extra {unexpected[:3]}."
         )
     return model.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
+
+
+def _read(weights_file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(weights_file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated file, and a pickle that would run code, come up here
+        raise LongrollError(f"{weights_file} cannot be read as plain weights: {error}") from None
 
 
 def _rename(name: str) -> str:
@@ -72,8 +89,12 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
+    defaults = _DEFAULTS.get(layer, {})
+    unknown = sorted(ssm.keys() - defaults.keys() - _WITHOUT_EFFECT)
+    if defaults and unknown:
+        raise LongrollError(f"{folder}: ssm_cfg {unknown} has no counterpart in transformers.")
+    ssm = defaults | ssm
     if layer == "Mamba1":
-        ssm = _DEFAULTS_MAMBA1 | ssm
         return AutoConfig.for_model(
             "mamba",
             **common,
@@ -84,7 +105,6 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
             time_step_rank=ssm["dt_rank"],
         )
     if layer == "Mamba2":
-        ssm = _DEFAULTS_MAMBA2 | ssm
         return AutoConfig.for_model(
             "mamba2",
             **common,
