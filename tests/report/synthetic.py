@@ -21,6 +21,12 @@ KINDS = {
     "tbptt": (1.34, 0.04, 0.0),
 }
 
+BREAKS = "Breaks at t ~ 212 and explodes: at 8k-16k it is 2.71 nats above a fresh start."
+HOLDS = (
+    "Holds to 16k: reading on never costs more than a fresh start. "
+    "Leave it alone: a repair would only cost loss in range."
+)
+
 
 def run(
     label: str = "base", /, *, seed: int = 0, layers: int = 3, heads: int = 4, **changes: Any
@@ -58,7 +64,7 @@ def run(
         "edge": 212 if broken else None,
         "severity": levels["far"] - levels["in_range"],
         "verdict": "explodes" if broken else "healthy",
-        "sentence": ("Breaks at t ≈ 212: " if broken else "Holds to 16k: ") + _levels_said(levels),
+        "sentence": BREAKS if broken else HOLDS,
         "states": _states(growth, layers, heads),
         "remembrance": _remembrance(broken, rng),
         "coverage": _coverage(damage, layers, heads, rng),
@@ -80,10 +86,6 @@ def run(
 def runs(*names: str) -> list[dict[str, Any]]:
     """Make several runs by label."""
     return [run(name) for name in names]
-
-
-def _levels_said(levels: dict[str, float]) -> str:
-    return f"perplexity {np.exp(levels['in_range']):.2f} in range, {np.exp(levels['far']):.2f} at 8k-16k."
 
 
 def _loss(t: np.ndarray, level: float, damage: float) -> np.ndarray:

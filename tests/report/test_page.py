@@ -3,7 +3,7 @@ import math
 import re
 
 import pytest
-from conftest import Markup
+from markup import Markup
 from synthetic import KINDS, run, runs
 
 from longroll.errors import LongrollError
@@ -52,6 +52,17 @@ def test_verdict_comes_first_base_then_repair(page):
     assert "state passing takes perplexity from 47.3 to 4.36" in body
 
 
+def test_advice_is_given_for_the_base_alone():
+    advice = "Leave it alone"
+    assert render([run("tbptt")]).count(advice) == 1
+    assert advice not in render(runs("base", "tbptt", "sp"))
+
+
+def test_ranges_are_set_with_dashes_that_do_not_break():
+    assert "Breaks at t\u00a0≈\u00a0212" in render([run("base")])
+    assert "at 8k\u2060\u2013\u206016k it is" in render([run("base")])
+
+
 def test_all_sections_in_order(page):
     assert headings(page) == [
         "Loss by length",
@@ -98,7 +109,7 @@ def test_section_held_by_only_one_run():
 def test_one_run_has_no_comparison():
     page = render([run("base")])
     Markup(page)
-    assert "with the difference to" not in page
+    assert "the difference to" not in page
     assert 'class="compared"' not in page
 
 

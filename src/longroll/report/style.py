@@ -122,7 +122,7 @@ class Look:
     def rc(self) -> Any:  # matplotlib's own type for it changes from version to version
         """The matplotlib settings of this medium."""
         return {
-            "font.family": [self.family],
+            "font.family": [self.family, "DejaVu Sans"],  # the second for signs the first lacks, like ⁶
             "font.size": self.text,
             "axes.labelsize": self.text,
             "axes.titlesize": self.text,

@@ -1,5 +1,6 @@
 """Units of loss, and how numbers are written: 16384 as 16k, 3.0649 as 3.06."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def tick(value: float) -> str:
         exponent = int(np.floor(np.log10(value) + 1e-9))
         lead = round(value / 10.0**exponent)
         return ("" if lead == 1 else f"{lead}{TIMES}") + "10" + str(exponent).translate(_SUPERSCRIPT)
-    if abs(value) >= 10_000:
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
     return minus(f"{value:.4g}")
 
@@ -96,7 +97,15 @@ def parameters(count: float) -> str:
     """Write a number of parameters: 440 thousand as 0.44M, 1.3 thousand million as 1.3B."""
     if count >= 1e9:
         return f"{count / 1e9:.3g}B"
+    if count < 1e5:
+        return f"{count:,.0f}"
     return f"{count / 1e6:.2g}M" if count < 1e7 else f"{count / 1e6:.0f}M"
+
+
+def typeset(sentence: str) -> str:
+    """Set ranges with a dash and "about" with its sign, neither at a line break: 8k-16k, t ~ 212."""
+    sentence = re.sub(r"(?<=\d[kM])-(?=\d)|(?<=\d)-(?=\d)", f"\N{WORD JOINER}{DASH}\N{WORD JOINER}", sentence)
+    return sentence.replace(" ~ ", "\N{NO-BREAK SPACE}\N{ALMOST EQUAL TO}\N{NO-BREAK SPACE}")
 
 
 def minus(text: str) -> str:

@@ -1,5 +1,6 @@
 """The verdict: before and after in a sentence each, and the levels side by side."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from longroll.report.style import RunStyle
 
 Styled = Sequence[tuple[Run, RunStyle]]
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
 NOTABLE = 0.02  # nats or bits; a smaller difference is not coloured
 
 
@@ -21,6 +24,8 @@ class Statement:
     style: RunStyle
     word: str
     sentence: str
+    rest: str
+    """What follows the first sentence: advice, set small."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def summary(styled: Styled) -> str:
 
 def levels(styled: Styled) -> list[Level]:
     """Make the rows of the table: in range, each multiple of the training length, the last octave."""
-    keys = {key for run, _ in styled for key in _levels(run)}
+    keys = {key for run, _ in styled for key, value in _levels(run).items() if np.isfinite(number(value))}
     unit = common_unit([run for run, _ in styled])
     unit = "nats" if unit == "perplexity" else unit
     same = len(train_lengths([run for run, _ in styled])) == 1
@@ -95,7 +100,10 @@ def _statement(run: Run, style: RunStyle) -> Statement:
     }.get(word, "No verdict.")
     if np.isfinite(edge) and word != "healthy":
         plain = f"Breaks at position {units.position(edge)}."
-    return Statement(style, word, str(run.get("sentence") or plain))
+    first, *rest = _SENTENCE_END.split(str(run.get("sentence") or plain), maxsplit=1)
+    # what to do next is said to the model that was diagnosed, not to its repairs
+    advice = " ".join(rest) if style.role == "base" else ""
+    return Statement(style, word, units.typeset(first), units.typeset(advice))
 
 
 def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
@@ -147,10 +155,6 @@ def _where(key: str, run: Run) -> str:
         return units.span(last / 2, last) if np.isfinite(last) else ""
     if not np.isfinite(train):
         return ""
-    return (
-        f"to {units.position(train)}"
-        if key == "in_range"
-        else units.position(factor * train)
-        if factor < 1e9
-        else ""
-    )
+    if key == "in_range":
+        return f"to {units.position(train)}"
+    return units.span(factor * train / 2, factor * train) if factor < 1e9 else ""  # the octave up to there

@@ -31,12 +31,17 @@ def coverage_map(
     values = values[:, None] if values.ndim == 1 else values
     mark = numbers(found["significant"]).reshape(len(values), -1) == 1 if found.get("significant") else None
     names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
+    heads = [str(i) for i in range(values.shape[1])]
+    ticks, axes = (names, heads), ("layer", "head")  # (y, x)
+    if len(heads) == 1:  # a model without heads: one strip of layers instead of one tall column
+        values, mark = values.T, None if mark is None else mark.T
+        ticks, axes = ([""], names), ("", "layer")
     rows, columns = values.shape
     top = top or largest_shift(run)
     below = BELOW if (has_negative(run) if signed is None else signed) else None
     side = min(0.88 * look.points / max(columns, 1), 2.4 * look.text)
     height = rows * max(min(side, 2 * look.text), 5) + 6 * look.text
-    with canvas(look, max(height, 9 * look.text)) as fig:
+    with canvas(look, max(height, (9 if rows > 1 else 7.5) * look.text)) as fig:
         ax = fig.add_subplot()
         tiles(ax, values, ABOVE, top, below)
         if mark is not None:
@@ -44,14 +49,14 @@ def coverage_map(
                 color = ink_on(values[row, column], top, ABOVE if values[row, column] >= 0 else BELOW)
                 size = max(0.16 * side, 1.2)
                 ax.plot(column + 0.5, row + 0.5, "o", color=color, markersize=size, markeredgewidth=0)
-        _count(ax.set_xticks, [str(i) for i in range(columns)], 0.86 * look.points, 2.4 * look.small)
-        _count(ax.set_yticks, names, height - 6 * look.text, 1.25 * look.small)
-        ax.set_xlabel("head")
-        if look.upright:
-            ax.set_title("layer", loc="left", pad=0.7 * look.text, color=MUTED.light)
-        else:
-            ax.set_ylabel("layer")
-            ax.set_title(" ", pad=0.7 * look.text)  # keeps the strip for the key
+        _count(ax.set_xticks, ticks[1], 0.86 * look.points, 2.4 * look.small)
+        _count(ax.set_yticks, ticks[0], height - 6 * look.text, 1.25 * look.small)
+        ax.set_xlabel(axes[1])
+        ax.set_title(
+            axes[0] if look.upright and axes[0] else " ", loc="left", pad=0.7 * look.text, color=MUTED.light
+        )
+        if not look.upright:
+            ax.set_ylabel(axes[0])
         scale_key(ax, ABOVE, units.minus(f"-{_short(top)}") if below else "0", _short(top), look, below)
     return fig
 

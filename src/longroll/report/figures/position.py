@@ -67,6 +67,7 @@ def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, n
     low, high = (
         units.convert(numbers(curve[name]), unit, size) if curve.get(name) else y for name in ("low", "high")
     )
+    low, high = (np.where(np.isfinite(y), band, np.nan) for band in (low, high))
     keep = x >= first
     return x[keep], y[keep], low[keep], high[keep]
 
