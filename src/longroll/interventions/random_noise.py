@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +30,8 @@ class RandomNoise(Intervention):
         self, std: float = 1.0, *, zero_probability: float = 0.0, conv: bool = False, seed: int = 0
     ) -> None:
         super().__init__(zero_probability=zero_probability, conv=conv, seed=seed)
-        if std < 0:
-            raise LongrollError(f"--noise-std {std} is negative.")
+        if not 0 <= std < math.inf:
+            raise LongrollError(f"--noise-std {std} is not a size: 0 or above.")
         self.std = std
         self.shapes: RecurrentState | None = None  # one row, for its shapes
 
