@@ -44,7 +44,11 @@ def curve_table(styled: Styled) -> Table:
         [units.span(*key), *(found[key].get(column, units.MISSING) for column in range(len(styled)))]
         for key in sorted(found)
     ]
-    return Table("Loss in nats per token [95 % interval]", ["positions", *(s.label for _, s in styled)], rows)
+    return Table(
+        "Loss in nats per token [95 % interval]",
+        ["positions [from, to)", *(s.label for _, s in styled)],
+        rows,
+    )
 
 
 def state_tables(styled: Styled) -> list[Table]:
