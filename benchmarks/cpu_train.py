@@ -1,0 +1,233 @@
+"""Train and run Mamba on a CPU: transformers' own path against longroll's, side by side in one run.
+
+Random weights in transformers' classes (hidden 768, 2 layers, vocabulary 64), batch 1, float32. Every measurement
+has its own process, so that its peak memory is its own; the two sides take turns, so that a busy machine slows
+both. Prints a table and, with --json, writes the values with what is needed to read them.
+
+    python benchmarks/cpu_train.py --json cpu_train.json      # about 8 minutes: transformers' Mamba-1 takes 35 s a step
+    python benchmarks/cpu_train.py --quick                    # about 1 minute, small T
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """One measurement: `side` "transformers" or "longroll", `work` "train" (forward + backward) or "forward"."""
+
+    model: str
+    work: str
+    time: int
+    side: str
+    repeats: int
+    warmup: int = 1
+
+
+def cases(quick: bool) -> list[Case]:
+    def pair(model, work, time, repeats=5):
+        return [Case(model, work, time, side, repeats) for side in ("transformers", "longroll")]
+
+    if quick:
+        return [
+            Case("mamba", "train", 128, "transformers", 2, 0),
+            Case("mamba", "train", 128, "longroll", 5),
+            *pair("mamba", "forward", 512, 3),
+            *pair("mamba2", "train", 512, 3),
+        ]
+    return [
+        Case("mamba", "train", 512, "transformers", 1, 0),  # quadratic: 35 s a step
+        *(Case("mamba", "train", T, "longroll", max(3, 4096 // T)) for T in (512, 1024, 2048, 4096, 8192)),
+        *pair("mamba", "forward", 512),
+        *pair("mamba", "forward", 2048),
+        *pair("mamba2", "train", 2048),
+        *pair("mamba2", "forward", 2048),
+    ]
+
+
+def build(model: str):
+    import torch
+    from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 768, "num_hidden_layers": 2, "vocab_size": 64}
+    if model == "mamba":
+        return MambaForCausalLM(MambaConfig(**sizes))
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=24, head_dim=64, state_size=128, n_groups=1))
+
+
+def ours(model):
+    """Run the model's scans and short convolutions through longroll's ops."""
+    from transformers.models.mamba import modeling_mamba
+    from transformers.models.mamba2 import modeling_mamba2
+
+    from longroll import ops
+
+    def conv(x, weight, bias=None, activation=None, **_):
+        weight = weight.squeeze(1) if weight.dim() == 3 else weight
+        return ops.short_conv(x.mT, weight, bias, activation).mT
+
+    def mamba(
+        x, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **_
+    ):
+        z = None if z is None else z.mT
+        result = ops.selective_scan(
+            x.mT, dt.mT, A, B.mT, C.mT, D, z, delta_bias, delta_softplus, None, return_last_state
+        )
+        return (result[0].mT, result[1]) if return_last_state else result.mT
+
+    def mamba2(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False, **options):
+        options = {name: options[name] for name in ("dt_bias", "dt_softplus", "dt_limit") if name in options}
+        return ops.ssd(
+            x, dt, A, B, C, D, initial_state=initial_states, output_final_state=return_final_states, **options
+        )
+
+    modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn = mamba, conv
+    modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.causal_conv1d_fn = mamba2, conv
+    return model
+
+
+def memory(field: str) -> float:
+    """MiB of this process, VmRSS now or VmHWM at most since the last reset; 0 where /proc is absent."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0.0
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1024
+
+
+def measure(case: Case) -> dict:
+    """Run one case in this process: seconds of each repetition and the peak above the loaded model."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = build(case.model)
+    if case.side == "longroll":
+        model = ours(model)
+    tokens = torch.randint(0, 64, (1, case.time))
+    targets = torch.randint(0, 64, (case.time,))
+
+    def step():
+        if case.work == "forward":
+            with torch.no_grad():
+                return model(tokens, use_cache=False)
+        model.zero_grad()
+        logits = model(tokens, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[0], targets).backward()
+
+    model.train(case.work == "train")
+    loaded = memory("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    except OSError:
+        print("no /proc/self/clear_refs: the peak includes loading", file=sys.stderr)
+    seconds = []
+    for i in range(case.warmup + case.repeats):
+        start = time.perf_counter()
+        step()
+        if i >= case.warmup:
+            seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "peak_mib": memory("VmHWM") - loaded, "threads": torch.get_num_threads()}
+
+
+def measure_apart(case: Case) -> dict:
+    """Run one case in a fresh process."""
+    command = [sys.executable, __file__, "--case", json.dumps(case._asdict())]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarize(case: Case, runs: list[dict]) -> dict:
+    seconds = [s for run in runs for s in run["seconds"]]
+    median = statistics.median(seconds)
+    return {
+        **case._asdict(),
+        "seconds": seconds,
+        "median_seconds": median,
+        "tokens_per_second": case.time / median,
+        "peak_mib": statistics.median(run["peak_mib"] for run in runs),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """One line a case; longroll's carries the ratios to transformers' on the same work."""
+    lines = [
+        f"{'model':8}{'work':9}{'T':>6}  {'side':14}{'tokens/s':>10}{'peak MiB':>10}{'speed':>9}{'memory':>8}"
+    ]
+    peers = {(r["model"], r["work"], r["time"]): r for r in rows if r["side"] == "transformers"}
+    for r in rows:
+        peer = peers.get((r["model"], r["work"], r["time"]))
+        ratios = ""
+        if r["side"] == "longroll" and peer:
+            r["speed_ratio"] = r["tokens_per_second"] / peer["tokens_per_second"]
+            r["memory_ratio"] = r["peak_mib"] / peer["peak_mib"] if peer["peak_mib"] else None
+            ratios = f"{r['speed_ratio']:8.1f}x{r['memory_ratio'] or float('nan'):8.2f}"
+        lines.append(
+            f"{r['model']:8}{r['work']:9}{r['time']:6}  {r['side']:14}"
+            f"{r['tokens_per_second']:10.0f}{r['peak_mib']:10.0f}{ratios}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the values to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter cases")
+    parser.add_argument("--rounds", type=int, default=2, help="how often to go through all cases (default 2)")
+    parser.add_argument("--only", default="", help="only cases whose 'model work side' contains this")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(Case(**json.loads(options.case)))))
+        return
+
+    chosen = [c for c in cases(options.quick) if options.only in f"{c.model} {c.work} {c.side}"]
+    runs: dict[Case, list[dict]] = {case: [] for case in chosen}
+    for turn in range(1 if options.quick else options.rounds):
+        for case in chosen:
+            if turn and not case.warmup:
+                continue  # half a minute a step: once is enough
+            runs[case].append(measure_apart(case))
+            print(f"{case.model} {case.work} {case.time} {case.side}: done", file=sys.stderr)
+    rows = [summarize(case, done) for case, done in runs.items()]
+    print(table(rows))
+    if options.json:
+        result = {
+            "benchmark": "cpu_train",
+            "rows": rows,
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("torch", "transformers", "longroll")
+            },
+            "python": platform.python_version(),
+            "device": "cpu",
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "torch_threads": next(iter(runs.values()))[0]["threads"],
+            "dtype": "float32",
+            "batch": 1,
+            "model": "hidden 768, 2 layers, vocabulary 64, random weights",
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def processor() -> str:
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
