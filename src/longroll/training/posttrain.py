@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
@@ -57,8 +58,14 @@ class PosttrainOptions:
         for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
             if getattr(self, name) < 1:
                 raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
-        if not self.learning_rate > 0:
+        for name in ("weight_decay", "clip", "lora_rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or above.")
+        if not 0 < self.learning_rate < math.inf:
             raise LongrollError(f"--learning-rate {self.learning_rate} must be above 0.")
+        if self.schedule not in list(SchedulerType):
+            known = ", ".join(SchedulerType)
+            raise LongrollError(f"--schedule {self.schedule} is not one transformers knows: {known}.")
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"--warmup {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -90,7 +97,7 @@ def posttrain(
         callbacks: for HF Trainer.
 
     Returns:
-        Trainer's log, an entry every 10 steps.
+        Trainer's log, an entry every 10 steps or sooner.
 
     Raises:
         LongrollError: for text that does not fit the model, an output that holds another model or cannot be
@@ -123,7 +130,7 @@ def posttrain(
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=max(1, min(10, options.steps // 10)),
         logging_nan_inf_filter=False,  # LossGuard must see them
         report_to=[],
         disable_tqdm=True,
@@ -164,9 +171,10 @@ def _with_lora(model: Any, rank: int) -> Any:
 
 
 def _writable(output: Path, resume: bool) -> Path:
-    if (output / "config.json").exists() and not resume:
+    interrupted = (output / "checkpoints").exists()
+    if (output / "config.json").exists() and not (resume and interrupted):
         raise LongrollError(f"--output {output} already holds a model: name another folder, or remove it.")
-    if (output / "checkpoints").exists() and not resume:
+    if interrupted and not resume:
         raise LongrollError(
             f"--output {output} holds an interrupted run: go on with it by --resume, or name another folder."
         )

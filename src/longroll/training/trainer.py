@@ -80,7 +80,6 @@ class InitialStateTrainer(Trainer):
                 f"TBPTT reads {rows} rows a step (all ranks together) and the data have {lanes} lanes: build "
                 f"longroll.data.Lanes(..., lanes={rows})."
             )
-        self.args.dataloader_drop_last = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
