@@ -1,9 +1,12 @@
-"""How the state grows: its statistics per layer and head at chosen positions."""
+"""How the state grows: its statistics per layer and head at chosen positions, for both parts of the state.
+
+Nothing of a state is kept but these numbers, so a roll-out of any length takes constant memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,11 +24,26 @@ class StateRecorder:
         self.lm = lm
         self.positions = sorted(set(positions))
         self._at: dict[int, list[dict[str, Tensor]]] = {}
+        self._conv_at: dict[int, dict[int, dict[str, Tensor]]] = {}
 
     def __call__(self, position: int, state: RecurrentState) -> None:
         """Note the state after `position` tokens, if it is one asked for."""
-        if position in self.positions:
-            self._at[position] = [_of_heads(state[key]) for key in sorted(state) if key.part == "recurrent"]
+        if position not in self.positions:
+            return
+        keys = sorted(state)
+        self._at[position] = [
+            _of_heads(state[key]) | {"rank": head_rank(state[key][:_RANK_ROWS])}
+            for key in keys
+            if key.part == "recurrent"
+        ]
+        tails: dict[int, list[Tensor]] = {}
+        for key in keys:
+            if key.part == "conv" and state[key].is_floating_point():
+                tails.setdefault(key.layer, []).append(state[key].flatten(1))
+        self._conv_at[position] = {
+            layer: {name: t[0] for name, t in _of_heads(torch.cat(parts, dim=1).unsqueeze(1)).items()}
+            for layer, parts in tails.items()
+        }
 
     def statistics(self) -> StateStatistics:
         """What was seen so far."""
@@ -34,18 +52,28 @@ class StateRecorder:
             {name: torch.stack([self._at[p][i][name] for p in seen]) for name in _NAMES}
             for i in range(len(self.lm.layers))
         ]
-        return StateStatistics(seen, [layer.layer for layer in self.lm.layers], self.lm.family.kind, layers)
+        conv = {
+            index: {name: torch.stack([self._conv_at[p][index][name] for p in seen]) for name in first}
+            for index, first in (self._conv_at[seen[0]] if seen else {}).items()
+        }
+        indices = [layer.layer for layer in self.lm.layers]
+        return StateStatistics(seen, indices, self.lm.family.kind, layers, conv)
 
 
 @dataclass(frozen=True)
 class StateStatistics:
-    """`mean`, `std`, `norm` (Euclidean, mean over rows) and `max` (absolute) of the recurrent state."""
+    """`mean`, `std`, `norm` (Euclidean, mean over rows), `max` (absolute) and `rank` of the recurrent state.
+
+    `rank` is the effective rank, see `head_rank`.
+    """
 
     positions: list[int]
     layer_indices: list[int]
     kind: str
     layers: list[dict[str, Tensor]]
-    """One a layer: name -> (positions, heads), float64."""
+    """One a layer: name -> (positions, heads), float64; `rank` has one column where heads are vectors."""
+    conv: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Layer -> name -> (positions,): the same, without rank, of its conv tails and token shifts."""
 
     def to_json(self) -> dict:
         """For results: a layer's own numbers, and its heads' std where there are at most 64 heads."""
@@ -61,14 +89,19 @@ class StateStatistics:
                 "std": std.tolist(),
                 "norm": stats["norm"].square().sum(dim=1).sqrt().tolist(),
                 "max": stats["max"].amax(dim=1).tolist(),
+                "rank": stats["rank"].mean(dim=1).tolist(),
             }
             if heads <= 64:
                 row["std_heads"] = stats["std"].T.tolist()
+                row["rank_heads"] = stats["rank"].T.tolist()
+            if index in self.conv:
+                row["conv"] = {name: t.tolist() for name, t in self.conv[index].items()}
             rows.append(row)
         return {"position": self.positions, "layers": rows}
 
 
-_NAMES = ("mean", "std", "norm", "max")
+_NAMES = ("mean", "std", "norm", "max", "rank")
+_RANK_ROWS = 4  # the rows whose effective rank is taken: decompositions are slow
 
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
@@ -81,6 +114,27 @@ def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
         "norm": rows.norm(dim=2).mean(dim=0),
         "max": heads.abs().amax(dim=1),
     }
+
+
+def head_rank(tensor: Tensor) -> Tensor:
+    """Effective rank of each head of a state (B, H, ...), mean over rows, (H,) float64.
+
+    The exponential of the entropy of the singular values as shares of their sum: n for n equal ones, 1 for a
+    single one. Of each head's matrix (P, N); where heads are vectors, as in Mamba-1, of the layer's matrix of
+    all heads, (1,). NaN for a state that is zero or not finite.
+    Source: Roy and Vetterli, "The effective rank", 2007.
+    """
+    matrices = tensor.double().flatten(3) if tensor.ndim > 3 else tensor.double().flatten(2).unsqueeze(1)
+    if matrices.shape[-2] > matrices.shape[-1]:
+        matrices = matrices.mT
+    finite = matrices.isfinite().all(dim=(-2, -1), keepdim=True)
+    matrices = torch.where(finite, matrices, 0)
+    matrices = matrices / matrices.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
+    # squares of the singular values: to about 1e-8 of the largest one, and several times faster
+    values = torch.linalg.eigvalsh(matrices @ matrices.mT).clamp_min(0).sqrt()
+    shares = values / values.sum(dim=-1, keepdim=True)  # zero state: NaN
+    rank = torch.special.entr(shares).sum(dim=-1).exp()
+    return torch.where(finite[..., 0, 0], rank, torch.nan).mean(dim=0).cpu()
 
 
 def state_statistics(lm: RecurrentLM, tokens: Tensor, positions: Sequence[int]) -> StateStatistics:

@@ -1,0 +1,333 @@
+"""Unexplored states, measured: the states past the training length against those of training.
+
+A model trained from the zero state at length T has learned to read the states of t <= T. For every head this
+compares where the state was over (T/2, T], the end of what training visited, with where it is far past T:
+
+- shift of the mean log norm, in standard deviations of the in-range log norm: signed, what a map shows;
+- log of the ratio of the variances of the state's elements over texts;
+- energy distance, which sees any difference, on the log norm and on random projections of the state.
+
+States that never left still differ by sampling noise, so "outside" is a permutation test of the energy
+distance: texts are exchanged between the two samples, whole texts at a time since the states of one text hang
+together, and the p-values of all heads go through Benjamini-Hochberg.
+Sources: Szekely & Rizzo 2013 (energy distance); Benjamini & Hochberg 1995.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure.roll_out import roll_out
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState, StateKey
+
+FALSE_DISCOVERIES = 0.01
+"""Share of the heads called outside that may be so by chance."""
+PERMUTATIONS = 9_999
+_PROJECTIONS = 8
+_LEAST_STD = 1e-3  # of a log norm: a head that varies by less than 0.1 % is not thereby infinitely far out
+_LARGEST = 1e30  # stands for numbers that have overflowed
+_ENTRIES = 2**24  # numbers of the permutation test that exist at once
+
+
+class Head(NamedTuple):
+    """One head, or a whole layer (`head` None) where heads are vectors, as in Mamba-1."""
+
+    layer: int
+    head: int | None
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" if self.head is None else f"layer {self.layer} head {self.head}"
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """How far the heads of one layer have left their range; a tensor each, (H,) float64."""
+
+    key: StateKey
+    """The state tensor it speaks of."""
+    shift: Tensor
+    """Mean far log norm minus mean in-range log norm, in in-range standard deviations."""
+    log_variance_ratio: Tensor
+    """log of the variance of the elements over texts, far over in range."""
+    energy: Tensor
+    """Energy distance, in in-range standard deviations: 0 for the same distribution."""
+    p: Tensor
+    """Of the permutation test."""
+    outside: Tensor
+    """Whether the difference is more than sampling noise, all heads of the model considered."""
+    norm_low: Tensor
+    """Smallest in-range norm."""
+    norm_high: Tensor
+    """Largest in-range norm."""
+    vectors: bool
+    """Heads are vectors: the one entry is of the layer."""
+
+    def heads(self) -> list[Head]:
+        """Names of the entries."""
+        return [Head(self.key.layer, None if self.vectors else i) for i in range(len(self.shift))]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What `coverage` found, layer by layer."""
+
+    layers: list[LayerCoverage]
+    in_range: list[int]
+    """Positions of the in-range states."""
+    far: list[int]
+    """Positions of the far states."""
+
+    def ranking(self, *, outside_only: bool = True) -> list[Head]:
+        """Heads by how far they are out, the largest energy distance first."""
+        rows = [
+            (layer.energy[i].item(), head)
+            for layer in self.layers
+            for i, head in enumerate(layer.heads())
+            if layer.outside[i] or not outside_only
+        ]
+        return [head for _, head in sorted(rows, key=lambda row: -row[0])]
+
+    def to_json(self) -> dict:
+        """For results and the report's map: a list of heads a layer."""
+        table = {
+            name: [getattr(layer, attribute).tolist() for layer in self.layers]
+            for name, attribute in (
+                ("map", "shift"),
+                ("significant", "outside"),
+                ("log_variance_ratio", "log_variance_ratio"),
+                ("energy", "energy"),
+                ("p", "p"),
+            )
+        }
+        return {
+            "layers": [layer.key.layer for layer in self.layers],
+            **table,
+            "in_range": self.in_range,
+            "far": self.far,
+            "false_discoveries": FALSE_DISCOVERIES,
+            "ranking": [str(head) for head in self.ranking()],
+            "causal": [],
+        }
+
+
+def in_range_positions(train_length: int) -> list[int]:
+    """Four positions over (T/2, T], T among them."""
+    return sorted({max(1, train_length * i // 8) for i in (5, 6, 7, 8)})
+
+
+def far_positions(length: int, train_length: int) -> list[int]:
+    """Four positions over the last octave (L/2, L] past the training length."""
+    return sorted({max(train_length + 1, length * i // 8) for i in (5, 6, 7, 8)})
+
+
+class CoverageRecorder:
+    """Takes in-range and far states as a roll-out comes by (its `watch`), in memory independent of it.
+
+    Args:
+        in_range: positions whose states training has visited.
+        far: positions past the training length.
+        seed: of the projections and permutations.
+    """
+
+    def __init__(self, in_range: Sequence[int], far: Sequence[int], *, seed: int = 0) -> None:
+        self.in_range, self.far, self.seed = sorted(set(in_range)), sorted(set(far)), seed
+        self.stops = [*self.in_range, *self.far]
+        self._samples: dict[StateKey, _Samples] = {}
+
+    def __call__(self, position: int, state: RecurrentState) -> None:
+        """Note the state after `position` tokens, if it is one asked for."""
+        if position not in self.stops:
+            return
+        for key in sorted(state):
+            if key.part == "recurrent":
+                if key not in self._samples:
+                    self._samples[key] = _Samples(state[key], self.seed + len(self._samples))
+                self._samples[key].add(state[key], far=position in self.far)
+
+    def coverage(self) -> Coverage:
+        """Compare what was seen.
+
+        Raises:
+            LongrollError: for fewer than 4 texts, and when in-range or far states were not seen.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = [samples.compare(key, generator) for key, samples in self._samples.items()]
+        if not layers:
+            raise LongrollError("No recurrent state was seen at the positions to be compared.")
+        outside = _benjamini_hochberg(torch.cat([layer.p for layer in layers]))
+        parts = outside.split([len(layer.p) for layer in layers])
+        layers = [
+            LayerCoverage(**{**layer.__dict__, "outside": part})
+            for layer, part in zip(layers, parts, strict=True)
+        ]
+        return Coverage(layers, self.in_range, self.far)
+
+
+def coverage(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    train_length: int | None = None,
+    positions: Sequence[int] | None = None,
+    *,
+    chunk_size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Coverage:
+    """Compare the states past the training length with those of training, head by head.
+
+    Args:
+        lm: the model.
+        tokens: (B, L), B >= 4 texts from their beginnings; 8 or more give the test power.
+        train_length: T; default: what the model's config says.
+        positions: where the far states are taken, all > T; default: four over the last octave of L.
+        chunk_size: tokens of a row in one forward.
+        seed: of the projections and permutations.
+        progress: called with how many positions of each row are done.
+
+    Raises:
+        LongrollError: for a model without recurrent state, an unknown training length, positions not past
+            it or outside the text, and too few texts.
+    """
+    train_length = train_length or lm.train_length
+    if not lm.family.recurrent:
+        raise LongrollError(f"{lm.name} has no recurrent state to compare.")
+    if train_length is None:
+        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+    length = tokens.shape[1]
+    far = list(positions) if positions is not None else far_positions(length, train_length)
+    if not far or min(far) <= train_length or max(far) > length:
+        raise LongrollError(
+            f"far positions must lie past the training length {train_length} in the {length} tokens given."
+        )
+    recorder = CoverageRecorder(in_range_positions(train_length), far, seed=seed)
+    for chunk in roll_out(lm, tokens[:, : max(far)], chunk_size=chunk_size, stops=recorder.stops):
+        stop = chunk.start + chunk.hidden.shape[1]
+        recorder(stop, chunk.state)
+        if progress is not None:
+            progress(stop)
+    return recorder.coverage()
+
+
+def heads_of(tensor: Tensor) -> Tensor:
+    """View a state (B, H, ...) as (B, heads, numbers): one head for the layer where heads are vectors."""
+    return tensor.flatten(2) if tensor.ndim > 3 else tensor.flatten(1).unsqueeze(1)
+
+
+class _Samples:
+    """In-range and far states of one layer, as features and running moments."""
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self.vectors = like.ndim <= 3
+        size = heads_of(like).shape[2]
+        directions = torch.randn(_PROJECTIONS, size, generator=torch.Generator().manual_seed(seed))
+        self.directions = (directions / size**0.5).to(like.device, torch.float64)
+        self.features: dict[bool, list[Tensor]] = {False: [], True: []}  # each (B, H, 1 + projections)
+        self.moments = {False: _Moments(), True: _Moments()}
+
+    def add(self, tensor: Tensor, *, far: bool) -> None:
+        heads = torch.nan_to_num(heads_of(tensor.double()), _LARGEST, _LARGEST, -_LARGEST)
+        log_norm = heads.norm(dim=2, keepdim=True).clamp_min(1 / _LARGEST).log()
+        self.features[far].append(torch.cat([log_norm, heads @ self.directions.T], dim=2).cpu())
+        self.moments[far].add(heads)
+
+    def compare(self, key: StateKey, generator: torch.Generator) -> LayerCoverage:
+        if not self.features[False] or not self.features[True]:
+            raise LongrollError("Both in-range and far states must be seen: positions past the text?")
+        near, far = (torch.stack(self.features[which], dim=2) for which in (False, True))  # (B, H, k, F)
+        if near.shape[0] < 4:
+            raise LongrollError(f"{near.shape[0]} texts are too few to compare states: give at least 4.")
+        near, far = near.transpose(0, 1), far.transpose(0, 1)  # (H, B, k, F)
+        norms = near[..., 0].flatten(1)
+        std = norms.std(dim=1).clamp_min(_LEAST_STD)
+        variance = {which: moments.variance() for which, moments in self.moments.items()}
+        energy, p = _energy_test(near, far, generator)
+        return LayerCoverage(
+            key=key,
+            shift=(far[..., 0].flatten(1).mean(dim=1) - norms.mean(dim=1)) / std,
+            log_variance_ratio=(variance[True].clamp_min(1e-300) / variance[False].clamp_min(1e-300)).log(),
+            energy=energy,
+            p=p,
+            outside=torch.zeros_like(p, dtype=torch.bool),
+            norm_low=norms.amin(dim=1).exp(),
+            norm_high=norms.amax(dim=1).exp(),
+            vectors=self.vectors,
+        )
+
+
+class _Moments:
+    """Mean and variance of every number of the state over texts and positions (Welford 1962, in batches)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        count = self.count + len(rows)
+        mean = rows.mean(dim=0)
+        away = mean - self.mean
+        within = (rows - mean).square().sum(dim=0)
+        self.squares = self.squares + within + away.square() * (self.count * len(rows) / count)
+        self.mean = self.mean + away * (len(rows) / count)
+        self.count = count
+
+    def variance(self) -> Tensor:
+        """Mean variance of a head's numbers, (H,)."""
+        assert isinstance(self.squares, Tensor)
+        return (self.squares / self.count).mean(dim=1).cpu()
+
+
+def _energy_test(near: Tensor, far: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Energy distances (H,) between (H, B, k, F) and (H, B, k', F), and their permutation p-values.
+
+    The metric is |difference of log norms| + mean |difference of projections|, each in in-range standard
+    deviations. With weights w = 1/B for a text in range and -1/B for a far one, the energy distance is
+    -w' D w, D the mean distance between the states of two texts: a permutation of texts permutes w.
+    """
+    texts, features = near.shape[1], near.shape[3]
+    flat = near.flatten(1, 2)
+    least = _LEAST_STD * flat.square().mean(dim=1).sqrt()
+    least[:, 0] = _LEAST_STD  # the log norm has no scale of its own
+    scale = torch.maximum(flat.std(dim=1), least).clamp_min(1 / _LARGEST)[:, None, None]
+    share = torch.tensor([1.0] + [1 / (features - 1)] * (features - 1), dtype=near.dtype)
+    near, far = near * (share / scale), far * (share / scale)
+    between = torch.stack([_distances(a, b) for a, b in zip(near, far, strict=True)])  # (H, 2B, 2B)
+    weight = torch.tensor([1.0] * texts + [-1.0] * texts, dtype=near.dtype) / texts
+    observed = -(weight @ between @ weight)
+    weights = weight[torch.rand(PERMUTATIONS, 2 * texts, generator=generator).argsort(dim=1)]
+    step = max(1, _ENTRIES // weights.numel())
+    at_least = [
+        # as large up to rounding counts as as large
+        (-((weights @ some) * weights).sum(-1) >= seen[:, None] - 1e-9 * seen.abs()[:, None]).sum(dim=1)
+        for some, seen in zip(between.split(step), observed.split(step), strict=True)
+    ]
+    return observed.clamp_min(0), (torch.cat(at_least) + 1) / (PERMUTATIONS + 1)
+
+
+def _distances(near: Tensor, far: Tensor) -> Tensor:
+    """Mean city-block distances between the states of two texts, in range and far: (2B, 2B)."""
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        pairs = torch.cdist(a.flatten(0, 1), b.flatten(0, 1), p=1.0)
+        return pairs.view(len(a), a.shape[1], len(b), b.shape[1]).mean(dim=(1, 3))
+
+    across = mean(near, far)
+    return torch.cat([torch.cat([mean(near, near), across], 1), torch.cat([across.mT, mean(far, far)], 1)])
+
+
+def _benjamini_hochberg(p: Tensor) -> Tensor:
+    """Which hypotheses to reject at the rate `FALSE_DISCOVERIES`."""
+    ordered, order = p.sort()
+    line = FALSE_DISCOVERIES * torch.arange(1, len(p) + 1) / len(p)
+    below = (ordered <= line).nonzero()
+    rejected = torch.zeros_like(p, dtype=torch.bool)
+    if len(below):
+        rejected[order[: int(below[-1]) + 1]] = True
+    return rejected
