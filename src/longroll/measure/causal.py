@@ -28,7 +28,11 @@ Mode = Literal["rescale", "swap"]
 DAMAGE = 0.05
 """Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
 SHARE = 0.8
-"""Of the damage: heads that recover as much together are said to carry it."""
+"""Of what all heads together recover: heads that recover as much are said to carry the damage."""
+_EXPLAINS = (
+    0.2  # of the damage: less than this back with all heads held says that their range is not the cause
+)
+_GAIN = 0.01  # a head that adds less to the greedy list ends it
 _ROWS = 64  # of trials and texts read together
 
 
@@ -58,7 +62,7 @@ class CausalTest:
     together: list[Recovery]
     """The greedy list: the best head, the best pair that holds it, ..., until they carry the damage."""
     all_heads: Recovery | None
-    """Every head of the model held in range: the most that this can recover."""
+    """Every head of the model held in range: about the most that this can recover."""
     mode: Mode
 
     @property
@@ -66,18 +70,24 @@ class CausalTest:
         """The finding in words."""
         if self.all_heads is None:
             return f"No damage to explain: reading on costs {self.damage:.2f} nats."
-        ceiling = f"all heads together recover {_percent(self.all_heads.recovered)}"
+        most = self.all_heads.recovered
+        ceiling = f"all heads together {_percent(most)}"
+        if most < _EXPLAINS:
+            return (
+                "The range of the states does not explain the damage: with all heads held in it, "
+                f"{_percent(most)} comes back."
+            )
         if not self.together:
-            return f"No head is outside its training range; {ceiling} of the damage."
+            return f"No head is outside its training range; held in it, {ceiling} of the damage."
         best = self.together[-1]
-        if best.recovered >= SHARE:
+        if best.recovered >= SHARE * most:
             many = len(best.heads) > 1
             who = f"These {len(best.heads)} heads carry" if many else "One head carries"
-            return f"{who} {_percent(best.recovered)} of the damage: {best.what}."
+            return f"{who} {_percent(best.recovered)} of the damage ({ceiling}): {best.what}."
         first = self.together[0]
+        pair = f", the best {len(best.heads)} {_percent(best.recovered)}" if len(best.heads) > 1 else ""
         return (
-            f"None alone does the damage: {first.what} carries {_percent(first.recovered)}, the best "
-            f"{len(best.heads)} together {_percent(best.recovered)}; {ceiling}."
+            f"None alone does the damage: {first.what} carries {_percent(first.recovered)}{pair}, {ceiling}."
         )
 
     def to_json(self) -> dict:
@@ -181,10 +191,10 @@ def causal(
                 break
             single = measure([[*together[-1].heads, head] for head in rest])
         best = max(single, key=lambda recovery: recovery.recovered)
-        if together and best.recovered <= together[-1].recovered:
+        if together and best.recovered < together[-1].recovered + _GAIN:
             break
         together.append(best)
-        if best.recovered >= SHARE:
+        if best.recovered >= SHARE * everything.recovered:
             break
     alone.sort(key=lambda recovery: -recovery.recovered)
     return CausalTest(damage, alone, together, everything, mode)

@@ -308,7 +308,7 @@ def _energy_test(near: Tensor, far: Tensor, generator: torch.Generator) -> tuple
         (-((weights @ some) * weights).sum(-1) >= seen[:, None] - 1e-9 * seen.abs()[:, None]).sum(dim=1)
         for some, seen in zip(between.split(step), observed.split(step), strict=True)
     ]
-    return observed.clamp_min(0), (torch.cat(at_least) + 1) / (PERMUTATIONS + 1)
+    return observed.clamp_min(0), (torch.cat(at_least).double() + 1) / (PERMUTATIONS + 1)
 
 
 def _distances(near: Tensor, far: Tensor) -> Tensor:
