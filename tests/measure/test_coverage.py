@@ -54,6 +54,16 @@ def test_a_growing_head_is_found_alone():
         assert found.layers[1].log_variance_ratio[4] > 1.5  # log 9, less the noise of the variances
 
 
+def test_one_head_among_many_is_found():
+    recorder = CoverageRecorder([1, 2], [5, 6])
+    generator = torch.Generator().manual_seed(0)
+    for stop in recorder.stops:
+        tensor = torch.randn(16, 200, 3, 3, generator=generator)
+        tensor[:, 123] *= 1 if stop < 3 else 4
+        recorder(stop, RecurrentState({KEYS[0]: tensor}))
+    assert recorder.coverage().ranking() == [Head(0, 123)]
+
+
 def test_a_head_that_only_changes_direction_is_found():
     recorder = CoverageRecorder([1, 2], [5, 6])
     generator = torch.Generator().manual_seed(0)
