@@ -202,6 +202,17 @@ def test_tbptt_sets_back_the_rows_that_begin_a_document(starts):
             assert torch.equal(tensor[row], expected)
 
 
+def test_tbptt_goes_on_from_where_the_text_is_after_a_zero_by_chance():
+    tbptt, last = TBPTT(zero_probability=0.5), None
+    for number in range(10):
+        state = tbptt.initial_state(batch())
+        if number:
+            for row in range(4):
+                assert not state[H][row].any() or torch.equal(state[H][row], last[H][row])
+        last = final_state(seed=number).detach()
+        tbptt.observe(last)
+
+
 def test_tbptt_sets_back_states_that_exploded():
     tbptt = TBPTT()
     tbptt.observe(final_state().map(lambda t: t * float("inf")))

@@ -28,3 +28,6 @@ class TBPTT(StatePassing):
         if self.passed is None:
             return None
         return fit_rows(self.passed, rows).where(~batch["starts"].bool())
+
+    def _learn(self, final_state: RecurrentState) -> None:
+        self.passed = final_state  # of every row: the text has moved on, so an older state is of no use
