@@ -1,11 +1,15 @@
 """Train and run Mamba on a CPU: transformers' own path against longroll's, side by side in one run.
 
-Random weights in transformers' classes (hidden 768, 2 layers, vocabulary 64), batch 1, float32. Every measurement
-has its own process, so that its peak memory is its own; the two sides take turns, so that a busy machine slows
-both. Prints a table and, with --json, writes the values with what is needed to read them.
+Random weights in transformers' classes (hidden 768, 2 layers, vocabulary 64), batch 1, float32. Every
+measurement has its own process, so that its peak memory is its own; the two sides take turns, so that a busy
+machine slows both. Prints a table and, with --json, writes the values with what is needed to read them.
 
-    python benchmarks/cpu_train.py --json cpu_train.json      # about 8 minutes: transformers' Mamba-1 takes 35 s a step
-    python benchmarks/cpu_train.py --quick                    # about 1 minute, small T
+    python benchmarks/cpu_train.py --json cpu_train.json   # 5 minutes; transformers' Mamba-1: 35 s a step
+    python benchmarks/cpu_train.py --quick                 # 1 minute, small T
+    python benchmarks/cpu_train.py --threads 1             # on a machine that others use: see cpu_seconds
+
+With several threads on a busy machine every operation waits for the slowest thread to be scheduled, and the
+wall clock says little. With one thread, processor time (which the table then shows) does not depend on that.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """One measurement: `side` "transformers" or "longroll", `work` "train" (forward + backward) or "forward"."""
+    """One measurement: a `side` ("transformers", "longroll") at `work` ("train", "forward")."""
 
     model: str
     work: str
@@ -105,10 +109,13 @@ def memory(field: str) -> float:
     return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1024
 
 
-def measure(case: Case) -> dict:
+def measure(case: Case, threads: int | None) -> dict:
     """Run one case in this process: seconds of each repetition and the peak above the loaded model."""
     import torch
     import transformers
+
+    if threads:
+        torch.set_num_threads(threads)
 
     transformers.logging.set_verbosity_error()
     model = build(case.model)
@@ -131,28 +138,36 @@ def measure(case: Case) -> dict:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
         print("no /proc/self/clear_refs: the peak includes loading", file=sys.stderr)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for i in range(case.warmup + case.repeats):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         step()
         if i >= case.warmup:
             seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "peak_mib": memory("VmHWM") - loaded, "threads": torch.get_num_threads()}
+            cpu_seconds.append(time.process_time() - cpu_start)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_mib": memory("VmHWM") - loaded,
+        "threads": torch.get_num_threads(),
+    }
 
 
-def measure_apart(case: Case) -> dict:
+def measure_apart(case: Case, threads: int | None) -> dict:
     """Run one case in a fresh process."""
     command = [sys.executable, __file__, "--case", json.dumps(case._asdict())]
+    command += ["--threads", str(threads)] if threads else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summarize(case: Case, runs: list[dict]) -> dict:
-    seconds = [s for run in runs for s in run["seconds"]]
-    median = statistics.median(seconds)
+    seconds, cpu_seconds = ([s for run in runs for s in run[key]] for key in ("seconds", "cpu_seconds"))
+    median = statistics.median(cpu_seconds if runs[0]["threads"] == 1 else seconds)
     return {
         **case._asdict(),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "median_seconds": median,
         "tokens_per_second": case.time / median,
         "peak_mib": statistics.median(run["peak_mib"] for run in runs),
@@ -186,11 +201,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the values to this file")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter cases")
     parser.add_argument("--rounds", type=int, default=2, help="how often to go through all cases (default 2)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--only", default="", help="only cases whose 'model work side' contains this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(Case(**json.loads(options.case)))))
+        print(json.dumps(measure(Case(**json.loads(options.case)), options.threads)))
         return
 
     chosen = [c for c in cases(options.quick) if options.only in f"{c.model} {c.work} {c.side}"]
@@ -199,7 +215,7 @@ def main() -> None:
         for case in chosen:
             if turn and not case.warmup:
                 continue  # half a minute a step: once is enough
-            runs[case].append(measure_apart(case))
+            runs[case].append(measure_apart(case, options.threads))
             print(f"{case.model} {case.work} {case.time} {case.side}: done", file=sys.stderr)
     rows = [summarize(case, done) for case, done in runs.items()]
     print(table(rows))
@@ -214,6 +230,7 @@ def main() -> None:
             "device": "cpu",
             "processor": processor(),
             "cores": os.cpu_count(),
+            "clock": "processor time" if options.threads == 1 else "wall",
             "torch_threads": next(iter(runs.values()))[0]["threads"],
             "dtype": "float32",
             "batch": 1,
