@@ -9,6 +9,8 @@ import typer
 from longroll.cli import diagnose, doctor, evaluate, posttrain, quickstart, report
 from longroll.errors import LongrollError
 
+INTERRUPTED = 130  # typer's exit status after Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -30,6 +32,7 @@ def main() -> None:
     except LongrollError as error:
         sys.stderr.write(f"longroll: {error}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
+        raise

@@ -40,6 +40,7 @@ class Intervention:
         self.seed = seed
         self._generator: torch.Generator | None = None
         self._generator_state: Tensor | None = None
+        self._set: Tensor | None = None  # rows of this batch that did not start from zero by chance
 
     def initial_state(self, batch: Batch) -> RecurrentState | None:
         """The state the rows of `batch` start from; None is the zero state (before anything was observed)."""
@@ -49,7 +50,8 @@ class Intervention:
             return state
         device = next(iter(state.values())).device
         draws = torch.rand(len(input_ids), generator=self._draws(device), device=device)
-        return state.where(draws >= self.zero_probability)
+        self._set = draws >= self.zero_probability
+        return state.where(self._set)
 
     def observe(self, final_state: RecurrentState) -> None:
         """Take note of the final state of a batch; it is detached here."""

@@ -12,8 +12,10 @@ from longroll.state import RecurrentState
 class StatePassing(Intervention):
     """Row b of batch i starts from the final state of row b of batch i - 1, which is of an unrelated text.
 
-    Nothing is drawn and nothing is fitted: the states are real ones, so this works where states are not
-    IID. It is the wrong tool where the data are not stationary (a passkey told once): see FittedNoise.
+    Nothing is fitted: the states are real ones, so this works where states are not IID. A row that starts
+    from zero by chance (`zero_probability`) leaves its passed state waiting rather than replace it: else
+    no state would get older than a few sequences, and states far past the training length would stay
+    unexplored (measured: recipes/README.md). It is the wrong tool where the data are not stationary (a passkey told once): see FittedNoise.
     """
 
     name = "sp"
@@ -23,6 +25,10 @@ class StatePassing(Intervention):
         return None if self.passed is None else fit_rows(self.passed, rows)
 
     def _learn(self, final_state: RecurrentState) -> None:
+        waiting, taken = self.passed, self._set
+        self._set = None
+        if waiting is not None and taken is not None and waiting.batch_size == len(taken):
+            final_state = final_state.where(taken, waiting)
         self.passed = final_state
 
     def _memory(self) -> dict[str, Any]:
