@@ -3,9 +3,9 @@
     python benchmarks/remembrance.py --json remembrance.json
 
 Three ways, rounds alternating, the smallest time counts; all keep the last hidden states only.
-`forwards`: K forwards of T tokens, the unit in which the cost is stated. `suffixes`: K forwards of x[t:T], one
-piece each, as a careful user would write them; these hold as many tokens as the map, so against them only
-batching tells, which is little on a CPU. `staggered`: ours.
+`forwards`: K forwards of T tokens, the unit in which the cost is stated. `suffixes`: K forwards of x[t:T],
+one piece each, as a careful user would write them; these hold as many tokens as the map, so against them
+only batching tells, which is little on a CPU. `staggered`: ours.
 """
 
 import argparse
