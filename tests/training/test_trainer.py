@@ -436,9 +436,8 @@ def test_plain_training_is_the_control(tmp_path):
 
 
 DISTRIBUTED = """
-import sys
+import os, sys
 sys.path[:0] = sys.argv[1:3]
-import torch.distributed as dist
 from test_trainer import SGD, TBPTT, arguments, build, lanes, train
 model = build("mamba2")
 options = SGD | {"max_steps": 4, "per_device_train_batch_size": 1, "ddp_backend": "gloo"}
@@ -446,7 +445,8 @@ trainer = train(model, TBPTT(), lanes(2), sys.argv[3], **options)
 assert trainer.args.world_size == 2
 if trainer.is_world_process_zero():
     model.save_pretrained(sys.argv[3] + "/ddp")
-dist.destroy_process_group()
+trainer.accelerator.wait_for_everyone()
+os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)
 """
 
 

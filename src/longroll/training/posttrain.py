@@ -155,6 +155,7 @@ def posttrain(
         lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
         lm.model.save_pretrained(output)
         shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
     return list(trainer.state.log_history)
 
 
