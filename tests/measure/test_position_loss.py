@@ -233,9 +233,9 @@ class Breaking:
         return torch.where(broken[None, :, None], hidden * self.size, hidden), state
 
 
-@pytest.mark.parametrize(("size", "verdict"), [(1.4, "fades"), (4.0, "explodes"), (float("nan"), "explodes")])
+@pytest.mark.parametrize(("size", "verdict"), [(1.8, "fades"), (4.0, "explodes"), (float("nan"), "explodes")])
 def test_a_planted_break_is_found_where_it_is(forgetful, size, verdict):
-    found = diagnose(Breaking(forgetful, 150, size), tokens(8, 513), train_length=32)
+    found = diagnose(Breaking(forgetful, 150, size), tokens(24, 513), train_length=32)
     assert found.verdict == verdict
     assert 100 <= found.edge <= 200
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))  # NaN became null
