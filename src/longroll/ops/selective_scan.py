@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longroll.ops._common import (
+    LOG2_E,
     Scratch,
     Span,
     cast,
@@ -149,20 +150,20 @@ class _Steps(NamedTuple):
     h: Tensor  # (..., N, D) what each step adds to the state; _walk turns it into the state
 
 
-def _load(x, dt, rates, B, C, dt_bias, softplus: bool, span: Span, scratch: Scratch) -> _Steps:
-    dtype, (order, width) = rates.dtype, rates.shape
+def _load(x, dt, powers, B, C, dt_bias, softplus: bool, span: Span, scratch: Scratch) -> _Steps:
+    dtype, (order, width) = powers.dtype, powers.shape
     x_, B_, C_, raw = (_cut(t, span, dtype) for t in (x, B, C, dt))
     lead = x_.shape[:3]
     if dt_bias is not None:
         raw = torch.add(raw, dt_bias, out=scratch("raw", *lead, width))
     dt_ = F.softplus(raw, 1.0, 20.0, out=scratch("dt", *lead, width)) if softplus else raw  # type: ignore[call-arg]
     dtx = torch.mul(dt_, x_, out=scratch("dtx", *lead, width))
-    decay = torch.mul(dt_.unsqueeze(3), rates, out=scratch("decay", *lead, order, width)).exp_()
+    decay = torch.mul(dt_.unsqueeze(3), powers, out=scratch("decay", *lead, order, width)).exp2_()
     h = torch.mul(dtx.unsqueeze(3), B_.unsqueeze(4), out=scratch("h", *lead, order, width))
     return _Steps(x_, B_, C_, raw, dt_, dtx, decay, h)
 
 
-def _starts(steps: _Steps, rates: Tensor, state: Tensor) -> Tensor:
+def _starts(steps: _Steps, powers: Tensor, state: Tensor) -> Tensor:
     """States at the start of each block, (B, blocks, N, D), given the one at the start of the first."""
     decay, h, dt = steps.decay, steps.h, steps.dt
     starts = torch.empty_like(h[0])
@@ -171,7 +172,7 @@ def _starts(steps: _Steps, rates: Tensor, state: Tensor) -> Tensor:
         added = h[0, :, :-1].clone()
         for d, now in zip(decay[1:, :, :-1].unbind(0), h[1:, :, :-1].unbind(0), strict=True):
             torch.addcmul(now, d, added, out=added)
-        across = torch.exp(dt[:, :, :-1].sum(0).unsqueeze(2) * rates)
+        across = torch.exp2(dt[:, :, :-1].sum(0).unsqueeze(2) * powers)
         for i in range(added.shape[1]):
             torch.addcmul(added[:, i], across[:, i], starts[:, i], out=starts[:, i + 1])
     return starts
@@ -192,13 +193,13 @@ def _output(steps: _Steps, D: Tensor | None, scratch: Scratch) -> Tensor:
 
 def _forward(x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep: list[Tensor] | None):
     """Outputs and final state (B, N, D); appends each span's block starts to `keep`."""
-    scratch = Scratch(rates)
+    scratch, powers = Scratch(rates), rates * LOG2_E
     if state is None:
         state = rates.new_zeros(x.shape[0], *rates.shape)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for span in _plan(x, rates.shape[0]):
-        steps = _load(x, dt, rates, B, C, dt_bias, softplus, span, scratch)
-        starts = _starts(steps, rates, state)
+        steps = _load(x, dt, powers, B, C, dt_bias, softplus, span, scratch)
+        starts = _starts(steps, powers, state)
         _walk(steps, starts)
         state = steps.h[-1, :, -1].clone()
         out = _output(steps, D, scratch)
@@ -235,13 +236,13 @@ class _Scan(torch.autograd.Function):
 
 
 def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> tuple[Tensor | None, ...]:
-    scratch, dtype = Scratch(rates), rates.dtype
+    scratch, dtype, powers = Scratch(rates), rates.dtype, rates * LOG2_E
     dx, ddt, dB, dC, dz = room_for(x, dt, B, C, z)
     drates, dD, ddt_bias = zeros_for(rates, D, dt_bias)
     dstate = rates.new_zeros(x.shape[0], *rates.shape) if dfinal is None else dfinal
     dy = torch.zeros_like(x) if dy is None else dy
     for span, starts in zip(reversed(_plan(x, rates.shape[0])), reversed(keep), strict=True):
-        steps = _load(x, dt, rates, B, C, dt_bias, softplus, span, scratch)
+        steps = _load(x, dt, powers, B, C, dt_bias, softplus, span, scratch)
         _walk(steps, starts)
         decay, h = steps.decay, steps.h
         wide, narrow = steps.x.shape, steps.B.shape
@@ -251,7 +252,7 @@ def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> 
 
         g = torch.mul(steps.C.unsqueeze(4), dy_.unsqueeze(3), out=scratch("g", *h.shape))
         _place(dC, span).copy_(_over_channels(h, dy_, scratch("narrow", *narrow)))
-        dstate = _walk_back(steps, g, rates, dstate)  # g: gradient of the state after each step
+        dstate = _walk_back(steps, g, powers, dstate)  # g: gradient of the state after each step
         _place(dB, span).copy_(_over_channels(g, steps.dtx, scratch("narrow", *narrow)))
         ddtx = _over_order(g, steps.B, scratch("ddtx", *wide))
 
@@ -283,7 +284,7 @@ def _ungate(z: Tensor, dy: Tensor, ungated: Tensor, dz: Tensor, scratch: Scratch
     return inner
 
 
-def _walk_back(steps: _Steps, g: Tensor, rates: Tensor, dstate: Tensor) -> Tensor:
+def _walk_back(steps: _Steps, g: Tensor, powers: Tensor, dstate: Tensor) -> Tensor:
     """Turn `g` from each output's gradient into each state's, (..., N, D), by reverse accumulation.
 
     `dstate` (B, N, D) is the gradient of the state after the span; returns that of the state before it.
@@ -296,7 +297,7 @@ def _walk_back(steps: _Steps, g: Tensor, rates: Tensor, dstate: Tensor) -> Tenso
         for t in reversed(range(g.shape[0] - 1)):
             torch.addcmul(g[t, :, 1:], decay[t + 1, :, 1:], local, out=local)
         local.mul_(decay[0, :, 1:])
-        across = torch.exp(steps.dt[:, :, 1:].sum(0).unsqueeze(2) * rates)
+        across = torch.exp2(steps.dt[:, :, 1:].sum(0).unsqueeze(2) * powers)
         for i in reversed(range(local.shape[1])):
             torch.addcmul(local[:, i], across[:, i], ends[:, i + 1], out=ends[:, i])
     after = g[-1].add_(ends)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longroll.ops._common import (
+    LOG2_E,
     Scratch,
     Span,
     cast,
@@ -170,14 +171,14 @@ def _load(x, dt, A, B, C, dt_bias, options: _Options, span: Span, scratch: Scrat
     positive = F.softplus(raw) if options.softplus else raw
     dt_ = positive if options.softplus and options.limit == NO_LIMIT else positive.clamp(*options.limit)
     dtx = torch.mul(x_, dt_.unsqueeze(-1), out=scratch("dtx", *x_.shape))
-    arriving, leaving, decay = _decays(dt_ * A.view(per_head), scratch)
+    arriving, leaving, decay = _decays(dt_ * (A * LOG2_E).view(per_head), scratch)
     scores = torch.matmul(C_, B_.mT, out=scratch("scores", *B_.shape[:-1], B_.shape[-2])).tril_()
     mixer = torch.mul(decay, scores.unsqueeze(3), out=scratch("mixer", *decay.shape))
     return _Chunks(x_, raw, positive, dt_, dtx, B_, C_, arriving, leaving, decay, scores, mixer)
 
 
 def _decays(log_steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """From the log decay of each step (..., q): decays up to, after and between (row, column) steps."""
+    """From the log2 decay of each step (..., q): decays up to, after and between (row, column) steps."""
     exact = log_steps.double().cumsum(-1)
     total = exact.to(log_steps.dtype)
     decay = torch.sub(
@@ -187,7 +188,7 @@ def _decays(log_steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor
         rest = (exact - total).to(total.dtype)
         decay.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
     leaving = (exact[..., -1:] - exact).to(total.dtype)
-    return total.exp(), leaving.exp_(), decay.clamp_(max=0).exp_()
+    return total.exp2_(), leaving.exp2_(), decay.clamp_(max=0).exp2_()
 
 
 def _by_step(values: Tensor, weight: Tensor, name: str, scratch: Scratch) -> Tensor:
