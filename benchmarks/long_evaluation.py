@@ -53,7 +53,7 @@ def main() -> None:
         row = medians[length]
         rate = length / row["seconds"]
         print(
-            f"{length:>8} positions  {row['seconds']:6.2f} s  {rate:8,.0f} tokens/s  {row['peak_mib']:6.0f} MiB"
+            f"{length:>8} positions {row['seconds']:7.2f} s {rate:8,.0f} tokens/s {row['peak_mib']:.0f} MiB"
         )
     short, long = (medians[length] for length in LENGTHS)
     ratios = {

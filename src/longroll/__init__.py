@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
     from longroll.measure.diagnose import Diagnosis, diagnose
     from longroll.measure.position_loss import PositionLoss, position_loss
+    from longroll.measure.remembrance import effective_remembrance, remembrance_map
     from longroll.measure.state_statistics import state_statistics
     from longroll.model import RecurrentLM, load
     from longroll.state import RecurrentState, StateKey
@@ -25,6 +26,8 @@ _HOME = {
     "PositionLoss": "measure",
     "diagnose": "measure",
     "position_loss": "measure",
+    "effective_remembrance": "measure",
+    "remembrance_map": "measure",
     "state_statistics": "measure",
     "Intervention": "interventions",
     "RandomNoise": "interventions",
@@ -51,10 +54,12 @@ __all__ = [
     "StateKey",
     "StatePassing",
     "diagnose",
+    "effective_remembrance",
     "load",
     "ops",
     "position_loss",
     "posttrain",
+    "remembrance_map",
     "state_statistics",
 ]
 

@@ -36,6 +36,9 @@ def posttrain(
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    decay_speed: Annotated[
+        float, typer.Option(help="Learning rate of A_log, dt_bias, times the others'.")
+    ] = 1.0,
     schedule: Annotated[str, typer.Option(help="transformers' name of the schedule.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps to warm up over.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
@@ -83,6 +86,7 @@ def posttrain(
         batch_size=batch_size,
         accumulation=accumulation,
         learning_rate=learning_rate,
+        decay_speed=decay_speed,
         schedule=schedule,
         warmup=warmup,
         weight_decay=weight_decay,

@@ -13,7 +13,7 @@ from longroll.cli.diagnose import run_diagnosis
 from longroll.cli.posttrain import make_intervention, run_posttrain
 
 # of the specimen, measured: recipes/README.md
-STEPS, BATCH_SIZE, LEARNING_RATE, ZERO_PROBABILITY = 400, 16, 1e-3, 0.5
+STEPS, BATCH_SIZE, LEARNING_RATE, DECAY_SPEED, ZERO_PROBABILITY = 200, 16, 1e-3, 30.0, 0.1
 
 
 def quickstart(
@@ -41,7 +41,12 @@ def quickstart(
 
     assert lm.train_length is not None
     options = PosttrainOptions(
-        length=lm.train_length, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, seed=seed
+        length=lm.train_length,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        decay_speed=DECAY_SPEED,
+        seed=seed,
     )
     corpus = o.read_corpus(
         "stdlib", words, split="train", column=None, max_tokens=options.tokens + 1, seed=seed

@@ -15,7 +15,8 @@ class StatePassing(Intervention):
     Nothing is fitted: the states are real ones, so this works where states are not IID. A row that starts
     from zero by chance (`zero_probability`) leaves its passed state waiting rather than replace it: else
     no state would get older than a few sequences, and states far past the training length would stay
-    unexplored (measured: recipes/README.md). It is the wrong tool where the data are not stationary (a passkey told once): see FittedNoise.
+    unexplored (measured: recipes/README.md). It is the wrong tool where the data are not stationary (a
+    passkey told once): see FittedNoise.
     """
 
     name = "sp"

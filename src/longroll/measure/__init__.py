@@ -2,6 +2,17 @@
 
 from longroll.measure.diagnose import Diagnosis, diagnose
 from longroll.measure.position_loss import PositionLoss, position_loss
+from longroll.measure.remembrance import Remembrance, effective_remembrance, remembrance_map
 from longroll.measure.state_statistics import StateStatistics, state_statistics
 
-__all__ = ["Diagnosis", "PositionLoss", "StateStatistics", "diagnose", "position_loss", "state_statistics"]
+__all__ = [
+    "Diagnosis",
+    "PositionLoss",
+    "Remembrance",
+    "StateStatistics",
+    "diagnose",
+    "effective_remembrance",
+    "position_loss",
+    "remembrance_map",
+    "state_statistics",
+]

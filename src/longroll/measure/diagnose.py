@@ -14,7 +14,7 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.position_loss import PositionLoss, log_spaced, position_loss
-from longroll.measure.restart import excess_loss
+from longroll.measure.restart import excess_loss, probe_losses
 from longroll.measure.state_statistics import StateRecorder
 from longroll.model import RecurrentLM
 from longroll.results import provenance
@@ -33,7 +33,7 @@ class Diagnosis:
 
     verdict: Verdict
     edge: int | None
-    """The first position whose loss is above that of a fresh start beyond its interval; None: none is."""
+    """Where the loss first exceeds its level in range, and a fresh start's, beyond the intervals; or None."""
     severity: float
     """Nats above a fresh start over the last octave of positions."""
     levels: dict[str, float | None]
@@ -68,8 +68,9 @@ def diagnose(
 ) -> Diagnosis:
     """Roll a model out over `tokens` and say how it does past its training length.
 
-    The verdict compares each token's loss with that of the same model restarted within its training length
-    (`restart.excess_loss`), so that a text whose later parts are harder is not taken for a fault.
+    A model breaks where its loss is above its level in range and also above that of the same model restarted
+    within its training length on the same tokens (`restart.excess_loss`), so that a text whose later parts
+    are harder is not taken for a fault.
 
     Args:
         lm: the model.
@@ -102,7 +103,11 @@ def diagnose(
     )
     ends, excess = excess_loss(lm, tokens, carried, train_length)
     mean, low, high = bootstrap_mean(excess, seed=seed)
-    edge = _edge(ends, mean, low, train_length)
+    level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
+    _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
+    # `not <=`, not `>`: a NaN loss is damage
+    above = ~((low <= 0) | (mean <= TOLERANCE) | (low_rise <= 0))
+    edge = _edge(ends, above.tolist(), train_length)
     far = [i for i, end in enumerate(ends) if end > length // 2]
     severity = mean[far].mean().item()
     verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
@@ -129,10 +134,8 @@ def diagnose(
     return Diagnosis(verdict, edge, severity, levels, _sentence(verdict, edge, severity, length), details)
 
 
-def _edge(ends: list[int], mean: Tensor, low: Tensor, train_length: int) -> int | None:
-    """Where the damage begins: the first probe from which two in a row are above the tolerance."""
-    # not (<=) rather than (>): a NaN loss is damage
-    above = ~((low <= 0) | (mean <= TOLERANCE))
+def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
+    """Where the damage begins: the first probe from which two in a row are above."""
     for i in range(len(ends)):
         if above[i] and above[min(i + 1, len(ends) - 1)]:
             return ends[i - 1] if i else train_length
@@ -151,11 +154,12 @@ def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]
 
 def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int) -> str:
     if edge is None:
-        return (
-            f"Holds to {short(length)}: reading on never costs more than a fresh start. Leave it alone: "
-            "a repair would only cost loss in range."
-        )
-    size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "its loss is not finite"
+        holds = f"Holds to {short(length)}: the loss stays at its level in range."
+        if severity > TOLERANCE:
+            far = f"{short(length // 2)}-{short(length)}"
+            return f"{holds} A fresh start would still be {severity:.2f} nats better at {far}."
+        return f"{holds} Leave it alone: a repair would only cost loss in range."
+    size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "not finite"
     how = "and explodes" if verdict == "explodes" else "and fades"
     return f"Breaks at t ~ {short(edge)} {how}: at {short(length // 2)}-{short(length)} it is {size}."
 

@@ -34,14 +34,17 @@ def excess_loss(
     length, half = carried.losses.shape[1], train_length // 2
     ends = [p for p in log_spaced(length, per_octave) if p > train_length]
     rows = max(1, CHUNK_TOKENS // (train_length * tokens.shape[0]))
-    differences = []
+    restarted = []
     for some in (ends[i : i + rows] for i in range(0, len(ends), rows)):
         windows = torch.stack([tokens[:, end - train_length : end + 1] for end in some], dim=1)
         windows = windows.flatten(0, 1).to(lm.device)  # (B * K, T + 1)
         hidden, _ = lm(windows[:, :-1], logits=False)
-        restarted = token_losses(lm, hidden[:, half:], windows[:, half + 1 :]).mean(dim=1).cpu()
-        same = torch.stack(
-            [carried.losses[:, end - train_length + half : end].mean(dim=1) for end in some], dim=1
-        )
-        differences.append(same - restarted.view(tokens.shape[0], len(some)))
-    return ends, torch.cat(differences, dim=1) if differences else torch.empty(tokens.shape[0], 0)
+        losses = token_losses(lm, hidden[:, half:], windows[:, half + 1 :]).mean(dim=1).cpu()
+        restarted.append(losses.view(tokens.shape[0], len(some)))
+    return ends, probe_losses(carried, ends, train_length) - torch.cat(restarted, dim=1)
+
+
+def probe_losses(carried: PositionLoss, ends: list[int], train_length: int) -> Tensor:
+    """Carried loss of the tokens that each probe compares: the T - T // 2 before its end, (B, K) means."""
+    size = train_length - train_length // 2
+    return torch.stack([carried.losses[:, end - size : end].mean(dim=1) for end in ends], dim=1)

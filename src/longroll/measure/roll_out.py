@@ -63,4 +63,7 @@ def check_ids(lm: RecurrentLM, input_ids: Tensor) -> None:
     from longroll.data import check_vocabulary
 
     if input_ids.numel():
-        check_vocabulary(int(input_ids.max()), lm.vocab_size)
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0:
+            raise LongrollError(f"tokens outside the vocabulary of the model: id {low} is negative.")
+        check_vocabulary(high, lm.vocab_size)

@@ -35,6 +35,8 @@ class PosttrainOptions:
     """Micro-batches a step."""
     learning_rate: float = 5e-4
     """Peak of the schedule."""
+    decay_speed: float = 1.0
+    """Learning rate of the decays (`A_log`, `dt_bias`) as a multiple of the others'."""
     schedule: str = "cosine"
     """transformers' name of the learning-rate schedule after the warm-up."""
     warmup: float = 0.05
@@ -142,6 +144,7 @@ def posttrain(
         model,
         arguments,
         intervention=intervention,
+        decay_speed=options.decay_speed,
         train_dataset=data,
         callbacks=[LossGuard(), *(callbacks or [])],
     )

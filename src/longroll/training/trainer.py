@@ -17,6 +17,9 @@ from longroll.families import family_of
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 
+DECAYS = ("A_log", "dt_bias", "dt_proj.bias")
+"""How the parameters end that set how fast a state is forgotten."""
+
 
 class InitialStateTrainer(Trainer):
     """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
@@ -30,6 +33,8 @@ class InitialStateTrainer(Trainer):
         model: a transformers causal LM, peft's wrapper of one, or a RecurrentLM.
         args: as for Trainer. `remove_unused_columns` and reentrant checkpointing are turned off.
         intervention: None trains from the zero state: the plain control.
+        decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
+            multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
         **kwargs: as for Trainer.
 
     Raises:
@@ -42,6 +47,7 @@ class InitialStateTrainer(Trainer):
         args: TrainingArguments,
         *,
         intervention: Intervention | None = None,
+        decay_speed: float = 1.0,
         **kwargs: Any,
     ) -> None:
         model = model.model if isinstance(model, RecurrentLM) else model
@@ -49,6 +55,7 @@ class InitialStateTrainer(Trainer):
         self.family = family_of(self.base.config.model_type)
         self.family.prepare(self.base)
         self.intervention = intervention
+        self.decay_speed = decay_speed
         if intervention is not None and not self.family.recurrent:
             raise LongrollError(
                 f"{self.base.config.model_type} has no recurrent state, so there is none to intervene on: "
@@ -111,6 +118,19 @@ class InitialStateTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer, with the decays in groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.decay_speed != 1:
+            decays = {id(p) for name, p in self.base.named_parameters() if name.endswith(DECAYS)}
+            for group in list(optimizer.param_groups):
+                faster = [p for p in group["params"] if id(p) in decays]
+                if faster:
+                    group["params"] = [p for p in group["params"] if id(p) not in decays]
+                    rate = group["lr"] * self.decay_speed
+                    optimizer.add_param_group({**group, "params": faster, "lr": rate})
+        return optimizer
 
     def _memory_file(self, folder: str) -> Path:
         return Path(folder) / f"intervention_{self.args.process_index}.pt"
