@@ -68,6 +68,8 @@ class PosttrainOptions:
         if self.schedule not in list(SchedulerType):
             known = ", ".join(SchedulerType)
             raise LongrollError(f"--schedule {self.schedule} is not one transformers knows: {known}.")
+        if not 0 < self.decay_speed < math.inf:
+            raise LongrollError(f"--decay-speed {self.decay_speed} must be above 0.")
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"--warmup {self.warmup} is a share of the steps: 0 to 1.")
 
