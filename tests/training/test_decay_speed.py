@@ -2,10 +2,10 @@
 
 import pytest
 from transformers import TrainingArguments
-from zoo import build
 
 from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
 from longroll.training.trainer import DECAYS
+from zoo import build
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
