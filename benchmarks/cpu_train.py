@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Threads that sleep while they wait: with the default, which spins, a machine that others use measured 2 to 10
-# times slower on either side. What the caller has set stays.
+# Threads that sleep while they wait: with the default, which spins, a machine that others use measured 2 to
+# 10 times slower on either side. What the caller has set stays.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 

@@ -28,7 +28,7 @@ class Span(NamedTuple):
 class Scratch:
     """Named work space of one call, reused from span to span.
 
-    Fresh memory costs a page fault per 4 KiB on a CPU, which measured ten times the arithmetic done in it.
+    Fresh memory can cost a page fault per 4 KiB on a CPU: 77 us for a product of 49k numbers that takes 5.
     """
 
     def __init__(self, like: Tensor) -> None:
