@@ -13,8 +13,8 @@ from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
-CHUNK_TOKENS = 16_384
-"""Tokens of one forward, all rows together: large enough to keep a CPU busy, small in memory."""
+CHUNK_TOKENS = 4096
+"""Tokens of one forward, all rows together: what keeps a CPU busiest (2-4k), and small in memory."""
 
 
 class Chunk(NamedTuple):
@@ -56,6 +56,7 @@ def roll_out(
     for start, stop in pairwise(cuts):
         hidden, state = lm(input_ids[:, start:stop].to(lm.device), state, logits=False)
         yield Chunk(start, hidden, state)
+        del hidden  # else two chunks exist while the next is computed
 
 
 def check_ids(lm: RecurrentLM, input_ids: Tensor) -> None:
