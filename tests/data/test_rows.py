@@ -13,7 +13,7 @@ from longroll.errors import LongrollError
 def write_lines(path: Path, rows: list) -> Path:
     """Write JSON lines, gzipped if the name says so."""
     text = "\n".join(json.dumps(row) for row in rows) + "\n\n"
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     return path
 
 
@@ -89,7 +89,7 @@ def test_shards_in_a_folder(tmp_path: Path):
         ("a.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b"\xff\xfe", "cannot be read as lines"),
         ("a.jsonl.gz", b"no gzip", "cannot be read as lines"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "cannot be read as lines"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], "cannot be read as lines"),
         ("a.parquet", b"PAR1 nonsense", "cannot be read as Parquet"),
         ("a.jsonl", b"", "has no text"),
     ],
