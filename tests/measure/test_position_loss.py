@@ -202,10 +202,12 @@ def forgetful():
 def test_a_model_whose_state_does_not_matter_is_healthy(forgetful, chunk_size):
     done = []
     ids = tokens(6, 513)
-    found = diagnose(forgetful, ids, train_length=32, chunk_size=chunk_size, progress=done.append)
+    found = diagnose(
+        forgetful, ids, train_length=32, chunk_size=chunk_size, progress=lambda *told: done.append(told)
+    )
     assert (found.verdict, found.edge) == ("healthy", None)
     assert abs(found.severity) < 1e-3
-    assert done[-1] == 512
+    assert {stage: count for stage, count, _ in done} == {"reading on": 512, "forgetting the past": 512}
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert data["verdict"] == "healthy" and data["max_position"] == 512 and data["train_length"] == 32
     assert data["levels"].keys() == {"in_range", "2x", "8x", "64x", "far"}

@@ -22,6 +22,7 @@ KINDS = {
 }
 
 BREAKS = "Breaks at t ~ 212 and explodes: at 8k-16k it is 2.71 nats above a fresh start."
+ADVICE = "Repair it by State Passing. 500 steps of 16 x 128 tokens take about 3 minutes on this device."
 HOLDS = (
     "Holds to 16k: reading on never costs more than a fresh start. "
     "Leave it alone: a repair would only cost loss in range."
@@ -65,6 +66,8 @@ def run(
         "severity": levels["far"] - levels["in_range"],
         "verdict": "explodes" if broken else "healthy",
         "sentence": BREAKS if broken else HOLDS,
+        "excess": _excess(level, damage, rng),
+        "advice": {"intervention": "sp", "sentence": ADVICE} if broken else {"sentence": ""},
         "states": _states(growth, layers, heads),
         "remembrance": _remembrance(broken, rng),
         "coverage": _coverage(damage, layers, heads, rng),
@@ -92,6 +95,13 @@ def _loss(t: np.ndarray, level: float, damage: float) -> np.ndarray:
     cold = 1.9 * np.exp(-t / 9)
     past = 3.2 / (1 + (1600 / np.maximum(t, 1)) ** 1.1) - 3.2 / (1 + (1600 / 100) ** 1.1)
     return level + cold + damage * np.maximum(past, 0) + 0.1 * np.exp(-t / 60)
+
+
+def _excess(level: float, damage: float, rng: np.random.Generator) -> dict[str, Any]:
+    t = np.unique(np.round(2.0 ** np.arange(7.17, 14.01, 1 / 6)).astype(int))
+    mean = _loss(t, level, damage) - level - 0.08 + rng.normal(0, 0.012, len(t))
+    found = {"position": t, "mean": mean, "low": mean - 0.03, "high": mean + 0.03}
+    return {name: values.tolist() for name, values in found.items()}
 
 
 def _states(growth: float, layers: int, heads: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from longroll.report import write_figures
 
 NAMES = {
     "position",
+    "excess",
     "states",
     "remembrance",
     "remembrance-map-base",

@@ -16,6 +16,7 @@ FIGURES = {
     "position": lambda look: report.position_figure(runs("base", "tbptt"), look=look),
     "bits": lambda look: report.position_figure(runs("base", "tbptt"), "bits_per_byte", look=look),
     "nats": lambda look: report.position_figure(runs("base", "tbptt"), "nats", look=look),
+    "excess": lambda look: report.excess_figure(runs("base", "tbptt"), look=look),
     "states": lambda look: report.state_figure(runs("base", "tbptt"), look=look),
     "remembrance": lambda look: report.remembrance_curves(runs("base", "tbptt"), 8192, look=look),
     "map": lambda look: report.remembrance_map(run("base"), look=look),

@@ -67,6 +67,7 @@ def test_all_sections_in_order(page):
     assert headings(page) == [
         "Loss by length",
         "Perplexity by position",
+        "Loss above a fresh start",
         "The state over position",
         "Effective remembrance",
         "Remembrance at every length",

@@ -37,6 +37,21 @@ def progress(what: str, *, total: int | None) -> Iterator[Callable[[int], None]]
         yield lambda done: bar.update(task, completed=done)
 
 
+@contextmanager
+def stages(label: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for work in several stages: call what it yields with the stage, what is done of it, its total."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{label}: {stage}", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance
+
+
 def training_progress(advance: Callable[[int], None]) -> TrainerCallback:
     """A Trainer callback that moves a bar."""
     from transformers import TrainerCallback

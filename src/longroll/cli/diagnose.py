@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from longroll.cli import _options as o
 
 
@@ -15,6 +19,9 @@ def diagnose(
     sequences: o.Sequences = 16,
     concatenate: o.Concatenate = False,
     chunk_size: o.ChunkSize = None,
+    explain: Annotated[
+        bool, typer.Option(help="Look for the causes too: about three times the work.")
+    ] = True,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -46,6 +53,7 @@ def diagnose(
         train_length=train_length,
         bytes_per_token=bytes_per_token,
         chunk_size=chunk_size,
+        explain=explain,
         seed=seed,
     )
     if json:
@@ -54,13 +62,22 @@ def diagnose(
         write_json(output / f"{label}.json", found)
         write_report([found], output / "report.html")
     out.print(levels_table([found]))
-    out.print(found["sentence"])
+    for line in findings(found):
+        out.print(line, soft_wrap=True)
 
 
 def run_diagnosis(lm, tokens, *, label: str, **options) -> dict:
     """`longroll.diagnose` with a progress bar; its JSON."""
-    from longroll.cli._console import progress
+    from longroll.cli._console import stages
     from longroll.measure import diagnose
 
-    with progress(f"measuring {label}", total=tokens.shape[1] - 1) as advance:
+    with stages(label) as advance:
         return diagnose(lm, tokens, label=label, progress=advance, **options).to_json()
+
+
+def findings(found: dict) -> list[str]:
+    """What a diagnosis says in words: the verdict, the heads that do the damage, what to do, and how."""
+    causal = (found.get("coverage") or {}).get("causal_sentence")
+    advice = found["advice"]
+    lines = [found["sentence"], causal, advice["sentence"], advice["command"] and f"  {advice['command']}"]
+    return [line for line in lines if line]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from longroll.cli import _options as o
-from longroll.cli.diagnose import run_diagnosis
+from longroll.cli.diagnose import findings, run_diagnosis
 from longroll.cli.posttrain import make_intervention, run_posttrain
 
 # of the specimen, measured: recipes/README.md
@@ -62,7 +62,7 @@ def quickstart(
     report = write_report([before, after], output / "report.html")
     seconds = time.perf_counter() - began
     out.print(levels_table([before, after]))
-    out.print(f"Before: {before['sentence']}")
+    out.print(f"Before: {' '.join(findings(before)[:2])}")
     out.print(f"After:  {after['sentence']}")
     out.print(f"{seconds:.0f} s. Report: {report}   Repaired model: {repaired}")
     if json:

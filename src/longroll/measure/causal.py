@@ -8,6 +8,7 @@ the damage (loss carried minus loss of a fresh start on the same tokens), is the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,6 +69,8 @@ class CausalTest:
     @property
     def sentence(self) -> str:
         """The finding in words."""
+        if not math.isfinite(self.damage):
+            return "The loss is not finite: no share of the damage can be told."
         if self.all_heads is None:
             return f"No damage to explain: reading on costs {self.damage:.2f} nats."
         most = self.all_heads.recovered
@@ -162,7 +165,7 @@ def causal(
     ends, excess = excess_loss(lm, tokens, carried, train_length)
     far = [i for i, end in enumerate(ends) if end > length // 2]
     damage = excess[:, far].double().mean().item()
-    if damage <= DAMAGE:
+    if damage <= DAMAGE or not math.isfinite(damage):
         return CausalTest(damage, [], [], None, mode)
     spans = [(ends[i] - train_length + train_length // 2, ends[i]) for i in far]
     trials = _Trials(

@@ -1,21 +1,22 @@
-"""One call that says whether a model holds past its training length, and where it breaks."""
+"""One call that says whether a model holds past its training length, where it breaks, why, and what to do."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.measure.advice import LEAVE_ALONE, NO_STATE, advise
 from longroll.measure.bootstrap import bootstrap_mean
-from longroll.measure.position_loss import PositionLoss, log_spaced, position_loss
+from longroll.measure.explain import Progress, StateWatch, explain_coverage, explain_remembrance, stage
+from longroll.measure.position_loss import PositionLoss, position_loss
 from longroll.measure.restart import excess_loss, probe_losses
-from longroll.measure.state_statistics import StateRecorder
+from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
 from longroll.results import provenance
 
@@ -39,6 +40,8 @@ class Diagnosis:
     levels: dict[str, float | None]
     """Mean loss in nats: `in_range` over [0, T); `2x`, `8x`, `64x` over the octave up to there; `far`."""
     sentence: str
+    advice: str
+    """What to do: an intervention, with its reasons and its price, or to leave the model alone."""
     details: dict[str, Any] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,8 +66,9 @@ def diagnose(
     label: str = "base",
     bytes_per_token: float | None = None,
     chunk_size: int | None = None,
+    explain: bool = True,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Roll a model out over `tokens` and say how it does past its training length.
 
@@ -74,13 +78,16 @@ def diagnose(
 
     Args:
         lm: the model.
-        tokens: (B, L + 1), L above the training length and at least 4 sequences.
+        tokens: (B, L + 1), L above the training length and at least 4 sequences; 8 or more to tell which
+            heads have left their range.
         train_length: T; default: what the model's config says.
         label: what to call this run in a report.
         bytes_per_token: of the text, for bits per byte.
         chunk_size: tokens of a row in one forward.
-        seed: of the bootstrap.
-        progress: called with how many positions of each row are done.
+        explain: measure remembrance too, which states left their range, and which of them do the damage:
+            about three times the work.
+        seed: of the bootstrap, the permutations and the noise that states are compared with.
+        progress: see `Progress`.
 
     Raises:
         LongrollError: for an unknown training length, too few sequences, or too short ones.
@@ -96,11 +103,17 @@ def diagnose(
         )
     if rows < 4:
         raise LongrollError(f"{rows} sequences are too few for an interval: give at least 4 (--sequences).")
-    stops = log_spaced(length, 3)
-    recorder = StateRecorder(lm, stops) if lm.family.recurrent else None
+    watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
+    rolled = time.perf_counter()
     carried = position_loss(
-        lm, tokens, chunk_size=chunk_size, stops=stops if recorder else (), watch=recorder, progress=progress
+        lm,
+        tokens,
+        chunk_size=chunk_size,
+        stops=watch.stops if watch else (),
+        watch=watch,
+        progress=stage(progress, "reading on", length),
     )
+    speed = rows * length / (time.perf_counter() - rolled)
     ends, excess = excess_loss(lm, tokens, carried, train_length)
     mean, low, high = bootstrap_mean(excess, seed=seed)
     level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
@@ -111,7 +124,6 @@ def diagnose(
     far = [i for i, end in enumerate(ends) if end > length // 2]
     severity = mean[far].mean().item()
     verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
-    levels = _levels(carried, train_length)
     details = {
         "label": label,
         "model": lm.name,
@@ -128,10 +140,29 @@ def diagnose(
             "low": low.tolist(),
             "high": high.tolist(),
         },
-        "states": recorder.statistics().to_json() if recorder else None,
-        "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+        "states": None,
     }
-    return Diagnosis(verdict, edge, severity, levels, _sentence(verdict, edge, severity, length), details)
+    advice = LEAVE_ALONE if edge is None else NO_STATE
+    if watch is not None:
+        iid, drift = watch.iid(), end_drift(tokens, max(16, train_length // 8), seed=seed)
+        if edge is not None:
+            advice = advise(lm.name, train_length, iid=iid, ends=drift, tokens_per_second=speed)
+        details |= {
+            "states": watch.statistics.statistics().to_json(),
+            "iid": iid.to_json(),
+            "stationarity": drift.to_json(),
+        }
+        if explain:
+            details["coverage"] = explain_coverage(
+                lm, tokens, watch, train_length, healthy=edge is None, progress=progress
+            )
+    if explain:
+        details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
+    details["advice"] = advice.to_json()
+    details["provenance"] = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
+    sentence = _sentence(verdict, edge, severity, length)
+    levels = _levels(carried, train_length)
+    return Diagnosis(verdict, edge, severity, levels, sentence, advice.sentence, details)
 
 
 def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
@@ -153,15 +184,15 @@ def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]
 
 
 def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int) -> str:
+    far = f"{short(length // 2)}-{short(length)}"
     if edge is None:
         holds = f"Holds to {short(length)}: the loss stays at its level in range."
         if severity > TOLERANCE:
-            far = f"{short(length // 2)}-{short(length)}"
             return f"{holds} A fresh start would still be {severity:.2f} nats better at {far}."
-        return f"{holds} Leave it alone: a repair would only cost loss in range."
+        return holds
     size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "not finite"
     how = "and explodes" if verdict == "explodes" else "and fades"
-    return f"Breaks at t ~ {short(edge)} {how}: at {short(length // 2)}-{short(length)} it is {size}."
+    return f"Breaks at t ~ {short(edge)} {how}: at {far} it is {size}."
 
 
 def short(position: int) -> str:

@@ -3,6 +3,7 @@
 from longroll.report.export import write_figures
 from longroll.report.figures import (
     coverage_map,
+    excess_figure,
     position_figure,
     remembrance_curves,
     remembrance_map,
@@ -14,6 +15,7 @@ from longroll.report.svg import to_svg
 
 __all__ = [
     "coverage_map",
+    "excess_figure",
     "position_figure",
     "remembrance_curves",
     "remembrance_map",

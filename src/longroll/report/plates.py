@@ -21,6 +21,10 @@ LOOK_FOR = {
         "A model that has learned to live with its own state stays level past the dashed line, where "
         "training ended. The bands are 95 % intervals."
     ),
+    "excess": (
+        "The same tokens predicted twice: with all that went before, and by a fresh start within the "
+        "training length. Above zero, reading on does harm, whatever the text; below, it helps."
+    ),
     "states": (
         "The standard deviation of the state, by layer. A state that still moves past the dashed line "
         "takes the model where it was never trained; after a repair it stays level."
@@ -73,7 +77,7 @@ def plates(runs: Sequence[Run]) -> list[Plate]:
     """List the figures that the runs hold data for."""
     runs = ordered(runs)
     styled = list(zip(runs, run_styles(runs), strict=True))
-    parts = (_position, _states, _remembrance, _remembrance_maps, _coverage, _tasks)
+    parts = (_position, _excess, _states, _remembrance, _remembrance_maps, _coverage, _tasks)
     return [plate for part in parts for plate in part(runs, styled)]
 
 
@@ -87,6 +91,16 @@ def _position(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     panel = Panel("position", lambda look: figures.position_figure(runs, unit, look=look))
     heading = f"{units.UNITS[unit][0].upper()}{units.UNITS[unit][1:]} by position"
     return [Plate("position", heading, text, [panel], [tables.curve_table(having)])]
+
+
+def _excess(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
+    having = [(run, style) for run, style in styled if section(run, "excess")]
+    if not having:
+        return []
+    panel = Panel("excess", lambda look: figures.excess_figure(runs, look=look))
+    return [
+        Plate("excess", "Loss above a fresh start", LOOK_FOR["excess"], [panel], tables.excess_tables(having))
+    ]
 
 
 def _states(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:

@@ -10,6 +10,8 @@ from longroll.report.figures.coverage import layer_name
 from longroll.report.runs import Run, numbers, section
 from longroll.report.style import RunStyle
 
+_CAUSAL_CAPTION = "Damage undone by holding heads in their training range."
+
 Styled = Sequence[tuple[Run, RunStyle]]
 
 
@@ -49,6 +51,20 @@ def curve_table(styled: Styled) -> Table:
         ["positions [from, to)", *(s.label for _, s in styled)],
         rows,
     )
+
+
+def excess_tables(styled: Styled) -> list[Table]:
+    """Loss above a fresh start with its interval, a table a run."""
+    tables = []
+    for run, style in styled:
+        columns = [numbers(run["excess"].get(name)) for name in ("position", "mean", "low", "high")]
+        rows = [
+            [units.position(p), units.nats(mean), f"[{units.nats(low)}, {units.nats(high)}]"]
+            for p, mean, low, high in zip(*columns, strict=True)
+        ]
+        head = ["position", "nats", "95 % interval"]
+        tables.append(Table(f"{style.label}: nats above a fresh start", head, rows))
+    return tables
 
 
 def state_tables(styled: Styled) -> list[Table]:
@@ -97,11 +113,12 @@ def coverage_tables(styled: Styled) -> list[Table]:
 
 def causal_table(run: Run, style: RunStyle) -> Table | None:
     """What putting a head's state back into the training range recovers of the loss."""
-    causal = (section(run, "coverage") or {}).get("causal") or []
+    found = section(run, "coverage") or {}
+    causal = found.get("causal") or []
     rows = [[str(c["what"]), f"{100 * numbers([c.get('recovered')])[0]:.0f} %"] for c in causal]
     rows = [[what, units.MISSING if "nan" in share else units.minus(share)] for what, share in rows]
     return (
-        Table(f"{style.label}: damage undone by moving one head back", ["head", "recovered"], rows)
+        Table(str(found.get("causal_sentence") or _CAUSAL_CAPTION), ["held in range", "damage undone"], rows)
         if rows
         else None
     )

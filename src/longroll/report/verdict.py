@@ -102,7 +102,8 @@ def _statement(run: Run, style: RunStyle) -> Statement:
         plain = f"Breaks at position {units.position(edge)}."
     first, *rest = _SENTENCE_END.split(str(run.get("sentence") or plain), maxsplit=1)
     # what to do next is said to the model that was diagnosed, not to its repairs
-    advice = " ".join(rest) if style.role == "base" else ""
+    advice = " ".join([*rest, str((section(run, "advice") or {}).get("sentence") or "")]).strip()
+    advice = advice if style.role == "base" else ""
     return Statement(style, word, units.typeset(first), units.typeset(advice))
 
 

@@ -1,0 +1,91 @@
+"""What to do about a diagnosis: which intervention, for how long, and why."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longroll.measure.iid import IIDTest
+from longroll.measure.stationarity import EndDrift
+
+STEPS, BATCH_SIZE = 500, 16
+"""What the paper spends (section 4: 500 steps), at our default batch."""
+_TRAINING = 3.5  # forward passes that a training step takes: the backward is two, the rest is the optimizer
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The next step; `intervention` is None for a model that is better left alone."""
+
+    intervention: str | None
+    sentence: str
+    command: str | None = None
+    steps: int = 0
+    tokens: int = 0
+    """Tokens that the repair reads."""
+    seconds: float = 0.0
+    """Estimate on this device, from the speed of the roll-out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For results."""
+        return asdict(self)
+
+
+LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
+NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
+
+
+def advise(
+    model: str,
+    train_length: int,
+    *,
+    iid: IIDTest,
+    ends: EndDrift,
+    tokens_per_second: float,
+) -> Advice:
+    """Choose an intervention for a model that breaks.
+
+    State Passing and TBPTT repair every model of the paper; IID noise fails where states are not IID (paper,
+    section 4), and State Passing where a text's end is no place to start another (section 6.2).
+
+    Args:
+        model: its name, for the command.
+        train_length: T.
+        iid: of its states at T.
+        ends: of the texts.
+        tokens_per_second: of a forward on this device.
+    """
+    tokens = STEPS * BATCH_SIZE * train_length
+    seconds = tokens * _TRAINING / tokens_per_second
+    real, noise = iid.ranks
+    share = f"{100 * iid.share:.0f} % of its heads"
+    ranks = f"effective rank {real:.3g}, noise of the same moments {noise:.3g}"
+    if not ends.stationary:
+        choice, name = "fitted", "Fitted Noise"
+        why = (
+            f"these texts end unlike they go on (drift {ends.drift:.2f}), so a passed final state is no "
+            "sensible beginning, and State Passing is the wrong tool"
+        )
+        if iid.share > 0:
+            why += f"; check the result, since {share} have states that are not IID ({ranks})"
+    else:
+        choice, name = "sp", "State Passing"
+        if iid.share > 0:
+            why = f"{share} have states that are not IID ({ranks}), so noise would not stand for them"
+        else:
+            why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
+    arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
+    command = shlex.join(["longroll", "posttrain", model, *arguments, "--output", "repaired"])
+    sentence = (
+        f"Repair it by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
+        f"{_duration(seconds)} on this device; fewer often do."
+    )
+    return Advice(choice, sentence, command, STEPS, tokens, seconds)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return "a minute"

@@ -1,0 +1,83 @@
+"""Why a model breaks: what its states and its memory show, around the one roll-out of a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from longroll.measure.causal import causal
+from longroll.measure.coverage import CoverageRecorder, far_positions, in_range_positions
+from longroll.measure.iid import ROWS, IIDTest, iid_test
+from longroll.measure.position_loss import log_spaced
+from longroll.measure.remembrance import remembrance_map, spread_starts
+from longroll.measure.state_statistics import StateRecorder
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+
+Progress = Callable[[str, int, int | None], None]
+"""Told what is being done, how much of it is done, and how much there is, where that is known."""
+
+_REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
+_CAUSAL_LENGTHS = 16  # training lengths of text that show the damage
+
+
+def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[[int], None] | None:
+    """Progress on one stage, for a measure that says only how much is done."""
+    return None if progress is None else lambda done: progress(what, done, total)
+
+
+class StateWatch:
+    """What is noted of the states as a roll-out comes by (its `watch`)."""
+
+    def __init__(self, lm: RecurrentLM, length: int, train_length: int, *, seed: int) -> None:
+        self.statistics = StateRecorder(lm, log_spaced(length, 3))
+        self.coverage = CoverageRecorder(
+            in_range_positions(train_length), far_positions(length, train_length), seed=seed
+        )
+        self.stops = [*self.statistics.positions, *self.coverage.stops]
+        self._train_length, self._seed = train_length, seed
+        self._at_edge = RecurrentState({})
+
+    def __call__(self, position: int, state: RecurrentState) -> None:
+        """Note the state after `position` tokens."""
+        self.statistics(position, state)
+        self.coverage(position, state)
+        if position == self._train_length:
+            self._at_edge = state.part("recurrent").rows(slice(0, ROWS))
+
+    def iid(self) -> IIDTest:
+        """Whether the states where training ends could be IID noise."""
+        return iid_test(self._at_edge, seed=self._seed)
+
+
+def explain_coverage(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    watch: StateWatch,
+    train_length: int,
+    *,
+    healthy: bool,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Which heads left their training range and, for a model that breaks, which of them do the damage."""
+    found = watch.coverage.coverage()
+    section = found.to_json()
+    if not healthy and tokens.shape[1] > 2 * train_length:
+        read = tokens[:, : _CAUSAL_LENGTHS * train_length + 1]
+        test = causal(lm, read, found, train_length, progress=stage(progress, "holding heads in range"))
+        section |= {"causal": test.table(), "causal_sentence": test.sentence}
+    return section
+
+
+def explain_remembrance(
+    lm: RecurrentLM, tokens: Tensor, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """How much the tokens before t matter for the prediction at T, for T at the end and on the way."""
+    length = tokens.shape[1] - 1
+    # the control is read anew from every start, at a price that grows with the square of the length
+    starts = spread_starts(length, per_side=8 if lm.family.recurrent else 3)
+    ends = sorted({max(1, length // part) for part in (16, 8, 4, 2, 1)})
+    told = stage(progress, "forgetting the past", length)
+    return remembrance_map(lm, tokens[:_REMEMBERED_ROWS, :length], starts, ends, progress=told).to_json()

@@ -1,0 +1,68 @@
+"""Are the states IID? Noise that has their moments stands for them only if they are.
+
+Random and Fitted Noise draw every number of a head's state from one Gaussian. Where real states have
+structure, such noise trains a model on states that it never visits, and the repair fails as models grow
+(Buitrago Ruiz & Gu 2025, section 4). Structure shows in the effective rank: a matrix of IID numbers has
+nearly full rank whatever their moments, a state written by a few tokens has not. The noise it is compared
+with is that of `FittedNoise` itself, fitted to the same states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longroll.interventions import FittedNoise
+from longroll.measure.state_statistics import head_rank
+from longroll.state import RecurrentState, StateKey
+
+LEAST_RATIO = 0.8
+"""A head whose effective rank is a smaller share of its noise's is not IID."""
+ROWS = 8
+"""Texts whose states are compared: decompositions are slow."""
+
+
+@dataclass(frozen=True)
+class IIDTest:
+    """Effective rank of states and of Fitted Noise, a tensor (H,) a layer; NaN for states that are zero."""
+
+    states: dict[StateKey, Tensor]
+    noise: dict[StateKey, Tensor]
+
+    @property
+    def share(self) -> float:
+        """Share of the heads that are not IID; NaN when no head can tell."""
+        real, drawn = torch.cat(list(self.states.values())), torch.cat(list(self.noise.values()))
+        told = real.isfinite() & drawn.isfinite()
+        return (real[told] < LEAST_RATIO * drawn[told]).double().mean().item()
+
+    @property
+    def ranks(self) -> tuple[float, float]:
+        """Median effective rank over heads, of the states and of the noise."""
+        real, drawn = (torch.cat(list(found.values())) for found in (self.states, self.noise))
+        return real.nanmedian().item(), drawn.nanmedian().item()
+
+    def to_json(self) -> dict:
+        """For results."""
+        state_rank, noise_rank = self.ranks
+        return {"share_not_iid": self.share, "state_rank": state_rank, "noise_rank": noise_rank}
+
+
+def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
+    """Compare the effective rank of every head of `state` with that of Fitted Noise of its moments.
+
+    Args:
+        state: of B >= 2 texts, where training ends.
+        seed: of the noise.
+    """
+    state = state.part("recurrent").rows(slice(0, ROWS)).detach()
+    fitted = FittedNoise(conv=False, momentum=0.0, seed=seed)
+    fitted.observe(state)
+    noise = fitted.initial_state(torch.empty(state.batch_size, 1))
+    assert noise is not None
+    return IIDTest(
+        {key: head_rank(tensor) for key, tensor in state.items()},
+        {key: head_rank(noise[key]) for key in state},
+    )
