@@ -37,7 +37,7 @@ def planted_lm() -> RecurrentLM:
 @functools.cache
 @torch.no_grad()
 def texts_of_twin(rows: int = 8, length: int = 384) -> Tensor:
-    """Texts (rows, length + 1) sampled from the twin."""
+    """Texts (rows, length + 1) sampled from the twin; other rows are other texts."""
     generator = torch.Generator().manual_seed(0)
     token = torch.randint(zoo.VOCAB, (rows, 1), generator=generator)
     text, state = [token], None

@@ -77,7 +77,8 @@ def explain_remembrance(
     """How much the tokens before t matter for the prediction at T, for T at the end and on the way."""
     length = tokens.shape[1] - 1
     # the control is read anew from every start, at a price that grows with the square of the length
-    starts = spread_starts(length, per_side=8 if lm.family.recurrent else 3)
-    ends = sorted({max(1, length // part) for part in (16, 8, 4, 2, 1)})
+    parts = 16 if lm.family.recurrent else 4
+    starts = spread_starts(length, parts=parts)
+    ends = sorted({max(1, i * length // parts) for i in range(1, parts + 1)})
     told = stage(progress, "forgetting the past", length)
     return remembrance_map(lm, tokens[:_REMEMBERED_ROWS, :length], starts, ends, progress=told).to_json()

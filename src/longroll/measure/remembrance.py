@@ -136,10 +136,10 @@ def remembrance_map(
     return Remembrance(found[:, row_of][:, :, column_of], starts, ends, distance)
 
 
-def spread_starts(length: int, *, per_side: int = 8) -> list[int]:
-    """Starts for a curve over [0, length): 0, and geometric steps away from both ends, where it bends."""
-    steps = {round((length / 2) ** (i / per_side)) for i in range(per_side + 1)}
-    return sorted(t for t in {0, *steps, *(length - step for step in steps)} if 0 <= t < length)
+def spread_starts(length: int, *, parts: int = 16) -> list[int]:
+    """Starts over [0, length): `parts` at even distances, and a few close to the ends, where curves bend."""
+    close = [step for step in (1, 16, 256) if step < length // parts]
+    return sorted({*close, *(length - step for step in close), *(i * length // parts for i in range(parts))})
 
 
 class _Work:

@@ -10,6 +10,7 @@ from longroll.report.figures.coverage import layer_name
 from longroll.report.runs import Run, numbers, section
 from longroll.report.style import RunStyle
 
+_WORTH_A_ROW = 0.05  # of the damage
 _CAUSAL_CAPTION = "Damage undone by holding heads in their training range."
 
 Styled = Sequence[tuple[Run, RunStyle]]
@@ -114,11 +115,15 @@ def coverage_tables(styled: Styled) -> list[Table]:
 def causal_table(run: Run, style: RunStyle) -> Table | None:
     """What putting a head's state back into the training range recovers of the loss."""
     found = section(run, "coverage") or {}
-    causal = found.get("causal") or []
+    causal = [c for c in found.get("causal") or [] if not abs(c.get("recovered") or 0) < _WORTH_A_ROW]
     rows = [[str(c["what"]), f"{100 * numbers([c.get('recovered')])[0]:.0f} %"] for c in causal]
     rows = [[what, units.MISSING if "nan" in share else units.minus(share)] for what, share in rows]
     return (
-        Table(str(found.get("causal_sentence") or _CAUSAL_CAPTION), ["held in range", "damage undone"], rows)
+        Table(
+            units.typeset(found.get("causal_sentence") or _CAUSAL_CAPTION),
+            ["held in range", "damage undone"],
+            rows,
+        )
         if rows
         else None
     )

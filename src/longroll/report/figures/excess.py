@@ -48,7 +48,7 @@ def excess_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
         heights = even_ticks(*ax.get_ylim(), 6)
         ax.set_yticks(heights, [units.tick(t) for t in heights])
         ax.axhline(0, color=MUTED.light, linewidth=0.6 * look.line, zorder=1)
-        first = min(first, *train, last / 2)
+        first = min(first, *(length / 2 for length in train), last / 2)
         position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
         training_edge(ax, train, look)
         name_axes(ax, "position in tokens", "nats above a fresh start", look)

@@ -71,6 +71,8 @@ def remembrance_map(
 ) -> "Figure":
     """Draw effective remembrance for every start t (columns) and end T (rows) of one run.
 
+    Where starts and ends share a grid only its starts are drawn: those close to an end are for the curves.
+
     Args:
         run: A diagnosis with a remembrance section.
         top: The value that gets the full tone, one for all runs to be compared; by default the largest.
@@ -81,6 +83,9 @@ def remembrance_map(
     found = run["remembrance"]
     starts, ends = [int(s) for s in found["starts"]], [int(e) for e in found["ends"]]
     values = numbers(found["mean"]).reshape(len(starts), -1).T  # (ends, starts): T runs down the page
+    grid = [i for i, start in enumerate(starts) if start == 0 or start in ends]
+    if len(grid) > 2:
+        starts, values = [starts[i] for i in grid], values[:, grid]
     cell = min(0.88 * look.points / max(len(starts), 1), 3 * look.text)
     height = max(len(ends) * max(0.8 * cell, 1.7 * look.text), 4 * look.text) + 5.2 * look.text
     top = top or largest_remembrance(run)

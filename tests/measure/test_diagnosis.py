@@ -1,0 +1,97 @@
+"""The diagnosis as a whole: planted faults explained and advised on, sound models left alone."""
+
+import json
+
+import pytest
+import torch
+from planted import PLANTED, TRAIN_LENGTH, planted_lm, texts_of_twin, twin_lm
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+import zoo
+from longroll import RecurrentLM, diagnose
+from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
+from longroll.measure.advice import advise
+from longroll.measure.iid import IIDTest
+from longroll.measure.stationarity import EndDrift
+from longroll.state import StateKey
+
+
+def test_a_planted_head_is_explained():
+    found = diagnose(planted_lm(), texts_of_twin(), train_length=TRAIN_LENGTH)
+    data = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert found.verdict != "healthy"
+    assert data["coverage"]["ranking"][0] == str(PLANTED)
+    assert data["coverage"]["causal_sentence"].startswith("One head carries")
+    assert str(PLANTED) in data["coverage"]["causal_sentence"]
+    assert found.advice.startswith("Repair it by State Passing")
+    assert data["advice"]["intervention"] == "sp" and data["advice"]["seconds"] > 0
+    assert "--intervention sp --train-length 16" in data["advice"]["command"]
+    remembered = data["remembrance"]
+    assert remembered["starts"][0] == 0 and remembered["ends"][-1] == 384
+    assert remembered["mean"][0][-1] == 0
+
+
+def test_sound_models_raise_no_alarm():
+    """20 seeds, each with texts of its own; the loss of the twin on them has no reason to rise."""
+    texts = texts_of_twin(160)
+    for seed in range(20):
+        rows = texts[8 * seed : 8 * seed + 8]
+        found = diagnose(twin_lm(), rows, train_length=TRAIN_LENGTH, seed=seed, explain=seed == 0)
+        assert found.verdict == "healthy", found.sentence
+        assert found.advice.startswith("Leave it alone")
+
+
+def test_a_model_with_ordinary_decays_is_left_alone():
+    """Trained at T = 32 from transformers' own initialisation: such small models hold (paper.md)."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=256, hidden_size=48, num_hidden_layers=2, state_size=16, head_dim=24, num_heads=4,
+        n_groups=1, chunk_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    lm = RecurrentLM(Mamba2ForCausalLM(config), name="ordinary")
+    length, rows, steps = 32, 64, 120
+    corpus = Corpus.from_source("stdlib", ByteTokenizer(), split="train", max_tokens=length * rows * steps)
+    batches = torch.utils.data.DataLoader(Windows(corpus, length, num_items=rows * steps), batch_size=rows)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=6e-3)
+    losses = []
+    for batch in batches:
+        logits, _ = lm(batch["input_ids"])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 3.0 < 5.0 < losses[0]  # it has learned something that a state could spoil
+    texts = Corpus.from_source("stdlib", ByteTokenizer(), split="validation")
+    found = diagnose(lm.eval(), long_sequences(texts, 2048, 16), train_length=length, explain=False)
+    assert found.verdict == "healthy", found.sentence
+    assert found.advice.startswith("Leave it alone")
+
+
+def test_the_control_has_no_state_to_repair():
+    data = diagnose(zoo.lm_of("llama"), zoo.tokens(4, 65), train_length=16).to_json()
+    assert data["states"] is None and "coverage" not in data and data["advice"]["intervention"] is None
+    assert len(data["remembrance"]["ends"]) == 4
+
+
+KEY = StateKey(0, "recurrent")
+IID = IIDTest({KEY: torch.tensor([9.0, 9.5])}, {KEY: torch.tensor([10.0, 10.0])})
+LOW_RANK = IIDTest({KEY: torch.tensor([3.0, 9.5])}, {KEY: torch.tensor([10.0, 10.0])})
+
+
+@pytest.mark.parametrize(
+    ("iid", "ends", "intervention", "reason"),
+    [
+        (LOW_RANK, EndDrift(0.0, 0.5), "sp", "50 % of its heads have states that are not IID"),
+        (IID, EndDrift(0.0, 0.5), "sp", "Fitted Noise may do as well"),
+        (IID, EndDrift(0.4, 0.001), "fitted", "State Passing is the wrong tool"),
+        (LOW_RANK, EndDrift(0.4, 0.001), "fitted", "check the result"),
+    ],
+)
+def test_advice_follows_the_evidence(iid, ends, intervention, reason):
+    found = advise("my model", 256, iid=iid, ends=ends, tokens_per_second=1e4)
+    assert found.intervention == intervention and reason in found.sentence
+    assert "'my model'" in found.command
+    assert found.tokens == 500 * 16 * 256
+    assert found.seconds == pytest.approx(found.tokens * 3.5 / 1e4)
+    assert "12 minutes" in found.sentence
