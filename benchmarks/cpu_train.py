@@ -73,37 +73,6 @@ def build(model: str):
     return Mamba2ForCausalLM(Mamba2Config(**sizes, num_heads=24, head_dim=64, state_size=128, n_groups=1))
 
 
-def ours(model):
-    """Run the model's scans and short convolutions through longroll's ops."""
-    from transformers.models.mamba import modeling_mamba
-    from transformers.models.mamba2 import modeling_mamba2
-
-    from longroll import ops
-
-    def conv(x, weight, bias=None, activation=None, **_):
-        weight = weight.squeeze(1) if weight.dim() == 3 else weight
-        return ops.short_conv(x.mT, weight, bias, activation).mT
-
-    def mamba(
-        x, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False, **_
-    ):
-        z = None if z is None else z.mT
-        result = ops.selective_scan(
-            x.mT, dt.mT, A, B.mT, C.mT, D, z, delta_bias, delta_softplus, None, return_last_state
-        )
-        return (result[0].mT, result[1]) if return_last_state else result.mT
-
-    def mamba2(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False, **options):
-        options = {name: options[name] for name in ("dt_bias", "dt_softplus", "dt_limit") if name in options}
-        return ops.ssd(
-            x, dt, A, B, C, D, initial_state=initial_states, output_final_state=return_final_states, **options
-        )
-
-    modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn = mamba, conv
-    modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.causal_conv1d_fn = mamba2, conv
-    return model
-
-
 def memory(field: str) -> float:
     """MiB of this process, VmRSS now or VmHWM at most since the last reset; 0 where /proc is absent."""
     try:
@@ -124,17 +93,21 @@ def measure(case: Case, threads: int | None) -> dict:
     transformers.logging.set_verbosity_error()
     model = build(case.model)
     if case.side == "longroll":
-        model = ours(model)
+        from longroll import RecurrentLM
+
+        lm = RecurrentLM(model)  # the weights are transformers' own, the path is longroll's
     tokens = torch.randint(0, 64, (1, case.time))
     targets = torch.randint(0, 64, (case.time,))
+
+    def logits():
+        return lm(tokens)[0] if case.side == "longroll" else model(tokens, use_cache=False).logits
 
     def step():
         if case.work == "forward":
             with torch.no_grad():
-                return model(tokens, use_cache=False)
+                return logits()
         model.zero_grad()
-        logits = model(tokens, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits[0], targets).backward()
+        return torch.nn.functional.cross_entropy(logits()[0], targets).backward()
 
     model.train(case.work == "train")
     loaded = memory("VmRSS")
