@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from longroll import ops
     from longroll.errors import LongrollError
     from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
+    from longroll.measure.causal import causal
+    from longroll.measure.coverage import coverage
     from longroll.measure.diagnose import Diagnosis, diagnose
     from longroll.measure.position_loss import PositionLoss, position_loss
     from longroll.measure.remembrance import effective_remembrance, remembrance_map
@@ -25,6 +27,8 @@ _HOME = {
     "Diagnosis": "measure",
     "PositionLoss": "measure",
     "diagnose": "measure",
+    "coverage": "measure",
+    "causal": "measure",
     "position_loss": "measure",
     "effective_remembrance": "measure",
     "remembrance_map": "measure",
@@ -53,6 +57,8 @@ __all__ = [
     "RecurrentState",
     "StateKey",
     "StatePassing",
+    "causal",
+    "coverage",
     "diagnose",
     "effective_remembrance",
     "load",
