@@ -1,0 +1,62 @@
+"""GLA, DeltaNet, Gated DeltaNet, RetNet, RWKV-6 and RWKV-7 of fla checkpoints, in plain PyTorch.
+
+Parameters and configs are fla 0.6.0's (github.com/fla-org/flash-linear-attention), so its checkpoints load
+here and what is saved here loads there; neither fla nor Triton is needed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from longroll.families.fla.cache import FlaCache
+from longroll.families.fla.decoder import CausalLM
+from longroll.families.fla.delta_net import DeltaNetForCausalLM
+from longroll.families.fla.gated_deltanet import GatedDeltaNetForCausalLM
+from longroll.families.fla.gla import GLAForCausalLM
+from longroll.families.fla.retnet import RetNetForCausalLM
+from longroll.families.fla.rwkv6 import RWKV6ForCausalLM
+from longroll.families.fla.rwkv7 import RWKV7ForCausalLM
+from longroll.families.transformers import FAMILIES, Family
+from longroll.state import RecurrentState
+
+_RECURRENCES: dict[str, type[CausalLM]] = {  # by the op that runs them
+    "gla": GLAForCausalLM,
+    "delta_rule": DeltaNetForCausalLM,
+    "gated_delta_rule": GatedDeltaNetForCausalLM,
+    "retention": RetNetForCausalLM,
+    "rwkv6": RWKV6ForCausalLM,
+    "rwkv7": RWKV7ForCausalLM,
+}
+MODELS = {model.config_class.model_type: model for model in _RECURRENCES.values()}
+
+
+class FlaFamily(Family):
+    """Models that take and give a `FlaCache`."""
+
+    def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> FlaCache:
+        """The cache that starts a forward from `state`."""
+        return FlaCache(state)
+
+
+def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
+    """The class that runs a `model_type` on this machine; None for one that is not fla's.
+
+    Ours everywhere, also where fla is installed and registered its own with the Auto classes. fla's own
+    classes on a GPU would be chosen here, with a Family of theirs.
+    """
+    return MODELS.get(model_type or "")
+
+
+def _register() -> None:
+    for kind, model in _RECURRENCES.items():
+        model_type = model.config_class.model_type
+        FAMILIES[model_type] = FlaFamily(kind)
+        if model_type not in CONFIG_MAPPING:  # fla registers its own when it is imported
+            AutoConfig.register(model_type, model.config_class)
+            AutoModel.register(model.config_class, model.decoder)
+            AutoModelForCausalLM.register(model.config_class, model)
+
+
+_register()

@@ -1,0 +1,50 @@
+"""The state of a forward, read in one place and written in another, so that a forward is pure."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longroll.state import Part, RecurrentState, StateKey
+
+
+class FlaCache:
+    """Reads `initial`, collects `final()`. A recompute (gradient checkpointing) reads and writes the same again.
+
+    Recurrent states are K-first, (B, H, K, V), where fla's own cache is V-first for some families.
+
+    Args:
+        initial: the state to start from; None is the zero state.
+    """
+
+    def __init__(self, initial: RecurrentState | None = None) -> None:
+        self.initial = initial if initial is not None else RecurrentState({})
+        self._final: dict[StateKey, Tensor] = {}
+
+    def final(self, tokens: int) -> RecurrentState:
+        """The state after this forward, on the graph. `tokens` is how many were read."""
+        return RecurrentState(self._final, seen=self.initial.seen + tokens)
+
+    def keep(self, key: StateKey, tensor: Tensor) -> None:
+        """Leave a tensor in the final state."""
+        self._final[key] = tensor
+
+    def get_seq_length(self) -> int:
+        """Tokens read before this forward."""
+        return self.initial.seen
+
+
+class LayerState:
+    """One layer's part of a cache: what it starts from and what it leaves; without a cache, nothing."""
+
+    def __init__(self, cache: FlaCache | None, layer: int) -> None:
+        self._cache, self._layer = cache, layer
+        self.seen = 0 if cache is None else cache.initial.seen
+
+    def read(self, part: Part, slot: int = 0) -> Tensor | None:
+        """The initial tensor; None is zero."""
+        return None if self._cache is None else self._cache.initial.get(StateKey(self._layer, part, slot))
+
+    def keep(self, part: Part, tensor: Tensor, slot: int = 0) -> None:
+        """Leave the final tensor, on the graph."""
+        if self._cache is not None:
+            self._cache.keep(StateKey(self._layer, part, slot), tensor)
