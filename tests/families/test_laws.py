@@ -1,85 +1,80 @@
-"""Laws 1, 2 and 3 of the state protocol, over every family."""
+"""Laws 1 to 4 and 6 of the state protocol, over every family; and what a RecurrentLM says of itself."""
 
 import importlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longroll.errors import LongrollError
-from longroll.families import _dispatch
+from longroll.families import _dispatch, family_of, laws
 from longroll.families._cache import StateCache
-from longroll.model import RecurrentLM
+from longroll.interventions import INTERVENTIONS
 from longroll.state import RecurrentState
 from zoo import (
-    CONFIGS,
     CONTROLS,
+    EVERY,
     RECURRENT,
     VOCAB,
-    assert_close,
-    assert_same_state,
     build,
     lm_of,
-    random_state,
     tokens,
 )
 
-few = settings(max_examples=5, deadline=None, derandomize=True)
+FAMILY = {name: family_of(model_type) for name, (model_type, _) in EVERY.items()}
+OURS = [name for name in EVERY if FAMILY[name].op]  # else transformers computes in float32 whatever the dtype
+STATEFUL = [name for name in EVERY if FAMILY[name].kind != "attention"]
+HYBRIDS = [
+    name for name in EVERY if FAMILY[name].recurrent and FAMILY[name].cache_argument == "past_key_values"
+]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # transformers' norms are float32 in any model
+
+few = settings(max_examples=4, deadline=None, derandomize=True)
 splits = st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=5)
-every_family = pytest.mark.parametrize("name", CONFIGS)
-every_recurrent = pytest.mark.parametrize("name", RECURRENT)
-both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+every_family = pytest.mark.parametrize("name", EVERY)
+every_stateful = pytest.mark.parametrize("name", STATEFUL)
+every_family_and_dtype = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in EVERY] + [(name, torch.float64) for name in OURS],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+every_stateful_and_dtype = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in STATEFUL] + [(name, torch.float64) for name in OURS],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 
 
-def read(lm, ids, pieces, state=None, *, detach=False):
-    """Logits (B, T, V) and the final state of `ids` read piece by piece."""
-    logits = []
-    for piece in ids.split(pieces, dim=1):
-        if state is not None and detach:
-            state = state.detach()
-        out, state = lm(piece, state)
-        logits.append(out)
-    return torch.cat(logits, dim=1), state
+def assert_holds(gap: laws.Gap, tolerance: float = 0.0) -> None:
+    """A gap is no wider than the tolerance; 0: bit for bit."""
+    assert gap.size <= tolerance, f"{gap.where}: {gap.size:.1e} > {tolerance:.0e}"
 
 
 # ---- law 1: any chunking is the full forward
 
 
-@every_family
-@both_dtypes
-@torch.no_grad()
+@every_family_and_dtype
 def test_any_chunking_is_the_full_forward(name, dtype):
     lm = lm_of(name, dtype=dtype)
 
     @few
     @given(splits, st.integers(1, 3))
     def law(pieces, rows):
-        ids = tokens(rows, sum(pieces))
-        full, full_state = lm(ids)
-        chunked, state = read(lm, ids, pieces)
-        assert_close(chunked, full, TOLERANCE[dtype], "logits")
-        assert_same_state(state, full_state, TOLERANCE[dtype])
-        assert state.seen == sum(pieces)
+        assert_holds(laws.chunking(lm, tokens(rows, sum(pieces)), pieces), TOLERANCE[dtype])
 
     law()
 
 
-@every_recurrent
-@torch.no_grad()
+@every_stateful
 def test_any_chunking_from_any_state(name):
     lm = lm_of(name)
 
     @few
     @given(splits)
     def law(pieces):
-        ids, initial = tokens(2, sum(pieces)), random_state(lm, 2)
-        full, full_state = lm(ids, initial)
-        chunked, state = read(lm, ids, pieces, initial)
-        assert_close(chunked, full, 2e-5, "logits")
-        assert_same_state(state, full_state, 2e-5)
+        state = laws.random_state(lm, 2)
+        assert_holds(laws.chunking(lm, tokens(2, sum(pieces)), pieces, state), TOLERANCE[torch.float32])
 
     law()
 
@@ -90,148 +85,117 @@ def test_the_past_matters_in_these_models(name):
     """The power of the law above: a model that ignored its state would not pass."""
     lm = lm_of(name)
     ids = tokens(2, 60)
-    full, _ = lm(ids)
+    full, state = lm(ids)
+    assert state.seen == 60
     assert (lm(ids[:, 30:])[0] - full[:, 30:]).abs().mean() > 0.01 * full.abs().mean()
 
 
 # ---- law 2: segments chained without detach give the full gradient
 
 
-def gradients(lm, ids, pieces, *, detach=False):
-    """Gradients of the mean cross-entropy into every weight and the input embeddings."""
-    lm.zero_grad(set_to_none=True)
-    table = lm.model.get_input_embeddings()
-    embedded = []
-
-    def keep(_module, _inputs, output):
-        output = output.detach().requires_grad_()
-        embedded.append(output)
-        return output
-
-    hook = table.register_forward_hook(keep)
-    logits, _ = read(lm, ids[:, :-1], pieces, detach=detach)
-    hook.remove()
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    grads = {key: p.grad.clone() for key, p in lm.model.named_parameters() if p.grad is not None}
-    return loss.detach(), grads, torch.cat([e.grad for e in embedded], dim=1)
-
-
-@every_recurrent
-@both_dtypes
+@every_stateful_and_dtype
 def test_chained_segments_give_the_full_gradient(name, dtype):
     lm = lm_of(name, dtype=dtype)
-    tolerance = 10 * TOLERANCE[dtype]
 
     @few
     @given(splits.filter(lambda pieces: len(pieces) > 1))
     def law(pieces):
-        ids = tokens(2, sum(pieces) + 1)
-        _, full, full_inputs = gradients(lm, ids, [sum(pieces)])
-        _, chained, chained_inputs = gradients(lm, ids, pieces)
-        assert chained.keys() == full.keys()
-        for key in full:
-            assert_close(chained[key], full[key], tolerance, key)
-        assert_close(chained_inputs, full_inputs, tolerance, "input embeddings")
+        assert_holds(laws.chaining(lm, tokens(2, sum(pieces) + 1), pieces), 10 * TOLERANCE[dtype])
 
     law()
 
 
-@every_recurrent
+@every_stateful
 def test_a_detached_boundary_moves_the_gradient(name):
     lm = lm_of(name)
     ids = tokens(2, 33)
-    loss, chained, inputs = gradients(lm, ids, [16, 16])
-    detached_loss, detached, detached_inputs = gradients(lm, ids, [16, 16], detach=True)
-    assert torch.equal(loss, detached_loss)
-    assert any((detached[k] - chained[k]).abs().max() > 0.01 * chained[k].abs().max() for k in chained)
-    assert (detached_inputs - inputs)[:, :16].abs().max() > 0.01 * inputs.abs().max()
-    assert_close(detached_inputs[:, 16:], inputs[:, 16:], 1e-6)
+    chained = laws.gradients(lm, ids, [16, 16])
+    detached = laws.gradients(lm, ids, [16, 16], detach=True)
+    assert torch.equal(chained.loss, detached.loss)
+    assert laws.gradient_gap(detached, chained).size > 0.01
+    moved, stayed = (chained.embeddings - detached.embeddings).abs().split(16, dim=1)
+    assert moved.max() > 0.01 * chained.embeddings.abs().max()
+    assert stayed.max() <= 1e-6 * chained.embeddings.abs().max()
 
 
-@every_recurrent
+@every_stateful
 def test_gradient_checkpointing_changes_nothing(name):
+    assert_holds(laws.checkpointing(lm_of(name), tokens(2, 33), [16, 1, 15]), 1e-6)
+
+
+@every_stateful
+@pytest.mark.parametrize("length", [1, 2, 25])
+def test_gradients_reach_the_initial_state(name, length):
     lm = lm_of(name)
-    lm.train()
-    ids = tokens(2, 33)
-    plain = gradients(lm, ids, [16, 1, 15])
+    assert laws.unreached(lm, tokens(2, length), laws.random_state(lm, 2)) == []
+
+
+@every_stateful
+def test_a_state_enters_through_gradient_checkpointing(name):
+    lm = lm_of(name).train()
+    ids, state = tokens(2, 20), laws.random_state(lm, 2)
+    plain, final = lm(ids, state)
     lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert lm.model.is_gradient_checkpointing
-    recomputed = gradients(lm, ids, [16, 1, 15])
-    assert torch.equal(plain[0], recomputed[0])
-    for key in plain[1]:
-        assert_close(recomputed[1][key], plain[1][key], 1e-6, key)
-    assert_close(recomputed[2], plain[2], 1e-6, "input embeddings")
-
-
-@every_recurrent
-def test_a_state_enters_through_gradient_checkpointing(name):
-    lm = lm_of(name)
-    lm.train()
-    ids, initial = tokens(2, 20), random_state(lm, 2)
-    plain, plain_state = lm(ids, initial)
-    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    leaves = initial.map(lambda t: t.clone().requires_grad_())
-    logits, state = lm(ids, leaves)
+    logits, recomputed = lm(ids, state)
     assert torch.equal(logits, plain)
-    assert_same_state(state.detach(), plain_state.detach())
+    assert_holds(laws.state_gap(recomputed, final))
     assert not torch.allclose(logits, lm(ids)[0], atol=1e-3)
-    logits.square().mean().backward()
-    assert all(leaf.grad.abs().max() > 0 for leaf in leaves.values())
+    assert laws.unreached(lm, ids, state, checkpoint=True) == []
 
 
 # ---- law 3: zero state is no state; permuting rows permutes states; save -> load is bit-exact
 
 
-@every_recurrent
-@both_dtypes
-@torch.no_grad()
-def test_the_zero_state_is_no_state(name, dtype):
-    lm = lm_of(name, dtype=dtype)
-    ids = tokens(3, 21)
-    zero = lm.zero_state(3)
-    logits, state = lm(ids)
-    from_zero, zero_final = lm(ids, zero)
-    assert torch.equal(from_zero, logits)
-    assert_same_state(zero_final, state)
-    assert state.keys() == zero.keys()
-    for key in state:
-        assert (state[key].shape, state[key].dtype) == (zero[key].shape, zero[key].dtype)
-    assert_same_state(lm(ids, RecurrentState({}))[1], state)
-    recurrent_only, _ = lm(ids, zero.part("recurrent"))  # a missing part is a zero part
-    assert torch.equal(recurrent_only, logits)
+@every_stateful_and_dtype
+@pytest.mark.parametrize("length", [1, 21])
+def test_the_zero_state_is_no_state(name, dtype, length):
+    exact = name in OURS or FAMILY[name].kind == "conv"  # else one token, or a state, goes another way
+    assert_holds(laws.zero_state(lm_of(name, dtype=dtype), tokens(3, length)), 0 if exact else 1e-5)
 
 
 @every_family
-@torch.no_grad()
 def test_permuting_rows_permutes_states(name):
     lm = lm_of(name)
-    ids = tokens(4, 30)
-    _, state = lm(ids[:, :17])
-    expected, expected_state = lm(ids[:, 17:], state)
 
     @few
     @given(st.permutations(range(4)))
     def law(order):
-        order = list(order)
-        logits, final = lm(ids[order, 17:], state.rows(order))
-        assert_close(logits, expected[order], 1e-5, "logits")
-        assert_same_state(final, expected_state.rows(order), 1e-5)
+        assert_holds(laws.permutation(lm, tokens(4, 30), 17, order), 1e-5)
 
     law()
 
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@torch.no_grad()
 def test_a_saved_state_goes_on_the_same(name, dtype, tmp_path):
-    lm = lm_of(name, dtype=dtype)
-    ids = tokens(2, 30)
-    _, state = lm(ids[:, :17])
-    state.save(tmp_path / "state.safetensors")
-    loaded = RecurrentState.load(tmp_path / "state.safetensors")
-    assert_same_state(loaded, state)
-    assert torch.equal(lm(ids[:, 17:], loaded)[0], lm(ids[:, 17:], state)[0])
+    assert_holds(laws.saving(lm_of(name, dtype=dtype), tokens(2, 30), 17, tmp_path))
+
+
+# ---- law 4: an intervention that yields the zero state trains as none does
+
+
+@every_stateful
+def test_a_zero_intervention_is_none(name):
+    assert_holds(laws.zero_intervention(lm_of(name), tokens(2, 20)))
+
+
+# ---- law 6: a checkpoint in is a checkpoint out; and the numbers are the users' own model's
+
+
+@every_family
+def test_a_checkpoint_in_is_a_checkpoint_out(name, tmp_path):
+    assert_holds(laws.round_trip(build(name), tokens(2, 30), tmp_path))
+
+
+@every_family
+@torch.no_grad()
+def test_logits_are_transformers_own(name):
+    model, ids = build(name), tokens(2, 50)
+    expected = model(ids, use_cache=False).logits
+    assert_holds(laws.own_logits(model, ids), TOLERANCE[torch.float32])
+    # the model itself is as it was for whoever calls it without longroll
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
 # ---- pure: the state is read, never written
@@ -249,45 +213,56 @@ def test_the_state_is_never_written(name, length):
     again, _ = lm(ids, state)
     again.mean().backward()
     assert torch.equal(first, again)
-    assert_same_state(state, before)
+    assert_holds(laws.state_gap(state, before))
 
 
-@every_recurrent
-@pytest.mark.parametrize("length", [1, 2, 25])
-def test_gradients_reach_the_initial_state(name, length):
+# ---- hybrids: what attention remembers rolls out, and a new sequence starts without it
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("kind", sorted(INTERVENTIONS))
+def test_interventions_leave_attention_alone(name, kind):
+    """A new sequence starts from the recurrent and conv state alone, at position 0, and the state tells."""
     lm = lm_of(name)
-    leaves = random_state(lm, 2).map(lambda t: t.requires_grad_())
-    before = leaves.detach().map(torch.clone)
-    logits, final = lm(tokens(2, length), leaves)
-    (logits.square().mean() + sum(t.square().mean() for t in final.values())).backward()
-    for key, leaf in leaves.items():
-        assert leaf.grad is not None and leaf.grad.abs().max() > 0, key
-        assert torch.equal(leaf.detach(), before[key])
+    options = {} if kind == "random" else {"conv": True}
+    intervention = INTERVENTIONS[kind](seed=1, **options)
+    ids = {"input_ids": tokens(2, 12), "starts": torch.zeros(2)}
+    intervention.observe(lm(ids["input_ids"])[1])
+    state = intervention.initial_state(ids)
+    assert state.seen == 0
+    assert {key.part for key in state} <= {"recurrent", "conv"}
+    assert all(t.is_floating_point() for t in state.values())
+    logits, final = lm(ids["input_ids"], state)
+    fresh, fresh_final = lm(ids["input_ids"])
+    assert final.seen == 12
+    assert {k: t.shape for k, t in final.items()} == {k: t.shape for k, t in fresh_final.items()}
+    assert (logits - fresh)[:, 0].abs().max() > 1e-4 * fresh.abs().max()  # it enters before the first token
+    cut, (first, second) = 5, ids["input_ids"].split([5, 7], dim=1)
+    chunked, _ = laws.read(lm, torch.cat([first, second], 1), [cut, 7], state)
+    assert_holds(laws.gap(chunked, logits, "logits"), 2e-5)
 
 
-# ---- the users' own models, bit for bit
-
-
-@every_family
+@pytest.mark.parametrize("name", [n for n in EVERY if "inkling" in n])
 @torch.no_grad()
-def test_logits_are_transformers_own(name):
-    model, ids = build(name), tokens(2, 50)
-    expected = model(ids).logits
-    lm = RecurrentLM(model)
-    logits, _ = lm(ids)
-    hidden, _ = lm(ids, logits=False)
-    assert_close(logits, expected, 2e-5)
-    assert torch.equal(lm.head(hidden), logits)
-    # the model itself is as it was for whoever calls it without longroll
-    assert torch.equal(model(ids).logits, expected)
+def test_a_sliding_window_keeps_what_the_next_token_sees(name):
+    lm = lm_of(name)
+    _, state = lm(tokens(1, 30))
+    lengths = {t.shape[-2] for key, t in state.items() if key.part == "attention"}
+    assert lengths == {7, 30}  # window - 1, and everything
+
+
+# ---- models that longroll did not open
 
 
 @pytest.fixture
 def unpatched():
     """transformers' modules as imported, whatever other tests did to them; patched again afterwards."""
     patched = []
-    for module_name in ("mamba", "falcon_mamba", "mamba2"):
-        module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
+    for module_name in {model_type for model_type, _ in EVERY.values()}:
+        try:
+            module = importlib.import_module(f"transformers.models.{module_name}.modeling_{module_name}")
+        except ImportError:
+            continue
         for function in _dispatch._ADAPTERS:
             current = getattr(module, function, None)
             if hasattr(current, "_longroll"):
@@ -298,7 +273,7 @@ def unpatched():
         setattr(module, function, current)
 
 
-@every_recurrent
+@pytest.mark.parametrize("name", [*RECURRENT, "jamba", "zamba", "bamba"])
 def test_models_not_opened_by_longroll_compute_as_before(name, unpatched):
     model, ids = build(name), tokens(2, 24)
 
@@ -307,7 +282,11 @@ def test_models_not_opened_by_longroll_compute_as_before(name, unpatched):
         out = model(ids, labels=ids)
         out.loss.backward()
         generated = model.generate(ids[:, :8], max_new_tokens=6, do_sample=False)
-        return [out.logits.detach(), generated, *[p.grad.clone() for p in model.parameters()]]
+        return [
+            out.logits.detach(),
+            generated,
+            *[p.grad.clone() for p in model.parameters() if p.grad is not None],
+        ]
 
     before = everything()
     opened = lm_of(name, seed=1)  # patches the modeling module
@@ -319,11 +298,11 @@ def test_models_not_opened_by_longroll_compute_as_before(name, unpatched):
         assert torch.equal(was, now)
 
 
-@every_recurrent
+@pytest.mark.parametrize("name", [*RECURRENT, "jamba", "zamba", "bamba"])
 @torch.no_grad()
 def test_a_forward_that_died_leaves_nothing_behind(name, monkeypatch):
     model, opened, ids = build(name), lm_of(name, seed=1), tokens(2, 24)
-    expected, state = model(ids).logits, random_state(opened, 2)
+    expected, state = model(ids).logits, laws.random_state(opened, 2)
 
     def die(*_, **__):
         raise KeyboardInterrupt
@@ -331,7 +310,7 @@ def test_a_forward_that_died_leaves_nothing_behind(name, monkeypatch):
     for function in ("short_conv", "selective_scan", "ssd"):
         with monkeypatch.context() as patch:
             patch.setattr(_dispatch.ops, function, die)
-            if function == "short_conv" or (function == "ssd") == name.startswith("mamba2"):
+            if function in ("short_conv", FAMILY[name].op):
                 with pytest.raises(KeyboardInterrupt):
                     opened(ids, state)
         assert torch.equal(model(ids).logits, expected)
@@ -349,16 +328,18 @@ def test_patching_twice_is_patching_once():
 # ---- what a RecurrentLM says of itself
 
 
-@every_recurrent
+@every_stateful
 def test_layers_describe_the_state(name):
     lm = lm_of(name)
     _, state = lm(tokens(3, 5))
-    assert [layer.layer for layer in lm.layers] == [0, 1]
-    for layer in lm.layers:
-        tensor = next(t for k, t in state.items() if k.layer == layer.layer and k.part == "recurrent")
-        assert tensor.shape == (3, *layer.shape) and layer.heads == layer.shape[0]
-        assert layer.kind == ("mamba2" if name.startswith("mamba2") else "mamba")
-    assert lm.vocab_size == VOCAB
+    keys = [key for key in state if key.part == "recurrent"]
+    assert [layer.layer for layer in lm.layers] == [key.layer for key in keys]
+    assert bool(keys) == FAMILY[name].recurrent
+    for layer, key in zip(lm.layers, keys, strict=True):
+        assert state[key].shape == (3, *layer.shape) and layer.heads == layer.shape[0]
+        assert layer.kind == FAMILY[name].kind
+    assert lm.vocab_size >= VOCAB
+    assert all((state[key] != 0).any() for key in lm.zero_state(1))
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -368,11 +349,22 @@ def test_controls_have_no_recurrent_layers(name):
     assert lm.train_length == (256 if name == "gpt2" else 512)
 
 
+def test_train_length_is_what_the_config_says():
+    assert lm_of("zamba2", max_position_embeddings=77).train_length == 77
+    assert lm_of("mamba2", train_length=128).train_length == 128
+    assert lm_of("mamba2").train_length is None
+
+
 def test_learned_positions_end_where_they_end():
     lm = lm_of("gpt2", n_positions=16)
     _, state = lm(tokens(1, 16))
     with pytest.raises(LongrollError, match="16 positions and was asked for 17"):
         lm(tokens(1, 1), state)
+
+
+def test_an_unknown_family_is_refused_with_those_that_are_known():
+    with pytest.raises(LongrollError, match=r"'t5' is not one .* mamba2, .*qwen3_next.*llama"):
+        family_of("t5")
 
 
 # ---- the self-check refuses what would give wrong numbers
@@ -387,7 +379,7 @@ def test_self_check_passes_and_leaves_the_mode(name):
         assert lm.training
 
 
-@every_recurrent
+@pytest.mark.parametrize("name", [*RECURRENT, "qwen3_5_recurrent"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_self_check_names_the_layer_that_ignores_its_state(name, layer, monkeypatch):
     honest = StateCache.get_recurrent_state

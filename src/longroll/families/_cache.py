@@ -1,9 +1,13 @@
 """One functional cache for every architecture that speaks transformers' linear-attention cache API.
 
 transformers' own cache writes with `copy_` into the tensors that it hands out, which breaks or falsifies
-gradients (shared/docs/transformers.md, b). This one reads the initial state from one place and assigns
-the final one to another, so that a forward is pure, differentiable, and the second forward of gradient
-checkpointing reads the same initial state again.
+gradients, and raises for models without attention (shared/docs/transformers.md, a and b). This one reads the
+initial state from one place and assigns the final one to another, so that a forward is pure, differentiable,
+and the second forward of gradient checkpointing reads the same initial state again.
+
+What can be a zero state and what cannot: tensors of the parts `recurrent` and `conv` are float, zero where
+nothing was read, and may be noised. All else that a layer remembers (keys and values, token ids, values that
+start at a bias) is context: it goes under `attention`, rolls out, and a new sequence starts without it.
 """
 
 from __future__ import annotations
@@ -15,26 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from longroll.state import Part, RecurrentState, StateKey
+from longroll.state import RecurrentState, StateKey
 
-# The state that the recurrence about to run starts from: mixers read it from the cache, then call the
-# scan without it (transformers' Mamba-1 has no argument for it), so the cache leaves it here.
-_Handoff = ContextVar[tuple[Tensor | None] | None]
-recurrent_handoff: _Handoff = ContextVar("longroll_recurrent_state", default=None)
-conv_handoff: _Handoff = ContextVar("longroll_conv_state", default=None)
+# The states that the recurrences about to run start from, in the order they run in: mixers read one from the
+# cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
+_Handoff = ContextVar[tuple[Tensor | None, ...]]
+recurrent_handoff: _Handoff = ContextVar("longroll_recurrent_state", default=())
+conv_handoff: _Handoff = ContextVar("longroll_conv_state", default=())
+
+_KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _OTHER and above: + state_idx
 
 
 def take(handoff: _Handoff) -> tuple[Tensor | None] | None:
     """The initial state left for the op that is about to run, once; None outside a longroll forward."""
     left = handoff.get()
-    handoff.set(None)
-    return left
+    handoff.set(left[1:])
+    return left[:1] or None  # type: ignore[return-value]
 
 
 def clear_handoffs() -> None:
     """Forget what was left: a forward that died must not hand its state to another model's."""
-    recurrent_handoff.set(None)
-    conv_handoff.set(None)
+    recurrent_handoff.set(())
+    conv_handoff.set(())
 
 
 class StateCache(DynamicCache):
@@ -44,37 +50,81 @@ class StateCache(DynamicCache):
         config: the model's config.
         initial: the state to start from, or None for the zero state.
         owns_recurrence: the mixers' scan and conv functions are longroll's (`families/_dispatch.py`):
-            they `take` their state, and one-token calls go the multi-token way too.
+            they `take` their state.
+        scans: how many scans a layer runs one after another, each with its share (axis 1) of the state.
+        reads_tail: mixers prepend the conv tail themselves, and read it by `get_conv_state` for that.
+        context: what the layers call recurrent state is context.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, initial: RecurrentState | None, *, owns_recurrence: bool
+        self,
+        config: PreTrainedConfig,
+        initial: RecurrentState | None,
+        *,
+        owns_recurrence: bool = False,
+        scans: int = 1,
+        reads_tail: bool = False,
+        context: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.initial = initial if initial is not None else RecurrentState({})
         self.owns_recurrence = owns_recurrence
+        self.scans = scans
+        self.reads_tail = reads_tail
+        self.context = context
         self._final: dict[StateKey, Tensor] = {}
         clear_handoffs()
+        self._place_indexer()
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
         clear_handoffs()
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
 
-    def _read(self, part: Part, layer: int, slot: int) -> Tensor | None:
-        tensor = self.initial.get(StateKey(layer, part, slot))
+    def _read(self, key: StateKey) -> Tensor | None:
+        tensor = self.initial.get(key)
         return None if tensor is None else tensor.clone()  # one-token paths write into what they read
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The initial conv tail; None where longroll's op will prepend it itself."""
-        return None if self.owns_recurrence else self._read("conv", layer_idx, state_idx)
+    # ---- recurrences
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The initial recurrent state; handed to longroll's op directly where that runs."""
+        key = self._recurrent(layer_idx, state_idx)
         if not self.owns_recurrence:
-            return self._read("recurrent", layer_idx, state_idx)
-        recurrent_handoff.set((self.initial.get(StateKey(layer_idx, "recurrent", state_idx)),))
+            return self._read(key)
+        state = self.initial.get(key)
+        if self.scans > 1:
+            recurrent_handoff.set((None,) * self.scans if state is None else state.unbind(1))
+        else:
+            recurrent_handoff.set((state,))
         return None
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_
+    ) -> Tensor:
+        """Keep the final recurrent state."""
+        self._final[self._recurrent(layer_idx, state_idx)] = recurrent_states
+        return recurrent_states
+
+    def _recurrent(self, layer: int, slot: int) -> StateKey:
+        return (
+            StateKey(layer, "attention", _OTHER + slot)
+            if self.context
+            else StateKey(layer, "recurrent", slot)
+        )
+
+    # ---- short convolutions
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """None, so that mixers go the multi-token way always; the tail where they prepend it themselves."""
+        if not self.reads_tail:
+            return None
+        tail = self._read(StateKey(layer_idx, "conv", state_idx))
+        return self._read(StateKey(layer_idx, "attention", _OTHER + state_idx)) if tail is None else tail
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Yes, which is the other thing that keeps mixers off their one-token path."""
+        return True
 
     def update_conv_state(
         self,
@@ -90,6 +140,8 @@ class StateCache(DynamicCache):
         """
         width = conv_kernel_size or conv_states.shape[-1]
         key = StateKey(layer_idx, "conv", state_idx)
+        if not conv_states.is_floating_point():  # token ids
+            key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
         if tail is None:
             full = F.pad(conv_states, (width, 0))
@@ -101,28 +153,49 @@ class StateCache(DynamicCache):
         conv_handoff.set((tail,))
         return conv_states
 
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_
-    ) -> Tensor:
-        """Keep the final recurrent state."""
-        self._final[StateKey(layer_idx, "recurrent", state_idx)] = recurrent_states
-        return recurrent_states
+    # ---- attention
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (batch, heads, tokens, head size) to the initial ones; keep the result."""
-        keys, values = StateKey(layer_idx, "attention", 0), StateKey(layer_idx, "attention", 1)
-        if keys in self.initial:
-            key_states = torch.cat([self.initial[keys], key_states], dim=-2)
-            value_states = torch.cat([self.initial[values], value_states], dim=-2)
-        self._final[keys], self._final[values] = key_states, value_states
-        return key_states, value_states
+        """Append keys and values (batch, heads, tokens, head size) to the initial ones; keep the result.
+
+        A layer with a sliding window keeps what the next token can see.
+        """
+        window = getattr(self.layers[layer_idx], "sliding_window", None)
+        grown = []
+        for slot, new in ((_KEYS, key_states), (_VALUES, value_states)):
+            key = StateKey(layer_idx, "attention", slot)
+            if key in self.initial:
+                new = torch.cat([self.initial[key], new], dim=-2)
+            self._final[key] = new if window is None else new[..., max(0, new.shape[-2] - window + 1) :, :]
+            grown.append(new)
+        return grown[0], grown[1]
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Append the keys (batch, tokens, size) by which sparse attention chooses what to read."""
+        key = StateKey(layer_idx, "attention", _INDEXER)
+        if key in self.initial:
+            indexer_key_states = torch.cat([self.initial[key], indexer_key_states], dim=1)
+        self._final[key] = indexer_key_states
+        return indexer_key_states
+
+    def _place_indexer(self) -> None:
+        """Tell sparse attention the positions of the keys in the initial state: those read before."""
+        for index, layer in enumerate(self.layers):
+            key = StateKey(index, "attention", _INDEXER)
+            if hasattr(layer, "indexer_position_ids") and key in self.initial:
+                keys = self.initial[key]
+                positions = torch.arange(keys.shape[1], device=keys.device)
+                layer.indexer_position_ids = positions.expand(3, keys.shape[0], -1)  # rotary axes first
+                return  # transformers keeps them on the first such layer, for all
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read before this forward; transformers' own raises for models without attention."""
         return self.initial.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that the attention mask covers."""
-        return self.initial.seen + query_length, 0
+        """Length and offset of the keys that the attention mask of a layer covers."""
+        keys = self.initial.get(StateKey(layer_idx, "attention", _KEYS))
+        past = 0 if keys is None else keys.shape[-2]
+        return past + query_length, self.initial.seen - past

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from longroll.errors import LongrollError
+from longroll.families import _heads
 from longroll.families._cache import StateCache
 from longroll.families._dispatch import own_recurrence
 from longroll.state import RecurrentState
@@ -18,40 +22,60 @@ from longroll.state import RecurrentState
 
 @dataclass(frozen=True)
 class Family:
-    """How one `model_type` of transformers takes and gives its state."""
+    """How one `model_type` of transformers takes and gives its state.
+
+    A family whose state travels in a container of its own is a subclass that overrides `prepare` and `cache`.
+    """
 
     kind: str
-    """What a layer's recurrence is called: `mamba`, `mamba2`, or `attention` for the control."""
-    cache_argument: str
+    """What a layer's recurrence is called; `attention` (the control) and `conv` have none."""
+    cache_argument: str = "past_key_values"
     """The forward argument that takes the cache."""
-    takes_positions: bool = False
-    """Position ids go in explicitly: some default to starting at 0 whatever the cache holds."""
-    owns_recurrence: bool = False
-    """Longroll's op runs in the place of transformers' (see `_dispatch`)."""
+    op: str | None = None
+    """Longroll's op that runs in the place of transformers' own recurrence (see `_dispatch`)."""
+    kernel: str | None = None
+    """The GPU kernel, package first, that transformers' own recurrence is where the package is installed."""
+    scans: str | None = None
+    """The config entry that says how many scans a layer runs, if not one."""
+    reads_tail: bool = False
+    """Mixers prepend the conv tail themselves (see `StateCache`)."""
     learned_positions: str | None = None
     """The config entry that bounds the positions the model has embeddings for."""
+    head: Callable[[PreTrainedModel, Tensor], Tensor] = _heads.plain
+    """Hidden states (..., d_model) to logits (..., V)."""
 
     @property
     def recurrent(self) -> bool:
         """Whether there is a state for an intervention to choose."""
-        return self.kind != "attention"
+        return self.kind not in ("attention", "conv")
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make `model` ready to take a state: once, after loading."""
-        if self.owns_recurrence:
+        if self.op is not None:
             own_recurrence(_modeling(model))
         for module in model.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
                 # StateCache is idempotent: a recompute reads what the forward read
                 module._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
+    def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
+        """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""
+        return StateCache(
+            model.config,
+            state,
+            owns_recurrence=self.op is not None,
+            scans=getattr(model.config, self.scans) if self.scans else 1,
+            reads_tail=self.reads_tail,
+            context=not self.recurrent,
+        )
+
     def inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
         """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
-        cache = StateCache(model.config, state, owns_recurrence=self.owns_recurrence)
+        cache = self.cache(model, input_ids, state)
         # use_cache stays False: the cache is written all the same, and gradient checkpointing lets it be
         arguments = {"input_ids": input_ids, self.cache_argument: cache, "use_cache": False}
-        if self.takes_positions:
-            first, tokens = cache.initial.seen, input_ids.shape[1]
+        if _takes_positions(model):  # explicit: some default to starting at 0 whatever the cache holds
+            first, tokens = 0 if state is None else state.seen, input_ids.shape[1]
             self._check_positions(model, first + tokens)
             positions = torch.arange(first, first + tokens, device=input_ids.device)
             arguments["position_ids"] = positions.expand(input_ids.shape[0], -1)
@@ -70,13 +94,44 @@ def _modeling(model: PreTrainedModel) -> ModuleType:
     return importlib.import_module(type(model).__module__)
 
 
-_CONTROL = Family("attention", "past_key_values", takes_positions=True)
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+_CONTROL = Family("attention")
+_MAMBA2_HYBRID = Family("mamba2", op="ssd")
+_GATED_DELTA_HYBRID = Family("gated_delta_rule", kernel="fla.chunk_gated_delta_rule")
+_KDA_HYBRID = Family("kda", kernel="fla.chunk_kda")
+_CONV_HYBRID = Family("conv", kernel="causal_conv1d.causal_conv1d_fn")
 
 FAMILIES: dict[str, Family] = {
-    "mamba": Family("mamba", "cache_params", owns_recurrence=True),
-    "falcon_mamba": Family("mamba", "cache_params", owns_recurrence=True),
-    "mamba2": Family("mamba2", "cache_params", owns_recurrence=True),
-    "gpt2": Family("attention", "past_key_values", takes_positions=True, learned_positions="n_positions"),
+    "mamba": Family("mamba", "cache_params", op="selective_scan"),
+    "falcon_mamba": Family("mamba", "cache_params", op="selective_scan"),
+    "mamba2": Family("mamba2", "cache_params", op="ssd"),
+    "jamba": Family("mamba", op="selective_scan"),
+    "zamba": Family("mamba", op="selective_scan", scans="n_mamba_heads"),
+    "bamba": _MAMBA2_HYBRID,
+    "falcon_h1": replace(_MAMBA2_HYBRID, head=_heads.falcon_h1),
+    "granitemoehybrid": replace(_MAMBA2_HYBRID, head=_heads.granite),
+    "nemotron_h": _MAMBA2_HYBRID,
+    "zamba2": _MAMBA2_HYBRID,
+    "qwen3_next": _GATED_DELTA_HYBRID,
+    "qwen3_5": _GATED_DELTA_HYBRID,
+    "qwen3_5_text": _GATED_DELTA_HYBRID,
+    "qwen3_5_moe": _GATED_DELTA_HYBRID,
+    "qwen3_5_moe_text": _GATED_DELTA_HYBRID,
+    "qwen4_exp": replace(_GATED_DELTA_HYBRID, reads_tail=True),
+    "qwen4_exp_text": replace(_GATED_DELTA_HYBRID, reads_tail=True),
+    "olmo_hybrid": _GATED_DELTA_HYBRID,
+    "kimi_linear": _KDA_HYBRID,
+    "bailing_hybrid": _KDA_HYBRID,
+    "zaya": Family("conv", reads_tail=True),
+    "lfm2": _CONV_HYBRID,
+    "lfm2_moe": _CONV_HYBRID,
+    "lfm3": _CONV_HYBRID,
+    "inkling_text": replace(_CONV_HYBRID, head=_heads.inkling),
+    "inkling2_text": replace(_CONV_HYBRID, head=_heads.inkling2),
+    "gpt2": replace(_CONTROL, learned_positions="n_positions"),
     "gpt_neox": _CONTROL,
     "llama": _CONTROL,
     "qwen2": _CONTROL,
