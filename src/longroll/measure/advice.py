@@ -72,7 +72,10 @@ def advise(
     else:
         choice, name = "sp", "State Passing"
         if iid.share > 0:
-            why = f"{share} have states that are not IID ({ranks}), so noise would not stand for them"
+            why = (
+                f"{share} have states that are not IID ({ranks}), so noise is a poor stand-in, the poorer "
+                "the larger the model"
+            )
         else:
             why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
     arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
