@@ -88,6 +88,147 @@ def short_conv_reference(
     return (F.silu(y) if activation in ("silu", "swish") else y), window
 
 
+def gla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention: `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale S_t^T q_t`.
+
+    Shapes as in `longroll.ops.gla`; always returns `(o, final_state)`.
+    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024.
+    """
+    scale, S = _scale(scale, k), _first_state(k, v, initial_state)
+    outputs = []
+    for t in range(q.shape[1]):
+        S = torch.exp(g[:, t])[..., None] * S + _outer(k[:, t], v[:, t])
+        outputs.append(scale * _read(S, q[:, t]))
+    return torch.stack(outputs, 1), S
+
+
+def retention_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Retention: gated linear attention with the fixed decay `1 - 2^(-5 - h)` in head h.
+
+    Shapes as in `longroll.ops.retention`; always returns `(o, final_state)`.
+    Source: Sun et al., "Retentive Network", 2023.
+    """
+    decay = 1 - 2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype, device=q.device))
+    return gla_reference(q, k, v, decay.log()[:, None].expand_as(k), scale, initial_state)
+
+
+def rwkv6_reference(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-6: `o_t = scale (S_{t-1} + (u * k_t) v_t^T)^T r_t`, `S_t = exp(w_t) S_{t-1} + k_t v_t^T`.
+
+    Shapes as in `longroll.ops.rwkv6`; always returns `(o, final_state)`.
+    Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States", 2024, section 4.
+    """
+    scale, S = _scale(scale, k), _first_state(k, v, initial_state)
+    outputs = []
+    for t in range(r.shape[1]):
+        outputs.append(scale * _read(S + _outer(u * k[:, t], v[:, t]), r[:, t]))
+        S = torch.exp(w[:, t])[..., None] * S + _outer(k[:, t], v[:, t])
+    return torch.stack(outputs, 1), S
+
+
+def rwkv7_reference(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7: `S_t = exp(w_t) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T`, `o_t = scale S_t^T r_t`.
+
+    Shapes as in `longroll.ops.rwkv7`; always returns `(o, final_state)`.
+    Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025, section 4.
+    """
+    S = _first_state(k, v, initial_state)
+    outputs = []
+    for t in range(r.shape[1]):
+        erased = _outer(b[:, t], _read(S, a[:, t]))
+        S = torch.exp(w[:, t])[..., None] * S + erased + _outer(k[:, t], v[:, t])
+        outputs.append(scale * _read(S, r[:, t]))
+    return torch.stack(outputs, 1), S
+
+
+def delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Delta rule: `S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T`, `o_t = scale S_t^T q_t`.
+
+    Shapes as in `longroll.ops.delta_rule`; always returns `(o, final_state)`.
+    Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule", 2024.
+    """
+    g = torch.zeros_like(beta)
+    return gated_delta_rule_reference(q, k, v, g, beta, scale, initial_state, use_qk_l2norm_in_kernel)
+
+
+def gated_delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule: the delta rule on the decayed state `exp(g_t) S_{t-1}`.
+
+    Shapes as in `longroll.ops.gated_delta_rule`; always returns `(o, final_state)`.
+    Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2025.
+    """
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    scale, S = _scale(scale, k), _first_state(k, v, initial_state)
+    outputs = []
+    for t in range(q.shape[1]):
+        S = torch.exp(g[:, t])[..., None, None] * S
+        S = S + _outer(k[:, t], beta[:, t, :, None] * (v[:, t] - _read(S, k[:, t])))
+        outputs.append(scale * _read(S, q[:, t]))
+    return torch.stack(outputs, 1), S
+
+
+def _scale(scale: float | None, k: Tensor) -> float:
+    return k.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
+    shape = (v.shape[0], v.shape[2], k.shape[-1], v.shape[-1])  # (B, H, K, V)
+    return v.new_zeros(shape) if initial_state is None else initial_state
+
+
+def _outer(k: Tensor, v: Tensor) -> Tensor:
+    return k[..., :, None] * v[..., None, :]
+
+
+def _read(S: Tensor, q: Tensor) -> Tensor:
+    return (q[..., None] * S).sum(-2)
+
+
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     y = y if D is None else y + D * x
     return y if z is None else y * F.silu(z)

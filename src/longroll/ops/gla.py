@@ -1,0 +1,54 @@
+"""Gated linear attention: every key channel decays at its own rate."""
+
+import torch
+from torch import Tensor
+
+from longroll.ops._chunks import Chunk, check, run
+from longroll.ops._decay import meet
+
+CHUNK = 64
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale S_t^T q_t`.
+
+    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
+    input is float64), also under autocast.
+
+    Args:
+        q: queries, (B, T, H, K), T >= 1.
+        k: keys, (B, T, H, K).
+        v: values, (B, T, H, V).
+        g: log decays, (B, T, H, K), at most 0.
+        scale: factor on the outputs; K^-0.5 when None.
+        initial_state: (B, H, K, V); zero when None.
+        output_final_state: also return the state after the last step.
+
+    Returns:
+        o (B, T, H, V) in q's dtype, and the state (B, H, K, V) in float32 (float64), or None.
+
+    Raises:
+        ValueError: a shape does not fit, or T is 0.
+
+    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024; argument
+    order and layouts as in fla's `chunk_gla`.
+    """
+    check({"q": q, "k": k, "g": g}, v, {}, initial_state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Chunk:
+        q, w = q * scale, g.exp()
+        scores, read, write = meet(q * w, k, w)
+        scores = scores + torch.diag_embed((q * k).sum(-1))
+        return Chunk(scores @ v, read, g.sum(-2).exp().unsqueeze(-1), write.mT @ v)
+
+    o, state = run(chunk, (q, k, v, g), initial_state, CHUNK)
+    return o, (state if output_final_state else None)

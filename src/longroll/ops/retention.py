@@ -1,0 +1,57 @@
+"""Retention: every head decays at its own fixed rate."""
+
+import torch
+from torch import Tensor
+
+from longroll.ops._chunks import Chunk, check, run
+from longroll.ops._common import state_dtype
+from longroll.ops._decay import between
+
+CHUNK = 64
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T`, `o_t = scale S_t^T q_t` in head h = 0, 1, ...
+
+    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
+    input is float64), also under autocast.
+
+    Args:
+        q: queries, (B, T, H, K), T >= 1.
+        k: keys, (B, T, H, K).
+        v: values, (B, T, H, V).
+        scale: factor on the outputs; K^-0.5 when None.
+        initial_state: (B, H, K, V); zero when None.
+        output_final_state: also return the state after the last step.
+
+    Returns:
+        o (B, T, H, V) in q's dtype, and the state (B, H, K, V) in float32 (float64), or None.
+
+    Raises:
+        ValueError: a shape does not fit, or T is 0.
+
+    Source: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023; argument
+    order and layouts as in fla's `chunk_retention`.
+    """
+    check({"q": q, "k": k}, v, {}, initial_state)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
+    g = torch.log1p(-(2.0 ** (-5 - heads))).to(state_dtype(q, k, v, initial_state))
+
+    def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Chunk:
+        upto, after, gaps = between(g)
+        q = q * scale
+        scores = (q @ k.mT) * gaps
+        return Chunk(
+            scores @ v, q * upto.unsqueeze(-1), upto[..., -1:, None], (k * after.unsqueeze(-1)).mT @ v
+        )
+
+    o, state = run(chunk, (q, k, v, g.expand(q.shape[:3])), initial_state, CHUNK)
+    return o, (state if output_final_state else None)
