@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from longroll.cli import _options as o
+from longroll.cli import _tasks as t
 
 app = typer.Typer(no_args_is_help=True, help="One measure at a time.")
 
@@ -79,3 +82,153 @@ def loss(
         write_json(json, result)
     if output:
         write_json(output / "loss.json", result)
+
+
+@app.command("passkey")
+def passkey(
+    model: o.Model,
+    lengths: t.Lengths = "256,1k,4k,16k",
+    depths: t.Depths = "0.1,0.5,0.9",
+    samples: t.Samples = 20,
+    batch_size: t.BatchSize = 16,
+    haystack: t.HaystackText = "noise",
+    instruction: t.Instruction = True,
+    reading: t.HowRead = "plain",
+    window: t.Window = None,
+    label: t.Label = None,
+    tokenizer: o.TokenizerName = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """Five digits told once in a long text, asked for at its end: right if the greedy tokens are these."""
+    from longroll.tasks import Passkey, Row
+
+    lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    columns = t.parse_lengths(lengths)
+    text = t.open_haystack(haystack, words, tokens=columns[-1], split="validation", seed=seed)
+    task = Passkey(words, haystack=text, instruction=instruction)
+    rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
+    t.run_task(
+        lm, rows, columns, samples=samples, batch_size=batch_size, reading=reading, window=window,
+        label=label, seed=seed, json=json, output=output,
+    )  # fmt: skip
+
+
+@app.command("niah")
+def niah(
+    model: o.Model,
+    lengths: t.Lengths = "1k,4k,16k",
+    depths: t.Depths = "0.1,0.5,0.9",
+    samples: t.Samples = 20,
+    batch_size: t.BatchSize = 16,
+    reading: t.HowRead = "plain",
+    window: t.Window = None,
+    label: t.Label = None,
+    tokenizer: o.TokenizerName = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """RULER's niah_single_1: a number between lines of noise, right if it is anywhere in 128 tokens."""
+    from longroll.tasks import Niah, Row
+
+    lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    task = Niah(words)
+    rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
+    t.run_task(
+        lm, rows, t.parse_lengths(lengths), samples=samples, batch_size=batch_size, reading=reading,
+        window=window, label=label, seed=seed, json=json, output=output,
+    )  # fmt: skip
+
+
+@app.command("copying")
+def copying(
+    model: o.Model,
+    lengths: t.Lengths = "10,20,50,100,150,200",
+    samples: t.Samples = 64,
+    batch_size: t.BatchSize = 64,
+    label: t.Label = None,
+    tokenizer: o.TokenizerName = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """Copy strings of --lengths letters: teacher-forced, as in the source, and written freely."""
+    from longroll.tasks import Copying, Row
+
+    lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    t.run_task(
+        lm, [Row(None, Copying(words))], t.parse_lengths(lengths), samples=samples, batch_size=batch_size,
+        reading="plain", window=None, label=label, seed=seed, json=json, output=output,
+    )  # fmt: skip
+
+
+@app.command("babilong")
+def babilong(
+    model: o.Model,
+    facts: t.Facts,
+    books: t.Books = "none",
+    lengths: t.Lengths = "0,4k,16k",
+    qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
+    few_shot: t.FewShot = True,
+    samples: t.Samples = 100,
+    batch_size: t.BatchSize = 16,
+    reading: t.HowRead = "plain",
+    window: t.Window = None,
+    label: t.Label = None,
+    tokenizer: o.TokenizerName = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """Facts of bAbI scattered through books, and a question about them, by the official metric."""
+    from longroll.tasks import Row
+
+    lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tasks = t.open_babilong(facts, books, qa, words, few_shot=few_shot, train=False)
+    t.run_task(
+        lm, [Row(task.qa, task) for task in tasks], t.parse_lengths(lengths), samples=samples,
+        batch_size=batch_size, reading=reading, window=window, label=label, seed=seed, json=json,
+        output=output,
+    )  # fmt: skip
+
+
+@app.command("compare")
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Files that the task commands wrote.")],
+    output: o.Output = None,
+) -> None:
+    """Put results of one task side by side: a table, and figures in --output."""
+    from longroll.cli._console import out
+    from longroll.errors import LongrollError
+    from longroll.report import write_figures
+    from longroll.results import read_json
+
+    runs = [read_json(path) for path in results]
+    for path, run in zip(results, runs, strict=True):
+        if not isinstance(run, dict) or run.get("kind") != "task" or "tasks" not in run:
+            raise LongrollError(f"{path} holds no finished results of a task.")
+    for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
+        out.print(t.task_table([run for run in runs if name in run["tasks"]], name))
+    if output:
+        for path in write_figures(runs, output, "svg"):
+            out.print(str(path))
+
+
+def _open(model: str, tokenizer: str | None, **how):
+    """The model and its tokenizer."""
+    lm = o.open_model(model, **how)
+    return lm, o.open_tokenizer(lm, model, tokenizer)

@@ -8,6 +8,7 @@ from longroll.report.figures import (
     remembrance_curves,
     remembrance_map,
     state_figure,
+    task_curves,
     task_heatmap,
 )
 from longroll.report.page import render, write_report
@@ -21,6 +22,7 @@ __all__ = [
     "remembrance_map",
     "render",
     "state_figure",
+    "task_curves",
     "task_heatmap",
     "to_svg",
     "write_figures",

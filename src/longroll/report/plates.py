@@ -181,4 +181,4 @@ def _tasks(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 
 def _task(runs: Sequence[Run], name: str) -> Draw:
-    return lambda look: figures.task_heatmap(runs, name, look=look)
+    return lambda look: figures.task_figure(runs, name, look=look)

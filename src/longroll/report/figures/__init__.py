@@ -5,7 +5,7 @@ from longroll.report.figures.excess import excess_figure
 from longroll.report.figures.position import position_figure
 from longroll.report.figures.remembrance import remembrance_curves, remembrance_map
 from longroll.report.figures.states import state_figure
-from longroll.report.figures.tasks import task_heatmap
+from longroll.report.figures.tasks import task_curves, task_figure, task_heatmap
 
 __all__ = [
     "coverage_map",
@@ -14,5 +14,7 @@ __all__ = [
     "remembrance_curves",
     "remembrance_map",
     "state_figure",
+    "task_curves",
+    "task_figure",
     "task_heatmap",
 ]

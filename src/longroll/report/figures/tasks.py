@@ -1,4 +1,4 @@
-"""Task accuracy over length and depth: whether a flat loss curve also means a long memory."""
+"""Task accuracy over length and depth (or kind): whether a flat loss curve also means a long memory."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,31 +7,26 @@ import numpy as np
 
 from longroll.errors import LongrollError
 from longroll.report import units
+from longroll.report.figures._axes import name_axes, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
+from longroll.report.figures._labels import name_curves
 from longroll.report.figures._tiles import ink_on, tiles
-from longroll.report.runs import Run, numbers, ordered, section
-from longroll.report.style import MUTED, WEB, Look, run_styles
+from longroll.report.runs import Run, numbers, ordered, section, train_lengths
+from longroll.report.style import MUTED, WEB, Look, RunStyle, run_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB) -> "Figure":
-    """Draw accuracy over length (columns) and depth (rows) of one task, a panel a run.
+    """Draw accuracy over length (columns) and depth or kind (rows) of one task, a panel a run.
 
     Args:
         runs: Diagnoses; those without the task are left out.
         task: The name of the task.
         look: The medium.
     """
-    runs = ordered(runs)
-    drawn = [
-        (run, style)
-        for run, style in zip(runs, run_styles(runs), strict=True)
-        if (section(run, "tasks") or {}).get(task)
-    ]
-    if not drawn:
-        raise LongrollError(f"No run holds the task {task!r}.")
+    drawn = _having(runs, task)
     grids = [_grid(run, task) for run, _ in drawn]
     widest, tallest = max(g[2].shape[1] for g in grids), max(g[2].shape[0] for g in grids)
     across = 1 if widest > 9 or look.columns <= 2 else min(len(drawn), 2)
@@ -55,7 +50,7 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
             ax.set_yticks([k + 0.5 for k in range(len(depths))], depths)
             if i >= len(drawn) - across:
                 ax.set_xlabel("length in tokens")
-            if i % across == 0 and any(depths):
+            if i % across == 0 and run["tasks"][task].get("depths"):
                 ax.set_ylabel("depth")
             if cell >= 2.5 * look.small:
                 for (r, c), value in np.ndenumerate(values):
@@ -69,11 +64,60 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
     return fig
 
 
+def task_curves(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure":
+    """Draw accuracy over length, a curve a run, with its 95 % interval; rows are averaged.
+
+    Args:
+        runs: Diagnoses or results of tasks; those without the task are left out.
+        task: The name of the task.
+        look: The medium.
+    """
+    drawn = _having(runs, task)
+    grids = [_grid(run, task) for run, _ in drawn]
+    train = train_lengths([run for run, _ in drawn])
+    low, high = (end([n for lengths, *_ in grids for n in lengths]) for end in (min, max))
+    with canvas(look, look.points * look.aspect) as fig:
+        ax = fig.subplots()
+        ends = []
+        for (run, style), (lengths, names, values) in zip(drawn, grids, strict=True):
+            mean = values[-1] if names[-1] == "mean" else values.mean(axis=0)
+            ax.plot(
+                lengths, mean, color=style.color, linestyle=style.dash, marker="o", markersize=2 * look.line
+            )
+            if len(values) == 1 and run["tasks"][task].get("low"):
+                below, above = (numbers(run["tasks"][task][end]).ravel() for end in ("low", "high"))
+                ax.fill_between(lengths, below, above, color=style.color, alpha=0.13, linewidth=0)
+            ends.append((lengths[-1], mean[-1]))
+        position_axis(ax, low / 1.1, high * 1.1, train, 8 if look.upright else 6)
+        value_axis(ax, 0, 1, log=False, zero=True)
+        training_edge(ax, train, look)
+        name_axes(ax, "length in tokens", "accuracy", look)
+        name_curves(fig, ax, [style for _, style in drawn], ends, look)
+    return fig
+
+
+def task_figure(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure":
+    """Draw one task: curves where there is one row and no length 0 (BABILong's 0k), a map else."""
+    grids = [_grid(run, task) for run, _ in _having(runs, task)]
+    single = all(len(names) == 1 and min(lengths) > 0 for lengths, names, _ in grids)
+    return (task_curves if single else task_heatmap)(runs, task, look=look)
+
+
+def _having(runs: Sequence[Run], task: str) -> list[tuple[Run, RunStyle]]:
+    """Return the runs that hold the task, each with its style."""
+    runs = ordered(runs)
+    styled = zip(runs, run_styles(runs), strict=True)
+    having = [(run, style) for run, style in styled if (section(run, "tasks") or {}).get(task)]
+    if not having:
+        raise LongrollError(f"No run holds the task {task!r}.")
+    return having
+
+
 def _grid(run: Run, task: str) -> tuple[list[int], list[str], np.ndarray]:
-    """Return lengths, names of the depths and accuracy as (depths, lengths); a task may have no depth."""
+    """Return lengths, names of the rows and accuracy as (rows, lengths); a task may have a single row."""
     found = run["tasks"][task]
     lengths = [int(n) for n in found["lengths"]]
-    depths = [f"{float(d):g}" for d in found.get("depths") or []] or [""]
+    depths = found.get("rows") or [f"{float(d):g}" for d in found.get("depths") or []] or [""]
     values = numbers(found["accuracy"])
     if values.size != len(lengths) * len(depths):
         shape = f"{len(lengths)} lengths x {len(depths)} depths"

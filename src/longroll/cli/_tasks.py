@@ -1,0 +1,251 @@
+"""What the task commands share: their flags, the result file that a run goes on from, tables and figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longroll.cli import _options as o
+
+if TYPE_CHECKING:
+    from longroll.data import Tokenizer
+    from longroll.model import RecurrentLM
+    from longroll.tasks import BABILong, Row
+    from longroll.tasks.haystack import Haystack
+
+Lengths = Annotated[
+    str, typer.Option(help="Lengths in tokens, with commas; k and M are 1024 and 1024 x 1024: 256,1k,16k.")
+]
+Depths = Annotated[str, typer.Option(help="Where the needle stands, 0 (first) to 1 (last), with commas.")]
+Samples = Annotated[int, typer.Option(help="Samples of each length and depth.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Samples read together.", min=1)]
+HaystackText = Annotated[
+    str, typer.Option(help='What the needle is hidden in: "noise" (as in the source), or text as for --text.')
+]
+Instruction = Annotated[bool, typer.Option(help="Begin with the source's description of the task.")]
+Facts = Annotated[
+    Path,
+    typer.Option(help="Folder of bAbI's files (tasks_1-20_v1-2, with en-10k or en below, or one of these)."),
+]
+Books = Annotated[
+    str, typer.Option(help='Text that the facts are hidden in, as for --text; "none": facts alone.')
+]
+Kinds = Annotated[str, typer.Option("--qa", help="Which of qa1 to qa5, with commas.")]
+FewShot = Annotated[
+    bool,
+    typer.Option(help="The source's prompt with examples; --no-few-shot: for a model finetuned on the task."),
+]
+HowRead = Annotated[
+    str,
+    typer.Option(
+        "--reading",
+        help="plain; or a baseline: reset (only the last --window tokens), decay, clip (the state, to the "
+        "range of --window tokens), chunk (answer from the best --window tokens: OPRM).",
+    ),
+]
+Window = Annotated[int | None, typer.Option(help="Of --reading. Default: the training length.", min=1)]
+Label = Annotated[
+    str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
+]
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Numbers like 256, 1k and 1.5M, in ascending order.
+
+    Raises:
+        LongrollError: for anything else.
+    """
+    from longroll.errors import LongrollError
+
+    lengths = set()
+    for part in text.split(","):
+        number, unit = part.strip(), 1
+        if number[-1:].lower() in ("k", "m"):
+            number, unit = number[:-1], 1 << (10 if number[-1].lower() == "k" else 20)
+        try:
+            lengths.add(int(float(number) * unit))
+        except ValueError:
+            raise LongrollError(f"--lengths {text}: {part!r} is no length; write 256,1k,16k.") from None
+    if min(lengths) < 0:
+        raise LongrollError(f"--lengths {text}: a length is not negative.")
+    return sorted(lengths)
+
+
+def parse_depths(text: str) -> list[float]:
+    """Numbers from 0 to 1, in ascending order.
+
+    Raises:
+        LongrollError: for anything else.
+    """
+    from longroll.errors import LongrollError
+
+    try:
+        depths = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        depths = []
+    if not depths or depths[0] < 0 or depths[-1] > 1:
+        raise LongrollError(f"--depths {text}: depths are numbers from 0 to 1, with commas: 0.1,0.5,0.9.")
+    return depths
+
+
+def open_haystack(source: str, tokenizer: Tokenizer, *, tokens: int, split: str, seed: int) -> Haystack:
+    """Noise, or text of a split, as much as the longest prompt and some variety take."""
+    from longroll.tasks import NoiseHaystack, TextHaystack
+
+    if source == "noise":
+        return NoiseHaystack(tokenizer)
+    corpus = o.read_corpus(source, tokenizer, split=split, column=None, max_tokens=16 * tokens, seed=seed)
+    return TextHaystack(corpus, source)
+
+
+def open_babilong(
+    facts: Path, books: str, kinds: str, tokenizer: Tokenizer, *, few_shot: bool, train: bool
+) -> list[BABILong]:
+    """The tasks named, with facts and books of one split."""
+    from longroll.data import read_documents
+    from longroll.tasks import BABILong, read_stories
+
+    split = "train" if train else "validation"
+    texts = [] if books == "none" else list(read_documents(books, split=split))
+    return [
+        BABILong(
+            tokenizer, qa, read_stories(facts, qa, "train" if train else "test"), texts, few_shot=few_shot
+        )
+        for qa in (kind.strip() for kind in kinds.split(","))
+    ]
+
+
+def run_task(
+    lm: RecurrentLM,
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    *,
+    samples: int,
+    batch_size: int,
+    reading: str,
+    window: int | None,
+    label: str | None,
+    seed: int,
+    json: Path | None,
+    output: Path | None,
+) -> dict[str, Any]:
+    """Measure a grid with a progress bar, or go on where the result file ends; print a table, draw figures.
+
+    Raises:
+        LongrollError: for a result file of another model or other settings.
+    """
+    from longroll.cli._console import out, progress
+    from longroll.report import write_figures
+    from longroll.results import provenance, write_json
+    from longroll.tasks.baselines import make_reading
+    from longroll.tasks.evaluate import evaluate_grid, fingerprint, grid
+
+    task = rows[0].task
+    window = window or lm.train_length
+    label = label or (lm.name if reading == "plain" else f"{lm.name}, {reading}")
+    settings = {"weights": fingerprint(lm), "samples": samples, "seed": seed, "reading": reading}
+    settings |= {} if reading == "plain" else {"window": window}
+    settings |= task.settings()
+    files = [file for file in (json, output / f"{task.name}.json" if output else None) if file]
+    cells = finished_cells(files[0], settings) if files else []
+    chosen = make_reading(reading, lm, window=window, rows=rows, length=max(lengths))
+    began = time.perf_counter()
+
+    def result(found: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "kind": "task",
+            "task": task.name,
+            "label": label,
+            "model": lm.name,
+            "train_length": lm.train_length,
+            "settings": settings,
+            "cells": found,
+            "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+        }
+
+    with progress(f"measuring {task.name}", total=len(rows) * len(lengths) * samples) as advance:
+        cells = evaluate_grid(
+            lm,
+            rows,
+            lengths,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            reading=chosen,
+            finished=cells,
+            save=(lambda found: write_json(files[0], result(found))) if files else None,
+            progress=advance,
+        )
+    names = cells[0]["scores"]
+    keys = {name: task.name if name == task.metric else f"{task.name}_{name}" for name in names}
+    found = result(cells) | {"tasks": {keys[name]: grid(cells, rows, lengths, name) for name in names}}
+    for file in files:
+        write_json(file, found)
+    for name in found["tasks"]:
+        out.print(task_table([found], name))
+    if output:
+        write_figures([found], output, "svg")
+    return found
+
+
+def finished_cells(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of an earlier run with the same settings; none if there was none.
+
+    Raises:
+        LongrollError: the file holds something else, or the first setting that differs.
+    """
+    from longroll.errors import LongrollError
+    from longroll.results import read_json
+
+    if not file.exists():
+        return []
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("kind") != "task":
+        raise LongrollError(f"{file} holds no results of a task: name another file, or remove it.")
+    before = found["settings"]
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise LongrollError(
+                f"{file} holds results with {name} = {before.get(name)!r}, not {settings.get(name)!r}: name "
+                "another file, remove this one, or use the same settings to go on with it."
+            )
+    return found["cells"]
+
+
+def task_table(runs: Sequence[dict[str, Any]], name: str):
+    """Lengths down, runs and their depths (or kinds) across, with 95 % intervals."""
+    from rich.table import Table
+
+    from longroll.report.units import position
+
+    metric = runs[0]["tasks"][name]["metric"].replace("_", " ")
+    table = Table(title=f"{runs[0]['task']}: {metric} (95 % interval)")
+    table.add_column("length", justify="right")
+    for run in runs:
+        held = run["tasks"][name]
+        for row in held.get("rows") or held.get("depths") or [""]:
+            table.add_column(
+                f"{run['label']} {row}".strip() if len(runs) > 1 else str(row or metric), justify="right"
+            )
+    lengths = sorted({length for run in runs for length in run["tasks"][name]["lengths"]})
+    for length in lengths:
+        values: list[str] = []
+        for run in runs:
+            held = run["tasks"][name]
+            width = len(held["accuracy"][0])
+            if length in held["lengths"]:
+                at = held["lengths"].index(length)
+                columns = zip(held["accuracy"][at], held["low"][at], held["high"][at], strict=True)
+                values += [_share(*column) for column in columns]
+            else:
+                values += ["-"] * width
+        table.add_row(position(length), *values)
+    return table
+
+
+def _share(mean: float, low: float | None, high: float | None) -> str:
+    return f"{mean:.2f}" if low is None else f"{mean:.2f} ({low:.2f}-{high:.2f})"

@@ -1,0 +1,33 @@
+"""Tasks that need a long memory: samples of any length, scores, and the rolling of models through them."""
+
+from longroll.tasks._task import Sample, Task
+from longroll.tasks.babi import Story, read_stories
+from longroll.tasks.babilong import BABILong
+from longroll.tasks.copying import Copying, CopyRows, copying_tokenizer
+from longroll.tasks.evaluate import Row, evaluate_grid, wilson
+from longroll.tasks.generate import Answers, answer
+from longroll.tasks.haystack import NoiseHaystack, TextHaystack
+from longroll.tasks.niah import Niah
+from longroll.tasks.passkey import Passkey
+from longroll.tasks.training import TaskRows
+
+__all__ = [
+    "Answers",
+    "BABILong",
+    "CopyRows",
+    "Copying",
+    "Niah",
+    "NoiseHaystack",
+    "Passkey",
+    "Row",
+    "Sample",
+    "Story",
+    "Task",
+    "TaskRows",
+    "TextHaystack",
+    "answer",
+    "copying_tokenizer",
+    "evaluate_grid",
+    "read_stories",
+    "wilson",
+]

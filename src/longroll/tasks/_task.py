@@ -1,0 +1,115 @@
+"""What the tasks share: a sample, and how a task makes and scores samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from longroll.data import Tokenizer
+from longroll.errors import LongrollError
+
+TRAINING, EVALUATION = 1, 2
+"""Streams of random numbers that never meet."""
+
+
+def random_of(stream: int, *numbers: int) -> np.random.Generator:
+    """The generator of one sample, given by its stream and numbers."""
+    return np.random.default_rng([stream, *numbers])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its answer, as token ids.
+
+    A prompt is put together of pieces that were tokenised one by one, so its length is exact for any
+    tokenizer and a million tokens take no longer to make than to copy.
+    """
+
+    prompt: np.ndarray
+    """(T,) int32."""
+    answer: np.ndarray
+    """(A,) int32: what a model is trained to write after the prompt."""
+    target: str
+    """What the score looks for."""
+    context: tuple[int, int]
+    """Start and stop of the haystack, needle included, in the prompt; before it stands the instruction,
+    after it the question."""
+    question: str = ""
+    """What was asked, where the score needs it."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Prompt and answer, (T + A,) int32."""
+        return np.concatenate([self.prompt, self.answer])
+
+
+class Task:
+    """Makes samples of any length, and scores what a model wrote.
+
+    A subclass says how in `sample` and `score`. The same `rng` always gives the same sample.
+
+    Args:
+        tokenizer: of the model.
+        new_tokens: how many tokens the model may write; None: as many as the answer has.
+    """
+
+    name: ClassVar[str] = "task"
+    metric: ClassVar[str] = "accuracy"
+    """The score that tables and figures show."""
+    forced: ClassVar[bool] = False
+    """Whether `score` needs the model's argmax after each token of the right answer."""
+    stationary: ClassVar[bool] = True
+    """Whether the text after an answer is like the text before: else its final state begins no text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, new_tokens: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.new_tokens = new_tokens
+
+    @property
+    def stop_id(self) -> int | None:
+        """The token that ends what the model writes."""
+        return self.tokenizer.separator_id
+
+    def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
+        """Make one sample.
+
+        Args:
+            length: tokens of prompt and answer together.
+            depth: where the answer stands in the haystack, 0 (first) to 1 (last); None: anywhere.
+            rng: of everything drawn.
+
+        Raises:
+            LongrollError: not even an empty haystack fits into `length`.
+        """
+        raise LongrollError(f"{type(self).__name__} must say how it makes a sample.")
+
+    def score(
+        self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """Scores by name, 0 to 1 each; `metric` is one of them.
+
+        Args:
+            sample: the sample.
+            written: ids the model wrote, (new_tokens,) or fewer if it stopped.
+            forced: its argmax at each place of the right answer, (A,), if `self.forced`.
+        """
+        raise LongrollError(f"{type(self).__name__} must say how it scores.")
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same for two results to be comparable."""
+        return {"task": self.name, "tokenizer": self.tokenizer.name, "new_tokens": self.new_tokens}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, (T,) int32."""
+        return self.tokenizer.encode(text)
+
+    def _room(self, length: int, fixed: int) -> int:
+        """Tokens left for the haystack."""
+        if length < fixed:
+            raise LongrollError(
+                f"--lengths {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes "
+                f"at least {fixed} tokens; ask for longer ones."
+            )
+        return length - fixed

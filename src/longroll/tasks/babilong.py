@@ -1,0 +1,153 @@
+"""BABILong: bAbI's facts scattered in order through a book, and a question about them.
+
+Source: booydar/babilong: babilong/babilong_utils.py (SentenceSampler, NoiseInjectionDataset),
+babilong/prompts.py, babilong/metrics.py, data/create_tasks.py. Facts stand at sorted uniform gaps between the
+book's sentences, one space between all sentences as in the published data. What differs: sentences end at
+`.`, `!` or `?` before white space (there nltk's untrained Punkt), the length counts the whole prompt exactly
+(there 300 tokens are set aside for instructions), and any books can be the noise (there PG-19).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from longroll.data import Tokenizer
+from longroll.errors import LongrollError
+from longroll.tasks._task import Sample, Task
+from longroll.tasks.babi import Story
+from longroll.tasks.babilong_prompts import EXAMPLES, INSTRUCTION, LABELS, POST_PROMPT, TEMPLATE
+
+QAS = tuple(LABELS)
+"""The five of the leaderboard's mean."""
+NEW_TOKENS = 20
+SHORTEST = 10
+"""Tokens of a sentence of noise, at least, as in the source."""
+SHORT_TEMPLATE = "{context}\nQuestion: {question}\nAnswer:"
+"""For models finetuned on the task: nothing that has to be understood first."""
+
+_END = re.compile(r"""(?<=[.!?])["'”’)\]]*\s+""")  # noqa: RUF001
+
+
+class BABILong(Task):
+    """One of the tasks qa1 to qa5.
+
+    Args:
+        tokenizer: of the model.
+        qa: "qa1" to "qa5".
+        stories: the facts, from `read_stories`.
+        books: texts to hide them in; none: facts alone, BABILong's 0k.
+        few_shot: the source's prompt with instructions and examples, or else `SHORT_TEMPLATE`.
+
+    Raises:
+        LongrollError: for an unknown `qa` and for no stories.
+    """
+
+    name = "babilong"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        qa: str,
+        stories: Sequence[Story],
+        books: Sequence[str] = (),
+        *,
+        few_shot: bool = True,
+    ) -> None:
+        super().__init__(tokenizer, new_tokens=NEW_TOKENS)
+        if qa not in LABELS:
+            raise LongrollError(f"BABILong's {qa!r} is not one of {', '.join(QAS)}.")
+        if not stories:
+            raise LongrollError(f"There are no stories of {qa}.")
+        self.qa, self.stories, self.books, self.few_shot = qa, stories, books, few_shot
+        template = SHORT_TEMPLATE
+        if few_shot:
+            words = {"instruction": INSTRUCTION[qa], "examples": EXAMPLES[qa], "post_prompt": POST_PROMPT[qa]}
+            template = TEMPLATE.format(**words, context="{context}", question="{question}")
+        before, self.tail = template.split("{context}")
+        self.head = self.encode(before)
+
+    def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
+        """Scatter the facts of a random story that fits; `length` counts prompt and answer, 0 asks for 0k.
+
+        The facts have the places they get: `depth` means nothing here.
+        """
+        for number in rng.permutation(len(self.stories))[:1000]:
+            story = self.stories[number]
+            tail, answer = (
+                self.encode(self.tail.format(question=story.question)),
+                self.encode(f" {story.answer}."),
+            )
+            # each sentence, the first too, follows a space: pieces then tokenise as they do in running text
+            facts = [self.encode(f" {fact}") for fact in story.facts]
+            fixed = len(self.head) + sum(map(len, facts)) + len(tail) + len(answer)
+            if length == 0 or not self.books or fixed <= length:
+                break
+        else:
+            self._room(length, fixed)
+        noise = list(self._noise(length - fixed, rng)) if self.books and length else []
+        gaps = np.sort(rng.integers(len(noise) + 1, size=len(facts)))
+        pieces: list[np.ndarray] = []
+        for gap in range(len(noise) + 1):
+            pieces += [fact for fact, at in zip(facts, gaps, strict=True) if at == gap] + noise[gap : gap + 1]
+        prompt = np.concatenate([self.head, *pieces, tail])
+        context = (len(self.head), len(prompt) - len(tail))
+        return Sample(prompt, answer, story.answer, context, story.question)
+
+    def _noise(self, tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Sentences of `tokens` tokens together, the last one cut to fit."""
+        empty = 0  # looks into books since the last sentence
+        while tokens > 0:
+            empty += 1
+            if empty > 1000:
+                raise LongrollError(
+                    f"--books: no sentence of {SHORTEST} tokens or more is to be found in them."
+                )
+            book = self.books[int(rng.integers(len(self.books)))]
+            start = int(rng.integers(len(book)))
+            sentences = split_sentences(book[start : start + 10 * tokens + 1000])
+            for sentence in sentences[1:-1]:  # cut ones
+                ids = self.encode(f" {sentence}")[:tokens]
+                if len(ids) < min(SHORTEST, tokens):
+                    continue
+                yield ids
+                tokens, empty = tokens - len(ids), 0
+                if tokens == 0:
+                    break
+
+    def score(
+        self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """The official metric."""
+        output = self.tokenizer.decode(written)
+        return {"accuracy": float(compare_answers(sample.target, output, sample.question, LABELS[self.qa]))}
+
+    def settings(self) -> dict[str, Any]:
+        """With the prompt's form and how much there is of facts and noise."""
+        size = sum(map(len, self.books))
+        data = {"stories": len(self.stories), "books": len(self.books), "book_characters": size}
+        return super().settings() | {"few_shot": self.few_shot} | data
+
+
+def compare_answers(target: str, output: str, question: str, labels: frozenset[str]) -> bool:
+    """The official metric: the output names `target` and no other label of the task.
+
+    Only the output before the first `.`, `<context>` or `<example>` counts, and labels that the question
+    names are left aside. Source: booydar/babilong, babilong/metrics.py (`compare_answers`). lm-eval's
+    version looks for the target anywhere: there an answer that names every place is right.
+    """
+    output = output.lower()
+    for end in (".", "<context>", "<example>"):
+        output = output.split(end)[0]
+    named = {label for label in labels if label in output} - {
+        label for label in labels if label in question.lower()
+    }
+    return named == {target.lower()}
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences, each on one line."""
+    return [" ".join(sentence.split()) for sentence in _END.split(text) if sentence.strip()]

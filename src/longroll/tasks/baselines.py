@@ -1,0 +1,175 @@
+"""Ways to read a prompt that need no training: what a repair has to beat.
+
+Each makes a `Reading` for `answer`. They are for inference, on any recurrent model: forget all but a window;
+weaken or clip the state, so that it stays in the range of training (after thunlp/stuffed-mamba, Chen et al.
+2025, who weaken and normalise inside each step; here it happens every `stride` tokens); read the text in
+chunks and answer from one of them (OPRM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from longroll.errors import LongrollError
+from longroll.measure.roll_out import roll_out
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState, StateKey
+from longroll.tasks._task import TRAINING, Sample, random_of
+from longroll.tasks.evaluate import Row
+from longroll.tasks.generate import Read, Reading, read_prompts, read_samples
+
+READINGS = ("plain", "reset", "decay", "clip", "chunk")
+
+STRIDE = 64
+"""Tokens between two looks at the state."""
+
+
+def last_window(window: int) -> Reading:
+    """Read only the last `window` tokens, from the zero state: a sliding window, by a reset before it."""
+
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+        return read_prompts(lm, [sample.prompt[-window:] for sample in samples])
+
+    return reading
+
+
+def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
+    """Multiply the recurrent state by `per_token` for every token read past `after`.
+
+    Args:
+        per_token: just below 1: 1 - 1/T forgets over a training length.
+        after: tokens that are read as ever.
+        stride: tokens between two multiplications.
+    """
+
+    def watch(read: int, state: RecurrentState) -> RecurrentState:
+        factor = torch.tensor(per_token ** min(stride, max(0, read - after)))
+        return _recurrent(state, dict.fromkeys(state, factor))
+
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+        return read_prompts(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+
+    return reading
+
+
+def state_limits(
+    lm: RecurrentLM, tokens: torch.Tensor, *, stride: int = STRIDE
+) -> dict[StateKey, torch.Tensor]:
+    """The largest norm of each head's state over ordinary text, (1, H) each.
+
+    Args:
+        lm: the model.
+        tokens: (B, T), texts as long as those of training.
+        stride: tokens between two looks.
+    """
+    limits: dict[StateKey, torch.Tensor] = {}
+    for chunk in roll_out(lm, tokens, chunk_size=stride):
+        for key, norm in _head_norms(chunk.state).items():
+            largest = norm.amax(dim=0, keepdim=True)
+            limits[key] = torch.maximum(limits[key], largest) if key in limits else largest
+    return limits
+
+
+def clipped(limits: dict[StateKey, torch.Tensor], *, stride: int = STRIDE) -> Reading:
+    """Scale a head's state down to its limit (from `state_limits`) whenever its norm is above."""
+
+    def watch(read: int, state: RecurrentState) -> RecurrentState:
+        norms = _head_norms(state)
+        return _recurrent(
+            state, {key: (limits[key] / norm.clamp_min(1e-30)).clamp_max(1) for key, norm in norms.items()}
+        )
+
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+        return read_prompts(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+
+    return reading
+
+
+def best_chunk(window: int) -> Reading:
+    """Answer from the one chunk of the context after which the model is surest of the first token.
+
+    Every chunk of `window` tokens is read between the instruction and the question, from the zero state; the
+    one whose next token has the least entropy wins.
+    Source: OPRM (Ben-Kish et al. 2025, arXiv 2505.07793), assafbk/OPRM, chunk selection "entropy_first_tok",
+    without its filter of chunks that answer "Error", which is for models tuned to instructions.
+    """
+
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+        prompts, owner = [], []
+        for row, sample in enumerate(samples):
+            start, stop = sample.context
+            head, context, tail = np.split(sample.prompt, [start, stop])
+            for at in range(0, max(1, len(context)), window):
+                prompts.append(np.concatenate([head, context[at : at + window], tail]))
+                owner.append(row)
+        chosen: dict[int, tuple[float, Read]] = {}
+        for at in range(0, len(prompts), _TOGETHER):
+            for read in read_prompts(lm, prompts[at : at + _TOGETHER]):
+                entropies = torch.distributions.Categorical(logits=lm.head(read.hidden)).entropy().tolist()
+                for i, entropy in enumerate(entropies):
+                    row = owner[at + read.rows[i]]
+                    if row not in chosen or entropy < chosen[row][0]:
+                        one = Read([row], read.hidden[i : i + 1], read.state.rows([i]))
+                        chosen[row] = (entropy, one)
+        return [read for _, read in chosen.values()]
+
+    return reading
+
+
+_TOGETHER = 64  # chunks read at once
+
+
+def _head_norms(state: RecurrentState) -> dict[StateKey, torch.Tensor]:
+    """Norm of each head of each recurrent tensor, (B, H)."""
+    return {key: t.float().flatten(2).norm(dim=2) for key, t in state.items() if key.part == "recurrent"}
+
+
+def _recurrent(state: RecurrentState, factors: dict[StateKey, torch.Tensor]) -> RecurrentState:
+    """Recurrent tensors times a factor a head, (B, H) or (); the rest as it is."""
+    tensors = dict(state)
+    for key, t in state.items():
+        if key.part == "recurrent":
+            factor = factors[key].to(t)
+            tensors[key] = t * factor.view(*factor.shape, *[1] * (t.ndim - factor.ndim))
+    return RecurrentState(tensors, seen=state.seen)
+
+
+def make_reading(
+    name: str, lm: RecurrentLM, *, window: int | None, rows: Sequence[Row], length: int
+) -> Reading:
+    """A reading by its name on the command line.
+
+    Args:
+        name: "plain", "reset", "decay", "clip" or "chunk".
+        lm: the model.
+        window: tokens it works over; T is the natural choice.
+        rows: of the grid that it is for: "clip" takes its limits from the beginnings of such prompts.
+        length: the longest of the grid.
+
+    Raises:
+        LongrollError: for another name, without a window, and for a model without recurrent state.
+    """
+    if name not in READINGS:
+        raise LongrollError(f"--reading {name} is not one of {', '.join(READINGS)}.")
+    if name == "plain":
+        return read_samples
+    if window is None:
+        raise LongrollError(
+            f"--reading {name} needs --window: the model does not say how long it was trained."
+        )
+    if name == "reset":
+        return last_window(window)
+    if name == "chunk":
+        return best_chunk(window)
+    if not lm.layers:
+        raise LongrollError(f"--reading {name}: {lm.name} has no recurrent state.")
+    if name == "decay":
+        return decayed(1 - 1 / window, after=window)
+    drawn = (rows[0].task.sample(length, rng=random_of(TRAINING, number)) for number in range(16))
+    prompts = [sample.prompt[:window] for sample in drawn]
+    shortest = min(map(len, prompts))
+    tokens = np.stack([prompt[:shortest] for prompt in prompts]).astype(np.int64)
+    return clipped(state_limits(lm, torch.from_numpy(tokens)))

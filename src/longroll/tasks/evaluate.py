@@ -1,0 +1,177 @@
+"""A task over a grid of lengths and depths (or kinds), cell by cell, so that a run can be interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from longroll.errors import LongrollError
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.model import RecurrentLM
+from longroll.tasks._task import EVALUATION, Task, random_of
+from longroll.tasks.generate import Reading, answer, read_samples
+
+Cell = dict[str, Any]
+"""`length`, `row`, `samples`, `prompt_tokens`, `seconds`, `scores` {name: {mean, low, high}} and some
+`examples`."""
+
+EXAMPLES = 3
+"""Answers kept of each cell, to be looked at."""
+_Z = 1.959963984540054  # of 95 %
+
+
+class Row(NamedTuple):
+    """One row of the grid: its name in tables (a depth, "qa1", ...), the task, and the depth."""
+
+    name: float | str | None
+    task: Task
+    depth: float | None = None
+
+
+def evaluate_grid(
+    lm: RecurrentLM,
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    *,
+    samples: int,
+    batch_size: int = 16,
+    seed: int = 0,
+    reading: Reading = read_samples,
+    finished: Sequence[Cell] = (),
+    save: Callable[[list[Cell]], object] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Cell]:
+    """Measure every cell, the shortest lengths first.
+
+    Sample i of a cell is drawn by (seed, length, depth, i): other cells, batch sizes and machines do not
+    change it.
+
+    Args:
+        lm: the model.
+        rows: of the grid.
+        lengths: its columns, in tokens.
+        samples: of a cell.
+        batch_size: samples read together.
+        seed: of the samples.
+        reading: how prompts are read; `longroll.tasks.baselines` has others.
+        finished: cells measured before, with the same settings: these are kept.
+        save: called with all cells after each new one.
+        progress: called with how many samples are done, kept ones included.
+
+    Returns:
+        The cells of the grid, kept ones included.
+
+    Raises:
+        LongrollError: for no samples, and lengths too short for the task.
+    """
+    if samples < 1 or batch_size < 1:
+        raise LongrollError(f"--samples {samples}, --batch-size {batch_size}: both are at least 1.")
+    cells = list(finished)
+    known = {(cell["length"], cell["row"]) for cell in cells}
+    done = 0
+    for length in sorted(lengths):
+        for row in rows:
+            if (length, row.name) not in known:
+                cell = Cell(length=length, row=row.name, samples=samples)
+                began, batches = time.perf_counter(), []
+                for start in range(0, samples, batch_size):
+                    numbers = range(start, min(start + batch_size, samples))
+                    batches += _measure(lm, row, length, numbers, seed, reading)
+                    if progress is not None:
+                        progress(done + len(batches))
+                cells.append(cell | _summarise(batches) | {"seconds": round(time.perf_counter() - began, 3)})
+                if save is not None:
+                    save(cells)
+            done += samples
+            if progress is not None:
+                progress(done)
+    return cells
+
+
+class _Answered(NamedTuple):
+    tokens: int
+    scores: dict[str, float]
+    target: str
+    written: str
+
+
+def _measure(
+    lm: RecurrentLM, row: Row, length: int, numbers: range, seed: int, reading: Reading
+) -> list[_Answered]:
+    task = row.task
+    depth = 0 if row.depth is None else 1 + round(1e6 * row.depth)
+    batch = [
+        task.sample(length, depth=row.depth, rng=random_of(EVALUATION, seed, length, depth, number))
+        for number in numbers
+    ]
+    found = answer(
+        lm, batch, new_tokens=task.new_tokens, stop_id=task.stop_id, forced=task.forced, reading=reading
+    )
+    return [
+        _Answered(
+            len(sample.prompt), task.score(sample, *ids), sample.target, task.tokenizer.decode(ids.written)
+        )
+        for sample, ids in zip(batch, found, strict=True)
+    ]
+
+
+def _summarise(answered: list[_Answered]) -> Cell:
+    names = answered[0].scores
+    return {
+        "prompt_tokens": round(sum(one.tokens for one in answered) / len(answered)),
+        "scores": {name: summary([one.scores[name] for one in answered]) for name in names},
+        "examples": [{"target": one.target, "written": one.written} for one in answered[:EXAMPLES]],
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % interval: Wilson's for scores that are 0 or 1, the bootstrap's else."""
+    mean = sum(values) / len(values)
+    if set(values) <= {0.0, 1.0}:
+        low, high = wilson(int(sum(values)), len(values))
+    else:
+        low, high = (end.item() for end in bootstrap_mean(torch.tensor(values)[:, None])[1:])
+    return {"mean": mean, "low": low, "high": high}
+
+
+def wilson(right: int, samples: int) -> tuple[float, float]:
+    """The ends of Wilson's 95 % interval for `right` out of `samples` (Wilson 1927), good at 0 and 1 too."""
+    share, spread = right / samples, _Z**2 / samples
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def grid(cells: Sequence[Cell], rows: Sequence[Row], lengths: Sequence[int], score: str) -> dict[str, Any]:
+    """What the figures draw of one score: `lengths`, `depths` or `rows`, and values (lengths, rows).
+
+    Rows that are kinds, not depths, get their mean as one more row, as on BABILong's leaderboard.
+    """
+    found = {(cell["length"], cell["row"]): cell["scores"][score] for cell in cells}
+    names = [row.name for row in rows]
+    kinds = isinstance(names[0], str)
+    table: dict[str, Any] = {"metric": score, "lengths": sorted(lengths)}
+    table["rows" if kinds else "depths"] = [name for name in names if name is not None]
+    for key, end in (("accuracy", "mean"), ("low", "low"), ("high", "high")):
+        table[key] = [[found[length, name][end] for name in names] for length in table["lengths"]]
+    if kinds and len(names) > 1:
+        table["rows"].append("mean")
+        for values in table["accuracy"]:
+            values.append(sum(values) / len(values))
+        for values in [*table["low"], *table["high"]]:
+            values.append(None)
+    return table
+
+
+def fingerprint(lm: RecurrentLM) -> str:
+    """Tells the weights of models of one name apart: a hash of a little of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in lm.model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,54 @@
+"""What a needle is hidden in: one sentence over and over, or real text."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from longroll.data import Corpus, Tokenizer
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""Of the passkey task (epfml/landmark-attention, llama/run_test.py) and of RULER."""
+
+
+class Haystack(Protocol):
+    """Gives text of any length to hide a needle in."""
+
+    name: str
+
+    def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Exactly `before` tokens to stand before the needle and `after` tokens to stand after it."""
+
+
+class NoiseHaystack:
+    """`NOISE` repeated, beginning anew after the needle, cut wherever the length asks for it, as in the
+    source."""
+
+    name = "noise"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.first, self.rest = tokenizer.encode(NOISE), tokenizer.encode(f" {NOISE}")
+
+    def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Repetitions for both sides; nothing is drawn."""
+        return self._repeat(before), self._repeat(after)
+
+    def _repeat(self, tokens: int) -> np.ndarray:
+        left = max(0, tokens - len(self.first))
+        return np.concatenate([self.first[:tokens], np.resize(self.rest, left)])
+
+
+class TextHaystack:
+    """Running text from a random place of a corpus; it begins again where the corpus ends."""
+
+    def __init__(self, corpus: Corpus, name: str) -> None:
+        self.ids = corpus.joined()
+        self.name = name
+
+    def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """One run of text, divided."""
+        start = int(rng.integers(len(self.ids)))
+        places = np.arange(start, start + before + after) % len(self.ids)
+        text = self.ids[places]
+        return text[:before], text[before:]

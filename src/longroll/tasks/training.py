@@ -1,0 +1,65 @@
+"""Rows of a task to train on: prompt and answer, loss on the answer alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from longroll.data.lanes import IGNORED
+from longroll.data.windows import Item
+from longroll.errors import LongrollError
+from longroll.tasks._task import TRAINING, Task, random_of
+
+
+class TaskRows(Dataset[Item]):
+    """Samples of tasks, `windows` rows of `length` tokens each, in the order of `longroll.data.Lanes`.
+
+    Row k * lanes + l is window k % windows of sample k // windows of lane l: with `windows` = 1 every row is
+    a sample of its own; with more, a sample is that much longer and comes in pieces, which makes sense when
+    the state is carried (TBPTT). `starts` marks first pieces. Sample i is drawn by (seed, i) and from task i
+    modulo their number; depths are uniform.
+
+    Args:
+        tasks: to draw from in turn.
+        length: T, tokens of a row.
+        rows: how many.
+        lanes: rows of a batch, of all ranks together.
+        windows: rows of a sample.
+        seed: of everything drawn; evaluation draws from other streams.
+
+    Raises:
+        LongrollError: for numbers below 1; while reading, for a length too short for the task.
+    """
+
+    def __init__(
+        self, tasks: list[Task], length: int, rows: int, *, lanes: int = 1, windows: int = 1, seed: int = 0
+    ) -> None:
+        if min(length, rows, lanes, windows) < 1 or not tasks:
+            raise LongrollError(
+                f"{len(tasks)} tasks, length {length}, {windows} windows: there is nothing to draw."
+            )
+        self.tasks, self.length, self.rows, self.lanes = tasks, length, rows, lanes
+        self.windows, self.seed = windows, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Item:
+        step, lane = divmod(range(self.rows)[index], self.lanes)
+        number, window = divmod(step, self.windows)
+        number = number * self.lanes + lane
+        task = self.tasks[number % len(self.tasks)]
+        whole = self.windows * self.length + 1  # one more: the last input has a target
+        sample = task.sample(whole, rng=random_of(TRAINING, self.seed, number))
+        # a haystack of whole lines may leave room: what follows the answer is text again, and not learned
+        ids = np.resize(sample.tokens, whole).astype(np.int64)
+        place = np.arange(1, whole)
+        learned = (place >= len(sample.prompt)) & (place < len(sample.tokens))
+        labels = np.where(learned, ids[1:], IGNORED)
+        piece = slice(window * self.length, (window + 1) * self.length)
+        return {
+            "input_ids": torch.from_numpy(ids[:-1][piece]),
+            "shift_labels": torch.from_numpy(labels[piece]),
+            "starts": torch.tensor(window == 0),
+        }
