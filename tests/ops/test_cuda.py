@@ -5,6 +5,8 @@ import test_ssd
 import torch
 from agreement import assert_close, run
 
+from longroll.ops._backend import SWITCH
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CASES = {
     "selective_scan": (test_selective_scan, (2, 1200, 40, 16), {"dt_softplus": True}),
@@ -15,7 +17,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gpu_gives_the_numbers_of_the_cpu(name, dtype):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_gpu_gives_the_numbers_of_the_cpu(name, dtype, kernels, monkeypatch):
     module, size, options = CASES[name]
     arguments = module.inputs(size)
 
@@ -24,6 +27,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(name, dtype):
         assert y.is_cuda and state.is_cuda
         return y.cpu(), state.cpu()
 
+    monkeypatch.setenv(SWITCH, kernels)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert_close(
         run(on_gpu, arguments, options, dtype=dtype), run(module.fast, arguments, options), tolerance

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll.ops._backend import choose
 from longroll.ops._common import (
     LOG2_E,
     Scratch,
@@ -69,6 +70,10 @@ def selective_scan(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     dtype = state_dtype(*inputs)
+    kernel = choose("selective_scan", x.device, dtype).kernel
+    if kernel is not None:
+        y, final = kernel(*inputs[:8], dt_softplus, initial_state)
+        return (y, final) if output_final_state else y
     rates = A.to(dtype).t().contiguous()  # (N, D): channels last, so that every broadcast runs along memory
     state = None if initial_state is None else initial_state.to(dtype).transpose(1, 2)  # (B, N, D)
     arguments = (x, dt, rates, B, C, cast(D, dtype), z, cast(dt_bias, dtype), state)
