@@ -8,9 +8,10 @@ definition in its docstring; layers, models, configs and cache stay fla's.
 
     python -m venv venv && venv/bin/pip install torch==2.13.0 triton==3.9.0 transformers==5.23.0 einops
     venv/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
-    PYTHONPATH=src venv/bin/python recipes/fla_parity.py --layouts tests/families/fla/layouts.json
+    PYTHONPATH=src:tests venv/bin/python recipes/fla_parity.py
 
-`--layouts` writes fla's parameter names and shapes and its configs' defaults, which the tests hold ours to.
+`--layouts tests/families/fla/layouts.json` writes what the tests hold ours to without fla: parameter names
+and shapes, configs' defaults and, for planted weights, some of fla's logits.
 """
 
 import argparse
@@ -30,14 +31,15 @@ import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import longroll  # noqa: E402
+from families.fla.planted import plant, text  # noqa: E402
 from longroll.families.fla import MODELS  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 256}
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
 ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 500.0}
-WINDOW = {"layers": [0, 2], "num_heads": 4, "window_size": 9}
+WINDOW = {"layers": [0], "num_heads": 4, "window_size": 9}
 FAMILIES: dict[str, tuple[str, dict, list[dict]]] = {
     # model_type: (fla's class, the smallest configuration, what is changed in it)
     "gla": (
@@ -71,7 +73,8 @@ FAMILIES: dict[str, tuple[str, dict, list[dict]]] = {
         {"num_heads": 2, "head_dim": 16},
         [
             {},
-            {"num_v_heads": 4, "expand_v": 1.0, "allow_neg_eigval": True, "output_gate_activation": "sigmoid"},
+            {"num_v_heads": 4, "expand_v": 1.0, "allow_neg_eigval": True},
+            {"output_gate_activation": "sigmoid"},
             {"use_gate": False, "conv_size": 3},
             {"use_short_conv": False, "fuse_norm": False, "attn": ATTENTION},
         ],
@@ -121,25 +124,35 @@ def fla_class(model_type: str, what: str) -> type:
     return getattr(importlib.import_module("fla.models"), FAMILIES[model_type][0] + what)
 
 
-def random_weights(model: torch.nn.Module, seed: int) -> None:
-    """Weights at which every parameter matters and the state is worth reading."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+def planted(model_type: str, config: dict) -> transformers.PreTrainedModel:
+    """fla's model with planted weights."""
+    model = fla_class(model_type, "ForCausalLM")(fla_class(model_type, "Config")(**config))
+    plant(model)
+    return model.eval()
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest one, relative to the largest number expected."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
 def compare(model_type: str, config: dict, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Largest difference of the logits, relative to the largest logit, in one piece and in three."""
-    theirs = fla_class(model_type, "ForCausalLM")(fla_class(model_type, "Config")(**config))
-    random_weights(theirs, seed=len(str(config)))
+    """Differences of the logits, of which `full`, `chunked` and `back` hold longroll to fla.
+
+    `back` is fla again, on the folder that longroll saved; `fla_itself` is its chunked reading against its
+    full one, and `past` the difference that the first half of the text makes to the second.
+    """
+    theirs = planted(model_type, config)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = longroll.load(folder, device=device, dtype=dtype)
     assert type(ours.model) is MODELS[model_type], type(ours.model)
-    theirs = theirs.to(device, dtype).eval()
-    tokens = torch.randint(SMALL["vocab_size"], (2, 150), device=device)
+    theirs = theirs.to(device, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.model.save_pretrained(folder)
+        back = type(theirs).from_pretrained(folder, dtype=dtype).to(device).eval()
+    tokens = text(SMALL["vocab_size"], 150).to(device)
     full = theirs(tokens, use_cache=True).logits
     cache, state, pieces, own = None, None, [], []
     for piece in tokens.split([70, 1, 79], dim=1):
@@ -148,30 +161,32 @@ def compare(model_type: str, config: dict, device: str, dtype: torch.dtype) -> d
         pieces.append(output.logits)
         logits, state = ours(piece, state)
         own.append(logits)
-
-    def difference(actual: Tensor, expected: Tensor) -> float:
-        return ((actual - expected).abs().max() / expected.abs().max()).item()
-
     chunked = torch.cat(pieces, dim=1)
     return {
         "full": difference(ours(tokens)[0], full),
         "chunked": difference(torch.cat(own, dim=1), chunked),
+        "back": difference(back(tokens, use_cache=True).logits, full),
         "fla_itself": difference(chunked, full),
         "past": difference(ours(tokens[:, 70:])[0], full[:, 70:]),
     }
 
 
+@torch.no_grad()
 def layouts() -> dict:
-    """fla's parameter names and shapes for every case, and the defaults of its configs."""
+    """fla's parameter names and shapes for every case, some logits, and the defaults of its configs."""
     table: dict = {"source": f"fla {fla.__version__}, by recipes/fla_parity.py", "defaults": {}, "cases": []}
     for model_type in FAMILIES:
-        defaults = fla_class(model_type, "Config")().to_dict()
-        known = fla_class(model_type, "Config").__init__.__code__.co_varnames
+        config_class = fla_class(model_type, "Config")
+        defaults = config_class().to_dict()
+        known = config_class.__init__.__code__.co_varnames
         table["defaults"][model_type] = {key: defaults[key] for key in known if key in defaults}
         for config in cases(model_type):
-            model = fla_class(model_type, "ForCausalLM")(fla_class(model_type, "Config")(**config))
+            model = planted(model_type, config)
             shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-            table["cases"].append({"model_type": model_type, "config": config, "shapes": shapes})
+            logits = model(text(config["vocab_size"], 100), use_cache=True).logits
+            few = [float(f"{value:.7g}") for value in logits[:, [1, 50, 99], :4].flatten().tolist()]
+            case = {"model_type": model_type, "config": config, "shapes": shapes, "logits": few}
+            table["cases"].append(case)
     return table
 
 
@@ -187,8 +202,8 @@ def replace_kernels() -> None:
     activations = importlib.import_module("fla.modules.activations.ops")
     rotary = importlib.import_module("fla.modules.rotary.ops")
     attention = importlib.import_module("fla.layers.attn")
-    layers = {n: importlib.import_module(f"fla.layers.{n}") for n in ("gla", "delta_net", "gated_deltanet")}
-    layers |= {n: importlib.import_module(f"fla.layers.{n}") for n in ("multiscale_retention", "rwkv6", "rwkv7")}
+    names = ("gla", "delta_net", "gated_deltanet", "multiscale_retention", "rwkv6", "rwkv7")
+    layers = {name: importlib.import_module(f"fla.layers.{name}") for name in names}
 
     def normed(reference):
         def function(x, weight, bias, **kwargs):
@@ -204,21 +219,24 @@ def replace_kernels() -> None:
     norm.group_norm = normed(norm.group_norm_ref)
 
     def rms_norm_gated(x, g, weight, bias, activation, eps, **_):
-        return norm.rms_norm(x, weight, bias, eps=eps) * (g.sigmoid() if activation == "sigmoid" else F.silu(g))
+        gate = g.sigmoid() if activation == "sigmoid" else F.silu(g)
+        return norm.rms_norm(x, weight, bias, eps=eps) * gate
 
     gated.rms_norm_gated = rms_norm_gated
 
-    def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_):
+    def causal_conv1d(
+        x, weight, bias=None, activation=None, initial_state=None, output_final_state=False, **_
+    ):
         width = weight.shape[-1]
         past = x.new_zeros(len(x), x.shape[-1], width) if initial_state is None else initial_state
         padded = torch.cat([past, x.mT], dim=-1)
         y = F.conv1d(padded[..., 1:], weight[:, None], bias, groups=len(weight)).mT
-        return (y if activation is None else F.silu(y)), (padded[..., -width:] if output_final_state else None)
+        final = padded[..., -width:] if output_final_state else None
+        return (y if activation is None else F.silu(y)), final
 
     def convolve(self, x, cache=None, output_final_state=False, **_):
-        return causal_conv1d(
-            x, self.weight.squeeze(1), self.bias, self.activation, cache, output_final_state=output_final_state
-        )
+        weight = self.weight.squeeze(1)
+        return causal_conv1d(x, weight, self.bias, self.activation, cache, output_final_state)
 
     conv.ShortConvolution.forward = convolve
     layers["gated_deltanet"].causal_conv1d = causal_conv1d
@@ -289,7 +307,9 @@ def replace_recurrences(layers: dict) -> None:
         states = {"initial_state": initial_state, "output_final_state": output_final_state}
         return head_first(delta_rule_recurrence)(q, k, v, beta, **states)
 
-    def gated_delta(q, k, v, g, beta, initial_state, output_final_state, allow_neg_eigval, A_log, dt_bias, **_):
+    def gated_delta(
+        q, k, v, g, beta, initial_state, output_final_state, allow_neg_eigval, A_log, dt_bias, **_
+    ):
         beta = beta.sigmoid() * (2 if allow_neg_eigval else 1)
         q, k = (l2(t).repeat_interleave(v.shape[2] // q.shape[2], dim=2) for t in (q, k))
         g = naive_gdn_gate(g, A_log, dt_bias)
@@ -300,7 +320,6 @@ def replace_recurrences(layers: dict) -> None:
 
     def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, **_):
         heads = [t.transpose(1, 2) for t in (r, k, v, w)]
-        # the naive function takes u (K,) or (H, 1, K): one row a head
         o, state = naive_recurrent_rwkv6(*heads, u, scale, initial_state, output_final_state)
         return o.transpose(1, 2), state
 
@@ -329,8 +348,9 @@ def replace_recurrences(layers: dict) -> None:
     seven.chunk_rwkv7, seven.fused_mul_recurrent_rwkv7, seven.l2_norm = rwkv7, rwkv7_fused, l2
     seven.fused_addcmul_rwkv7, seven.fused_k_rwkv7 = torch_addcmul_rwkv7, k_update_ref
     seven.gate_output_correction = gate_output_correction_ref
-    for name in ("layers.rwkv6", "layers.rwkv7", "models.rwkv6.modeling_rwkv6", "models.rwkv7.modeling_rwkv7"):
-        importlib.import_module(f"fla.{name}").token_shift = token_shift
+    for name in ("rwkv6", "rwkv7"):
+        layers[name].token_shift = token_shift
+        importlib.import_module(f"fla.models.{name}.modeling_{name}").token_shift = token_shift
 
 
 def main() -> None:
@@ -346,16 +366,18 @@ def main() -> None:
     if options.device == "cpu":
         replace_kernels()
     if options.layouts:
+        table = layouts()
+        lines = [json.dumps(case) for case in table.pop("cases")]
+        head = json.dumps(table, indent=1)[:-2]
         with open(options.layouts, "w") as file:
-            json.dump(layouts(), file, indent=1)
-            file.write("\n")
+            file.write(head + ',\n "cases": [\n' + ",\n".join(lines) + "\n]\n}\n")
         return
     worst = 0.0
     for model_type in options.family or FAMILIES:
         for config in cases(model_type):
             changed = {key: value for key, value in config.items() if key not in SMALL}
             found = compare(model_type, config, options.device, getattr(torch, options.dtype))
-            worst = max(worst, found["full"], found["chunked"])
+            worst = max(worst, found["full"], found["chunked"], found["back"])
             print(model_type, changed, {name: f"{value:.1e}" for name, value in found.items()}, flush=True)
     print(f"worst {worst:.1e}, limit {options.limit:.0e}")
     raise SystemExit(worst > options.limit)

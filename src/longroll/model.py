@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longroll.errors import LongrollError
-from longroll.families import family_of, is_original, load_original
+from longroll.families import (
+    family_of,
+    is_original,
+    is_rwkv_file,
+    load_original,
+    load_rwkv,
+    model_class,
+)
 from longroll.families._cache import clear_handoffs
 from longroll.state import RecurrentState
 
@@ -74,8 +81,7 @@ class RecurrentLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) in float32 or wider of hidden states (..., d_model)."""
-        head = self.model.get_output_embeddings()
-        logits = head(hidden.to(head.weight.dtype))
+        logits = self.family.head(self.model, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @property
@@ -164,10 +170,10 @@ def load(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> RecurrentLM:
-    """Open a checkpoint: a transformers folder, an original state-spaces folder, or a hub id of either.
+    """Open a checkpoint: a folder of transformers, fla or state-spaces, a hub id of one, an RWKV `.pth` file.
 
     Args:
-        path_or_hub_id: a folder, a hub id, or "specimen" for the small model inside the package.
+        path_or_hub_id: a folder, a file, a hub id, or "specimen" for the small model inside the package.
         device: default: a GPU if there is one.
         dtype: default: float32 on a CPU, the checkpoint's own on a GPU.
         trust_remote_code: run code that comes with the checkpoint; off unless the user asks.
@@ -185,12 +191,14 @@ def load(
     name = str(path_or_hub_id)
     folder = SPECIMEN if name == "specimen" else Path(name)
     source = str(folder) if folder.exists() else name
-    config = _read_config(source)
-    if is_original(config):
+    if is_rwkv_file(source):
+        model = load_rwkv(Path(source), dtype=dtype)
+    elif is_original(config := _read_config(source)):
         model = load_original(_local_folder(source), dtype=dtype)
     else:
         family_of(config.get("model_type"))
-        model = _load_transformers(source, dtype, trust_remote_code)
+        loader = model_class(config.get("model_type")) or AutoModelForCausalLM
+        model = _load_transformers(loader, source, dtype, trust_remote_code)
     lm = RecurrentLM(model, name=name).to(device).eval()
     lm.self_check()
     return lm
@@ -245,9 +253,11 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
         ) from None
 
 
-def _load_transformers(source: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_transformers(
+    loader: Any, source: str, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except Exception as error:  # every way in which a checkpoint can be broken comes up here

@@ -40,7 +40,7 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     weights_file = folder / "pytorch_model.bin"
     if not weights_file.is_file():
         raise LongrollError(f"{folder} has an original state-spaces config.json but no pytorch_model.bin.")
-    weights = {_rename(name): tensor for name, tensor in _read(weights_file).items()}
+    weights = {_rename(name): tensor for name, tensor in read_weights(weights_file).items()}
     if _EMBEDDINGS not in weights:
         raise LongrollError(f"{weights_file} does not fit its config.json: missing {[_EMBEDDINGS]}.")
     vocab_size = weights[_EMBEDDINGS].shape[0]  # padded beyond the config's vocab_size
@@ -59,7 +59,8 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     return model.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
 
 
-def _read(weights_file: Path) -> dict[str, torch.Tensor]:
+def read_weights(weights_file: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict; a pickle that holds anything else is refused with a LongrollError."""
     try:
         return torch.load(weights_file, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated file, and a pickle that would run code, come up here

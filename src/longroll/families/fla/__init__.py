@@ -29,7 +29,7 @@ _RECURRENCES: dict[str, type[CausalLM]] = {  # by the op that runs them
     "rwkv6": RWKV6ForCausalLM,
     "rwkv7": RWKV7ForCausalLM,
 }
-MODELS = {model.config_class.model_type: model for model in _RECURRENCES.values()}
+MODELS: dict[str, type[CausalLM]] = {model.model_type(): model for model in _RECURRENCES.values()}
 
 
 class FlaFamily(Family):
@@ -51,8 +51,8 @@ def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
 
 def _register() -> None:
     for kind, model in _RECURRENCES.items():
-        model_type = model.config_class.model_type
-        FAMILIES[model_type] = FlaFamily(kind)
+        model_type = model.model_type()
+        FAMILIES[model_type] = FlaFamily(kind, op=kind)
         if model_type not in CONFIG_MAPPING:  # fla registers its own when it is imported
             AutoConfig.register(model_type, model.config_class)
             AutoModel.register(model.config_class, model.decoder)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from longroll.state import Part, RecurrentState, StateKey
 
 
 class FlaCache:
-    """Reads `initial`, collects `final()`. A recompute (gradient checkpointing) reads and writes the same again.
+    """Reads `initial`, collects `final()`; the recompute of gradient checkpointing does the same once more.
 
     Recurrent states are K-first, (B, H, K, V), where fla's own cache is V-first for some families.
 
@@ -48,3 +51,10 @@ class LayerState:
         """Leave the final tensor, on the graph."""
         if self._cache is not None:
             self._cache.keep(StateKey(self._layer, part, slot), tensor)
+
+    def run(self, recurrence: Callable[..., Any], *inputs: Tensor, **options: Any) -> Tensor:
+        """Run one of `longroll.ops` from the recurrent state, and keep the final one."""
+        initial = self.read("recurrent")
+        o, final = recurrence(*inputs, initial_state=initial, output_final_state=True, **options)
+        self.keep("recurrent", final)
+        return o

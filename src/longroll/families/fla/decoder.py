@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -145,7 +144,7 @@ class Decoder(FlaPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = FlaCache()
         hidden = self.norm(self.blocks(x, past_key_values))
-        following = None
+        following: Any = None
         if use_cache and past_key_values is not None:
             following = FlaCache(past_key_values.final(x.shape[1]))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=following)
@@ -162,6 +161,12 @@ class CausalLM(FlaPreTrainedModel, GenerationMixin):
         self.model = self.decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def model_type(cls) -> str:
+        """What `config.json` calls the family."""
+        assert cls.config_class is not None
+        return cls.config_class.model_type
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

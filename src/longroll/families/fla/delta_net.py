@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv 2406.06484): S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, one write corrected a step."""
+"""DeltaNet (arXiv 2406.06484): S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T."""
 
 from __future__ import annotations
 
@@ -72,10 +72,7 @@ class DeltaNet(QKV):
         q, k = (self._normed(self.qk_activation(t).unflatten(-1, (-1, self.k_size))) for t in (q, k))
         v = v.unflatten(-1, (-1, self.v_size))
         beta = torch.ones_like(q[..., 0]) if self.b_proj is None else self.b_proj(x).sigmoid()
-        o, final = ops.delta_rule(
-            q, k, v, beta * self.beta_range, initial_state=state.read("recurrent"), output_final_state=True
-        )
-        state.keep("recurrent", final)
+        o = state.run(ops.delta_rule, q, k, v, beta * self.beta_range)
         if self.g_proj is None:
             o = self.o_norm(o)
         else:

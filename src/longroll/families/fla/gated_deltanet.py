@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464): the delta rule with a decay for every head, S_t = a_t (I - b_t k k^T) S_{t-1} + ..."""
+"""Gated DeltaNet (arXiv 2412.06464): S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T."""
 
 from __future__ import annotations
 
@@ -78,10 +78,7 @@ class GatedDeltaNet(QKV):
         wide = torch.promote_types(x.dtype, torch.float32)  # fla's kernel makes the decay in float32
         g = -self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
         beta = self.b_proj(x).to(wide).sigmoid() * self.beta_range
-        o, final = ops.gated_delta_rule(
-            q, k, v, g, beta, initial_state=state.read("recurrent"), output_final_state=True
-        )
-        state.keep("recurrent", final)
+        o = state.run(ops.gated_delta_rule, q, k, v, g, beta)
         if self.g_proj is None:
             o = self.o_norm(o)
         else:

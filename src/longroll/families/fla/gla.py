@@ -1,4 +1,4 @@
-"""Gated Linear Attention (arXiv 2312.06635): S_t = diag(a_t) S_{t-1} + k_t v_t^T, a decay for every key channel."""
+"""Gated Linear Attention (arXiv 2312.06635): S_t = diag(a_t) S_{t-1} + k_t v_t^T, a decay a channel."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ class GatedLinearAttention(GatedHeads):
             g = g.clamp_min(self.clamp_min)
         if self.feature_map is not None:
             q, k = self.feature_map(q), self.feature_map(k)
-        o, final = ops.gla(q, k, v, g, initial_state=state.read("recurrent"), output_final_state=True)
-        state.keep("recurrent", final)
-        return self.output(o, x)
+        return self.output(state.run(ops.gla, q, k, v, g), x)
 
 
 class GLABlock(Block):

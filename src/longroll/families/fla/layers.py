@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from longroll import ops
 from longroll.errors import LongrollError
 from longroll.families.fla.cache import LayerState
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
     "logsigmoid": F.logsigmoid,
@@ -68,7 +68,7 @@ class QKV(nn.Module):
         projected = [getattr(self, f"{name}_proj")(x) for name in "qkv"]
         if not self.convolves:
             return projected
-        return [getattr(self, f"{n}_conv1d")(y, state, i) for i, (n, y) in enumerate(zip("qkv", projected))]
+        return [getattr(self, f"{name}_conv1d")(projected[i], state, i) for i, name in enumerate("qkv")]
 
 
 class GatedHeads(QKV):
@@ -115,7 +115,7 @@ class GatedRMSNorm(nn.RMSNorm):
 
     def __init__(self, size: int, *, eps: float, activation: str = "swish") -> None:
         super().__init__(size, eps=eps)
-        self.activation = ACTIVATIONS[activation]
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Norm of x (..., size) times the activated gate (..., size)."""
@@ -178,6 +178,8 @@ class Attention(nn.Module):
 
 class LoRA(nn.Module):
     """Two small linear layers with an activation between (RWKV)."""
+
+    lora: Any
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""RetNet (arXiv 2307.08621): S_t = a_h S_{t-1} + k_t v_t^T with a fixed decay for every head and rotary positions."""
+"""RetNet (arXiv 2307.08621): S_t = a S_{t-1} + k_t v_t^T, a fixed decay for every head, rotary positions."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class MultiScaleRetention(GatedHeads):
         q, k = rotary(q), rotary(k).repeat_interleave(self.groups, dim=-2)
         v = self.grouped(v, self.v_size)
         o, final = ops.retention(q, k, v, initial_state=state.read("recurrent"), output_final_state=True)
+        assert final is not None
         state.keep("recurrent", turn(final.mT, -x.shape[1]).mT)
         return self.output(o, x)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from longroll.families.fla.decoder import FlaConfig, mixer_of, norm_of
+from longroll.families.fla.decoder import CausalLM, FlaConfig, mixer_of, norm_of
 
 
 class RWKVConfig(FlaConfig):
@@ -34,6 +36,23 @@ class RWKVBlock(GradientCheckpointingLayer):
         self.attn = mixer_of(config, layer, self.time_mix)
         self.ffn_norm = norm_of(config)
         self.ffn = self.channel_mix(config, layer)
+
+
+class RWKVCausalLM(CausalLM):
+    """A decoder with a head that starts larger than others'."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.lm_head:
+            spread = max(1, self.config.vocab_size / self.config.hidden_size)
+            init.orthogonal_(module.weight, gain=0.5 * spread**0.5)
+
+
+def places(like: Tensor, *, stop: float | None = None) -> Tensor:
+    """Where each channel of `like` (C,) stands, from 0 to 1 (excluded), or to `stop`, for initial weights."""
+    count = len(like)
+    last = (count - 1) / count if stop is None else stop
+    return torch.linspace(0, last, count, device=like.device)
 
 
 def channel_mix_size(config: RWKVConfig, default_ratio: float) -> int:

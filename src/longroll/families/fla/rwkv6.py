@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,9 +11,16 @@ from transformers import initialization as init
 
 from longroll import ops
 from longroll.families.fla.cache import FlaCache, LayerState
-from longroll.families.fla.decoder import CausalLM, Decoder
+from longroll.families.fla.decoder import Decoder
 from longroll.families.fla.layers import LoRA, activation, head_size, token_shift
-from longroll.families.fla.rwkv import GroupNorm, RWKVBlock, RWKVConfig, channel_mix_size
+from longroll.families.fla.rwkv import (
+    GroupNorm,
+    RWKVBlock,
+    RWKVCausalLM,
+    RWKVConfig,
+    channel_mix_size,
+    places,
+)
 
 
 class RWKV6Config(RWKVConfig):
@@ -28,33 +37,55 @@ class RWKV6Config(RWKVConfig):
 
 
 class LerpLinear(nn.Module):
-    """A linear layer behind a token shift: x + mu * (the input before - x), mu a weight or given."""
+    """A linear layer behind a token shift: x + mu * (the input before - x).
 
-    def __init__(self, size_in: int, size_out: int, *, rank: int | None = None, own_mu: bool = False) -> None:
+    Args:
+        size_in, size_out: of the layer.
+        rank: of a LoRA in its place.
+        power: mu is a weight, at first 1 - (channel / size_in)^power; None: mu is given to `forward`.
+    """
+
+    linear: Any
+    mu: Any
+
+    def __init__(
+        self, size_in: int, size_out: int, *, rank: int | None = None, power: float | None = None
+    ) -> None:
         super().__init__()
-        self.linear: nn.Module
         if rank is None:
             self.linear = nn.Linear(size_in, size_out, bias=False)
         else:
             self.linear = LoRA(size_in, size_out, rank, activation=nn.Tanh())
-        self.mu = nn.Parameter(torch.zeros(size_in)) if own_mu else None
+        self.power = power
+        self.mu = None if power is None else nn.Parameter(torch.zeros(size_in))
 
     def forward(self, x: Tensor, before: Tensor, mu: Tensor | None = None) -> Tensor:
         """(B, T, size_in) -> (B, T, size_out); `before` is what `token_shift` gives."""
         return self.linear(x + before * (self.mu if mu is None else mu))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial mu."""
+        if self.power is not None:
+            init.copy_(self.mu, 1 - places(self.mu) ** self.power)
+
 
 class RWKV6Attention(nn.Module):
     """fla/layers/rwkv6.py."""
 
+    x_proj: Any
+
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
+        self.layer, self.layers = layer, config.num_hidden_layers
         hidden, self.heads = config.hidden_size, config.num_heads
         self_k, self_v = head_size(config, "expand_k"), head_size(config, "expand_v")
         key_dim, value_dim = self.heads * self_k, self.heads * self_v
         rank = config.proj_low_rank_dim
         self.x_proj = nn.Sequential(
-            LerpLinear(hidden, 5 * rank, own_mu=True), nn.Tanh(), nn.Linear(5 * rank, hidden, bias=False)
+            LerpLinear(hidden, 5 * rank, power=1 - layer / self.layers),
+            nn.Tanh(),
+            nn.Linear(5 * rank, hidden, bias=False),
         )
         self.x_bias = nn.Parameter(torch.zeros(5, hidden))
         self.r_proj = LerpLinear(hidden, key_dim)
@@ -75,16 +106,37 @@ class RWKV6Attention(nn.Module):
         r, w, k, v, gate = (
             project(x, before, mu + bias)
             for project, mu, bias in zip(
-                (self.r_proj, self.w_proj, self.k_proj, self.v_proj, self.g_proj), mus, self.x_bias, strict=True
+                (self.r_proj, self.w_proj, self.k_proj, self.v_proj, self.g_proj),
+                mus,
+                self.x_bias,
+                strict=True,
             )
         )
         r, w, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (r, w, k, v))
-        initial = state.read("recurrent")
-        o, final = ops.rwkv6(
-            r, k, v, -w.exp(), self.bonus, scale=1.0, initial_state=initial, output_final_state=True
-        )
-        state.keep("recurrent", final)
+        o = state.run(ops.rwkv6, r, k, v, -w.exp(), self.bonus, scale=1.0)
         return self.o_proj(self.g_norm(o) * F.silu(gate))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """BlinkDL's initial weights (RWKV-LM, RWKV-v5/src/model.py); fla's leave shifts and decays at 0."""
+        depth, left = self.layer / max(self.layers - 1, 1), 1 - self.layer / self.layers
+        place, height = places(self.x_bias[0]), places(self.bonus.flatten(), stop=1.0)
+        shift, half = 1 - place**left, 1 - place ** (0.5 * left)
+        first, _, last = self.x_proj
+        init.copy_(self.x_bias, torch.stack([half, shift, shift, shift - 0.3 * depth, half]))
+        init.zeros_(first.linear.weight)
+        init.uniform_(last.weight, -0.01, 0.01)
+        inner, _, outer = self.w_proj.linear.lora
+        init.zeros_(inner.weight)
+        init.uniform_(outer.weight, -0.01, 0.01)
+        init.copy_(outer.bias, -6 + 5 * height ** (0.7 + 1.3 * depth))
+        zigzag = (torch.arange(len(height), device=height.device) + 1) % 3 - 1
+        bonus = depth * (1 - height) + zigzag * 0.1
+        init.copy_(self.bonus, bonus.view_as(self.bonus))
+        init.constant_(self.g_norm.weight, ((self.layer + 1) / self.layers) ** 0.7)
+        for projection, gain in ((self.r_proj, 1), (self.k_proj, 0.1), (self.v_proj, 1), (self.g_proj, 0.1)):
+            init.orthogonal_(projection.linear.weight, gain=gain)
+        init.zeros_(self.o_proj.weight)
 
 
 class RWKV6FeedForward(nn.Module):
@@ -93,9 +145,10 @@ class RWKV6FeedForward(nn.Module):
     def __init__(self, config: RWKV6Config, layer: int) -> None:
         super().__init__()
         hidden, size = config.hidden_size, channel_mix_size(config, 3.5)
-        self.key = LerpLinear(hidden, size, own_mu=True)
+        power = 1 - layer / config.num_hidden_layers
+        self.key = LerpLinear(hidden, size, power=power)
         self.value = nn.Linear(size, hidden, bias=False)
-        self.receptance = LerpLinear(hidden, hidden, own_mu=True)
+        self.receptance = LerpLinear(hidden, hidden, power=power)
         self.activation = activation(config, "hidden_act")
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
@@ -126,15 +179,13 @@ class RWKV6Model(Decoder):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RWKV6Attention):
-            for inner in module.modules():
-                if isinstance(inner, nn.Linear):
-                    init.xavier_uniform_(inner.weight, gain=2**-2.5)
-            init.zeros_(module.w_proj.linear.lora[0].weight)
-            init.orthogonal_(module.w_proj.linear.lora[2].weight, gain=0.1)
+        if isinstance(module, nn.Embedding):
+            init.uniform_(module.weight, -1e-4, 1e-4)
+        elif isinstance(module, RWKV6Attention | LerpLinear):
+            module.reset()
 
 
-class RWKV6ForCausalLM(CausalLM):
+class RWKV6ForCausalLM(RWKVCausalLM):
     """fla's `RWKV6ForCausalLM`."""
 
     config_class = RWKV6Config

@@ -1,4 +1,4 @@
-"""RWKV-7 (arXiv 2503.14456): S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, a gated delta rule."""
+"""RWKV-7 (arXiv 2503.14456): S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from transformers import initialization as init
 from longroll import ops
 from longroll.errors import LongrollError
 from longroll.families.fla.cache import FlaCache, LayerState
-from longroll.families.fla.decoder import CausalLM, Decoder
+from longroll.families.fla.decoder import Decoder
 from longroll.families.fla.layers import LoRA, activation, l2_norm, token_shift, unsupported
-from longroll.families.fla.rwkv import GroupNorm, RWKVBlock, RWKVConfig, channel_mix_size
+from longroll.families.fla.rwkv import (
+    GroupNorm,
+    RWKVBlock,
+    RWKVCausalLM,
+    RWKVConfig,
+    channel_mix_size,
+    places,
+)
 
 MIXES = "rwkvag"
 SLOWEST = -0.6065306597126334
@@ -27,7 +34,7 @@ class RWKV7Config(RWKVConfig):
     model_type = "rwkv7"
 
     hidden_ratio: float | None = 4
-    head_dim: int | None = 64
+    head_dim: int = 64
     num_heads: int | None = None
     value_dim: int | list | None = None
     decay_low_rank_dim: int | None = 64
@@ -43,12 +50,17 @@ class RWKV7Config(RWKVConfig):
             raise unsupported(self, "attn", "attention layers are not (nor does fla 0.6 run them)")
         if self.head_dim is None and self.num_heads is None:
             raise LongrollError("rwkv7 needs head_dim or num_heads in its config.")
+        if self.num_heads is None:
+            self.num_heads = self.hidden_size // self.head_dim
         self.head_dim = self.head_dim or self.hidden_size // self.num_heads
-        self.num_heads = self.num_heads or self.hidden_size // self.head_dim
+        if self.hidden_size % self.head_dim:
+            raise unsupported(self, "head_dim", f"it must divide hidden_size = {self.hidden_size}")
         if not isinstance(self.value_dim, list):
             self.value_dim = [self.value_dim or self.hidden_size] * self.num_hidden_layers
         if set(self.value_dim) != {self.hidden_size}:
-            raise unsupported(self, "value_dim", "it must be hidden_size (fla 0.6 builds nothing else either)")
+            raise unsupported(
+                self, "value_dim", "it must be hidden_size (fla 0.6 builds nothing else either)"
+            )
 
 
 class RWKV7Attention(nn.Module):
@@ -94,11 +106,7 @@ class RWKV7Attention(nn.Module):
         kk = l2_norm(kk) if self.fuse_norm else F.normalize(kk, dim=-1)
         k = k + k * (a - 1) * self.k_a
         r, w, k, a, heads_v = (t.unflatten(-1, (self.heads, -1)) for t in (r, w, k, a, v))
-        initial = state.read("recurrent")
-        o, final = ops.rwkv7(
-            r, w, k, heads_v, -kk, kk * a, scale=1.0, initial_state=initial, output_final_state=True
-        )
-        state.keep("recurrent", final)
+        o = state.run(ops.rwkv7, r, w, k, heads_v, -kk, kk * a)
         now = ((r * k * self.r_k).sum(-1, keepdim=True) * heads_v).flatten(-2)
         return self.o_proj((self.g_norm(o) + now) * gate), v_first
 
@@ -106,15 +114,18 @@ class RWKV7Attention(nn.Module):
     def reset(self) -> None:
         """fla's initial weights, BlinkDL's by origin (RWKV-LM, RWKV-v7/train_temp)."""
         depth, left = self.layer / max(self.layers - 1, 1), 1 - self.layer / self.layers
-        n = torch.arange(self.k_k.numel(), dtype=torch.float32, device=self.k_k.device)
-        place, linear = n / len(n), n / (len(n) - 1) - 0.5
-        zigzag = 2 * (n % self.size) / (self.size - 1) - 1
+        place, linear = places(self.k_k), places(self.k_k, stop=1.0) - 0.5
+        zigzag = 2 * places(self.k_k[: self.size], stop=1.0).repeat(self.heads) - 1
         zigzag = zigzag * zigzag.abs()
         for name, power in zip(MIXES, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
             init.copy_(getattr(self, f"x_{name}"), (1 - place ** (power * left)).view(1, 1, -1))
         init.copy_(self.k_k, 0.71 - linear * 0.1)
         init.constant_(self.k_a, 1.02)
         init.constant_(self.r_k, -0.04)
+        for lora in (module.lora for module in self.children() if isinstance(module, LoRA)):
+            init.zeros_(lora[0].weight)
+            size_out, rank = lora[2].weight.shape
+            init.orthogonal_(lora[2].weight, gain=0.1 * max(1, (rank / size_out) ** 0.5))
         init.copy_(self.w_lora.lora[2].bias, -5.5 + 6 * (linear + 0.5) ** (1 + depth**0.3) + zigzag * 2.5)
         init.copy_(self.a_lora.lora[2].bias, -0.19 + zigzag * 0.3 + linear * 0.4)
         if self.layer != 0:
@@ -129,7 +140,12 @@ class RWKV7Attention(nn.Module):
 def _ranks(config: RWKV7Config) -> dict[str, int]:
     """Of the LoRAs; what the config leaves out follows from the sizes."""
     root, factor = config.hidden_size**0.5, config.head_dim / 64
-    guess = {"decay": 2.5 * root * factor, "gate": 5 * root, "a": 2.5 * root * factor, "v": 1.7 * root * factor}
+    guess = {
+        "decay": 2.5 * root * factor,
+        "gate": 5 * root,
+        "a": 2.5 * root * factor,
+        "v": 1.7 * root * factor,
+    }
     given = {name: getattr(config, f"{name}_low_rank_dim") for name in guess}
     return {name: given[name] or max(32, round(size / 32) * 32) for name, size in guess.items()}
 
@@ -153,8 +169,7 @@ class RWKV7FeedForward(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """fla's initial weights."""
-        place = torch.arange(len(self.x_k), device=self.x_k.device) / len(self.x_k)
-        init.copy_(self.x_k, 1 - place ** (self.left**4))
+        init.copy_(self.x_k, 1 - places(self.x_k) ** (self.left**4))
         init.orthogonal_(self.key.weight)
         init.zeros_(self.value.weight)
 
@@ -193,21 +208,12 @@ class RWKV7Model(Decoder):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -1e-4, 1e-4)
-        elif isinstance(module, LoRA):
-            init.zeros_(module.lora[0].weight)
-            size_out, rank = module.lora[2].weight.shape
-            init.orthogonal_(module.lora[2].weight, gain=0.1 * max(1, (rank / size_out) ** 0.5))
         elif isinstance(module, RWKV7Attention | RWKV7FeedForward):
             module.reset()
 
 
-class RWKV7ForCausalLM(CausalLM):
+class RWKV7ForCausalLM(RWKVCausalLM):
     """fla's `RWKV7ForCausalLM`."""
 
     config_class = RWKV7Config
     decoder = RWKV7Model
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.lm_head:
-            init.orthogonal_(module.weight, gain=0.5 * max(1, self.config.vocab_size / self.config.hidden_size) ** 0.5)
