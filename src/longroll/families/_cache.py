@@ -23,14 +23,14 @@ from longroll.state import RecurrentState, StateKey
 
 # The states that the recurrences about to run start from, in the order they run in: mixers read one from the
 # cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
-_Handoff = ContextVar[tuple[Tensor | None, ...]]
-recurrent_handoff: _Handoff = ContextVar("longroll_recurrent_state", default=())
-conv_handoff: _Handoff = ContextVar("longroll_conv_state", default=())
+Handoff = ContextVar[tuple[Tensor | None, ...]]
+recurrent_handoff: Handoff = ContextVar("longroll_recurrent_state", default=())
+conv_handoff: Handoff = ContextVar("longroll_conv_state", default=())
 
 _KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _OTHER and above: + state_idx
 
 
-def take(handoff: _Handoff) -> tuple[Tensor | None] | None:
+def take(handoff: Handoff) -> tuple[Tensor | None] | None:
     """The initial state left for the op that is about to run, once; None outside a longroll forward."""
     left = handoff.get()
     handoff.set(left[1:])
@@ -105,6 +105,14 @@ class StateCache(DynamicCache):
         """Keep the final recurrent state."""
         self._final[self._recurrent(layer_idx, state_idx)] = recurrent_states
         return recurrent_states
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """MiniMax's name for `get_recurrent_state`."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """MiniMax's name for `update_recurrent_state`."""
+        self.update_recurrent_state(linear_cache, layer_idx)
 
     def _recurrent(self, layer: int, slot: int) -> StateKey:
         return (

@@ -9,23 +9,46 @@ opened by longroll compute exactly what they did before.
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import cast
 
 from torch import Tensor
 
 from longroll import ops
-from longroll.families._cache import conv_handoff, recurrent_handoff, take
+from longroll.families._cache import Handoff, conv_handoff, recurrent_handoff, take
 
 
 def own_recurrence(modeling: ModuleType) -> None:
     """Install the dispatching functions in a transformers modeling module; doing it twice is harmless."""
     for name, (adapter, handoff) in _ADAPTERS.items():
-        original = getattr(modeling, name, None)
-        if original is not None and not hasattr(original, "_longroll"):
-            replacement = functools.partial(_dispatch, adapter, handoff, original)
-            replacement._longroll = True  # type: ignore[attr-defined]
-            setattr(modeling, name, replacement)
+        if hasattr(modeling, name):
+            install(modeling, name, adapter, handoff)
+
+
+def install(modeling: ModuleType, name: str, adapter: Callable, handoff: Handoff) -> None:
+    """Let `adapter(..., initial_state=...)` run in the place of a function where a state was left for it."""
+    original = getattr(modeling, name)
+    if not hasattr(original, "_longroll"):
+        replacement = functools.partial(_dispatch, adapter, handoff, original)
+        replacement._longroll = True  # type: ignore[attr-defined]
+        setattr(modeling, name, replacement)
+
+
+def torch_on_cpu(modeling: ModuleType) -> None:
+    """Send tensors on a CPU to transformers' PyTorch where it bound a GPU kernel for any device."""
+    for name, function in list(vars(modeling).items()):
+        if inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+            bound = inspect.getclosurevars(function).nonlocals
+            if bound.get("is_new_implementation"):  # transformers' name: of a package, not its own
+                setattr(modeling, name, functools.partial(_by_device, function))
+
+
+def _by_device(kernel, *args, **kwargs):
+    tensor = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    function = kernel.__wrapped__ if tensor.device.type == "cpu" else kernel
+    return function(*args, **kwargs)
 
 
 def _dispatch(adapter, handoff, original, *args, **kwargs):
@@ -108,7 +131,7 @@ def _causal_conv(
     return y.transpose(1, 2)
 
 
-_ADAPTERS = {
+_ADAPTERS: dict[str, tuple[Callable, Handoff]] = {
     "mamba_selective_scan": (_selective_scan, recurrent_handoff),
     "mamba2_chunk_scan": (_chunk_scan, recurrent_handoff),
     "causal_conv1d_fn": (_causal_conv, conv_handoff),

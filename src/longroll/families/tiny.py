@@ -90,6 +90,20 @@ _KDA = _WIDE | {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
+_MINIMAX = _WIDE | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "block_size": 16,
+}
+_RECURRENT_GEMMA = _WIDE | {
+    "num_hidden_layers": 3,
+    "lru_width": 48,
+    "attention_window_size": 8,
+    "block_types": ["recurrent", "attention"],
+}
+_XLSTM = _BASE | {"num_heads": 4, "chunk_size": 16, "autocast_kernel_dtype": "float32"}
 _ZAYA = _WIDE | {
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -114,6 +128,9 @@ _INKLING = _WIDE | {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
 }
+
+_FLA = _BASE | {"intermediate_size": 64, "num_heads": 2}
+_FLA_ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 9}
 
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _GPT2 |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
@@ -173,12 +190,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "minimax": ("minimax", _MINIMAX | {"layer_types": [_LINEAR, _FULL]}),
+    "recurrent_gemma": ("recurrent_gemma", _RECURRENT_GEMMA),
+    "xlstm": ("xlstm", _XLSTM),
+    "rwkv": ("rwkv", _BASE | {"context_length": 128}),
     "zaya": ("zaya", _ZAYA),
     "lfm2": ("lfm2", _CONV | {"block_multiple_of": 8}),
     "lfm2_moe": ("lfm2_moe", _CONV | _EXPERTS | {"num_dense_layers": 1}),
     "lfm3": ("lfm3", _CONV | {"head_dim": 8}),
     "inkling": ("inkling_text", _INKLING | {"mlp_layer_types": ["dense", "sparse"]}),
     "inkling2": ("inkling2_text", _INKLING | {"n_layers_per_attn_res_block": 1}),
+    "gla": ("gla", _FLA),
+    "gla_hybrid": ("gla", _FLA | {"num_kv_heads": 1, "use_short_conv": True, "attn": _FLA_ATTENTION}),
+    "delta_net": ("delta_net", _FLA),
+    "gated_deltanet": ("gated_deltanet", _FLA | {"head_dim": 8, "num_v_heads": 4}),
+    "retnet": ("retnet", _FLA),
+    "rwkv6": ("rwkv6", _FLA | {"proj_low_rank_dim": 8, "gate_low_rank_dim": 8}),
+    "rwkv7": ("rwkv7", _FLA | {"head_dim": 16}),
     "gpt2": ("gpt2", _GPT2),
     "llama": ("llama", _ATTENTION | {"num_key_value_heads": 2}),
     "qwen2": ("qwen2", _ATTENTION | {"num_key_value_heads": 2}),
@@ -201,7 +229,8 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config
                 parameter.sub_(3)
             if parameter.ndim >= 2 and "A_log" not in parameter_name:
                 if "conv" not in parameter_name:
-                    parameter.add_(torch.randn_like(parameter) * 0.08)
+                    scale = 1 if "x_proj_weight" in parameter_name else 0.08  # zamba's starts at 0
+                    parameter.add_(torch.randn_like(parameter) * scale)
                 elif parameter.std() < 0.05:  # some start so small that next to nothing gets past
                     parameter.add_(torch.randn_like(parameter) * 0.3)
     if dtype == torch.float64:

@@ -2,101 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from dataclasses import replace
 
 from longroll.errors import LongrollError
 from longroll.families import _heads
-from longroll.families._cache import StateCache
-from longroll.families._dispatch import own_recurrence
-from longroll.state import RecurrentState
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` of transformers takes and gives its state.
-
-    A family whose state travels in a container of its own is a subclass that overrides `prepare` and `cache`.
-    """
-
-    kind: str
-    """What a layer's recurrence is called; `attention` (the control) and `conv` have none."""
-    cache_argument: str = "past_key_values"
-    """The forward argument that takes the cache."""
-    op: str | None = None
-    """Longroll's op that runs in the place of transformers' own recurrence (see `_dispatch`)."""
-    kernel: str | None = None
-    """The GPU kernel, package first, that transformers' own recurrence is where the package is installed."""
-    scans: str | None = None
-    """The config entry that says how many scans a layer runs, if not one."""
-    reads_tail: bool = False
-    """Mixers prepend the conv tail themselves (see `StateCache`)."""
-    learned_positions: str | None = None
-    """The config entry that bounds the positions the model has embeddings for."""
-    head: Callable[[PreTrainedModel, Tensor], Tensor] = _heads.plain
-    """Hidden states (..., d_model) to logits (..., V)."""
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether there is a state for an intervention to choose."""
-        return self.kind not in ("attention", "conv")
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Make `model` ready to take a state: once, after loading."""
-        if self.op is not None:
-            own_recurrence(_modeling(model))
-        for module in model.modules():
-            if hasattr(module, "_can_checkpoint_with_cache"):
-                # StateCache is idempotent: a recompute reads what the forward read
-                module._can_checkpoint_with_cache = True  # type: ignore[assignment]
-
-    def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
-        """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""
-        return StateCache(
-            model.config,
-            state,
-            owns_recurrence=self.op is not None,
-            scans=getattr(model.config, self.scans) if self.scans else 1,
-            reads_tail=self.reads_tail,
-            context=not self.recurrent,
-        )
-
-    def inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
-        """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
-        cache = self.cache(model, input_ids, state)
-        # use_cache stays False: the cache is written all the same, and gradient checkpointing lets it be
-        arguments = {"input_ids": input_ids, self.cache_argument: cache, "use_cache": False}
-        if _takes_positions(model):  # explicit: some default to starting at 0 whatever the cache holds
-            first, tokens = 0 if state is None else state.seen, input_ids.shape[1]
-            self._check_positions(model, first + tokens)
-            positions = torch.arange(first, first + tokens, device=input_ids.device)
-            arguments["position_ids"] = positions.expand(input_ids.shape[0], -1)
-        return arguments
-
-    def _check_positions(self, model: PreTrainedModel, stop: int) -> None:
-        limit = getattr(model.config, self.learned_positions) if self.learned_positions else None
-        if limit is not None and stop > limit:
-            raise LongrollError(
-                f"{model.config.model_type} has embeddings for {limit} positions and was asked for {stop}: "
-                f"evaluate it with --length {limit} or less."
-            )
-
-
-def _modeling(model: PreTrainedModel) -> ModuleType:
-    return importlib.import_module(type(model).__module__)
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
-
+from longroll.families._family import Family
+from longroll.families.recurrent_gemma import RecurrentGemma
+from longroll.families.rwkv4 import Rwkv4
+from longroll.families.xlstm import Xlstm
 
 _CONTROL = Family("attention")
 _MAMBA2_HYBRID = Family("mamba2", op="ssd")
@@ -125,6 +38,10 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": _GATED_DELTA_HYBRID,
     "kimi_linear": _KDA_HYBRID,
     "bailing_hybrid": _KDA_HYBRID,
+    "minimax": Family("lightning"),
+    "recurrent_gemma": RecurrentGemma("rg_lru", op="linear_scan", head=_heads.recurrent_gemma),
+    "xlstm": Xlstm("mlstm", "cache_params", head=_heads.xlstm),
+    "rwkv": Rwkv4("rwkv4", "state", op="wkv"),
     "zaya": Family("conv", reads_tail=True),
     "lfm2": _CONV_HYBRID,
     "lfm2_moe": _CONV_HYBRID,
@@ -151,3 +68,6 @@ def family_of(model_type: str | None) -> Family:
             "and original state-spaces checkpoints."
         )
     return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

@@ -1,0 +1,88 @@
+"""RecurrentGemma of transformers, whose blocks keep their state on the module and drop part of it.
+
+Upstream (`RecurrentGemmaRecurrentBlock.forward`) convolves several tokens without the tail, keeps the state
+in attributes, which serve no gradient and no second batch, and forgets it at position 0. Here it is in the
+cache. The first token of a sequence enters unscaled, as upstream's does, but after the state that was
+given: the zero state is then no state, and any other enters.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+
+from longroll.families._cache import StateCache
+from longroll.families._family import Family
+from longroll.state import RecurrentState
+
+
+class RecurrentGemma(Family):
+    """RecurrentGemma (Griffin, arXiv 2402.19427)."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Give the recurrent blocks a forward that takes its state from a StateCache."""
+        super().prepare(model)
+        for layer, decoder in enumerate(model.base_model.layers):  # type: ignore[arg-type]
+            block = decoder.temporal_block
+            if isinstance(block, RecurrentGemmaRecurrentBlock) and not hasattr(block.forward, "func"):
+                block.forward = functools.partial(  # type: ignore[method-assign]
+                    _forward, block, layer, block.forward
+                )
+
+    def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> StateCache:
+        """The cache that starts a forward from `state`."""
+        return StateCache(model.config, state)
+
+
+def _forward(block, layer: int, original, input_states: Tensor, position_ids: Tensor, *args, **kwargs):
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, StateCache):
+        return original(input_states, position_ids, *args, **kwargs)
+    gate = block.act_fn(block.linear_y(input_states))
+    x = block.linear_x(input_states).transpose(1, 2)
+    x = cache.update_conv_state(x, layer, conv_kernel_size=block.conv1d_width)
+    x = block.conv_1d(x)[..., : x.shape[-1]][..., -input_states.shape[1] :]
+    initial = cache.get_recurrent_state(layer)
+    x, final = _recurrence(block.rg_lru, x.transpose(1, 2), position_ids, initial)
+    cache.update_recurrent_state(final, layer)
+    return block.linear_out(x * gate), None
+
+
+def _recurrence(lru, x: Tensor, position_ids: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Upstream's gates around a scan of ours."""
+    found = []
+
+    def scan(hidden_states: Tensor, recurrent_gate: Tensor, **_) -> tuple[Tensor, None]:
+        outputs, final = linear_scan(hidden_states, recurrent_gate, initial)
+        found.append(final)
+        return outputs, None
+
+    lru._rnn_scan = scan
+    try:
+        return lru(x, position_ids), found[0]
+    finally:
+        del lru._rnn_scan
+
+
+def linear_scan(x: Tensor, decay: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run `h_t = decay_t h_{t-1} + x_t`, linear in time, also backward.
+
+    Args:
+        x: inputs, (B, T, D).
+        decay: (B, T, D).
+        initial_state: (B, D); None is zero.
+
+    Returns:
+        All h, (B, T, D) in x's dtype, and the last, (B, D) in float32 or wider.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for now, kept in zip(x.to(dtype).unbind(1), decay.to(dtype).unbind(1), strict=True):
+        h = kept * h + now
+        outputs.append(h)
+    return torch.stack(outputs, dim=1).to(x.dtype), h
