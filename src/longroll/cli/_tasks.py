@@ -12,10 +12,13 @@ import typer
 from longroll.cli import _options as o
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from longroll.data import Tokenizer
     from longroll.model import RecurrentLM
     from longroll.tasks import BABILong, Row
     from longroll.tasks.haystack import Haystack
+    from longroll.training import PosttrainOptions
 
 Lengths = Annotated[
     str, typer.Option(help="Lengths in tokens, with commas; k and M are 1024 and 1024 x 1024: 256,1k,16k.")
@@ -190,6 +193,60 @@ def run_task(
     if output:
         write_figures([found], output, "svg")
     return found
+
+
+def training_rows(
+    task: str,
+    tokenizer: Tokenizer,
+    options: PosttrainOptions,
+    *,
+    intervention: str,
+    haystack: str,
+    instruction: bool,
+    facts: Path | None,
+    books: str,
+    kinds: str,
+    windows: int,
+) -> Dataset:
+    """The rows of a task to train on, with a word of warning where State Passing will do harm.
+
+    Raises:
+        LongrollError: for babilong without facts, and copying by TBPTT.
+    """
+    import os
+
+    from longroll.cli._console import console
+    from longroll.errors import LongrollError
+    from longroll.tasks import Copying, CopyRows, Niah, Passkey, Task, TaskRows
+
+    lanes = options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    rows = options.steps * options.accumulation * lanes
+    tasks: list[Task]
+    if task == "copying":
+        if intervention == "tbptt":
+            raise LongrollError(
+                "--task copying has no text that goes on from row to row: use --intervention sp."
+            )
+        return CopyRows(Copying(tokenizer), rows, context=options.length, seed=options.seed)
+    if task == "babilong":
+        if facts is None:
+            raise LongrollError("--task babilong needs --facts: the folder of bAbI's files.")
+        tasks = [*open_babilong(facts, books, kinds, tokenizer, few_shot=False, train=True)]
+    elif task == "niah":
+        tasks = [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
+    else:
+        text = open_haystack(
+            haystack, tokenizer, tokens=options.tokens // 16, split="train", seed=options.seed
+        )
+        tasks = [Passkey(tokenizer, haystack=text, instruction=instruction)]
+    if not tasks[0].stationary and intervention in ("sp", "tbptt") and windows == 1:
+        console.print(
+            f"Warning: --intervention {intervention} is the wrong tool for {task}: the final state of one "
+            "sample holds an answer that no next text is about (the data are not stationary). Use "
+            "--intervention fitted.",
+            style="yellow",
+        )
+    return TaskRows(tasks, options.length, rows, lanes=lanes, windows=windows, seed=options.seed)
 
 
 def finished_cells(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longroll.cli import _options as o
+from longroll.cli import _tasks as t
 
 if TYPE_CHECKING:
     from longroll.interventions import Intervention
@@ -24,6 +25,15 @@ class Choice(StrEnum):
     none = "none"
 
 
+class TaskName(StrEnum):
+    """The tasks one can train on."""
+
+    passkey = "passkey"
+    niah = "niah"
+    copying = "copying"
+    babilong = "babilong"
+
+
 def posttrain(
     model: o.Model,
     output: Annotated[Path, typer.Option(help="Folder for the repaired model.")],
@@ -31,6 +41,16 @@ def posttrain(
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
+    task: Annotated[
+        TaskName | None, typer.Option(help="Train on a task, loss on its answers, rather than on --text.")
+    ] = None,
+    haystack: t.HaystackText = "noise",
+    instruction: t.Instruction = True,
+    facts: Annotated[
+        Path | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
+    ] = None,
+    qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
+    windows: Annotated[int, typer.Option(help="Rows that a sample of a task stretches over.", min=1)] = 1,
     train_length: o.TrainLength = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
@@ -98,16 +118,24 @@ def posttrain(
         seed=seed,
     )
     words = o.open_tokenizer(lm, model, tokenizer)
-    corpus = o.read_corpus(
-        text, words, split="train", column=text_column, max_tokens=options.tokens + 1, seed=seed
-    )
-    log, seconds = run_posttrain(lm, corpus, chosen, options, output, resume=resume)
+    data: Any
+    if task is None:
+        data = o.read_corpus(
+            text, words, split="train", column=text_column, max_tokens=options.tokens + 1, seed=seed
+        )
+    else:
+        data = t.training_rows(
+            task, words, options, intervention=intervention, haystack=haystack, instruction=instruction,
+            facts=facts, books=text, kinds=qa, windows=windows,
+        )  # fmt: skip
+    log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume)
     if hasattr(words, "tokenizer"):
         words.tokenizer.save_pretrained(output)
     if json:
         made = provenance(lm, seed=seed, seconds=seconds)
         result = {
             "intervention": intervention.value,
+            "task": task,
             "options": vars(options),
             "log": log,
             "provenance": made,

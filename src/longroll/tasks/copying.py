@@ -105,7 +105,7 @@ class CopyRows(Dataset[Item]):
         return self.rows
 
     def __getitem__(self, index: int) -> Item:
-        rng = random_of(TRAINING, self.seed, index)
+        rng = random_of(TRAINING, self.seed, range(self.rows)[index])
         ids = np.empty(0, dtype=np.int64)
         learned = np.empty(0, dtype=bool)
         while len(ids) < self.context:

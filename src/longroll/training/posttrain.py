@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
@@ -81,7 +82,7 @@ class PosttrainOptions:
 
 def posttrain(
     lm: RecurrentLM,
-    corpus: Corpus,
+    corpus: Corpus | Dataset,
     intervention: Intervention | None,
     options: PosttrainOptions,
     output: str | Path,
@@ -93,7 +94,7 @@ def posttrain(
 
     Args:
         lm: the model.
-        corpus: tokenised training text.
+        corpus: tokenised training text; or rows of a task (`longroll.tasks`), read in their order.
         intervention: None is the plain control.
         options: how.
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
@@ -108,11 +109,14 @@ def posttrain(
             written, and a loss that is not finite.
     """
     output = _writable(Path(output), resume)
-    check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     micro_steps = options.steps * options.accumulation
     rows = options.batch_size
-    data: Lanes | Windows
-    if isinstance(intervention, TBPTT):
+    data: Dataset
+    if isinstance(corpus, Corpus):
+        check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
+    if not isinstance(corpus, Corpus):
+        data = corpus
+    elif isinstance(intervention, TBPTT):
         data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
     else:
         items = micro_steps * rows * _world_size()
@@ -139,6 +143,7 @@ def posttrain(
         report_to=[],
         disable_tqdm=True,
         seed=options.seed,
+        train_sampling_strategy="sequential",
         dataloader_drop_last=True,
     )
     model = _with_lora(lm.model, options.lora_rank)

@@ -1,0 +1,71 @@
+"""Baselines: what each leaves of the past."""
+
+import numpy as np
+import pytest
+import torch
+
+import zoo
+from longroll.tasks import Sample
+from longroll.tasks.baselines import _head_norms, best_chunk, clipped, decayed, last_window, state_limits
+from longroll.tasks.generate import read_samples
+
+FAMILIES = ["mamba", "mamba2"]
+
+
+def sample(seed: int, head: int = 5, context: int = 300, tail: int = 6) -> Sample:
+    prompt = np.random.default_rng(seed).integers(zoo.VOCAB, size=head + context + tail, dtype=np.int32)
+    return Sample(prompt, prompt[:1], "", (head, head + context))
+
+
+def alone(lm, ids: np.ndarray):
+    hidden, state = lm(torch.from_numpy(ids.astype(np.int64))[None], logits=False)
+    return hidden[:, -1], state
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_window_is_all_that_is_read(name):
+    lm, given = zoo.lm_of(name, dtype=torch.float64), [sample(0), sample(1, context=10)]
+    (read,) = last_window(50)(lm, given)
+    for row, hidden in zip(read.rows, read.hidden, strict=True):
+        zoo.assert_close(hidden, alone(lm, given[row].prompt[-50:])[0][0], 1e-10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decay_of_one_changes_nothing_and_of_zero_forgets(name):
+    lm, given = zoo.lm_of(name, dtype=torch.float64), [sample(0)]
+    (plain,), (same,) = read_samples(lm, given), decayed(1.0, after=0)(lm, given)
+    zoo.assert_same_state(same.state, plain.state, 1e-10)
+    length = len(given[0].prompt)
+    (gone,) = decayed(0.0, after=0, stride=length - 20)(lm, given)
+    _, before = alone(lm, given[0].prompt[: length - 20])
+    forgotten = {key: torch.zeros_like(t) if key.part == "recurrent" else t for key, t in before.items()}
+    _, expected = lm(
+        torch.from_numpy(given[0].prompt[None, -20:].astype(np.int64)),
+        type(before)(forgotten, seen=before.seen),
+    )
+    zoo.assert_same_state(gone.state, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clipping_keeps_every_head_within_its_limit(name):
+    lm, given = zoo.lm_of(name), [sample(0, context=501)]
+    limits = state_limits(lm, zoo.tokens(4, 64), stride=16)
+    low = {key: 0.3 * limit for key, limit in limits.items()}
+    (read,) = clipped(low, stride=512)(lm, given)  # the last look is at the end of the prompt
+    for key, norms in _head_norms(read.state).items():
+        assert (norms <= low[key] * (1 + 1e-5)).all()
+        assert (norms > low[key] * (1 - 1e-5)).any()  # some were clipped
+    (plain,) = read_samples(lm, given)
+    loose = {key: limit * 1e6 for key, limit in limits.items()}
+    zoo.assert_same_state(clipped(loose, stride=100)(lm, given)[0].state, plain.state, 1e-4)
+
+
+def test_the_surest_chunk_answers():
+    lm, given = zoo.lm_of("mamba2", dtype=torch.float64), [sample(seed) for seed in range(3)]
+    for read in best_chunk(64)(lm, given):
+        (row,) = read.rows
+        head, context, tail = np.split(given[row].prompt, given[row].context)
+        chunks = [np.concatenate([head, context[at : at + 64], tail]) for at in range(0, len(context), 64)]
+        found = [alone(lm, chunk)[0] for chunk in chunks]
+        entropies = [torch.distributions.Categorical(logits=lm.head(hidden)).entropy() for hidden in found]
+        zoo.assert_close(read.hidden, found[int(torch.cat(entropies).argmin())], 1e-10)
