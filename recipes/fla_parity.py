@@ -1,14 +1,15 @@
 """Hold longroll's GLA, DeltaNet, Gated DeltaNet, RetNet, RWKV-6 and RWKV-7 to fla's own model classes.
 
-For every configuration in `CASES`: fla's class is built with random weights and saved, longroll loads the
+For every configuration in `FAMILIES`: fla's class is given planted weights and saved, longroll loads the
 folder, and both read the same tokens in one piece and in three, the second time from their own caches. On a
-GPU fla runs its kernels. On a CPU it cannot, so its kernels are replaced by torch functions: its own
-`naive_*` and `*_ref` where it has them (recurrences, norms, rotary positions, RWKV-7's pieces), else by the
-definition in its docstring; layers, models, configs and cache stay fla's.
+GPU fla runs its kernels (`--dtype bfloat16 --limit 5e-2`: its chunked delta rule takes no float32). On a CPU it
+cannot, so its kernels are replaced by torch functions: its own `naive_*` and `*_ref` where it has them
+(recurrences, norms, rotary positions, RWKV-7's pieces), else what its docstrings say; layers, models, configs
+and cache stay fla's.
 
     python -m venv venv && venv/bin/pip install torch==2.13.0 triton==3.9.0 transformers==5.23.0 einops
     venv/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
-    PYTHONPATH=src:tests venv/bin/python recipes/fla_parity.py
+    PYTHONPATH=src:tests/families/fla venv/bin/python recipes/fla_parity.py
 
 `--layouts tests/families/fla/layouts.json` writes what the tests hold ours to without fla: parameter names
 and shapes, configs' defaults and, for planted weights, some of fla's logits.
@@ -28,10 +29,10 @@ import fla  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from planted import plant, text  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import longroll  # noqa: E402
-from families.fla.planted import plant, text  # noqa: E402
 from longroll.families.fla import MODELS  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -201,7 +202,6 @@ def replace_kernels() -> None:
     mlp = importlib.import_module("fla.modules.mlp")
     activations = importlib.import_module("fla.modules.activations.ops")
     rotary = importlib.import_module("fla.modules.rotary.ops")
-    attention = importlib.import_module("fla.layers.attn")
     names = ("gla", "delta_net", "gated_deltanet", "multiscale_retention", "rwkv6", "rwkv7")
     layers = {name: importlib.import_module(f"fla.layers.{name}") for name in names}
 
@@ -253,17 +253,18 @@ def replace_kernels() -> None:
 
     rotary.rotary_embedding = rotary_embedding
 
-    def flash_attention(q, k, v, causal, window_size):
-        distance = torch.arange(k.shape[1])[None] - torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
-        seen = distance <= 0
-        if window_size[0] >= 0:
-            seen &= distance >= -window_size[0]
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
-
-    attention.flash_attn_func = flash_attention
-
     replace_recurrences(layers)
+
+
+def flash_attention(q, k, v, causal, window_size):
+    """What `flash_attn_func` computes, q (B, T, H, D); flash-attn is no part of fla."""
+    query, key = q.shape[1], k.shape[1]
+    ahead = torch.arange(key, device=q.device) - torch.arange(key - query, key, device=q.device)[:, None]
+    seen = ahead <= 0
+    if window_size[0] >= 0:
+        seen &= ahead >= -window_size[0]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
 
 
 def replace_recurrences(layers: dict) -> None:
@@ -363,6 +364,7 @@ def main() -> None:
     parser.add_argument("--layouts", help="write fla's parameter layouts to this file and stop")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    importlib.import_module("fla.layers.attn").flash_attn_func = flash_attention
     if options.device == "cpu":
         replace_kernels()
     if options.layouts:

@@ -78,10 +78,10 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
         raise LongrollError(f"{path} is not an RWKV checkpoint: it must hold a state dict.")
     try:
         if "blocks.0.att.r_k" in weights:
-            model = _empty(RWKV7ForCausalLM, _config_7(weights))
+            model = _empty(RWKV7ForCausalLM, RWKV7Config(**_sizes(path, weights), **_sizes_7(weights)))
             weights = _translate(_without_first_values(weights), _RENAMES + _RENAMES_7)
         elif "blocks.0.att.time_maa_w2" in weights:
-            model = _empty(RWKV6ForCausalLM, _config_6(weights))
+            model = _empty(RWKV6ForCausalLM, RWKV6Config(**_sizes(path, weights), **_sizes_6(weights)))
             weights = _translate(_in_our_order(weights), _RENAMES + _RENAMES_6)
         else:
             raise LongrollError(f"{path} is neither RWKV-7 (x070) nor RWKV-6 (x060): no other can be opened.")
@@ -105,8 +105,10 @@ def _empty(model_class: type[PreTrainedModel], config: RWKV7Config | RWKV6Config
         return model_class(config)
 
 
-def _sizes(weights: dict[str, Tensor]) -> dict[str, Any]:
+def _sizes(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Config fields of both versions."""
     vocab_size, hidden = weights["emb.weight"].shape
+    length = re.search(r"ctx(\d+)", path.name)
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     return {
         "vocab_size": vocab_size,
@@ -115,37 +117,36 @@ def _sizes(weights: dict[str, Tensor]) -> dict[str, Any]:
         "intermediate_size": weights["blocks.0.ffn.key.weight"].shape[0],
         "norm_first": "blocks.0.ln0.weight" in weights,
         "group_norm_eps": 64e-5,  # whatever the head size
+        "max_position_embeddings": int(length[1]) if length else None,  # the training length, or unknown
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
 
 
-def _config_7(weights: dict[str, Tensor]) -> RWKV7Config:
+def _sizes_7(weights: dict[str, Tensor]) -> dict[str, Any]:
     heads, size = weights["blocks.0.att.r_k"].shape
     v1 = weights.get("blocks.1.att.v1", weights["blocks.0.att.a1"])  # a single layer has none
-    return RWKV7Config(
-        **_sizes(weights),
-        num_heads=heads,
-        head_dim=size,
-        decay_low_rank_dim=weights["blocks.0.att.w1"].shape[1],
-        gate_low_rank_dim=weights["blocks.0.att.g1"].shape[1],
-        a_low_rank_dim=weights["blocks.0.att.a1"].shape[1],
-        v_low_rank_dim=v1.shape[1],
-        fuse_norm=False,  # so that keys have unit length to the last bit
-    )
+    return {
+        "num_heads": heads,
+        "head_dim": size,
+        "decay_low_rank_dim": weights["blocks.0.att.w1"].shape[1],
+        "gate_low_rank_dim": weights["blocks.0.att.g1"].shape[1],
+        "a_low_rank_dim": weights["blocks.0.att.a1"].shape[1],
+        "v_low_rank_dim": v1.shape[1],
+        "fuse_norm": False,  # so that keys have unit length to the last bit
+    }
 
 
-def _config_6(weights: dict[str, Tensor]) -> RWKV6Config:
+def _sizes_6(weights: dict[str, Tensor]) -> dict[str, Any]:
     heads, size = weights["blocks.0.att.time_faaaa"].shape
     expansion = heads * size / weights["emb.weight"].shape[1]
-    return RWKV6Config(
-        **_sizes(weights),
-        num_heads=heads,
-        expand_k=expansion,
-        expand_v=expansion,
-        proj_low_rank_dim=weights["blocks.0.att.time_maa_w2"].shape[1],
-        gate_low_rank_dim=weights["blocks.0.att.time_decay_w1"].shape[1],
-    )
+    return {
+        "num_heads": heads,
+        "expand_k": expansion,
+        "expand_v": expansion,
+        "proj_low_rank_dim": weights["blocks.0.att.time_maa_w2"].shape[1],
+        "gate_low_rank_dim": weights["blocks.0.att.time_decay_w1"].shape[1],
+    }
 
 
 def _without_first_values(weights: dict[str, Tensor]) -> dict[str, Tensor]:

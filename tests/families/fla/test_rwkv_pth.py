@@ -22,8 +22,8 @@ def text(sizes: Sizes, rows: int = 2, length: int = 40) -> torch.Tensor:
 
 @pytest.fixture
 def file(tmp_path):
-    def write(weights) -> str:
-        path = tmp_path / "RWKV-x070-tiny.pth"
+    def write(weights, name="RWKV-tiny.pth") -> str:
+        path = tmp_path / name
         torch.save(weights, path)
         return str(path)
 
@@ -79,6 +79,12 @@ def test_what_is_missing_or_left_over_is_named(version, file):
         longroll.load(file(weights | {"blocks.1.ffn.value.weight": gone.t()}))
     with pytest.raises(LongrollError, match=r"not a whole RWKV checkpoint.*emb\.weight"):
         longroll.load(file({name: t for name, t in weights.items() if name != "emb.weight"}))
+
+
+def test_the_name_tells_the_training_length(file):
+    weights = weights_7(Sizes())
+    assert longroll.load(file(weights, "RWKV-x070-Pile-168M-20241120-ctx4096.pth")).train_length == 4096
+    assert longroll.load(file(weights)).train_length is None
 
 
 def test_other_files_are_refused(file, tmp_path):

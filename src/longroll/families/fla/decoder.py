@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from longroll.families.fla.cache import FlaCache, LayerState
-from longroll.families.fla.layers import Attention, GatedMLP, unsupported
+from longroll.families.fla.layers import Attention, GatedMLP, RMSNorm, unsupported
 
 
 class FlaConfig(PreTrainedConfig):
@@ -28,7 +28,7 @@ class FlaConfig(PreTrainedConfig):
     hidden_ratio: float | None = 4
     intermediate_size: int | None = None
     hidden_act: str = "swish"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int | None = 2048
     norm_eps: float = 1e-6
     attn: dict | list | None = None
     attn_mode: str = "chunk"
@@ -82,7 +82,7 @@ def norm_of(config: FlaConfig) -> nn.Module:
     """RMSNorm of the hidden size, or LayerNorm for RWKV's configs, which say whether it has a bias."""
     bias = getattr(config, "norm_bias", None)
     if bias is None:
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        return RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=bias)
 
 
@@ -112,6 +112,7 @@ class Decoder(FlaPreTrainedModel):
         self.layers = nn.ModuleList(self.block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = norm_of(config)
         self.gradient_checkpointing = False
+        self._no_split_modules = [self.block.__name__]
         self.post_init()
 
     def blocks(self, x: Tensor, cache: FlaCache | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longroll import ops
 from longroll.families.fla.cache import LayerState
 from longroll.families.fla.decoder import Block, CausalLM, Decoder, FlaConfig
-from longroll.families.fla.layers import QKV, GatedRMSNorm, head_size, l2_norm, unsupported
+from longroll.families.fla.layers import QKV, GatedRMSNorm, RMSNorm, head_size, l2_norm, unsupported
 
 _QK_ACTIVATIONS = {
     "silu": F.silu,
@@ -60,7 +60,7 @@ class DeltaNet(QKV):
         self.beta_range = 2.0 if config.allow_neg_eigval else 1.0
         self.b_proj = nn.Linear(hidden, heads, bias=False) if config.use_beta else None
         self.g_proj = nn.Linear(hidden, heads * self_v, bias=False) if config.use_gate else None
-        norm = GatedRMSNorm if config.use_gate else nn.RMSNorm
+        norm = GatedRMSNorm if config.use_gate else RMSNorm
         self.o_norm = norm(self_v, eps=config.norm_eps)
         self.o_proj = nn.Linear(heads * self_v, hidden, bias=False)
 

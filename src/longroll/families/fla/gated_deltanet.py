@@ -12,7 +12,7 @@ from transformers import initialization as init
 from longroll import ops
 from longroll.families.fla.cache import LayerState
 from longroll.families.fla.decoder import Block, CausalLM, Decoder, FlaConfig
-from longroll.families.fla.layers import QKV, GatedRMSNorm, l2_norm, unsupported
+from longroll.families.fla.layers import QKV, GatedRMSNorm, RMSNorm, l2_norm, unsupported
 
 
 class GatedDeltaNetConfig(FlaConfig):
@@ -63,7 +63,7 @@ class GatedDeltaNet(QKV):
                 self.v_size, eps=config.norm_eps, activation=config.output_gate_activation
             )
         else:
-            self.o_norm = nn.RMSNorm(self.v_size, eps=config.norm_eps)
+            self.o_norm = RMSNorm(self.v_size, eps=config.norm_eps)
         self.o_proj = nn.Linear(value_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:

@@ -95,7 +95,7 @@ class GatedHeads(QKV):
             self.g_proj = nn.Linear(config.hidden_size, heads * self_v, bias=False)
         # one name for fla's fused kernel and another for its parts: the same function
         self.norm_name = "g_norm_swish_gate" if self.gated and config.fuse_norm else "g_norm"
-        self.add_module(self.norm_name, nn.RMSNorm(self_v, **norm))
+        self.add_module(self.norm_name, RMSNorm(self_v, **norm))
         self.o_proj = nn.Linear(heads * self_v, config.hidden_size, bias=False)
 
     def grouped(self, x: Tensor, size: int) -> Tensor:
@@ -110,7 +110,17 @@ class GatedHeads(QKV):
         return self.o_proj(o.flatten(-2))
 
 
-class GatedRMSNorm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 or wider, whatever goes in and comes out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
     """RMSNorm, then a gate."""
 
     def __init__(self, size: int, *, eps: float, activation: str = "swish") -> None:
@@ -165,7 +175,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         past_k, past_v = state.read("attention", 0), state.read("attention", 1)
         if past_k is not None and past_v is not None:
-            k, v = torch.cat([past_k, k], dim=-2), torch.cat([past_v, v], dim=-2)
+            k, v = torch.cat([past_k.to(k), k], dim=-2), torch.cat([past_v.to(v), v], dim=-2)
         kept = slice(None) if self.window is None else slice(-self.window, None)
         state.keep("attention", k[..., kept, :], 0)
         state.keep("attention", v[..., kept, :], 1)
@@ -231,7 +241,7 @@ def turn(x: Tensor, position: Tensor | int, base: float = 10000.0) -> Tensor:
 
 def l2_norm(x: Tensor) -> Tensor:
     """Unit vectors of x (..., D), as fla's kernels make them."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
