@@ -63,7 +63,8 @@ def test_a_grid_is_measured_and_kept(place, task):
     grid = found["tasks"][task]
     rows = len(grid.get("rows") or grid.get("depths") or [None])
     assert len(grid["accuracy"]) == len(grid["lengths"]) and {len(row) for row in grid["accuracy"]} == {rows}
-    assert found["train_length"] == 64 and found["provenance"]["versions"]["torch"]
+    assert found["train_length"] == (None if task == "copying" else 64)
+    assert found["provenance"]["versions"]["torch"]
     assert all(cell["samples"] == 2 and len(cell["examples"]) == 2 for cell in found["cells"])
     assert "<svg" in (place / task / f"task-{task}.svg").read_text()
 

@@ -113,9 +113,19 @@ def passkey(
     task = Passkey(words, haystack=text, instruction=instruction)
     rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
     t.run_task(
-        lm, rows, columns, samples=samples, batch_size=batch_size, reading=reading, window=window,
-        label=label, seed=seed, json=json, output=output,
-    )  # fmt: skip
+        lm,
+        rows,
+        columns,
+        train_length=lm.train_length,
+        samples=samples,
+        batch_size=batch_size,
+        reading=reading,
+        window=window,
+        label=label,
+        seed=seed,
+        json=json,
+        output=output,
+    )
 
 
 @app.command("niah")
@@ -143,15 +153,28 @@ def niah(
     task = Niah(words)
     rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
     t.run_task(
-        lm, rows, t.parse_lengths(lengths), samples=samples, batch_size=batch_size, reading=reading,
-        window=window, label=label, seed=seed, json=json, output=output,
-    )  # fmt: skip
+        lm,
+        rows,
+        t.parse_lengths(lengths),
+        train_length=lm.train_length,
+        samples=samples,
+        batch_size=batch_size,
+        reading=reading,
+        window=window,
+        label=label,
+        seed=seed,
+        json=json,
+        output=output,
+    )
 
 
 @app.command("copying")
 def copying(
     model: o.Model,
     lengths: t.Lengths = "10,20,50,100,150,200",
+    train_length: Annotated[
+        int | None, typer.Option(help="Letters of the longest string of training, for the figure.", min=1)
+    ] = None,
     samples: t.Samples = 64,
     batch_size: t.BatchSize = 64,
     label: t.Label = None,
@@ -168,9 +191,19 @@ def copying(
 
     lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     t.run_task(
-        lm, [Row(None, Copying(words))], t.parse_lengths(lengths), samples=samples, batch_size=batch_size,
-        reading="plain", window=None, label=label, seed=seed, json=json, output=output,
-    )  # fmt: skip
+        lm,
+        [Row(None, Copying(words))],
+        t.parse_lengths(lengths),
+        train_length=train_length,
+        samples=samples,
+        batch_size=batch_size,
+        reading="plain",
+        window=None,
+        label=label,
+        seed=seed,
+        json=json,
+        output=output,
+    )
 
 
 @app.command("babilong")
@@ -200,10 +233,19 @@ def babilong(
     lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tasks = t.open_babilong(facts, books, qa, words, few_shot=few_shot, train=False)
     t.run_task(
-        lm, [Row(task.qa, task) for task in tasks], t.parse_lengths(lengths), samples=samples,
-        batch_size=batch_size, reading=reading, window=window, label=label, seed=seed, json=json,
+        lm,
+        [Row(task.qa, task) for task in tasks],
+        t.parse_lengths(lengths),
+        train_length=lm.train_length,
+        samples=samples,
+        batch_size=batch_size,
+        reading=reading,
+        window=window,
+        label=label,
+        seed=seed,
+        json=json,
         output=output,
-    )  # fmt: skip
+    )
 
 
 @app.command("compare")

@@ -1,0 +1,143 @@
+"""Train Mamba-2 to copy strings, from scratch, with and without State Passing (the paper's section 4).
+
+    python recipes/copying.py --output copying                     # for a GPU; NOT YET RUN at this size
+    python recipes/copying.py --small --seeds 0 --output copying   # minutes on one CPU core
+
+Data, loss and both ways of scoring are those of sjelassi/transformers_ssm_copy (`longroll.tasks.copying`); so
+are AdamW with weight decay .1, linear schedule, 100 steps of warm-up, clipping at 1. The paper does not give
+the size of its model. For each run: OUTPUT/{intervention}-{seed}/ (the model and its tokenizer) and .json
+(results, as of `longroll evaluate copying`); then OUTPUT/summary.json, means and standard deviations.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from longroll.data import HFTokenizer
+from longroll.interventions import StatePassing
+from longroll.model import RecurrentLM
+from longroll.results import provenance, write_json
+from longroll.tasks import Copying, CopyRows, Row, copying_tokenizer, evaluate_grid
+from longroll.tasks.copying import VOCABULARY
+from longroll.tasks.evaluate import grid
+from longroll.training import PosttrainOptions, posttrain
+
+LARGE = {
+    "hidden": 768, "layers": 12, "state": 128, "context": 220, "shortest": 8, "longest": 50, "steps": 20_000,
+    "batch": 64, "learning_rate": 5e-4, "lengths": [25, 50, 100, 150, 200], "samples": 256,
+}  # fmt: skip
+SMALL = {
+    "hidden": 64, "layers": 2, "state": 32, "context": 64, "shortest": 1, "longest": 8, "steps": 1500,
+    "batch": 32, "learning_rate": 5e-3, "lengths": [4, 8, 12, 16, 24, 32], "samples": 128,
+}  # fmt: skip
+
+
+def build(size: dict, seed: int) -> Mamba2ForCausalLM:
+    """A fresh model over the 30 tokens of the task."""
+    torch.manual_seed(seed)
+    config = Mamba2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=size["hidden"],
+        num_hidden_layers=size["layers"],
+        state_size=size["state"],
+        head_dim=32,
+        num_heads=2 * size["hidden"] // 32,
+        n_groups=1,
+        chunk_size=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Mamba2ForCausalLM(config)
+
+
+def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -> dict:
+    """Train and score one model; its results."""
+    began = time.perf_counter()
+    words = copying_tokenizer()
+    task = Copying(HFTokenizer(words, "copying"))
+    lm = RecurrentLM(build(size, seed).to(options.device), name=f"copying-{intervention}-{seed}")
+    training = PosttrainOptions(
+        length=size["context"],
+        steps=options.steps or size["steps"],
+        batch_size=size["batch"],
+        learning_rate=size["learning_rate"],
+        schedule="linear",
+        warmup=min(0.5, 100 / (options.steps or size["steps"])),
+        weight_decay=0.1,
+        bf16=options.device.startswith("cuda"),
+        save_steps=10**9,
+        seed=seed,
+    )
+    strings = {name: size[name] for name in ("context", "shortest", "longest")}
+    rows = CopyRows(task, training.steps * training.batch_size, seed=seed, **strings)
+    chosen = StatePassing(seed=seed) if intervention == "sp" else None
+    folder = options.output / f"{intervention}-{seed}"
+    log = posttrain(lm, rows, chosen, training, folder)
+    words.save_pretrained(folder)
+    row = Row(None, task)
+    cells = evaluate_grid(
+        lm, [row], size["lengths"], samples=size["samples"], batch_size=64, seed=seed + 1000
+    )
+    scores = cells[0]["scores"]
+    result = {
+        "kind": "task",
+        "task": "copying",
+        "label": intervention,
+        "intervention": intervention,
+        "model": lm.name,
+        "train_length": size["longest"],
+        "size": size,
+        "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
+        "cells": cells,
+        "tasks": {
+            "copying" if name == task.metric else f"copying_{name}": grid(cells, [row], size["lengths"], name)
+            for name in scores
+        },
+        "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+    }
+    write_json(folder.with_suffix(".json"), result)
+    return result
+
+
+def summarise(results: list[dict]) -> dict:
+    """Mean and standard deviation over seeds of each score at each length."""
+    summary: dict = {"kind": "copying", "seeds": len(results), "scores": {}}
+    for name, table in results[0]["tasks"].items():
+        by_seed = [[values[0] for values in result["tasks"][name]["accuracy"]] for result in results]
+        columns = list(zip(*by_seed, strict=True))
+        summary["scores"][name] = {
+            "lengths": table["lengths"],
+            "mean": [statistics.mean(column) for column in columns],
+            "std": [statistics.stdev(column) if len(column) > 1 else None for column in columns],
+        }
+    return summary
+
+
+def main() -> None:
+    """Train, score, summarise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a size for one CPU core")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--interventions", nargs="+", choices=["none", "sp"], default=["none", "sp"])
+    parser.add_argument("--steps", type=int, help="other than the size's own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("copying"))
+    options = parser.parse_args()
+    size = SMALL if options.small else LARGE
+    summary = {}
+    for intervention in options.interventions:
+        results = [run(size, intervention, seed, options) for seed in options.seeds]
+        summary[intervention] = summarise(results)
+        for name, score in summary[intervention]["scores"].items():
+            means = ", ".join(f"{n}: {m:.2f}" for n, m in zip(score["lengths"], score["mean"], strict=True))
+            print(f"{intervention} {name}: {means}", flush=True)
+    write_json(options.output / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    main()
