@@ -2,8 +2,8 @@
 
 For every configuration in `FAMILIES`: fla's class is given planted weights and saved, longroll loads the
 folder, and both read the same tokens in one piece and in three, the second time from their own caches. On a
-GPU fla runs its kernels (`--dtype bfloat16 --limit 5e-2`: its chunked delta rule takes no float32). On a CPU it
-cannot, so its kernels are replaced by torch functions: its own `naive_*` and `*_ref` where it has them
+GPU fla runs its kernels (`--dtype bfloat16 --limit 5e-2`: its chunked delta rule takes no float32). On a CPU
+it cannot, so they are replaced by torch functions: its own `naive_*` and `*_ref` where it has them
 (recurrences, norms, rotary positions, RWKV-7's pieces), else what its docstrings say; layers, models, configs
 and cache stay fla's.
 

@@ -88,6 +88,15 @@ def test_labels_give_the_next_token_loss(name):
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_another_librarys_class_is_refused():
+    model = build("llama")
+    model.config.model_type = "gla"  # as fla's own class has
+    with pytest.raises(
+        LongrollError, match=r"LlamaForCausalLM is not longroll's class for gla: .* longroll.load"
+    ):
+        RecurrentLM(model)
+
+
 def test_padding_is_refused():
     mask = torch.ones(2, 5)
     mask[0, 0] = 0

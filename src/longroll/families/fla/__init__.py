@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from longroll.errors import LongrollError
 from longroll.families.fla.cache import FlaCache
 from longroll.families.fla.decoder import CausalLM
 from longroll.families.fla.delta_net import DeltaNetForCausalLM
@@ -35,6 +36,14 @@ MODELS: dict[str, type[CausalLM]] = {model.model_type(): model for model in _REC
 class FlaFamily(Family):
     """Models that take and give a `FlaCache`."""
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Refuse fla's own classes, which take another cache; ours need no preparation."""
+        if not isinstance(model, CausalLM):
+            raise LongrollError(
+                f"{type(model).__module__}.{type(model).__name__} is not longroll's class for "
+                f"{model.config.model_type}: open the checkpoint with longroll.load."
+            )
+
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> FlaCache:
         """The cache that starts a forward from `state`."""
         return FlaCache(state)
@@ -52,7 +61,7 @@ def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
 def _register() -> None:
     for kind, model in _RECURRENCES.items():
         model_type = model.model_type()
-        FAMILIES[model_type] = FlaFamily(kind, op=kind)
+        FAMILIES[model_type] = FlaFamily(kind, op=kind, reference="fla 0.6.0's logits")
         if model_type not in CONFIG_MAPPING:  # fla registers its own when it is imported
             AutoConfig.register(model_type, model.config_class)
             AutoModel.register(model.config_class, model.decoder)

@@ -14,7 +14,7 @@ from longroll.families.fla.layers import QKV, GatedRMSNorm, RMSNorm, head_size, 
 _QK_ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": lambda x: torch.where(x >= 0, x + 1, x.clamp_max(0).exp()),
     "identity": lambda x: x,
 }
 
