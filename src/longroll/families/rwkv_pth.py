@@ -97,7 +97,10 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
             raise LongrollError(f"{path} does not fit together: {name} has shape {shapes}.")
         weights[name] = weights[name].reshape(like.shape).contiguous()
     model.load_state_dict(weights, assign=True)
-    return model if dtype == "auto" else model.to(dtype)  # type: ignore[arg-type]
+    dtype = (
+        weights["lm_head.weight"].dtype if isinstance(dtype, str) else dtype
+    )  # some hold decays in float32
+    return model.to(dtype)  # type: ignore[arg-type]
 
 
 def _empty(model_class: type[PreTrainedModel], config: RWKV7Config | RWKV6Config) -> PreTrainedModel:
