@@ -1,21 +1,27 @@
-"""The Triton kernel against the oracle, in Triton's interpreter (tests/conftest.py): `pip install triton`."""
+"""The Triton kernels against the oracles, in its interpreter (see tests/conftest.py): `pip install triton`."""
 
 import pytest
+import test_selective_scan
+import test_ssd
 import torch
 from agreement import assert_close, drop, run
-from test_selective_scan import OPTIONAL, inputs, with_positive_steps
 
-from longroll.ops.reference import selective_scan_reference
+from longroll.ops.reference import selective_scan_reference, ssd_reference
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py runs it on the GPU itself")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py runs them on the GPU itself")
 
 
-@pytest.fixture(scope="module")
-def kernel():
+def scan(**arguments):
     from longroll.ops.triton.selective_scan import selective_scan
 
-    return selective_scan
+    return selective_scan(**arguments)
+
+
+def ssd(**arguments):
+    from longroll.ops.triton.ssd import ssd
+
+    return ssd(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -29,17 +35,50 @@ def kernel():
         ((1, 64, 9, 1), (True, True, False, False), False, 2),
     ],
 )
-def test_agrees_with_the_oracle(kernel, size, keep, softplus, splits):
-    arguments = with_positive_steps(drop(keep, inputs(size), OPTIONAL), softplus)
-    if arguments["initial_state"] is not None:
-        arguments["initial_state"] *= 100  # states of large norm
-    options = {"dt_softplus": softplus}
-    found = run(kernel, arguments, options | {"splits": splits}, dtype=torch.float32)
+def test_scan_agrees_with_the_oracle(size, keep, softplus, splits):
+    arguments, options = drawn(test_selective_scan, size, keep, softplus)
+    found = run(scan, arguments, options | {"splits": splits}, dtype=torch.float32)
     assert_close(found, run(selective_scan_reference, arguments, options), 3e-6)
 
 
-def test_reads_transposed_inputs_as_mixers_hand_them(kernel):
-    arguments = {k: v.float() for k, v in inputs((2, 40, 5, 4)).items()}
-    strided = {k: v.mT.contiguous().mT if v.dim() == 3 else v for k, v in arguments.items()}
-    for one, two in zip(*(kernel(**a, dt_softplus=True) for a in (arguments, strided)), strict=True):
+@pytest.mark.parametrize(
+    ("size", "keep", "softplus", "limit"),
+    [
+        ((2, 70, 1, 2, 5, 3), (True,) * 4, True, (0.0, float("inf"))),
+        ((1, 130, 2, 2, 16, 8), (True,) * 4, True, (0.2, 1.1)),
+        ((1, 1, 1, 1, 3, 4), (True, False, True, True), True, (0.0, float("inf"))),
+        ((2, 64, 3, 1, 4, 17), (False,) * 4, False, (0.0, float("inf"))),
+        ((1, 200, 1, 3, 20, 33), (False, True, False, True), True, (0.0, float("inf"))),
+    ],
+)
+def test_ssd_agrees_with_the_oracle(size, keep, softplus, limit):
+    arguments, options = drawn(test_ssd, size, keep, softplus)
+    options["dt_limit"] = limit
+    found = run(ssd, arguments, options, dtype=torch.float32)
+    # decays are differences of running sums of up to 64 dt A, in float32
+    assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
+def drawn(module, size, keep, softplus):
+    """Random arguments with states of large norm."""
+    arguments = drop(keep, module.inputs(size), module.OPTIONAL)
+    if arguments["initial_state"] is not None:
+        arguments["initial_state"] = 100 * arguments["initial_state"]
+    if not softplus:  # the ops are only defined for dt >= 0
+        arguments |= {k: v.abs() for k, v in arguments.items() if k in ("dt", "dt_bias") and v is not None}
+    return arguments, {"dt_softplus": softplus}
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "size"),
+    [(scan, test_selective_scan, (2, 40, 5, 4)), (ssd, test_ssd, (2, 40, 1, 2, 4, 3))],
+    ids=["selective_scan", "ssd"],
+)
+def test_reads_transposed_inputs_as_mixers_hand_them(op, module, size):
+    arguments = {k: v.float() for k, v in module.inputs(size).items()}
+    strided = {
+        k: v.transpose(1, 2).contiguous().transpose(1, 2) if v.dim() > 2 else v for k, v in arguments.items()
+    }
+    strided["initial_state"] = arguments["initial_state"]
+    for one, two in zip(*(op(**a, dt_softplus=True) for a in (arguments, strided)), strict=True):
         torch.testing.assert_close(one, two)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS = {"selective_scan": "longroll.ops.triton.selective_scan"}
+KERNELS = {op: f"longroll.ops.triton.{op}" for op in ("selective_scan", "ssd")}
 """Op -> the module of its GPU kernel."""
 
 SWITCH = "LONGROLL_KERNELS"

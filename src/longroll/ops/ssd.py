@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll.ops._backend import choose
 from longroll.ops._common import (
     LOG2_E,
     Scratch,
@@ -75,6 +76,10 @@ def ssd(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     dtype = state_dtype(*inputs)
+    kernel = choose("ssd", x.device, dtype).kernel
+    if kernel is not None:
+        y, final = kernel(*inputs[:8], dt_softplus, initial_state, dt_limit=dt_limit)
+        return (y, final) if output_final_state else y
     options = _Options(dt_softplus, (dt_limit[0], dt_limit[1]), output_final_state, _plan(x, chunk_size))
     state = None if initial_state is None else _state_in(initial_state.to(dtype), B.shape[2])
     arguments = (x, dt, A.to(dtype), B, C, cast(D, dtype), z, cast(dt_bias, dtype), state, options)
