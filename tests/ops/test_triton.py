@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracles, in its interpreter (see tests/conftest.py): `pip install triton`."""
+"""The Triton kernels against the oracles, in its interpreter (tests/conftest.py): `pip install triton`."""
 
 import pytest
 import test_selective_scan

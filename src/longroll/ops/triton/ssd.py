@@ -1,8 +1,9 @@
 """Mamba-2's recurrence (state space duality) in Triton, forward and backward, with initial and final state.
 
 Chunks of `CHUNK` steps run side by side; only the states at their starts are handed from chunk to chunk, by
-an elementwise kernel. Nothing but the inputs is kept for backward, which makes the states again. Products are made in the precision of x, sums, decays and states in float32. The layout of the work follows
-mamba-ssm's ops/triton/ssd_*.py (Dao and Gu 2024), in four kernels.
+an elementwise kernel. Nothing but the inputs is kept for backward, which makes the states again. Products are
+made in the precision of x, sums, decays and states in float32. The layout of the work follows mamba-ssm's
+ops/triton/ssd_*.py (Dao and Gu 2024).
 """
 
 from __future__ import annotations
