@@ -28,8 +28,8 @@ STATEFUL = [name for name in EVERY if FAMILY[name].kind != "attention"]
 HYBRIDS = [
     name for name in EVERY if FAMILY[name].recurrent and FAMILY[name].cache_argument == "past_key_values"
 ]
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # transformers' norms are float32 in any model
 
+TOLERANCE = laws.TOLERANCE
 few = settings(max_examples=4, deadline=None, derandomize=True)
 splits = st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=5)
 every_family = pytest.mark.parametrize("name", EVERY)

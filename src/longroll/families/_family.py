@@ -41,6 +41,8 @@ class Family:
     """Mixers prepend the conv tail themselves (see `StateCache`)."""
     learned_positions: str | None = None
     """The config entry that bounds the positions the model has embeddings for."""
+    reference: str = "transformers' own logits"
+    """What the numbers are checked against."""
     head: Callable[[PreTrainedModel, Tensor], Tensor] = _heads.plain
     """Hidden states (..., d_model) to logits (..., V)."""
 

@@ -20,6 +20,9 @@ from longroll.interventions import Intervention, RandomNoise
 from longroll.model import RecurrentLM, load
 from longroll.state import RecurrentState
 
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # transformers' norms are float32 in any model
+"""How wide rounding makes a gap; ten times that for a gradient."""
+
 
 class Gap(NamedTuple):
     """How far apart two results are that should be one."""
