@@ -98,7 +98,8 @@ class RecurrentLM(nn.Module):
     @property
     def train_length(self) -> int | None:
         """The length the model was trained at, where its config says so."""
-        for entry in ("train_length", self.family.learned_positions, "max_position_embeddings"):
+        learned = self.family.learned_positions
+        for entry in ("train_length", learned, "max_position_embeddings", "context_length"):
             value = getattr(self.model.config, entry, None) if entry else None
             if value is not None:
                 return int(value)

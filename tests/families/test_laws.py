@@ -25,9 +25,7 @@ from zoo import (
 FAMILY = {name: family_of(model_type) for name, (model_type, _) in EVERY.items()}
 OURS = [name for name in EVERY if FAMILY[name].op]  # else transformers computes in float32 whatever the dtype
 STATEFUL = [name for name in EVERY if FAMILY[name].kind != "attention"]
-HYBRIDS = [
-    name for name in EVERY if FAMILY[name].recurrent and FAMILY[name].cache_argument == "past_key_values"
-]
+WITH_RECURRENCE = [name for name in EVERY if FAMILY[name].recurrent]
 
 TOLERANCE = laws.TOLERANCE
 few = settings(max_examples=4, deadline=None, derandomize=True)
@@ -220,7 +218,7 @@ def test_the_state_is_never_written(name, length):
 # ---- hybrids: what attention remembers rolls out, and a new sequence starts without it
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", WITH_RECURRENCE)
 @pytest.mark.parametrize("kind", sorted(INTERVENTIONS))
 def test_interventions_leave_attention_alone(name, kind):
     """A new sequence starts from the recurrent and conv state alone, at position 0, and the state tells."""
@@ -353,6 +351,7 @@ def test_controls_have_no_recurrent_layers(name):
 def test_train_length_is_what_the_config_says():
     assert lm_of("zamba2", max_position_embeddings=77).train_length == 77
     assert lm_of("mamba2", train_length=128).train_length == 128
+    assert lm_of("rwkv", context_length=33).train_length == 33
     assert lm_of("mamba2").train_length is None
 
 
