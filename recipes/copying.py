@@ -75,7 +75,9 @@ def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -
     )
     strings = {name: size[name] for name in ("context", "shortest", "longest")}
     rows = CopyRows(task, training.steps * training.batch_size, seed=seed, **strings)
-    chosen = StatePassing(seed=seed) if intervention == "sp" else None
+    chosen = (
+        StatePassing(zero_probability=options.zero_probability, seed=seed) if intervention == "sp" else None
+    )
     folder = options.output / f"{intervention}-{seed}"
     log = posttrain(lm, rows, chosen, training, folder)
     words.save_pretrained(folder)
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a size for one CPU core")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--interventions", nargs="+", choices=["none", "sp"], default=["none", "sp"])
+    parser.add_argument("--zero-probability", type=float, default=0.0, help="State Passing's")
     parser.add_argument("--steps", type=int, help="other than the size's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("copying"))

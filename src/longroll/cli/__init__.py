@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from longroll.cli import diagnose, doctor, evaluate, posttrain, quickstart, report
+from longroll.cli import diagnose, doctor, evaluate, lm_eval, posttrain, quickstart, report
 from longroll.errors import LongrollError
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
@@ -21,6 +21,11 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("diagnose")(diagnose.diagnose)
 app.command("posttrain")(posttrain.posttrain)
 app.add_typer(evaluate.app, name="evaluate")
+app.command(
+    "lm-eval",
+    add_help_option=False,  # lm_eval's own answers --help
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 

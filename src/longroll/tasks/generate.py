@@ -109,14 +109,18 @@ def read_samples(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
 
 
 @torch.no_grad()
-def write(lm: RecurrentLM, read: Read, new_tokens: int, *, stop_id: int | None = None) -> np.ndarray:
-    """The greedy continuation of each row, (B, new_tokens) or fewer once every row has written `stop_id`."""
-    hidden, state, stopped = read.hidden, read.state, torch.zeros(len(read.rows), dtype=torch.bool)
+def write(
+    lm: RecurrentLM, read: Read, new_tokens: int, *, stop: Callable[[np.ndarray], bool] | None = None
+) -> np.ndarray:
+    """The greedy continuation of each row, (B, new_tokens), or fewer once `stop` holds for each."""
+    hidden, state, stopped = read.hidden, read.state, np.zeros(len(read.rows), dtype=bool)
     written: list[Tensor] = []
     while len(written) < new_tokens:
         token = lm.head(hidden).argmax(dim=-1)
         written.append(token.cpu())
-        stopped |= written[-1] == stop_id if stop_id is not None else False
+        if stop is not None:
+            ids = torch.stack(written, dim=1).numpy()
+            stopped |= [done or stop(row) for done, row in zip(stopped, ids, strict=True)]
         if stopped.all() or len(written) == new_tokens:
             break
         output, state = lm(token[:, None], state, logits=False)
@@ -160,7 +164,8 @@ def answer(
     answers: dict[int, Answers] = {}
     for read in reading(lm, samples):
         right = [samples[row].answer for row in read.rows]
-        written = write(lm, read, new_tokens or max(map(len, right)), stop_id=stop_id)
+        tokens = new_tokens or max(map(len, right))
+        written = write(lm, read, tokens, stop=lambda ids: bool(ids[-1] == stop_id))
         argmax = force(lm, read, right) if forced else [None] * len(right)
         for row, ids, best in zip(read.rows, written, argmax, strict=True):
             end = ids.tolist().index(stop_id) if stop_id in ids else len(ids)

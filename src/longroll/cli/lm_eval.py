@@ -1,0 +1,21 @@
+"""`longroll lm-eval`: lm-evaluation-harness with longroll's model type."""
+
+from __future__ import annotations
+
+import typer
+
+
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness with one more model type: --model longroll --model_args pretrained=MODEL."""
+    from longroll.cli._console import quiet
+    from longroll.errors import LongrollError
+
+    quiet()
+    try:
+        from longroll.harness import main
+    except ImportError as error:
+        raise LongrollError(
+            f"longroll lm-eval needs lm-evaluation-harness ({error.name} is missing): pip install "
+            "'longroll[lm-eval]'."
+        ) from None
+    main(context.args)

@@ -1,0 +1,278 @@
+"""The model type `longroll` of lm-evaluation-harness (lm_eval 0.4): `longroll lm-eval --model longroll`.
+
+Prompts of any length stream through the state and nothing is truncated (lm_eval's `mamba_ssm` cuts at 2048
+tokens, its `hf` at what the config says). Requests that begin alike, as few-shot examples and questions about
+one document do, read their common beginning once. Scores are those of `hf` wherever that does not truncate.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+from tqdm import tqdm
+
+from longroll.data import HFTokenizer, load_tokenizer
+from longroll.errors import LongrollError
+from longroll.measure.roll_out import roll_out
+from longroll.model import load
+from longroll.state import RecurrentState
+from longroll.tasks.generate import Read, read_prompts, write
+
+SHARED = 128
+"""Tokens that prompts must have in common to be worth a state of their own."""
+BATCH_SIZE = 16
+LINE_END = 10  # begins a text of bytes, which have no special token for it
+_LOGITS = 2**24  # numbers of logits that exist at once, 64 MiB
+
+Ids = Sequence[int] | np.ndarray
+
+
+@register_model("longroll")
+class LongrollLM(TemplateLM):
+    """A model opened by longroll, for lm_eval.
+
+    Args:
+        pretrained: as for `longroll.load`.
+        tokenizer: default: the model's.
+        device, dtype, trust_remote_code: as for `longroll.load`.
+        batch_size: prompts read together.
+        add_bos_token: put the tokenizer's special tokens before a prompt; None: as the tokenizer does.
+        max_batch_size: ignored.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = BATCH_SIZE,
+        add_bos_token: bool | None = None,
+        trust_remote_code: bool = False,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # lm_eval's default, which `hf` too takes for the best there is
+        self.lm = load(pretrained, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        path = None if pretrained == "specimen" else pretrained
+        self.words = load_tokenizer(tokenizer, model_path=path, vocab_size=self.lm.vocab_size)
+        self.tokenizer = self.words.tokenizer if isinstance(self.words, HFTokenizer) else None
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH_SIZE
+        self.add_bos_token = add_bos_token
+        self._device = self.lm.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return LINE_END if self.words.separator_id is None else self.words.separator_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text that is scored from its beginning."""
+        first = None if self.tokenizer is None else self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm_eval's caches."""
+        return self.words.name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids, with the tokenizer's special tokens unless told otherwise, as `hf` does."""
+        if self.tokenizer is None:
+            return self.words.encode(string).tolist()
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            special = False
+        if special is None:
+            return self.tokenizer.encode(string)
+        return self.tokenizer.encode(string, add_special_tokens=special)
+
+    def tok_decode(self, ids: Ids) -> str:
+        """The text of ids without special tokens."""
+        if self.tokenizer is None:
+            return self.words.decode(ids)
+        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat."""
+        if self.tokenizer is None:
+            raise LongrollError("The model's tokens are bytes: there is no chat template.")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each read once from the beginning token to its end."""
+        texts = [(None, [self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
+        totals = [total for total, _ in self._loglikelihood_tokens(texts, disable_tqdm)]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding would give it."""
+        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            asked[tuple(request[1])].append(number)
+        contexts = list(asked)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood")
+
+        def score(read: Read, rows: list[int]) -> None:
+            # each continuation from a copy of the state of its context; those of like length together
+            pairs = [(i, number) for i, row in enumerate(rows) for number in asked[contexts[row]]]
+            pairs.sort(key=lambda pair: len(requests[pair[1]][2]))
+            for start in range(0, len(pairs), self.batch_size):
+                some = pairs[start : start + self.batch_size]
+                places = [i for i, _ in some]
+                copies = Read(places, read.hidden[places], read.state.rows(places))
+                found = self._continue(copies, [requests[number][2] for _, number in some])
+                for (_, number), answer in zip(some, found, strict=True):
+                    answers[number] = answer
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                bar.update(len(some))
+
+        self._read_shared(contexts, score)
+        bar.close()
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to their stop sequences.
+
+        Raises:
+            LongrollError: for a request to sample.
+        """
+        written = [""] * len(requests)
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            kinds[repr(request.args[1])].append(number)
+        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
+        for numbers in kinds.values():
+            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[numbers[0]].args[1]))
+            if options["do_sample"]:
+                raise LongrollError(
+                    "longroll decodes greedily: ask for do_sample = false and temperature = 0."
+                )
+            end = self.words.separator_id
+            until = handle_stop_sequences(
+                options["until"], eos=None if self.tokenizer is None else self.tokenizer.decode(end)
+            )
+
+            def stop(ids: np.ndarray, until: list[str] = until, end: int | None = end) -> bool:
+                return bool(ids[-1] == end) or any(part in self.tok_decode(ids) for part in until if part)
+
+            def generate(read: Read, rows: list[int], numbers=numbers, until=until, end=end, options=options):
+                for row, ids in zip(
+                    rows, write(self.lm, read, options["max_gen_toks"], stop=stop), strict=True
+                ):
+                    ids = ids[: ids.tolist().index(end)] if end in ids else ids
+                    text = postprocess_generated_text(self.tok_decode(ids), until, None)
+                    written[numbers[row]] = text
+                    self.cache_hook.add_partial("generate_until", requests[numbers[row]].args, text)
+                bar.update(len(rows))
+
+            prompts = [
+                self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers
+            ]
+            self._read_shared([tuple(prompt) for prompt in prompts], generate)
+        bar.close()
+        return written
+
+    def _read_shared(
+        self, prompts: Sequence[tuple[int, ...]], use: Callable[[Read, list[int]], None]
+    ) -> None:
+        """Read every prompt, common beginnings once; `use` gets groups of rows and their numbers."""
+
+        def visit(numbers: list[int], start: int, state: RecurrentState | None) -> None:
+            # `numbers` are in the order of their prompts, which are alike up to `start`, where `state` is
+            first, last = prompts[numbers[0]], prompts[numbers[-1]]
+            alike = _alike(first, last, min(len(prompts[number]) for number in numbers) - 1)
+            if len(numbers) > 1 and alike - start >= SHARED:
+                (read,) = read_prompts(self.lm, [np.array(first[start:alike])], state=state)
+                start, state = alike, read.state
+            families: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for number in numbers:
+                families[prompts[number][start : start + SHARED + 1]].append(number)
+            single: list[int] = []
+            for family in families.values():
+                if (
+                    len(family) > 1
+                    and len(family) < len(numbers)
+                    and len(prompts[family[0]]) > start + SHARED
+                ):
+                    visit(family, start, state)
+                else:
+                    single += family
+            single.sort(key=lambda number: len(prompts[number]))
+            for at in range(0, len(single), self.batch_size):
+                some = single[at : at + self.batch_size]
+                rest = [np.array(prompts[number][start:]) for number in some]
+                for read in read_prompts(self.lm, rest, state=state):
+                    use(read, [some[row] for row in read.rows])
+
+        if prompts:
+            visit(sorted(range(len(prompts)), key=lambda number: prompts[number]), 0, None)
+
+    @torch.no_grad()
+    def _continue(self, read: Read, continuations: Sequence[Ids]) -> list[tuple[float, bool]]:
+        """Log-likelihood of a continuation of each row, and whether it is greedy, in constant memory."""
+        longest = max(map(len, continuations))
+        # filled up at the end, where nothing is read any more
+        ids = torch.from_numpy(np.stack([np.resize(ids, longest) for ids in continuations]).astype(np.int64))
+        counted = torch.arange(longest) < torch.tensor([len(ids) for ids in continuations])[:, None]
+        total, greedy = self._score(read.hidden[:, None], ids[:, :1], counted[:, :1])
+        if longest > 1:
+            for chunk in roll_out(self.lm, ids[:, :-1], state=read.state):
+                start, stop = chunk.start + 1, chunk.start + 1 + chunk.hidden.shape[1]
+                more, too = self._score(chunk.hidden, ids[:, start:stop], counted[:, start:stop])
+                total, greedy = total + more, greedy & too
+        return list(zip(total.tolist(), greedy.tolist(), strict=True))
+
+    def _score(self, hidden: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets (B, T) that count, summed (B,); whether each is the argmax."""
+        total = torch.zeros(len(hidden), dtype=torch.float64)
+        greedy = torch.ones(len(hidden), dtype=torch.bool)
+        size = max(1, _LOGITS // (hidden.shape[0] * self.lm.vocab_size))
+        for h, y, kept in zip(*(t.split(size, dim=1) for t in (hidden, targets, counted)), strict=True):
+            logits = self.lm.head(h)
+            found = logits.log_softmax(dim=-1).gather(2, y.to(logits.device)[..., None])[..., 0].cpu()
+            total += torch.where(kept, found.double(), 0).sum(dim=1)
+            greedy &= ((logits.argmax(dim=-1).cpu() == y) | ~kept).all(dim=1)
+        return total, greedy
+
+
+def _alike(one: Ids, other: Ids, most: int) -> int:
+    """How many tokens two prompts begin with alike, at most `most`."""
+    differing = (at for at in range(most) if one[at] != other[at])
+    return next(differing, most)
+
+
+def main(arguments: list[str]) -> None:
+    """Run lm_eval's own command line with the model type `longroll` there to choose."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
