@@ -8,7 +8,10 @@ from longroll.training.trainer import DECAYS
 from zoo import build
 
 
-@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+FAMILIES = ["mamba", "mamba2", "bamba", "kimi_linear", "qwen3_next", "gla", "rwkv7", "rwkv6", "rwkv", "xlstm"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "recurrent_gemma"])
 def test_every_parameter_is_in_one_group_and_only_decays_are_faster(family, tmp_path):
     model = build(family)
     arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True, report_to=[])

@@ -17,7 +17,11 @@ from longroll.families import family_of
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 
-DECAYS = ("A_log", "dt_bias", "dt_proj.bias")
+DECAYS = (
+    *("A_log", "dt_bias", "dt_proj.bias"),  # Mamba, Gated DeltaNet, KDA
+    *("gk_proj.1.bias", "w_lora.lora.2.bias", "w_proj.linear.lora.2.bias"),  # GLA, RWKV-7, RWKV-6
+    *("time_decay", "recurrent_param", "fgate_preact.bias"),  # RWKV-4, RecurrentGemma, xLSTM
+)
 """How the parameters end that set how fast a state is forgotten."""
 
 
