@@ -20,10 +20,10 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from longroll.data import HFTokenizer
 from longroll.interventions import StatePassing
 from longroll.model import RecurrentLM
-from longroll.results import provenance, write_json
+from longroll.results import write_json
 from longroll.tasks import Copying, CopyRows, Row, copying_tokenizer, evaluate_grid
 from longroll.tasks.copying import VOCABULARY
-from longroll.tasks.evaluate import grid
+from longroll.tasks.evaluate import task_result
 from longroll.training import PosttrainOptions, posttrain
 
 LARGE = {
@@ -85,23 +85,18 @@ def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -
     cells = evaluate_grid(
         lm, [row], size["lengths"], samples=size["samples"], batch_size=64, seed=seed + 1000
     )
-    scores = cells[0]["scores"]
-    result = {
-        "kind": "task",
-        "task": "copying",
-        "label": intervention,
-        "intervention": intervention,
-        "model": lm.name,
-        "train_length": size["longest"],
-        "size": size,
-        "loss": [entry["loss"] for entry in log if "loss" in entry][-1],
-        "cells": cells,
-        "tasks": {
-            "copying" if name == task.metric else f"copying_{name}": grid(cells, [row], size["lengths"], name)
-            for name in scores
-        },
-        "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
-    }
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    result = task_result(
+        lm,
+        cells,
+        [row],
+        size["lengths"],
+        label=intervention,
+        train_length=size["longest"],
+        settings={**size, "steps": training.steps, "final_loss": losses[-1]},
+        seed=seed,
+        seconds=time.perf_counter() - began,
+    )
     write_json(folder.with_suffix(".json"), result)
     return result
 

@@ -54,6 +54,18 @@ def test_answers_are_those_of_the_full_forward(name, seed):
         assert forced.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("name", zoo.EVERY)
+def test_every_family_goes_on_from_states_side_by_side(name):
+    """The logits after one more token too: a state that depends on its position would show there."""
+    lm, given, more = zoo.lm_of(name), prompts([30, 11, 11], 4), zoo.tokens(3, 1)
+    for read in read_prompts(lm, given):
+        logits, _ = lm(more[read.rows], read.state)
+        for i, row in enumerate(read.rows):
+            whole = torch.cat([torch.from_numpy(given[row].astype(np.int64)), more[row]])
+            alone, _ = lm(whole[None])
+            zoo.assert_close(logits[i, 0], alone[0, -1], 1e-3)
+
+
 def test_a_shared_state_is_the_prefix_read_again():
     lm, given = zoo.lm_of("mamba2", dtype=torch.float64), prompts([9, 4], 1)
     prefix = prompts([21], 2)[0]

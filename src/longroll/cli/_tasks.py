@@ -144,9 +144,9 @@ def run_task(
     """
     from longroll.cli._console import out, progress
     from longroll.report import write_figures
-    from longroll.results import provenance, write_json
+    from longroll.results import write_json
     from longroll.tasks.baselines import make_reading
-    from longroll.tasks.evaluate import evaluate_grid, fingerprint, grid
+    from longroll.tasks.evaluate import evaluate_grid, fingerprint, task_result
 
     task = rows[0].task
     window = window or lm.train_length
@@ -160,16 +160,18 @@ def run_task(
     began = time.perf_counter()
 
     def result(found: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "kind": "task",
-            "task": task.name,
-            "label": label,
-            "model": lm.name,
-            "train_length": train_length,
-            "settings": settings,
-            "cells": found,
-            "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
-        }
+        seconds = time.perf_counter() - began
+        return task_result(
+            lm,
+            found,
+            rows,
+            lengths,
+            label=label,
+            train_length=train_length,
+            settings=settings,
+            seed=seed,
+            seconds=seconds,
+        )
 
     with progress(f"measuring {task.name}", total=len(rows) * len(lengths) * samples) as advance:
         cells = evaluate_grid(
@@ -184,9 +186,7 @@ def run_task(
             save=(lambda found: write_json(files[0], result(found))) if files else None,
             progress=advance,
         )
-    names = cells[0]["scores"]
-    keys = {name: task.name if name == task.metric else f"{task.name}_{name}" for name in names}
-    found = result(cells) | {"tasks": {keys[name]: grid(cells, rows, lengths, name) for name in names}}
+    found = result(cells)
     for file in files:
         write_json(file, found)
     for name in found["tasks"]:

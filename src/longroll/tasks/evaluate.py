@@ -13,6 +13,7 @@ import torch
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
+from longroll.results import provenance
 from longroll.tasks._task import EVALUATION, Task, random_of
 from longroll.tasks.generate import Reading, answer, read_samples
 
@@ -166,6 +167,51 @@ def grid(cells: Sequence[Cell], rows: Sequence[Row], lengths: Sequence[int], sco
         for values in [*table["low"], *table["high"]]:
             values.append(None)
     return table
+
+
+def task_result(
+    lm: RecurrentLM,
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    *,
+    label: str,
+    train_length: int | None,
+    settings: dict[str, Any],
+    seed: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """What a result file holds: the cells, and once the grid is whole, its tables as the figures draw them.
+
+    Args:
+        lm: the model.
+        cells: measured so far.
+        rows: of the grid.
+        lengths: of the grid.
+        label: names the run in tables and figures; "base", "sp", "fitted noise", ... give it their colours.
+        train_length: where figures draw the edge of training.
+        settings: what has to be the same for more cells to be added.
+        seed: of the samples.
+        seconds: that it took.
+    """
+    task = rows[0].task
+    result = {
+        "kind": "task",
+        "task": task.name,
+        "label": label,
+        "model": lm.name,
+        "train_length": train_length,
+        "settings": settings,
+        "cells": list(cells),
+        "provenance": provenance(lm, seed=seed, seconds=seconds),
+    }
+    held = {(cell["length"], cell["row"]) for cell in cells}
+    if held >= {(length, row.name) for length in lengths for row in rows}:
+        names = {
+            name: task.name if name == task.metric else f"{task.name}_{name}" for name in cells[0]["scores"]
+        }
+        result["tasks"] = {key: grid(cells, rows, lengths, name) for name, key in names.items()}
+    return result
 
 
 def fingerprint(lm: RecurrentLM) -> str:
