@@ -7,7 +7,6 @@ from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
 from longroll.training.trainer import DECAYS
 from zoo import build
 
-
 FAMILIES = ["mamba", "mamba2", "bamba", "kimi_linear", "qwen3_next", "gla", "rwkv7", "rwkv6", "rwkv", "xlstm"]
 
 
