@@ -68,6 +68,11 @@ def test_a_model_with_ordinary_decays_is_left_alone():
     assert found.advice.startswith("Leave it alone")
 
 
+def test_a_model_that_only_reads_worse_than_afresh_is_told_so():
+    found = advise("m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4)
+    assert found.intervention == "sp" and found.sentence.startswith("A repair may win that back")
+
+
 def test_the_control_has_no_state_to_repair():
     data = diagnose(zoo.lm_of("llama"), zoo.tokens(4, 65), train_length=16).to_json()
     assert data["states"] is None and "coverage" not in data and data["advice"]["intervention"] is None

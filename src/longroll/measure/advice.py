@@ -40,11 +40,12 @@ def advise(
     model: str,
     train_length: int,
     *,
+    breaks: bool = True,
     iid: IIDTest,
     ends: EndDrift,
     tokens_per_second: float,
 ) -> Advice:
-    """Choose an intervention for a model that breaks.
+    """Choose an intervention for a model that reads worse past T than from a fresh start.
 
     State Passing and TBPTT repair every model of the paper; IID noise fails where states are not IID (paper,
     section 4), and State Passing where a text's end is no place to start another (section 6.2).
@@ -52,6 +53,7 @@ def advise(
     Args:
         model: its name, for the command.
         train_length: T.
+        breaks: whether its loss rises above its level in range, rather than only above a fresh start's.
         iid: of its states at T.
         ends: of the texts.
         tokens_per_second: of a forward on this device.
@@ -80,8 +82,9 @@ def advise(
             why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
     arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
     command = shlex.join(["longroll", "posttrain", model, *arguments, "--output", "repaired"])
+    begin = "Repair it" if breaks else "A repair may win that back, at some loss in range: do it"
     sentence = (
-        f"Repair it by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
+        f"{begin} by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
         f"{_duration(seconds)} on this device; fewer often do."
     )
     return Advice(choice, sentence, command, STEPS, tokens, seconds)

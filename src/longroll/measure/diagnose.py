@@ -142,11 +142,17 @@ def diagnose(
         },
         "states": None,
     }
-    advice = LEAVE_ALONE if edge is None else NO_STATE
+    _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)
+    breaks = edge is not None
+    # it may hold its level only because the text gets easier: then a fresh start tells
+    suffers = breaks or (severity > TOLERANCE and far_low.item() > 0)
+    advice = NO_STATE if suffers else LEAVE_ALONE
     if watch is not None:
         iid, drift = watch.iid(), end_drift(tokens, max(16, train_length // 8), seed=seed)
-        if edge is not None:
-            advice = advise(lm.name, train_length, iid=iid, ends=drift, tokens_per_second=speed)
+        if suffers:
+            advice = advise(
+                lm.name, train_length, breaks=breaks, iid=iid, ends=drift, tokens_per_second=speed
+            )
         details |= {
             "states": watch.statistics.statistics().to_json(),
             "iid": iid.to_json(),
@@ -154,7 +160,7 @@ def diagnose(
         }
         if explain:
             details["coverage"] = explain_coverage(
-                lm, tokens, watch, train_length, healthy=edge is None, progress=progress
+                lm, tokens, watch, train_length, healthy=not suffers, progress=progress
             )
     if explain:
         details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
