@@ -103,7 +103,7 @@ def test_baselines_stand_beside_the_plain_reading(place):
         (("passkey", "model", "--lengths", "50"), "--lengths 50"),
         (("passkey", "model", "--depths", "2"), "--depths 2"),
         (("passkey", "model", "--reading", "fast"), "--reading fast"),
-        (("babilong", "model", "--facts", "nowhere"), "--facts nowhere"),
+        (("babilong", "model", "--facts", "./nowhere"), "--facts nowhere"),
         (("babilong", "model", "--facts", "babi", "--qa", "qa9"), "qa9"),
         (("compare", "model/config.json"), "config.json"),
     ],

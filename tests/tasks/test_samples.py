@@ -20,6 +20,7 @@ from longroll.tasks import (
     copying_tokenizer,
     read_stories,
 )
+from longroll.tasks.babi import stories_of
 from longroll.tasks.babilong import QAS, split_sentences
 from longroll.tasks.babilong_prompts import EXAMPLES, INSTRUCTION, POST_PROMPT
 from longroll.tasks.haystack import NOISE
@@ -188,6 +189,13 @@ def test_stories_come_with_all_facts_so_far_and_no_questions(tmp_path: Path):
     file.write_text("A story without numbers.\n")
     with pytest.raises(LongrollError, match="line 1"):
         read_stories(tmp_path, "qa1")
+
+
+def test_stories_of_the_published_dataset():
+    row = {"input": "A is in b. C went to d.", "question": "Where is A? ", "target": "b"}
+    assert stories_of([row]) == [Story(("A is in b.", "C went to d."), "Where is A?", "b")]
+    with pytest.raises(LongrollError, match=r"--facts RMT-team/none .* hub"):  # offline, or no such name
+        read_stories("RMT-team/none", "qa1")
 
 
 def test_the_prompts_are_those_of_the_source_to_the_letter():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,19 +40,28 @@ TASKS = {
 @pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize("name", TASKS)
 def test_windows_of_a_lane_make_whole_samples(name, windows):
-    lanes, length = 2, 600
-    rows = TaskRows([TASKS[name]], length, 4 * lanes * windows, lanes=lanes, windows=windows, seed=5)
-    assert len(rows) == 4 * lanes * windows
+    lanes, length, steps = 3, 600, 5 * windows
+    rows = TaskRows([TASKS[name]], length, steps * lanes, lanes=lanes, windows=windows, seed=5)
+    assert len(rows) == steps * lanes
     for lane in range(lanes):
-        pieces = [rows[step * lanes + lane] for step in range(windows)]
-        assert [bool(piece["starts"]) for piece in pieces] == [True] + [False] * (windows - 1)
-        ids = torch.cat([piece["input_ids"] for piece in pieces])
-        labels = torch.cat([piece["shift_labels"] for piece in pieces])
-        learned = labels != -100
-        assert torch.equal(labels[:-1][learned[:-1]], ids[1:][learned[:-1]])
-        sample = TASKS[name].sample(windows * length + 1, rng=random_of(1, 5, lane))
-        assert BYTES.decode(labels[learned]) == BYTES.decode(sample.answer)
-        assert ids[: len(sample.prompt)].tolist() == sample.prompt.tolist()
+        pieces = [rows[step * lanes + lane] for step in range(steps)]
+        starts = [step for step, piece in enumerate(pieces) if piece["starts"]]
+        assert starts[0] == 0 and set(np.diff(starts[1:])) <= {windows} and starts[1] <= windows
+        for turn, (start, stop) in enumerate(pairwise(starts)):
+            ids = torch.cat([piece["input_ids"] for piece in pieces[start:stop]])
+            labels = torch.cat([piece["shift_labels"] for piece in pieces[start:stop]])
+            learned = labels != -100
+            assert torch.equal(labels[:-1][learned[:-1]], ids[1:][learned[:-1]])
+            sample = TASKS[name].sample((stop - start) * length + 1, rng=random_of(1, 5, turn * lanes + lane))
+            assert BYTES.decode(labels[learned]) == BYTES.decode(sample.answer)
+            assert ids[: len(sample.prompt)].tolist() == sample.prompt.tolist()
+    for step in range(steps):  # none is without an answer to learn from
+        assert any((rows[step * lanes + lane]["shift_labels"] >= 0).any() for lane in range(lanes))
+
+
+def test_a_batch_smaller_than_a_sample_is_refused():
+    with pytest.raises(LongrollError, match="--windows 4"):
+        TaskRows([TASKS["passkey"]], 300, 8, lanes=2, windows=4)
 
 
 def test_copying_rows_are_packed_as_in_the_source():

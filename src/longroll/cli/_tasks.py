@@ -31,8 +31,11 @@ HaystackText = Annotated[
 ]
 Instruction = Annotated[bool, typer.Option(help="Begin with the source's description of the task.")]
 Facts = Annotated[
-    Path,
-    typer.Option(help="Folder of bAbI's files (tasks_1-20_v1-2, with en-10k or en below, or one of these)."),
+    str,
+    typer.Option(
+        help="Folder of bAbI's files (tasks_1-20_v1-2, with en-10k or en below, or one of these), or "
+        "BABILong's hub id: RMT-team/babilong-1k-samples."
+    ),
 ]
 Books = Annotated[
     str, typer.Option(help='Text that the facts are hidden in, as for --text; "none": facts alone.')
@@ -106,7 +109,7 @@ def open_haystack(source: str, tokenizer: Tokenizer, *, tokens: int, split: str,
 
 
 def open_babilong(
-    facts: Path, books: str, kinds: str, tokenizer: Tokenizer, *, few_shot: bool, train: bool
+    facts: str, books: str, kinds: str, tokenizer: Tokenizer, *, few_shot: bool, train: bool
 ) -> list[BABILong]:
     """The tasks named, with facts and books of one split."""
     from longroll.data import read_documents
@@ -204,7 +207,7 @@ def training_rows(
     intervention: str,
     haystack: str,
     instruction: bool,
-    facts: Path | None,
+    facts: str | None,
     books: str,
     kinds: str,
     windows: int,

@@ -47,7 +47,7 @@ def posttrain(
     haystack: t.HaystackText = "noise",
     instruction: t.Instruction = True,
     facts: Annotated[
-        Path | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
+        str | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
     ] = None,
     qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
     windows: Annotated[int, typer.Option(help="Rows that a sample of a task stretches over.", min=1)] = 1,

@@ -1,7 +1,8 @@
-"""bAbI stories from the files of the tasks_1-20_v1-2 release, as BABILong cuts them up."""
+"""bAbI stories as BABILong cuts them up: from the files of tasks_1-20_v1-2, or from BABILong on the hub."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +20,24 @@ class Story:
     answer: str
 
 
-def read_stories(folder: str | Path, qa: str, split: str = "test") -> list[Story]:
+def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story]:
     """The stories of one task, a story a question: all facts so far in its story, no earlier questions.
 
     Source: booydar/babilong, babilong/babilong_utils.py (`get_dataset_df`, `TaskDataset`).
 
     Args:
-        folder: of the .txt files, or the one above en-10k and en; the first of these that has the file is
-            read.
+        source: folder of the .txt files, or the one above en-10k and en (the first that has the file is
+            read); or a hub id like RMT-team/babilong-1k-samples, whose `split` is its own.
         qa: "qa1", "qa2", ...
         split: "train" or "test" (or "valid" where there is such a file).
 
     Raises:
-        LongrollError: there is no such file, or it is not of bAbI's format.
+        LongrollError: there is no such file or dataset, or it is not of bAbI's format.
     """
-    path = _find(Path(folder).expanduser(), qa, split)
+    folder = Path(source).expanduser()
+    if not folder.exists() and isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
+        return _from_hub(source, qa)
+    path = _find(folder, qa, split)
     stories: list[Story] = []
     facts: list[str] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -48,6 +52,32 @@ def read_stories(folder: str | Path, qa: str, split: str = "test") -> list[Story
         else:
             facts.append(text.strip())
     return stories
+
+
+def _from_hub(name: str, qa: str) -> list[Story]:
+    """The stories of a dataset like RMT-team/babilong-1k-samples, config 0k: facts without noise."""
+    from datasets import load_dataset
+
+    try:
+        rows: Iterable[Mapping[str, str]] = load_dataset(name, "0k", split=qa)
+    except Exception as problem:  # datasets, the hub's client and HTTP each have their own
+        said = " ".join(str(problem).split())[:200]
+        raise LongrollError(
+            f"--facts {name} is no folder here and cannot be had from the hub: {said}"
+        ) from None
+    return stories_of(rows)
+
+
+def stories_of(rows: Iterable[Mapping[str, str]]) -> list[Story]:
+    """Stories of rows with `input`, `question` and `target`, a sentence of the input being a fact."""
+    return [
+        Story(
+            tuple(f"{fact.strip().rstrip('.')}." for fact in row["input"].split(". ")),
+            row["question"].strip(),
+            row["target"].strip(),
+        )
+        for row in rows
+    ]
 
 
 def _find(folder: Path, qa: str, split: str) -> Path:

@@ -15,10 +15,11 @@ from longroll.tasks._task import TRAINING, Task, random_of
 class TaskRows(Dataset[Item]):
     """Samples of tasks, `windows` rows of `length` tokens each, in the order of `longroll.data.Lanes`.
 
-    Row k * lanes + l is window k % windows of sample k // windows of lane l: with `windows` = 1 every row is
-    a sample of its own; with more, a sample is that much longer and comes in pieces, which makes sense when
-    the state is carried (TBPTT). `starts` marks first pieces. Sample i is drawn by (seed, i) and from task i
-    modulo their number; depths are uniform.
+    Item k * lanes + l is step k of lane l. With `windows` = 1 every row is a sample of its own; with more, a
+    sample is that much longer and comes in pieces, which makes sense when the state is carried (TBPTT).
+    `starts` marks first pieces. Lanes are out of step, their first samples shorter, so that some sample ends
+    in every batch: one without any answer would have no loss. Samples are drawn by (seed, number), from the
+    tasks in turn.
 
     Args:
         tasks: to draw from in turn.
@@ -29,7 +30,8 @@ class TaskRows(Dataset[Item]):
         seed: of everything drawn; evaluation draws from other streams.
 
     Raises:
-        LongrollError: for numbers below 1; while reading, for a length too short for the task.
+        LongrollError: for numbers below 1 and fewer lanes than windows; while reading, for a length too short
+            for the task.
     """
 
     def __init__(
@@ -39,6 +41,10 @@ class TaskRows(Dataset[Item]):
             raise LongrollError(
                 f"{len(tasks)} tasks, length {length}, {windows} windows: there is nothing to draw."
             )
+        if lanes < windows:
+            raise LongrollError(
+                f"--windows {windows}: a batch of {lanes} rows is too small for a sample to end in each."
+            )
         self.tasks, self.length, self.rows, self.lanes = tasks, length, rows, lanes
         self.windows, self.seed = windows, seed
 
@@ -47,19 +53,21 @@ class TaskRows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         step, lane = divmod(range(self.rows)[index], self.lanes)
-        number, window = divmod(step, self.windows)
-        number = number * self.lanes + lane
+        ahead = lane % self.windows
+        turn, window = divmod(step + ahead, self.windows)
+        first = 0 if turn else ahead  # windows that this sample goes without
+        number = turn * self.lanes + lane
         task = self.tasks[number % len(self.tasks)]
-        whole = self.windows * self.length + 1  # one more: the last input has a target
+        whole = (self.windows - first) * self.length + 1  # one more: the last input has a target
         sample = task.sample(whole, rng=random_of(TRAINING, self.seed, number))
         # a haystack of whole lines may leave room: what follows the answer is text again, and not learned
         ids = np.resize(sample.tokens, whole).astype(np.int64)
         place = np.arange(1, whole)
         learned = (place >= len(sample.prompt)) & (place < len(sample.tokens))
         labels = np.where(learned, ids[1:], IGNORED)
-        piece = slice(window * self.length, (window + 1) * self.length)
+        piece = slice((window - first) * self.length, (window - first + 1) * self.length)
         return {
             "input_ids": torch.from_numpy(ids[:-1][piece]),
             "shift_labels": torch.from_numpy(labels[piece]),
-            "starts": torch.tensor(window == 0),
+            "starts": torch.tensor(window == first),
         }
