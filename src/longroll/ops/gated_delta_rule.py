@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from longroll.ops._chunks import Chunk, check, run
-from longroll.ops._decay import between
-
-CHUNK = 64
+from longroll.ops._chunks import Chunk, check, run, solve
+from longroll.ops._decay import between, exp
 
 
 def gated_delta_rule(
@@ -53,18 +51,12 @@ def gated_delta_rule(
     def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunk:
         if use_qk_l2norm_in_kernel:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        upto, after, gaps = between(g)
         q, beta = q * scale, beta.unsqueeze(-1)
-        upto = upto.unsqueeze(-1)
-        # The values written are U = new - old S.
-        sides = torch.cat([v * beta, k * (beta * upto)], -1)
-        solved = torch.linalg.solve_triangular(
-            (k @ k.mT) * gaps * beta, sides, upper=False, unitriangular=True
-        )
-        new, old = solved.split([v.shape[-1], k.shape[-1]], -1)
-        scores, write = (q @ k.mT) * gaps, (k * after.unsqueeze(-1)).mT
-        kept = upto[..., -1:, :] * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-        return Chunk(scores @ new, q * upto - scores @ old, kept - write @ old, write @ new)
+        gaps, upto = between(g), exp(g.cumsum(-1)).unsqueeze(-1)
+        # What the steps write is U = new + old S.
+        sides = torch.cat([v * beta, k * (-beta * upto)], -1)
+        new, old = solve(k @ k.mT * gaps * beta, sides).split([v.shape[-1], k.shape[-1]], -1)
+        write = k * gaps[..., -1, :, None]
+        return Chunk(q * upto, upto[..., -1:, :], None, None, q @ k.mT * gaps, write, new, old)
 
-    o, state = run(chunk, (q, k, v, g, beta), initial_state, CHUNK)
-    return o, (state if output_final_state else None)
+    return run(chunk, (q, k, v, g, beta), initial_state, output_final_state)

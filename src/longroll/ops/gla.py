@@ -1,12 +1,9 @@
 """Gated linear attention: every key channel decays at its own rate."""
 
-import torch
 from torch import Tensor
 
 from longroll.ops._chunks import Chunk, check, run
-from longroll.ops._decay import meet
-
-CHUNK = 64
+from longroll.ops._decay import exp, meet
 
 
 def gla(
@@ -38,17 +35,16 @@ def gla(
     Raises:
         ValueError: a shape does not fit, or T is 0.
 
-    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024; argument
-    order and layouts as in fla's `chunk_gla`.
+    Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024;
+    argument order and layouts as in fla's `chunk_gla`.
     """
     check({"q": q, "k": k, "g": g}, v, {}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Chunk:
-        q, w = q * scale, g.exp()
+        q, w = q * scale, exp(g)
         scores, read, write = meet(q * w, k, w)
-        scores = scores + torch.diag_embed((q * k).sum(-1))
-        return Chunk(scores @ v, read, g.sum(-2).exp().unsqueeze(-1), write.mT @ v)
+        local = scores @ v + (q * k).sum(-1, keepdim=True) * v
+        return Chunk(read, exp(g.sum(-2)).unsqueeze(-1), local, write.mT @ v)
 
-    o, state = run(chunk, (q, k, v, g), initial_state, CHUNK)
-    return o, (state if output_final_state else None)
+    return run(chunk, (q, k, v, g), initial_state, output_final_state)

@@ -5,9 +5,7 @@ from torch import Tensor
 
 from longroll.ops._chunks import Chunk, check, run
 from longroll.ops._common import state_dtype
-from longroll.ops._decay import between
-
-CHUNK = 64
+from longroll.ops._decay import between, exp
 
 
 def retention(
@@ -37,21 +35,19 @@ def retention(
     Raises:
         ValueError: a shape does not fit, or T is 0.
 
-    Source: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023; argument
-    order and layouts as in fla's `chunk_retention`.
+    Source: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023;
+    argument order and layouts as in fla's `chunk_retention`.
     """
     check({"q": q, "k": k}, v, {}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
     g = torch.log1p(-(2.0 ** (-5 - heads))).to(state_dtype(q, k, v, initial_state))
 
-    def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Chunk:
-        upto, after, gaps = between(g)
+    def chunk(q: Tensor, k: Tensor, v: Tensor) -> Chunk:
+        steps = g.unsqueeze(-1).expand(-1, q.shape[-2])
+        gaps, upto = between(steps), exp(steps.cumsum(-1)).unsqueeze(-1)
         q = q * scale
-        scores = (q @ k.mT) * gaps
-        return Chunk(
-            scores @ v, q * upto.unsqueeze(-1), upto[..., -1:, None], (k * after.unsqueeze(-1)).mT @ v
-        )
+        write = k * gaps[:, -1, :, None]
+        return Chunk(q * upto, upto[None, None, :, -1:], (q @ k.mT * gaps) @ v, write.mT @ v)
 
-    o, state = run(chunk, (q, k, v, g.expand(q.shape[:3])), initial_state, CHUNK)
-    return o, (state if output_final_state else None)
+    return run(chunk, (q, k, v), initial_state, output_final_state)

@@ -1,13 +1,10 @@
 """RWKV-6: a decay per key channel; the current token is weighed by a bonus instead of being read back."""
 
-import torch
 from torch import Tensor
 
 from longroll.ops._chunks import Chunk, check, run
 from longroll.ops._common import check_shape
-from longroll.ops._decay import meet
-
-CHUNK = 64
+from longroll.ops._decay import exp, meet
 
 
 def rwkv6(
@@ -41,8 +38,8 @@ def rwkv6(
     Raises:
         ValueError: a shape does not fit, or T is 0.
 
-    Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024; argument
-    order and layouts as in fla's `chunk_rwkv6`.
+    Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024;
+    argument order and layouts as in fla's `chunk_rwkv6`.
     """
     check({"r": r, "k": k, "w": w}, v, {}, initial_state)
     check_shape("u", u, (r.shape[2], r.shape[3]), "H, K")
@@ -50,9 +47,8 @@ def rwkv6(
 
     def chunk(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Chunk:
         r = r * scale
-        scores, read, write = meet(r, k, w.exp())
-        scores = scores + torch.diag_embed((r * u.unsqueeze(1) * k).sum(-1))
-        return Chunk(scores @ v, read, w.sum(-2).exp().unsqueeze(-1), write.mT @ v)
+        scores, read, write = meet(r, k, exp(w))
+        local = scores @ v + (r * u.unsqueeze(1) * k).sum(-1, keepdim=True) * v
+        return Chunk(read, exp(w.sum(-2)).unsqueeze(-1), local, write.mT @ v)
 
-    o, state = run(chunk, (r, k, v, w), initial_state, CHUNK, (u,))
-    return o, (state if output_final_state else None)
+    return run(chunk, (r, k, v, w), initial_state, output_final_state, (u,))

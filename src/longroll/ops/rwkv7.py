@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from longroll.ops._chunks import Chunk, check, run
-from longroll.ops._decay import meet
-
-CHUNK = 32
+from longroll.ops._chunks import Chunk, check, run, solve
+from longroll.ops._decay import exp, meet
 
 
 def rwkv7(
@@ -47,19 +45,19 @@ def rwkv7(
     """
     check({"r": r, "w": w, "k": k, "a": a, "b": b}, v, {}, initial_state)
 
-    def chunk(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Chunk:
-        r, decay = r * scale, w.exp()
-        scores, reads, writes = meet(
-            torch.stack([r * decay, a, r * decay, a]), torch.stack([k, k, b, b]), decay.expand(4, *w.shape)
-        )
-        (rk, ak, rb, ab), (read, looked, *_), (write, _, move, _) = scores, reads, writes
-        rk, rb = rk + torch.diag_embed((r * k).sum(-1)), rb + torch.diag_embed((r * b).sum(-1))
+    def chunk(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Chunk:
+        r, decay = r * scale, exp(w)
+        readers, keys = torch.stack([r * decay, a], -2), torch.stack([k, b], -2)  # (..., C, 2, K)
+        scores, reads, writes = meet(readers.flatten(-3, -2), keys.flatten(-3, -2), decay)
+        read, looked = reads[..., 0::2, :], reads[..., 1::2, :]
+        scores = scores.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).movedim((-3, -1), (0, 1)).contiguous()
+        (rk, rb), (ak, ab) = scores
+        write, move = writes[..., 0::2, :], writes[..., 1::2, :]
         # What the steps move is U = new + old S.
         sides = torch.cat([ak @ v, looked], -1)
-        solved = torch.linalg.solve_triangular(-ab, sides, upper=False, unitriangular=True)
-        new, old = solved.split([v.shape[-1], k.shape[-1]], -1)
-        kept = torch.diag_embed(w.sum(-2).exp())
-        return Chunk(rk @ v + rb @ new, read + rb @ old, kept + move.mT @ old, write.mT @ v + move.mT @ new)
+        new, old = solve(-ab, sides).split([v.shape[-1], k.shape[-1]], -1)
+        local = rk @ v + (r * k).sum(-1, keepdim=True) * v
+        mixer = rb + torch.diag_embed((r * b).sum(-1))
+        return Chunk(read, exp(w.sum(-2)).unsqueeze(-1), local, write.mT @ v, mixer, move, new, old)
 
-    o, state = run(chunk, (r, w, k, v, a, b), initial_state, CHUNK)
-    return o, (state if output_final_state else None)
+    return run(chunk, (r, k, v, w, a, b), initial_state, output_final_state)
