@@ -11,6 +11,7 @@ import zoo
 from longroll import RecurrentLM, diagnose
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
 from longroll.measure.advice import advise
+from longroll.measure.diagnose import TOLERANCE
 from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
 from longroll.state import StateKey
@@ -71,6 +72,36 @@ def test_a_model_with_ordinary_decays_is_left_alone():
 def test_a_model_that_only_reads_worse_than_afresh_is_told_so():
     found = advise("m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4)
     assert found.intervention == "sp" and found.sentence.startswith("A repair may win that back")
+
+
+def test_a_hybrid_whose_attention_breaks_is_not_sent_to_repair_its_states():
+    lm = zoo.lm_of("granitemoehybrid")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(3)
+    rows = texts_of(lm)
+    seen = [0]
+
+    def note(_module, inputs):
+        seen[0] = inputs[1].seen if len(inputs) > 1 and inputs[1] is not None else 0
+
+    lm.register_forward_pre_hook(note)
+    attention = next(m for name, m in lm.model.named_modules() if name.endswith("self_attn"))
+    attention.o_proj.register_forward_hook(lambda _m, _i, out: out * 31 if seen[0] >= TRAIN_LENGTH else out)
+    found = diagnose(lm, rows, train_length=TRAIN_LENGTH, chunk_size=TRAIN_LENGTH)
+    assert found.severity > TOLERANCE
+    assert "does not explain the damage" in found.to_json()["coverage"]["causal_sentence"]
+    assert found.advice.startswith("Its recurrent states are not the cause")
+
+
+@torch.no_grad()
+def texts_of(lm: RecurrentLM, rows: int = 8, length: int = 192) -> torch.Tensor:
+    """Texts that a model finds natural within a few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(zoo.VOCAB, (rows, 1), generator=generator)
+    for _ in range(length):
+        logits, _ = lm(text[:, -(TRAIN_LENGTH // 2) :])
+        text = torch.cat([text, torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)], dim=1)
+    return text
 
 
 def test_the_control_has_no_state_to_repair():

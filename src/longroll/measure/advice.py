@@ -33,6 +33,11 @@ class Advice:
 
 
 LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
+NOT_THE_STATE = Advice(
+    None,
+    "Its recurrent states are not the cause, so no intervention on them would repair it: look to its "
+    "attention, whose positions and number of keys were never as many in training.",
+)
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
 
 

@@ -30,9 +30,7 @@ DAMAGE = 0.05
 """Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
 SHARE = 0.8
 """Of what all heads together recover: heads that recover as much are said to carry the damage."""
-_EXPLAINS = (
-    0.2  # of the damage: less than this back with all heads held says that their range is not the cause
-)
+_EXPLAINS = 0.2  # of the damage: with less than this back, all heads held, their range is not the cause
 _GAIN = 0.01  # a head that adds less to the greedy list ends it
 _ROWS = 64  # of trials and texts read together
 
@@ -67,6 +65,11 @@ class CausalTest:
     mode: Mode
 
     @property
+    def explained(self) -> bool:
+        """Whether damage was found, and leaving the training range explains some of it."""
+        return self.all_heads is not None and self.all_heads.recovered >= _EXPLAINS
+
+    @property
     def sentence(self) -> str:
         """The finding in words."""
         if not math.isfinite(self.damage):
@@ -75,7 +78,7 @@ class CausalTest:
             return f"No damage to explain: reading on costs {self.damage:.2f} nats."
         most = self.all_heads.recovered
         ceiling = f"all heads together {_percent(most)}"
-        if most < _EXPLAINS:
+        if not self.explained:
             return (
                 "The range of the states does not explain the damage: with all heads held in it, "
                 f"{_percent(most)} comes back."

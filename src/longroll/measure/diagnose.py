@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from longroll.errors import LongrollError
-from longroll.measure.advice import LEAVE_ALONE, NO_STATE, advise
+from longroll.measure.advice import LEAVE_ALONE, NO_STATE, NOT_THE_STATE, advise
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.explain import Progress, StateWatch, explain_coverage, explain_remembrance, stage
 from longroll.measure.position_loss import PositionLoss, position_loss
@@ -124,7 +124,7 @@ def diagnose(
     far = [i for i, end in enumerate(ends) if end > length // 2]
     severity = mean[far].mean().item()
     verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
-    details = {
+    details: dict[str, Any] = {
         "label": label,
         "model": lm.name,
         "architecture": lm.model.config.model_type,
@@ -160,8 +160,10 @@ def diagnose(
         }
         if explain:
             details["coverage"] = explain_coverage(
-                lm, tokens, watch, train_length, healthy=not suffers, progress=progress
+                lm, tokens, carried, watch, train_length, healthy=not suffers, progress=progress
             )
+            if watch.attends and details["coverage"].get("explained") is False:
+                advice = NOT_THE_STATE
     if explain:
         details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
     details["advice"] = advice.to_json()

@@ -10,7 +10,7 @@ from torch import Tensor
 from longroll.measure.causal import causal
 from longroll.measure.coverage import CoverageRecorder, far_positions, in_range_positions
 from longroll.measure.iid import ROWS, IIDTest, iid_test
-from longroll.measure.position_loss import log_spaced
+from longroll.measure.position_loss import PositionLoss, log_spaced
 from longroll.measure.remembrance import remembrance_map, spread_starts
 from longroll.measure.state_statistics import StateRecorder
 from longroll.model import RecurrentLM
@@ -39,12 +39,15 @@ class StateWatch:
         self.stops = [*self.statistics.positions, *self.coverage.stops]
         self._train_length, self._seed = train_length, seed
         self._at_edge = RecurrentState({})
+        self.attends = False
+        """Whether the model has a memory besides its recurrent state: the KV of a hybrid."""
 
     def __call__(self, position: int, state: RecurrentState) -> None:
         """Note the state after `position` tokens."""
         self.statistics(position, state)
         self.coverage(position, state)
         if position == self._train_length:
+            self.attends = any(key.part == "attention" for key in state)
             self._at_edge = state.part("recurrent").rows(slice(0, ROWS))
 
     def iid(self) -> IIDTest:
@@ -55,6 +58,7 @@ class StateWatch:
 def explain_coverage(
     lm: RecurrentLM,
     tokens: Tensor,
+    carried: PositionLoss,
     watch: StateWatch,
     train_length: int,
     *,
@@ -65,9 +69,20 @@ def explain_coverage(
     found = watch.coverage.coverage()
     section = found.to_json()
     if not healthy and tokens.shape[1] > 2 * train_length:
-        read = tokens[:, : _CAUSAL_LENGTHS * train_length + 1]
-        test = causal(lm, read, found, train_length, progress=stage(progress, "holding heads in range"))
-        section |= {"causal": test.table(), "causal_sentence": test.sentence}
+        length = _CAUSAL_LENGTHS * train_length
+        test = causal(
+            lm,
+            tokens[:, : length + 1],
+            found,
+            train_length,
+            carried=PositionLoss(carried.losses[:, :length]),
+            progress=stage(progress, "holding heads in range"),
+        )
+        section |= {
+            "causal": test.table(),
+            "causal_sentence": test.sentence,
+            "explained": test.explained,
+        }
     return section
 
 
