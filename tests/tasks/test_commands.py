@@ -96,6 +96,19 @@ def test_baselines_stand_beside_the_plain_reading(place):
     assert labels == ["model", "model, reset", "model, decay", "model, clip", "model, chunk"]
 
 
+def test_tasks_stand_in_the_report_of_their_diagnosis(place):
+    measured = ("--text", "books", "--length", 256, "--sequences", 4, "--concatenate")
+    run(place, "diagnose", "model", *measured, "--label", "base", "--json", "base.json")
+    task = ("evaluate", "copying", "model", "--lengths", "4,9", "--samples", 2, "--json", "task.json")
+    run(place, *task, "--label", "base")
+    run(place, "report", "base.json", "task.json", "--output", "page")
+    assert "length in letters" in (place / "page" / "report.html").read_text()
+    (place / "task.json").unlink()
+    run(place, *task, "--label", "other")
+    with pytest.raises(LongrollError, match=r"task\.json .* labelled 'other'"):
+        run(place, "report", "base.json", "task.json", "--output", "page")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -18,7 +18,13 @@ class Format(StrEnum):
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Files made by `longroll diagnose --json`.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files made by `longroll diagnose --json`; and by `longroll evaluate passkey --json` and the "
+            "like, which go to the diagnosis of the same --label."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("longroll-out"),
     figures: Annotated[Path | None, typer.Option(help="Folder for paper-ready figures too.")] = None,
     format: Annotated[Format, typer.Option(help="Of these figures.")] = Format.pdf,
@@ -30,12 +36,25 @@ def report(
     from longroll.report import write_figures, write_report
     from longroll.results import read_json
 
-    loaded = [read_json(path) for path in runs]
-    for path, run in zip(runs, loaded, strict=True):
-        if not isinstance(run, dict) or run.get("kind") != "diagnosis":
+    read = {path: read_json(path) for path in runs}
+    loaded = []
+    for path, run in read.items():
+        kind = run.get("kind") if isinstance(run, dict) else None
+        if kind == "diagnosis":
+            loaded.append(run)
+        elif kind != "task":
             raise LongrollError(
                 f"{path} is no diagnosis: make one with `longroll diagnose MODEL --json {path}`."
             )
+    for path, run in read.items():
+        if run["kind"] == "task":
+            of_it = [other for other in loaded if other["label"] == run["label"]]
+            if not of_it or "tasks" not in run:
+                raise LongrollError(
+                    f"{path} is no finished task of a diagnosis labelled {run['label']!r}: use the same "
+                    "--label for both, or `longroll evaluate compare`."
+                )
+            of_it[0]["tasks"] = {**(of_it[0].get("tasks") or {}), **run["tasks"]}
     out.print(str(write_report(loaded, output / "report.html", title=title)))
     if figures:
         for path in write_figures(loaded, figures, format.value):

@@ -58,6 +58,8 @@ class Task:
     name: ClassVar[str] = "task"
     metric: ClassVar[str] = "accuracy"
     """The score that tables and figures show."""
+    unit: ClassVar[str] = "tokens"
+    """What lengths count."""
     forced: ClassVar[bool] = False
     """Whether `score` needs the model's argmax after each token of the right answer."""
     stationary: ClassVar[bool] = True

@@ -31,6 +31,7 @@ class Copying(Task):
 
     name = "copying"
     metric = "forced_character"
+    unit = "letters"
     forced = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -156,7 +156,7 @@ def grid(cells: Sequence[Cell], rows: Sequence[Row], lengths: Sequence[int], sco
     found = {(cell["length"], cell["row"]): cell["scores"][score] for cell in cells}
     names = [row.name for row in rows]
     kinds = isinstance(names[0], str)
-    table: dict[str, Any] = {"metric": score, "lengths": sorted(lengths)}
+    table: dict[str, Any] = {"metric": score, "unit": rows[0].task.unit, "lengths": sorted(lengths)}
     table["rows" if kinds else "depths"] = [name for name in names if name is not None]
     for key, end in (("accuracy", "mean"), ("low", "low"), ("high", "high")):
         table[key] = [[found[length, name][end] for name in names] for length in table["lengths"]]
@@ -207,10 +207,9 @@ def task_result(
     }
     held = {(cell["length"], cell["row"]) for cell in cells}
     if held >= {(length, row.name) for length in lengths for row in rows}:
-        names = {
-            name: task.name if name == task.metric else f"{task.name}_{name}" for name in cells[0]["scores"]
-        }
-        result["tasks"] = {key: grid(cells, rows, lengths, name) for name, key in names.items()}
+        others = [name for name in cells[0]["scores"] if name != task.metric]
+        names = {task.name: task.metric} | {f"{task.name}_{name}": name for name in others}
+        result["tasks"] = {key: grid(cells, rows, lengths, name) for key, name in names.items()}
     return result
 
 

@@ -49,7 +49,7 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
             )
             ax.set_yticks([k + 0.5 for k in range(len(depths))], depths)
             if i >= len(drawn) - across:
-                ax.set_xlabel("length in tokens")
+                ax.set_xlabel(f"length in {_told(run, task, 'unit', 'tokens')}")
             if i % across == 0 and run["tasks"][task].get("depths"):
                 ax.set_ylabel("depth")
             if cell >= 2.5 * look.small:
@@ -91,7 +91,9 @@ def task_curves(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure"
         position_axis(ax, low / 1.1, high * 1.1, train, 8 if look.upright else 6)
         value_axis(ax, 0, 1, log=False, zero=True)
         training_edge(ax, train, look)
-        name_axes(ax, "length in tokens", "accuracy", look)
+        metric = _told(drawn[0][0], task, "metric", "accuracy").replace("_", " ")
+        name = metric if metric == "accuracy" else f"{metric} accuracy"
+        name_axes(ax, f"length in {_told(drawn[0][0], task, 'unit', 'tokens')}", name, look)
         name_curves(fig, ax, [style for _, style in drawn], ends, look)
     return fig
 
@@ -101,6 +103,11 @@ def task_figure(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure"
     grids = [_grid(run, task) for run, _ in _having(runs, task)]
     single = all(len(names) == 1 and min(lengths) > 0 for lengths, names, _ in grids)
     return (task_curves if single else task_heatmap)(runs, task, look=look)
+
+
+def _told(run: Run, task: str, name: str, default: str) -> str:
+    """Return a word that the run holds about the task."""
+    return str(run["tasks"][task].get(name) or default)
 
 
 def _having(runs: Sequence[Run], task: str) -> list[tuple[Run, RunStyle]]:
