@@ -58,6 +58,8 @@ Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
 ]
 
+HAYSTACK_TOKENS = 1 << 22
+
 
 def parse_lengths(text: str) -> list[int]:
     """Numbers like 256, 1k and 1.5M, in ascending order.
@@ -98,13 +100,13 @@ def parse_depths(text: str) -> list[float]:
     return depths
 
 
-def open_haystack(source: str, tokenizer: Tokenizer, *, tokens: int, split: str, seed: int) -> Haystack:
-    """Noise, or text of a split, as much as the longest prompt and some variety take."""
+def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
+    """Noise, or text of a split: the same whatever the lengths, so that a grid can grow."""
     from longroll.tasks import NoiseHaystack, TextHaystack
 
     if source == "noise":
         return NoiseHaystack(tokenizer)
-    corpus = o.read_corpus(source, tokenizer, split=split, column=None, max_tokens=16 * tokens, seed=seed)
+    corpus = o.read_corpus(source, tokenizer, split=split, column=None, max_tokens=HAYSTACK_TOKENS, seed=seed)
     return TextHaystack(corpus, source)
 
 
@@ -239,9 +241,7 @@ def training_rows(
     elif task == "niah":
         tasks = [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
     else:
-        text = open_haystack(
-            haystack, tokenizer, tokens=options.tokens // 16, split="train", seed=options.seed
-        )
+        text = open_haystack(haystack, tokenizer, split="train", seed=options.seed)
         tasks = [Passkey(tokenizer, haystack=text, instruction=instruction)]
     if not tasks[0].stationary and intervention in ("sp", "tbptt") and windows == 1:
         console.print(

@@ -108,14 +108,13 @@ def passkey(
     from longroll.tasks import Passkey, Row
 
     lm, words = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    columns = t.parse_lengths(lengths)
-    text = t.open_haystack(haystack, words, tokens=columns[-1], split="validation", seed=seed)
+    text = t.open_haystack(haystack, words, split="validation", seed=seed)
     task = Passkey(words, haystack=text, instruction=instruction)
     rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
     t.run_task(
         lm,
         rows,
-        columns,
+        t.parse_lengths(lengths),
         train_length=lm.train_length,
         samples=samples,
         batch_size=batch_size,

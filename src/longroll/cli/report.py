@@ -21,8 +21,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Files made by `longroll diagnose --json`; and by `longroll evaluate passkey --json` and the "
-            "like, which go to the diagnosis of the same --label."
+            help="Files made by `longroll diagnose --json`; and by `longroll evaluate passkey --json` "
+            "and the like, which go to the diagnosis of the same --label."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("longroll-out"),

@@ -9,8 +9,9 @@ book's sentences, one space between all sentences as in the published data. What
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,10 +127,16 @@ class BABILong(Task):
         return {"accuracy": float(compare_answers(sample.target, output, sample.question, LABELS[self.qa]))}
 
     def settings(self) -> dict[str, Any]:
-        """With the prompt's form and how much there is of facts and noise."""
-        size = sum(map(len, self.books))
-        data = {"stories": len(self.stories), "books": len(self.books), "book_characters": size}
-        return super().settings() | {"few_shot": self.few_shot} | data
+        """With the prompt's form and digests of facts and noise."""
+        digests = {"stories": _digest(map(str, self.stories)), "books": _digest(self.books)}
+        return super().settings() | {"few_shot": self.few_shot} | digests
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
 
 
 def compare_answers(target: str, output: str, question: str, labels: frozenset[str]) -> bool:
