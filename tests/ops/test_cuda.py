@@ -1,4 +1,5 @@
 import pytest
+import test_matrix_states
 import test_selective_scan
 import test_short_conv
 import test_ssd
@@ -12,7 +13,7 @@ CASES = {
     "selective_scan": (test_selective_scan, (2, 1200, 40, 16), {"dt_softplus": True}),
     "ssd": (test_ssd, (2, 1200, 2, 4, 16, 32), {"dt_softplus": True}),
     "short_conv": (test_short_conv, (2, 1200, 40, 4), {"activation": "silu"}),
-}
+} | {name: (op, (2, 600, 2, 16, 32), {}) for name, op in test_matrix_states.OPS.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
