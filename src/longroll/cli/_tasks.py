@@ -59,6 +59,7 @@ Label = Annotated[
 ]
 
 HAYSTACK_TOKENS = 1 << 22
+"""Read of a text to hide needles in; longer prompts go through it again."""
 
 
 def parse_lengths(text: str) -> list[int]:

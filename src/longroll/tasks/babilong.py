@@ -78,10 +78,8 @@ class BABILong(Task):
         """
         for number in rng.permutation(len(self.stories))[:1000]:
             story = self.stories[number]
-            tail, answer = (
-                self.encode(self.tail.format(question=story.question)),
-                self.encode(f" {story.answer}."),
-            )
+            tail = self.encode(self.tail.format(question=story.question))
+            answer = self.encode(f" {story.answer}.")
             # each sentence, the first too, follows a space: pieces then tokenise as they do in running text
             facts = [self.encode(f" {fact}") for fact in story.facts]
             fixed = len(self.head) + sum(map(len, facts)) + len(tail) + len(answer)

@@ -97,6 +97,7 @@ def best_chunk(window: int) -> Reading:
     without its filter of chunks that answer "Error", which is for models tuned to instructions.
     """
 
+    @torch.no_grad()
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
         prompts, owner = [], []
         for row, sample in enumerate(samples):

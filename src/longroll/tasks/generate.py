@@ -54,7 +54,7 @@ def read_prompts(
     stops: int | None = None,
     watch: Callable[[int, RecurrentState], RecurrentState] | None = None,
 ) -> list[Read]:
-    """Read prompts of token ids, each (T,), T >= 1, in memory that does not grow with T.
+    """Read prompts of token ids, each (T,), T >= 1, in memory that does not grow with T (but for KV).
 
     Args:
         lm: the model.
