@@ -5,8 +5,9 @@
     python benchmarks/gpu_train.py --shape toy --device cpu          # checks the script
 
 Random weights in transformers' classes; AdamW; every row is the same model on the same batches, one row after
-the other since few would fit on a GPU together; medians count. `transformers` is its own path from the zero state, what a user has without longroll.
-The Triton rows need a GPU (LONGROLL_KERNELS). MFU counts 6 flops a parameter and token, no recurrence.
+the other since few would fit on a GPU together; medians count. `transformers` is its own path from the zero
+state, what a user has without longroll. The Triton rows need a GPU (LONGROLL_KERNELS). MFU counts 6 flops a
+parameter and token, no recurrence.
 """
 
 import argparse

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
+from longroll import RecurrentLM
 from longroll.data import Corpus, read_documents
 from longroll.data._split import side_of
 
@@ -74,7 +75,7 @@ def _documents(source: str) -> Iterator[str]:
             yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def train(model: Mamba2ForCausalLM, ids: torch.Tensor, options: argparse.Namespace) -> None:
+def train(model: PreTrainedModel, ids: torch.Tensor, options: argparse.Namespace) -> None:
     """AdamW on random windows, from the zero state, with a cosine to 0."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -89,7 +90,8 @@ def train(model: Mamba2ForCausalLM, ids: torch.Tensor, options: argparse.Namespa
         return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    forward = torch.compile(model) if cuda else model
+    # on a CPU longroll's ops are the faster path
+    forward = torch.compile(model) if cuda else RecurrentLM(model)
     generator = torch.Generator().manual_seed(options.seed)
     window = torch.arange(LENGTH + 1, device=options.device)
     began = time.perf_counter()
@@ -97,7 +99,8 @@ def train(model: Mamba2ForCausalLM, ids: torch.Tensor, options: argparse.Namespa
         starts = torch.randint(len(ids) - LENGTH, (options.batch, 1), generator=generator)
         batch = ids[starts.to(options.device) + window].long()
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=cuda):
-            logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
+            inputs = batch[:, :-1]
+            logits = forward(input_ids=inputs, use_cache=False).logits if cuda else forward(inputs)[0]
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
