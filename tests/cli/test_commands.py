@@ -104,7 +104,8 @@ def test_an_interrupted_run_is_kept_and_resumed(place):
             time.sleep(0.02)
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert running.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
     again = longroll(*train, cwd=place)
     assert again.returncode == 2 and "--resume" in again.stderr
     ran = longroll(*train, "--resume", cwd=place)

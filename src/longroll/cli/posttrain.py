@@ -173,12 +173,12 @@ def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = F
     """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
     import time
 
-    from longroll.cli._console import progress, training_progress
+    from longroll.cli._console import progress, stops_between_steps, training_progress
     from longroll.training import posttrain
 
     began = time.perf_counter()
     name = "zero states" if intervention is None else type(intervention).__name__
-    with progress(f"training from {name}", total=options.steps) as advance:
-        bar = training_progress(advance)
-        log = posttrain(lm, corpus, intervention, options, output, resume=resume, callbacks=[bar])
+    with progress(f"training from {name}", total=options.steps) as advance, stops_between_steps() as stop:
+        callbacks = [training_progress(advance), stop]
+        log = posttrain(lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks)
     return log, time.perf_counter() - began

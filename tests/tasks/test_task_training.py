@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_commands import place, run  # noqa: F401
+from test_task_commands import place, run  # noqa: F401
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from longroll.data import ByteTokenizer, HFTokenizer
