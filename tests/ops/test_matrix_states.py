@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longroll import ops
-from longroll.ops import reference
+from longroll.ops import _chunks, reference
 
 
 class Op(NamedTuple):
@@ -73,16 +74,24 @@ def rounded(arguments):
 
 
 @each_op
-@given(size=sizes, with_state=st.booleans(), scale=st.sampled_from([None, 0.3]), seed=seeds)
-@example(size=(1, 1, 1, 1, 1), with_state=True, scale=None, seed=0)
-@example(size=(2, 64, 2, 3, 5), with_state=False, scale=None, seed=0)
-@example(size=(2, 333, 1, 4, 300), with_state=True, scale=None, seed=0)  # several spans
+@given(
+    size=sizes,
+    with_state=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+    span=st.sampled_from([1, _chunks.SPAN]),
+    seed=seeds,
+)
+@example(size=(1, 1, 1, 1, 1), with_state=True, scale=None, span=1, seed=0)
+@example(size=(2, 64, 2, 3, 5), with_state=False, scale=None, span=1, seed=0)
+@example(size=(2, 333, 1, 4, 300), with_state=True, scale=None, span=_chunks.SPAN, seed=0)
 @few
-def test_agrees_with_the_oracle_in_float64(op, size, with_state, scale, seed):
+def test_agrees_with_the_oracle_in_float64(op, size, with_state, scale, span, seed):
     arguments, options = op.inputs(size, seed), {} if scale is None else {"scale": scale}
     if not with_state:
         del arguments["initial_state"]
-    assert_close(run(op.fast, arguments, options), run(op.oracle, arguments, options), 1e-11)
+    with mock.patch.object(_chunks, "SPAN", span):
+        found = run(op.fast, arguments, options)
+    assert_close(found, run(op.oracle, arguments, options), 1e-11)
 
 
 @each_op
@@ -191,7 +200,9 @@ def test_half_precision_inputs_and_autocast(op, dtype):
 @each_op
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("given_state", [True, False])
-def test_a_loss_on_one_of_the_outputs_alone(op, which, given_state):
+@pytest.mark.parametrize("span", [1, _chunks.SPAN], ids=["spans", "span"])
+def test_a_loss_on_one_of_the_outputs_alone(op, which, given_state, span, monkeypatch):
+    monkeypatch.setattr(_chunks, "SPAN", span)
     arguments = op.inputs((2, 70, 2, 3, 4))
     if not given_state:
         del arguments["initial_state"]
@@ -207,7 +218,9 @@ def test_a_loss_on_one_of_the_outputs_alone(op, which, given_state):
 
 
 @each_op
-def test_any_one_argument_alone_gets_its_gradient(op):
+@pytest.mark.parametrize("span", [1, _chunks.SPAN], ids=["spans", "span"])
+def test_any_one_argument_alone_gets_its_gradient(op, span, monkeypatch):
+    monkeypatch.setattr(_chunks, "SPAN", span)
     arguments = op.inputs((1, 40, 2, 3, 4))
     expected = run(op.fast, arguments)
     for key in arguments:
@@ -273,6 +286,17 @@ def test_the_gated_delta_rule_is_rwkv7_with_one_key(size, seed):
         return OPS["rwkv7"].fast(**arguments, scale=q.shape[-1] ** -0.5, initial_state=initial_state)
 
     assert_close(run(as_rwkv7, a), run(OPS["gated_delta_rule"].fast, a), 1e-11)
+
+
+@each_op
+@pytest.mark.parametrize("span", [1, _chunks.SPAN], ids=["spans", "span"])
+def test_a_second_backward_is_refused(op, span, monkeypatch):
+    monkeypatch.setattr(_chunks, "SPAN", span)
+    arguments = {key: value.requires_grad_() for key, value in op.inputs((1, 70, 2, 3, 4)).items()}
+    o, _ = op.fast(**arguments)
+    (gradient,) = torch.autograd.grad(o.square().sum(), arguments["v"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_misfits_are_named():

@@ -3,7 +3,8 @@
 However the steps inside a chunk decay, erase and write, the chunk as a whole reads and moves the state at its
 start linearly. An op is a function that makes the terms of these two maps from the chunk's inputs, for many
 chunks at once and out of matrix products; here they are strung together. Only the walk of the state from
-chunk to chunk is a loop. Backward keeps the states at the starts of spans of chunks and runs each span again.
+chunk to chunk is a loop. Of several spans of chunks, backward keeps only the states at their starts, and runs
+each again.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import Span, check_shape, needs_graph, no_autocast, spans, state_dtype
 
 CHUNK = 32
 """Steps a chunk: of 16, 32, 64 and 128 the fastest or within 10 % of it in every op, on one CPU core."""
+SPAN = 1 << 17
+"""Numbers of one input in a span of chunks: few enough for a CPU's second-level cache; a GPU takes more."""
 
 
 class Chunk(NamedTuple):
@@ -58,10 +62,13 @@ def run(
     shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     state = v.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     fixed = tuple(t.to(dtype) for t in fixed)
-    # Numbers in one input of a span: few enough for a CPU's second-level cache, enough to fill a GPU.
-    budget = (1 << 17) if v.device.type == "cpu" else (1 << 24)
-    plan = tuple(spans(v.shape[1], CHUNK, max(1, budget // (shape[0] * shape[1] * CHUNK * max(shape[2:])))))
-    if needs_graph(*timed, *fixed, state):
+    blocks = (SPAN if v.device.type == "cpu" else 128 * SPAN) // (
+        shape[0] * shape[1] * CHUNK * max(shape[2:])
+    )
+    plan = tuple(spans(v.shape[1], CHUNK, max(1, blocks)))
+    # Autocast would lower the precision of a backward pass that is not shielded, as _Run's is.
+    shielded = len(plan) > 1 or torch.is_autocast_enabled(v.device.type)
+    if shielded and needs_graph(*timed, *fixed, state):
         o, final = _Run.apply(chunk, plan, len(timed), state, *timed, *fixed)
     else:
         o, final = _forward(chunk, plan, timed, fixed, state, None)
@@ -154,6 +161,7 @@ class _Carry(torch.autograd.Function):
         return starts, values, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dstarts, dvalues, dstate):
         starts, keep, write, old, values = ctx.saved_tensors
         dends = torch.empty_like(starts)
@@ -182,8 +190,10 @@ class _Run(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dstate):
-        inputs, keep = ctx.saved_tensors[: -len(ctx.plan)], ctx.saved_tensors[-len(ctx.plan) :]
+        saved = ctx.saved_tensors  # once: a second look is refused under gradient checkpointing
+        inputs, keep = saved[: -len(ctx.plan)], saved[-len(ctx.plan) :]
         timed, fixed = inputs[: ctx.count], inputs[ctx.count :]
         needs = ctx.needs_input_grad[4:]
         grads = [torch.empty_like(t) if need else None for t, need in zip(timed, needs, strict=False)]

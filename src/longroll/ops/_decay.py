@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import LOG2_E, needs_graph
 
@@ -94,6 +95,7 @@ class _Meet(torch.autograd.Function):
         return scores, q, k
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dscores, dq, dk):
         dscores, dq, dk = dscores.contiguous(), _copy(dq), _copy(dk)
         dw = dq.new_zeros(*ctx.shape[:-2], 1, ctx.shape[-1])  # of the products over blocks

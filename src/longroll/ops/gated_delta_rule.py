@@ -20,8 +20,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `S' = exp(g_t) S_{t-1}`, `S_t = S' + beta_t k_t (v_t - S'^T k_t)^T`, `o_t = scale S_t^T q_t`.
 
-    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
-    input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         q: queries, (B, T, H, K), T >= 1.

@@ -17,8 +17,8 @@ def gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale S_t^T q_t`.
 
-    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
-    input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         q: queries, (B, T, H, K), T >= 1.

@@ -19,8 +19,8 @@ def rwkv6(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `o_t = scale (S_{t-1} + (u * k_t) v_t^T)^T r_t`, `S_t = exp(w_t) S_{t-1} + k_t v_t^T`.
 
-    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
-    input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         r: receptances (queries), (B, T, H, K), T >= 1.

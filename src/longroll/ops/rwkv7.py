@@ -20,8 +20,8 @@ def rwkv7(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `S_t = exp(w_t) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T`, `o_t = scale S_t^T r_t`.
 
-    Gradients flow into every tensor argument and from both outputs. Arithmetic is float32 (float64 when an
-    input is float64), also under autocast.
+    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:
         r: receptances (queries), (B, T, H, K), T >= 1.
@@ -49,13 +49,12 @@ def rwkv7(
         r, decay = r * scale, exp(w)
         readers, keys = torch.stack([r * decay, a], -2), torch.stack([k, b], -2)  # (..., C, 2, K)
         scores, reads, writes = meet(readers.flatten(-3, -2), keys.flatten(-3, -2), decay)
-        read, looked = reads[..., 0::2, :], reads[..., 1::2, :]
-        scores = scores.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).movedim((-3, -1), (0, 1)).contiguous()
-        (rk, rb), (ak, ab) = scores
-        write, move = writes[..., 0::2, :], writes[..., 1::2, :]
+        scores = scores.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).movedim((-3, -1), (0, 1))
+        (rk, rb), (ak, ab) = scores.contiguous()  # (..., C, C) each
+        read, looked = reads.unflatten(-2, (-1, 2)).unbind(-2)
+        write, move = writes.unflatten(-2, (-1, 2)).unbind(-2)
         # What the steps move is U = new + old S.
-        sides = torch.cat([ak @ v, looked], -1)
-        new, old = solve(-ab, sides).split([v.shape[-1], k.shape[-1]], -1)
+        new, old = solve(-ab, torch.cat([ak @ v, looked], -1)).split([v.shape[-1], k.shape[-1]], -1)
         local = rk @ v + (r * k).sum(-1, keepdim=True) * v
         mixer = rb + torch.diag_embed((r * b).sum(-1))
         return Chunk(read, exp(w.sum(-2)).unsqueeze(-1), local, write.mT @ v, mixer, move, new, old)
