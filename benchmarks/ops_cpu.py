@@ -1,10 +1,11 @@
-"""The recurrences with a (K, V) state against a loop over tokens and against transformers' fallback, on a CPU.
+"""The recurrences with a (K, V) state against a loop over tokens and against transformers, on a CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/ops_cpu.py --json ops_cpu.json
 
 Ways take turns within a round; medians over the rounds count, and ratios are those of one run. `loop`: the
-recurrence as written, a step at a time, float32 (our oracle). `transformers`: `torch_chunk_gated_delta_rule` of
-Qwen3-Next, what a CPU user of the gated delta rule gets there. `ours`: the op. Backward is from both outputs.
+recurrence as written, a step at a time, float32 (our oracle). `transformers`: `torch_chunk_gated_delta_rule`
+of Qwen3-Next, what a CPU user of the gated delta rule gets there. `ours`: the op. Backward is from both
+outputs.
 """
 
 import argparse
