@@ -1,11 +1,11 @@
-"""The recurrences with a (K, V) state against a loop over tokens and against transformers, on a CPU.
+"""The recurrences with a (K, V) state against a loop over tokens and transformers' fallback, on a CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/ops_cpu.py --json ops_cpu.json
 
 Ways take turns within a round; medians over the rounds count, and ratios are those of one run. `loop`: the
-recurrence as written, a step at a time, float32 (our oracle). `transformers`: `torch_chunk_gated_delta_rule`
-of Qwen3-Next, what a CPU user of the gated delta rule gets there. `ours`: the op. Backward is from both
-outputs.
+recurrence as written, a step at a time, in float32 (our oracle). `transformers`: Qwen3-Next's
+`torch_chunk_gated_delta_rule`, what a CPU user of the gated delta rule gets there. `ours`: the op.
+Backward is from both outputs.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def measure(name: str, size: tuple[int, ...], rounds: int) -> dict:
 
 
 def difference(way: Way, arguments: dict[str, Tensor], exact: Tensor) -> float:
-    """Largest error of the outputs against float64, as a part of the largest output."""
+    """Largest error of the outputs against the loop in float64, as a part of the largest output."""
     o, _ = way(**arguments)
     return ((o - exact).abs().max() / exact.abs().max()).item()
 
