@@ -101,7 +101,7 @@ def in_use(family: Family, gpu: bool) -> str:
     if family.op is None or not hasattr(ops, family.op):
         return path
     device = torch.device("cuda" if gpu else "cpu")
-    return f"{path.split(',')[0]}, {choose(family.op, device, torch.float32).reason}"
+    return f"{path.split(',')[0]}, {choose(family.op, device, torch.bfloat16).reason}"
 
 
 def try_families() -> list[dict[str, Any]]:

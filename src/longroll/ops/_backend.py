@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -9,12 +10,27 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-KERNELS = {op: f"longroll.ops.triton.{op}" for op in ("selective_scan", "ssd")}
+TRITON = "longroll.ops.triton"
+FLA = "longroll.ops.fla_kernels"
+KERNELS = {
+    "selective_scan": f"{TRITON}.selective_scan",
+    "ssd": f"{TRITON}.ssd",
+    "gla": FLA,
+    "retention": FLA,
+    "rwkv6": FLA,
+    "rwkv7": FLA,
+    "delta_rule": FLA,
+    "gated_delta_rule": FLA,
+}
 """Op -> the module of its GPU kernel."""
 
+WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256}
+"""Op -> the widest key that fla's kernel takes."""
+
 SWITCH = "LONGROLL_KERNELS"
-"""Environment variable: `triton` runs the GPU kernels; anything else plain PyTorch."""
+"""Environment variable: `torch` keeps the ops in plain PyTorch; anything else runs GPU kernels where they fit."""
 
 
 class Choice(NamedTuple):
@@ -24,18 +40,60 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """Choose the implementation of `op` for inputs on `device` whose arithmetic is in `dtype`."""
+def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Choice:
+    """Choose the implementation of an op.
+
+    Args:
+        op: its name.
+        device: where its inputs are.
+        dtype: of its arithmetic; for fla's kernels, of q (r) and the output.
+        sizes: of a head's keys and values, for fla's kernels.
+    """
+    slow = _refusal(op, device, dtype, sizes)
+    if slow is not None:
+        return Choice(None, f"chunked PyTorch: {slow}")
+    module = importlib.import_module(KERNELS[op])
+    return Choice(getattr(module, op), f"fla.chunk_{op}" if KERNELS[op] == FLA else "triton")
+
+
+def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callable | None:
+    """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
+    sizes = (q.shape[-1], v.shape[-1])
+    return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
+
+
+def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
+    """Why no kernel runs; None where one does."""
     if device.type != "cuda":
-        return Choice(None, "chunked PyTorch: no GPU")
+        return "no GPU"
+    if os.environ.get(SWITCH) == "torch":
+        return f"{SWITCH}=torch"
     if op not in KERNELS:
-        return Choice(None, "chunked PyTorch: no kernel of ours takes a state yet")
-    if importlib.util.find_spec("triton") is None:
-        return Choice(None, "chunked PyTorch: triton is not installed")
+        return "no kernel of ours takes a state yet"
+    fla = KERNELS[op] == FLA
+    for package in ("triton", "fla") if fla else ("triton",):
+        if not _installed(package):
+            return f"{package} is not installed"
     if dtype == torch.float64:
-        return Choice(None, "chunked PyTorch: the kernel computes in float32")
-    if os.environ.get(SWITCH) != "triton":
-        return Choice(
-            None, f"chunked PyTorch: the kernel is not measured on a GPU yet ({SWITCH}=triton runs it)"
-        )
-    return Choice(getattr(importlib.import_module(KERNELS[op]), op), "triton")
+        return "the kernel computes in float32"
+    return _refusal_of_fla(op, dtype, sizes) if fla else None
+
+
+def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
+    if dtype == torch.float32 and op == "delta_rule":
+        return "fla's kernel takes no float32"
+    exact = os.environ.get("TRITON_F32_DEFAULT") == "ieee"
+    if dtype == torch.float32 and not exact and torch.get_float32_matmul_precision() == "highest":
+        return "fla's kernels multiply float32 in tf32 (torch.set_float32_matmul_precision('high') allows it)"
+    if any(size < 16 or size % 2 for size in sizes):
+        return "fla's kernels want even head sizes of at least 16"
+    widest = WIDEST_KEYS.get(op)
+    if sizes and widest is not None and sizes[0] > widest:
+        return f"fla's kernel takes keys of at most {widest}"
+    return None
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

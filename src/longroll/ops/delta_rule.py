@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
+from longroll.ops._chunks import check
 from longroll.ops.gated_delta_rule import gated_delta_rule
 
 
@@ -23,6 +25,10 @@ def delta_rule(
     Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024;
     argument order and layouts as in fla's `chunk_delta_rule`.
     """
+    kernel = kernel_for("delta_rule", q, v, k, beta, initial_state)
+    if kernel is not None and q.shape[:3] == v.shape[:3]:
+        check({"q": q, "k": k}, v, {"beta": beta}, initial_state)
+        return kernel(q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
     g = torch.zeros_like(beta)
     return gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
 from longroll.ops._chunks import Chunk, check, run, solve
 from longroll.ops._decay import between, exp
 
@@ -47,6 +48,8 @@ def gated_delta_rule(
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     check({"q": q, "k": k}, v, {"g": g, "beta": beta}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if kernel := kernel_for("gated_delta_rule", q, v, k, g, beta, initial_state):
+        return kernel(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)
 
     def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Chunk:
         if use_qk_l2norm_in_kernel:

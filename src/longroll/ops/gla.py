@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
 from longroll.ops._chunks import Chunk, check, run
 from longroll.ops._decay import exp, meet
 
@@ -40,6 +41,8 @@ def gla(
     """
     check({"q": q, "k": k, "g": g}, v, {}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if kernel := kernel_for("gla", q, v, k, g, initial_state):
+        return kernel(q, k, v, g, scale, initial_state, output_final_state)
 
     def chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Chunk:
         q, w = q * scale, exp(g)

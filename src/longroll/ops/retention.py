@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
 from longroll.ops._chunks import Chunk, check, run
 from longroll.ops._common import state_dtype
 from longroll.ops._decay import between, exp
@@ -40,6 +41,8 @@ def retention(
     """
     check({"q": q, "k": k}, v, {}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if kernel := kernel_for("retention", q, v, k, initial_state):
+        return kernel(q, k, v, scale, initial_state, output_final_state)
     heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
     g = torch.log1p(-(2.0 ** (-5 - heads))).to(state_dtype(q, k, v, initial_state))
 

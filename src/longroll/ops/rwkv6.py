@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
 from longroll.ops._chunks import Chunk, check, run
 from longroll.ops._common import check_shape
 from longroll.ops._decay import exp, meet
@@ -44,6 +45,8 @@ def rwkv6(
     check({"r": r, "k": k, "w": w}, v, {}, initial_state)
     check_shape("u", u, (r.shape[2], r.shape[3]), "H, K")
     scale = r.shape[-1] ** -0.5 if scale is None else scale
+    if kernel := kernel_for("rwkv6", r, v, k, w, u, initial_state):
+        return kernel(r, k, v, w, u, scale, initial_state, output_final_state)
 
     def chunk(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Chunk:
         r = r * scale

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from longroll.ops._backend import kernel_for
 from longroll.ops._chunks import Chunk, check, run, solve
 from longroll.ops._decay import exp, meet
 
@@ -17,6 +18,8 @@ def rwkv7(
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    *,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run `S_t = exp(w_t) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T`, `o_t = scale S_t^T r_t`.
 
@@ -33,6 +36,7 @@ def rwkv7(
         scale: factor on the outputs.
         initial_state: (B, H, K, V); zero when None.
         output_final_state: also return the state after the last step.
+        lower_bound: w is at least this (RWKV-7's is -exp(-0.5)); lets the GPU kernel take longer chunks.
 
     Returns:
         o (B, T, H, V) in r's dtype, and the state (B, H, K, V) in float32 (float64), or None.
@@ -44,6 +48,8 @@ def rwkv7(
     layouts as in fla's `chunk_rwkv7`.
     """
     check({"r": r, "w": w, "k": k, "a": a, "b": b}, v, {}, initial_state)
+    if kernel := kernel_for("rwkv7", r, v, w, k, a, b, initial_state):
+        return kernel(r, w, k, v, a, b, scale, initial_state, output_final_state, lower_bound)
 
     def chunk(r: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Chunk:
         r, decay = r * scale, exp(w)

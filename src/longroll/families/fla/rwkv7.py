@@ -106,7 +106,7 @@ class RWKV7Attention(nn.Module):
         kk = l2_norm(kk) if self.fuse_norm else F.normalize(kk, dim=-1)
         k = k + k * (a - 1) * self.k_a
         r, w, k, a, heads_v = (t.unflatten(-1, (self.heads, -1)) for t in (r, w, k, a, v))
-        o = state.run(ops.rwkv7, r, w, k, heads_v, -kk, kk * a)
+        o = state.run(ops.rwkv7, r, w, k, heads_v, -kk, kk * a, lower_bound=SLOWEST)
         now = ((r * k * self.r_k).sum(-1, keepdim=True) * heads_v).flatten(-2)
         return self.o_proj((self.g_norm(o) + now) * gate), v_first
 

@@ -1,0 +1,180 @@
+"""fla's chunked Triton kernels under the signatures of `longroll.ops`.
+
+Always the chunked kernel, however short the text: fla's `fused_recurrent_rwkv6` ignores the gradient of the
+final state, and those of rwkv7 and the gated delta rule have none. States go in and come out K-first, in
+float32; decays go in as float32; all else in the dtype of the queries.
+
+fla tries up to 60 configurations of each kernel before its first use: minutes for a first training step. Here
+each kernel takes the configuration in the middle of its list, unless LONGROLL_AUTOTUNE=1.
+
+Source: github.com/fla-org/flash-linear-attention, 0.6.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AUTOTUNE = "LONGROLL_AUTOTUNE"
+"""Environment variable: `1` lets fla time its configurations; minutes once for each machine and shape."""
+
+_Result = tuple[Tensor, Tensor | None]
+
+# Large enough to fill tensor cores, small enough for the shared memory of any recent GPU.
+_MIDDLE = {"BK": 64, "BV": 64, "BS": 32, "BT": 16, "BD": 32, "B": 2048, "num_warps": 4, "num_stages": 2}
+
+
+def gla(q, k, v, g, scale, initial_state, output_final_state: bool) -> _Result:
+    """Run `chunk_gla`; arguments as of `longroll.ops.gla`."""
+    from fla.ops.gla import chunk_gla
+
+    return _run(chunk_gla, {"q": q, "k": k, "v": v}, {"g": g}, scale, initial_state, output_final_state)
+
+
+def retention(q, k, v, scale, initial_state, output_final_state: bool) -> _Result:
+    """Run `chunk_simple_gla`; arguments as of `longroll.ops.retention`.
+
+    fla's `chunk_retention` takes the logarithm of 1 - 2^(-5 - h) in float32: in head 8, off by 1e-4.
+    """
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
+    g = torch.log1p(-(2.0 ** (-5 - heads)))
+    timed = {"q": q, "k": k, "v": v}
+    return _run(chunk_simple_gla, timed, {"g_gamma": g}, scale, initial_state, output_final_state)
+
+
+def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state: bool) -> _Result:
+    """Run `chunk_rwkv6`; arguments as of `longroll.ops.rwkv6`."""
+    from fla.ops.rwkv6 import chunk_rwkv6
+
+    timed, wide = {"r": r, "k": k, "v": v}, {"w": w, "u": u}
+    return _run(chunk_rwkv6, timed, wide, scale, initial_state, output_final_state)
+
+
+def rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state: bool, lower_bound=None) -> _Result:
+    """Run `chunk_rwkv7`; arguments as of `longroll.ops.rwkv7`."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    timed = {"r": r, "k": k, "v": v, "a": a, "b": b}
+    return _run(
+        chunk_rwkv7, timed, {"w": w}, scale, initial_state, output_final_state, lower_bound=lower_bound
+    )
+
+
+def delta_rule(q, k, v, beta, scale, initial_state, output_final_state: bool, l2norm: bool) -> _Result:
+    """Run `chunk_delta_rule`; arguments as of `longroll.ops.delta_rule`."""
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    timed = {"q": q, "k": k, "v": v, "beta": beta}
+    return _run(
+        chunk_delta_rule,
+        timed,
+        {},
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel=l2norm,
+    )
+
+
+def gated_delta_rule(
+    q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm: bool
+) -> _Result:
+    """Run `chunk_gated_delta_rule`; arguments as of `longroll.ops.gated_delta_rule`, q and k for every head."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return _run(
+        chunk_gated_delta_rule,
+        {"q": q, "k": k, "v": v},
+        {"g": g, "beta": beta},
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel=l2norm,
+    )
+
+
+def _run(
+    kernel: Callable,
+    timed: dict[str, Tensor],
+    wide: dict[str, Tensor],
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    **options: Any,
+) -> _Result:
+    """Call a kernel with `timed` in the dtype of the first of them and `wide` in float32."""
+    pin_configurations()
+    dtype = next(iter(timed.values())).dtype
+    return kernel(
+        **{name: t.to(dtype) for name, t in timed.items()},
+        **{name: t.float() for name, t in wide.items()},
+        scale=scale,
+        initial_state=None if initial_state is None else initial_state.float(),
+        output_final_state=output_final_state,
+        **options,
+    )
+
+
+@functools.cache
+def pin_configurations() -> int:
+    """Let every kernel of fla take one configuration without timing others; return how many kernels there are.
+
+    For this process, whoever calls the kernels. Nothing is pinned under LONGROLL_AUTOTUNE=1.
+    """
+    if os.environ.get(AUTOTUNE) == "1":
+        return 0
+    import fla.models
+    import fla.ops  # noqa: F401 (so that all kernels are there)
+    from triton.runtime.autotuner import Autotuner
+
+    tuners: dict[int, Any] = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla."):
+            for kernel in list(vars(module).values()):
+                while kernel is not None:  # heuristics are wrapped around the tuner
+                    if isinstance(kernel, Autotuner):
+                        tuners[id(kernel)] = kernel
+                    kernel = getattr(kernel, "fn", None)
+    for tuner in tuners.values():
+        _pin(tuner)
+    return len(tuners)
+
+
+def _pin(tuner: Any) -> None:
+    """Run the configuration nearest to the middle that fla allows for the shape and that fits the GPU."""
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    ranked, prune, run = sorted(tuner.configs, key=_distance), tuner.early_config_prune, tuner.run
+
+    def pinned(*args, **kwargs):
+        allowed = ranked if prune is None else prune(ranked, dict(zip(tuner.arg_names, args)), **kwargs)  # noqa: B905
+        for config in list(allowed):
+            tuner.configs = [config]
+            try:
+                return run(*args, **kwargs)
+            except (OutOfResources, CompileTimeAssertionFailure, PTXASError):
+                if config is allowed[-1]:
+                    raise
+                ranked.remove(config)
+
+    tuner.run = pinned
+
+
+def _distance(config: Any) -> float:
+    """How far a configuration is from the middle, in doublings."""
+    sizes = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return sum(
+        abs(math.log2(sizes[name] / middle))
+        for name, middle in _MIDDLE.items()
+        if isinstance(sizes.get(name), int) and sizes[name] > 0
+    )
