@@ -43,6 +43,18 @@ def clear_handoffs() -> None:
     conv_handoff.set(())
 
 
+def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
+    """Inputs (batch, channels, time) after the tail, or after zeros."""
+    return F.pad(inputs, (width, 0)) if tail is None else torch.cat([tail.to(inputs.dtype), inputs], dim=-1)
+
+
+def _last(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
+    """The last `width` of them, in memory of their own: a view would keep all inputs."""
+    if inputs.shape[-1] >= width:
+        return inputs[..., -width:].clone()
+    return _after(inputs, tail, width)[..., -width:]
+
+
 class StateCache(DynamicCache):
     """A cache for one forward: reads `initial`, collects `final()`.
 
@@ -151,15 +163,13 @@ class StateCache(DynamicCache):
         if not conv_states.is_floating_point():  # token ids
             key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
-        if tail is None:
-            full = F.pad(conv_states, (width, 0))
-        else:
-            full = torch.cat([tail.to(conv_states.dtype), conv_states], dim=-1)
+        if self.owns_recurrence:
+            self._final[key] = _last(conv_states, tail, width)
+            conv_handoff.set((tail,))
+            return conv_states
+        full = _after(conv_states, tail, width)
         self._final[key] = full[..., -width:]
-        if not self.owns_recurrence:
-            return full
-        conv_handoff.set((tail,))
-        return conv_states
+        return full
 
     # ---- attention
 

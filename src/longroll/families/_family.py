@@ -17,6 +17,7 @@ from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._cache import StateCache
 from longroll.families._dispatch import own_recurrence, torch_on_cpu
+from longroll.families._norms import fuse_norms
 from longroll.state import RecurrentState
 
 
@@ -56,6 +57,7 @@ class Family:
         if self.op is not None:
             own_recurrence(_modeling(model))
         torch_on_cpu(_modeling(model))
+        fuse_norms(model)
         for module in model.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
                 # StateCache is idempotent: a recompute reads what the forward read

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll.ops._backend import choose
 from longroll.ops._common import cast, check_shape, no_autocast, state_dtype
 
 WORK = 1 << 18  # numbers of work space that stay in a CPU's second-level cache
@@ -49,7 +50,8 @@ def short_conv(
     dtype = state_dtype(*inputs)
     past = None if initial_state is None else initial_state.to(dtype).mT  # (B, W, D)
     recent = None if past is None else past[:, 1:]
-    y = _Conv.apply(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
+    run = choose("short_conv", x.device, dtype).kernel or _Conv.apply
+    y = run(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
     if not output_final_state:
         return y
     final = x[:, -width:].to(dtype)

@@ -1,12 +1,16 @@
 """Mamba-2's recurrence (state space duality) in Triton, forward and backward, with initial and final state.
 
-Chunks of `CHUNK` steps run side by side; only the states at their starts are handed from chunk to chunk, by
-an elementwise kernel. Nothing but the inputs is kept for backward, which makes the states again. Products are
-made in the precision of x, sums, decays and states in float32. The layout of the work follows mamba-ssm's
-ops/triton/ssd_*.py (Dao and Gu 2024).
+Time is cut into chunks of `CHUNK` steps. `_walk` carries a state over the chunks, for each head and block of
+the state by itself, and writes down the one that each chunk meets; then all chunks run side by side. Nothing
+but the inputs is kept for backward, which walks again. Products are made in the precision of x, which is also
+that of the states written down, since they are only read by products; sums, decays and the carried states are
+float32. A program runs `HEADS` heads that share B and C, whose gradients it sums.
+The chunked form is that of Mamba-2's paper (Dao and Gu 2024, section 6).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +20,12 @@ from torch import Tensor
 
 from longroll.ops._common import cast, no_autocast
 
-CHUNK, WARPS = 64, 4
-_BLOCK = 1024  # numbers of a state that a program of the elementwise kernel carries
+CHUNK = 64
+WALK = {"P": 64, "N": 64, "num_warps": 4, "num_stages": 3}
+"""Largest block of a state that a program of `_walk` carries, and how it runs: pinned, nothing is tuned."""
+OUTPUTS = {"HEADS": 4, "num_warps": 4, "num_stages": 2}
+OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 2}
+OF_B_AND_C = {"HEADS": 8, "N": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -28,175 +36,190 @@ def _decays(dt_ptr, A, t, in_t, stride):
 
 
 @triton.jit
-def _chunk_states(
-    x_ptr, dt_ptr, A_ptr, B_ptr, local_ptr, decay_ptr,
+def _walk(
+    x_ptr, dt_ptr, A_ptr, B_ptr, first_ptr, met_ptr, last_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
-    CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    REVERSE: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk makes of a zero state, (B, CHUNKS, H, P, N) float32, and the decay across it."""
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    t, p, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = t < T, p < P_SIZE, n < N_SIZE
-    A = tl.load(A_ptr + head)
-    dt, a = _decays(dt_ptr + row * T * H + head, A, t, in_t, H)
-    total = tl.sum(dt, axis=0) * A
-    x_at = x_ptr + row * xb + head * xh + t[:, None] * xt + p[None, :] * xp
-    x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
-    B_at = B_ptr + row * Bb + (head // RATIO) * Bg + t[:, None] * Bt + n[None, :] * Bn
-    B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
-    weighted = x.to(tl.float32) * (dt * tl.exp(total - a))[:, None]
-    state = tl.dot(tl.trans(weighted.to(x.dtype)), B, input_precision="ieee")
-    at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE + p[:, None] * N_SIZE + n[None, :]
-    tl.store(local_ptr + at, state, mask=in_p[:, None] & in_n[None, :])
-    tl.store(decay_ptr + (row * CHUNKS + chunk) * H + head, tl.exp(total))
+    """Carry a state (P, N) over the chunks: `met` (B, CHUNKS, H, P, N) is what each meets.
 
-
-@triton.jit
-def _pass_states(
-    local_ptr, decay_ptr, first_ptr, starts_ptr, last_ptr, H, CHUNKS, SIZE,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Carry a state over the chunks: `starts[c]` is what chunk c meets, `last` what comes out at the end."""
+    In reverse it carries the gradient of the state, to which dy and C are what x and B are to the state.
+    """
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < SIZE
-    state = tl.load(first_ptr + (row * H + head) * SIZE + i, mask=inside, other=0.0)
-    for step in range(0, CHUNKS):
-        chunk = step
+    p, n = tl.program_id(1) * P + tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
+    in_p, in_n = p < P_SIZE, n < N_SIZE
+    in_pn = in_p[:, None] & in_n[None, :]
+    pn = p[:, None] * N_SIZE + n[None, :]
+    step = tl.arange(0, CHUNK)
+    A = tl.load(A_ptr + head)
+    x_ptr += row * xb + head * xh
+    B_ptr += row * Bb + (head // RATIO) * Bg
+    dt_ptr += row * T * H + head
+    state = tl.load(first_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, mask=in_pn, other=0.0)
+    for i in range(0, CHUNKS):
+        chunk = row * 0 + i  # in 64 bits
         if REVERSE:
-            chunk = CHUNKS - 1 - step
-        at = (row * CHUNKS + chunk) * H + head
-        tl.store(starts_ptr + at * SIZE + i, state, mask=inside)
-        local = tl.load(local_ptr + at * SIZE + i, mask=inside, other=0.0)
-        state = state * tl.load(decay_ptr + at) + local
-    tl.store(last_ptr + (row * H + head) * SIZE + i, state, mask=inside)
+            chunk = CHUNKS - 1 - chunk
+        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+        tl.store(met_ptr + at + pn, state.to(met_ptr.dtype.element_ty), mask=in_pn)
+        first = chunk * CHUNK
+        in_t = step < T - first
+        dt, a = _decays(dt_ptr + first * H, A, step, in_t, H)
+        total = tl.sum(dt, axis=0) * A
+        weight = tl.exp(a) if REVERSE else dt * tl.exp(total - a)
+        x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
+        x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
+        B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
+        B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
+        weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        state = state * tl.exp(total) + tl.dot(tl.trans(weighted), B, input_precision="ieee")
+    tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
 
 
 @triton.jit
-def _chunk_outputs(
+def _outputs(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
-    HAS_D: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, H, P), contiguous, from the chunk's inputs and the state at its start."""
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    step = tl.arange(0, CHUNK)
-    t, p, n = chunk * CHUNK + step, tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = t < T, p < P_SIZE, n < N_SIZE
+    """y (B, T, H, P), contiguous, from the chunk's inputs and the states at its start."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
+    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
+    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
     in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
-    A = tl.load(A_ptr + head)
-    dt, a = _decays(dt_ptr + row * T * H + head, A, t, in_t, H)
-    x = tl.load(x_ptr + row * xb + head * xh + t[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
-    group = head // RATIO
-    B = tl.load(B_ptr + row * Bb + group * Bg + t[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
-    C = tl.load(C_ptr + row * Cb + group * Cg + t[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
-    at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE + p[:, None] * N_SIZE + n[None, :]
-    state = tl.load(starts_ptr + at, mask=in_p[:, None] & in_n[None, :], other=0.0)
-    scores = tl.dot(C, tl.trans(B), input_precision="ieee")
+    B_ptr += row * Bb + group * Bg + first * Bt
+    C_ptr += row * Cb + group * Cg + first * Ct
+    B = tl.load(B_ptr + step[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
+    C = tl.load(C_ptr + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
+    products = tl.dot(C, tl.trans(B), input_precision="ieee")
     causal = step[:, None] >= step[None, :]
-    scores *= tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0) * dt[None, :]
-    y = tl.dot(scores.to(x.dtype), x, input_precision="ieee")
-    y += tl.dot(C, tl.trans(state.to(C.dtype)), input_precision="ieee") * tl.exp(a)[:, None]
-    if HAS_D:
-        y += tl.load(D_ptr + head) * x.to(tl.float32)
-    y_at = y_ptr + (row * T * H + head) * P_SIZE + t[:, None] * (H * P_SIZE) + p[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_tp)
+    pn = p[:, None] * N_SIZE + n[None, :]
+    for i in range(0, HEADS):
+        head = tl.program_id(2) * HEADS + i
+        dt, a = _decays(dt_ptr + (row * T + first) * H + head, tl.load(A_ptr + head), step, in_t, H)
+        x_at = x_ptr + row * xb + first * xt + head * xh + step[:, None] * xt + p[None, :] * xp
+        x = tl.load(x_at, mask=in_tp, other=0.0)
+        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+        state = tl.load(starts_ptr + at + pn, mask=in_p[:, None] & in_n[None, :], other=0.0)
+        decay = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        scores = products * decay * dt[None, :]
+        y = tl.dot(C, tl.trans(state), input_precision="ieee") * tl.exp(a)[:, None]
+        y += tl.dot(scores.to(x.dtype), x, input_precision="ieee")
+        if HAS_D:
+            y += tl.load(D_ptr + head) * x.to(tl.float32)
+        y_at = y_ptr + ((row * T + first) * H + head) * P_SIZE
+        tl.store(y_at + step[:, None] * (H * P_SIZE) + p[None, :], y.to(y_ptr.dtype.element_ty), mask=in_tp)
 
 
 @triton.jit
-def _chunk_gradients_of_states(
-    dt_ptr, A_ptr, C_ptr, dy_ptr, local_ptr, decay_ptr,
-    T, H, CHUNKS, RATIO, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
-    CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """What each chunk's outputs ask of the state at its start, (B, CHUNKS, H, P, N), and its decay."""
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    t, p, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = t < T, p < P_SIZE, n < N_SIZE
-    A = tl.load(A_ptr + head)
-    dt, a = _decays(dt_ptr + row * T * H + head, A, t, in_t, H)
-    C_at = C_ptr + row * Cb + (head // RATIO) * Cg + t[:, None] * Ct + n[None, :] * Cn
-    C = tl.load(C_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
-    dy_at = dy_ptr + (row * T * H + head) * P_SIZE + t[:, None] * (H * P_SIZE) + p[None, :]
-    dy = tl.load(dy_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
-    weighted = dy.to(tl.float32) * tl.exp(a)[:, None]
-    state = tl.dot(tl.trans(weighted.to(dy.dtype)), C, input_precision="ieee")
-    at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE + p[:, None] * N_SIZE + n[None, :]
-    tl.store(local_ptr + at, state, mask=in_p[:, None] & in_n[None, :])
-    tl.store(decay_ptr + (row * CHUNKS + chunk) * H + head, tl.exp(tl.sum(dt, axis=0) * A))
-
-
-@triton.jit
-def _chunk_gradients(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dD_ptr,
+def _gradients_of_x(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dx_ptr, ddt_ptr, drate_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
-    HAS_D: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk and head, from the state at its start and the gradient of that at its end.
+    """dx (B, T, H, P), ddt and drate of dt A (B, T, H) float32, dD added to.
 
-    dx (B, T, H, P); ddt, and drate of dt A, (B, T, H) float32; dB, dC (B, T, H, N), of each head by itself.
+    From the states at the chunk's start and the gradients of those at its end.
     """
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    step = tl.arange(0, CHUNK)
-    t, p, n = chunk * CHUNK + step, tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = t < T, p < P_SIZE, n < N_SIZE
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
+    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
+    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
     in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
-    in_pn = in_p[:, None] & in_n[None, :]
-    A = tl.load(A_ptr + head)
-    dt, a = _decays(dt_ptr + row * T * H + head, A, t, in_t, H)
-    total = tl.sum(dt, axis=0) * A
-    x = tl.load(x_ptr + row * xb + head * xh + t[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
-    group = head // RATIO
-    B = tl.load(B_ptr + row * Bb + group * Bg + t[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
-    C = tl.load(C_ptr + row * Cb + group * Cg + t[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
-    tp = (row * T * H + head) * P_SIZE + t[:, None] * (H * P_SIZE) + p[None, :]
-    dy = tl.load(dy_ptr + tp, mask=in_tp, other=0.0)
-    at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE + p[:, None] * N_SIZE + n[None, :]
-    state = tl.load(starts_ptr + at, mask=in_pn, other=0.0)
-    dend = tl.load(dends_ptr + at, mask=in_pn, other=0.0)
-    own = x.dtype
-
+    in_pn, pn = in_p[:, None] & in_n[None, :], p[:, None] * N_SIZE + n[None, :]
+    B_at = B_ptr + row * Bb + group * Bg + first * Bt
+    C_at = C_ptr + row * Cb + group * Cg + first * Ct
+    B = tl.load(B_at + step[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
+    C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
+    products = tl.dot(C, tl.trans(B), input_precision="ieee")
     causal = step[:, None] >= step[None, :]
-    decay = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
-    scores = tl.dot(C, tl.trans(B), input_precision="ieee") * decay  # (CHUNK, CHUNK), without dt
-    dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * dt[None, :]
-    both = dscores * scores
-    dscores = (dscores * decay).to(own)
-    to_end = tl.exp(total - a)  # decay from each step to the chunk's end
-    from_start = tl.exp(a)
+    for i in range(0, HEADS):
+        head = tl.program_id(2) * HEADS + i
+        A = tl.load(A_ptr + head)
+        dt, a = _decays(dt_ptr + (row * T + first) * H + head, A, step, in_t, H)
+        total = tl.sum(dt, axis=0) * A
+        x_at = x_ptr + row * xb + first * xt + head * xh
+        x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
+        to = ((row * T + first) * H + head) * P_SIZE
+        tp = step[:, None] * (H * P_SIZE) + p[None, :]
+        dy = tl.load(dy_ptr + to + tp, mask=in_tp, other=0.0)
+        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
 
-    # gradient of dt x
-    dxdt = tl.dot(tl.trans(scores.to(own)), dy, input_precision="ieee")
-    ends = tl.dot(B, tl.trans(dend.to(own)), input_precision="ieee") * to_end[:, None]
-    dxdt += ends
-    x32 = x.to(tl.float32)
-    dx = dxdt * dt[:, None]
-    if HAS_D:
-        D = tl.load(D_ptr + head)
-        dx += D * dy.to(tl.float32)
-        dD = tl.sum(tl.sum(dy.to(tl.float32) * x32, axis=1), axis=0)
-        tl.atomic_add(dD_ptr + head, dD, sem="relaxed")
-    tl.store(dx_ptr + tp, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
+        # what the chunk's start gives to y, and its end asks of dt x
+        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+        state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
+        dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
+        carried = tl.sum(tl.sum(state.to(tl.float32) * dend.to(tl.float32), axis=1), axis=0)
+        read = tl.dot(C, tl.trans(state), input_precision="ieee")
+        da = tl.sum(read * dy32, axis=1) * tl.exp(a)
+        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * tl.exp(total - a)[:, None]
+        written = tl.sum(dxdt * x32, axis=1) * dt
 
-    tn = (row * T * H + head) * N_SIZE + t[:, None] * (H * N_SIZE) + n[None, :]
-    read = tl.dot(dy, state.to(own), input_precision="ieee") * from_start[:, None]
-    dC = tl.dot(dscores, B, input_precision="ieee") + read
-    tl.store(dC_ptr + tn, dC.to(dC_ptr.dtype.element_ty), mask=in_tn)
-    dB = tl.dot(tl.trans(dscores), C, input_precision="ieee")
-    weighted = (x32 * (dt * to_end)[:, None]).to(own)
-    dB += tl.dot(weighted, dend.to(own), input_precision="ieee")
-    tl.store(dB_ptr + tn, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
+        # within the chunk
+        scores = products * tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        both = tl.dot(dy, tl.trans(x), input_precision="ieee") * scores * dt[None, :]
+        da += tl.sum(both, axis=1) - tl.sum(both, axis=0) - written
+        dxdt += tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee")
 
-    # gradient of the running sums a, then of each dt A: all sums from its step on
-    written = tl.sum(ends * x32, axis=1) * dt
-    da = tl.sum(both, axis=1) - tl.sum(both, axis=0) + tl.sum(read * C.to(tl.float32), axis=1) - written
-    all_written = tl.sum(written, axis=0) + tl.exp(total) * tl.sum(tl.sum(state * dend, axis=1), axis=0)
-    drate = tl.cumsum(da, axis=0, reverse=True) + all_written
-    th = row * T * H + t * H + head
-    ddt = tl.sum(dxdt * x32, axis=1) + drate * A
-    tl.store(ddt_ptr + th, ddt, mask=in_t)
-    tl.store(drate_ptr + th, drate, mask=in_t)
+        dx = dxdt * dt[:, None]
+        if HAS_D:
+            dx += tl.load(D_ptr + head) * dy32
+            tl.atomic_add(dD_ptr + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0), sem="relaxed")
+        tl.store(dx_ptr + to + tp, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
+        # da is of the running sums a; of each dt A: all from its step on
+        drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
+        th = (row * T + first) * H + head + step * H
+        tl.store(ddt_ptr + th, tl.sum(dxdt * x32, axis=1) + drate * A, mask=in_t)
+        tl.store(drate_ptr + th, drate, mask=in_t)
+
+
+@triton.jit
+def _gradients_of_B_and_C(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dB_ptr, dC_ptr,
+    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
+    HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dB and dC (B, T, H / HEADS, N) float32: a program sums those of its heads, for N of their columns."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(N_SIZE, N)
+    heads, first = tl.program_id(2) // blocks, chunk * CHUNK
+    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.program_id(2) % blocks * N + tl.arange(0, N)
+    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
+    in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
+    in_pn, pn = in_p[:, None] & in_n[None, :], p[:, None] * N_SIZE + n[None, :]
+    group = heads * HEADS // RATIO
+    B_at = B_ptr + row * Bb + group * Bg + first * Bt
+    C_at = C_ptr + row * Cb + group * Cg + first * Ct
+    B = tl.load(B_at + step[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
+    C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
+    causal = step[:, None] >= step[None, :]
+    dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
+    for i in range(0, HEADS):
+        head = heads * HEADS + i
+        A = tl.load(A_ptr + head)
+        dt, a = _decays(dt_ptr + (row * T + first) * H + head, A, step, in_t, H)
+        total = tl.sum(dt, axis=0) * A
+        x_at = x_ptr + row * xb + first * xt + head * xh
+        x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
+        dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
+        dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
+        decay = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * decay * dt[None, :]
+        dscores = dscores.to(x.dtype)
+        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+        state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
+        dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
+        asked = (dy.to(tl.float32) * tl.exp(a)[:, None]).to(x.dtype)
+        given = (x.to(tl.float32) * (dt * tl.exp(total - a))[:, None]).to(x.dtype)
+        dC += tl.dot(dscores, B, input_precision="ieee")
+        dC += tl.dot(asked, state, input_precision="ieee")
+        dB += tl.dot(tl.trans(dscores), C, input_precision="ieee")
+        dB += tl.dot(given, dend, input_precision="ieee")
+    to = ((row * T + first) * (H // HEADS) + heads) * N_SIZE
+    tn = step[:, None] * (H // HEADS * N_SIZE) + n[None, :]
+    tl.store(dB_ptr + to + tn, dB, mask=in_tn)
+    tl.store(dC_ptr + to + tn, dC, mask=in_tn)
 
 
 def ssd(
@@ -234,78 +257,68 @@ class _Call:
         self.batch, self.time, self.heads, self.width = x.shape
         self.order, self.ratio = B.shape[3], x.shape[2] // B.shape[2]
         self.chunks = triton.cdiv(self.time, CHUNK)
-        self.grid = (self.batch, self.chunks, self.heads)
         self.sizes = (self.time, self.heads, self.chunks, self.ratio)
         self.ends = (self.width, self.order)
         # tensor cores multiply tiles of at least 16
-        p, n = (max(16, triton.next_power_of_2(size)) for size in self.ends)
-        self.options = {"CHUNK": CHUNK, "P": p, "N": n, "num_warps": WARPS}
+        self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
 
-    def states(self) -> Tensor:
-        """Room for a state a chunk, (B, chunks, H, P, N) float32."""
-        return self.A.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """x, dt, A, B, C and D; an absent one by any pointer, which is not read."""
+        return self.x, self.dt, self.A, self.B, self.C, self.A if self.D is None else self.D
 
-    def carry(self, local: Tensor, decay: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The state that each chunk meets, and the one after the last, going forward or in reverse."""
-        starts, last, size = torch.empty_like(local), torch.empty_like(first), self.width * self.order
-        _pass_states[(self.batch * self.heads, triton.cdiv(size, _BLOCK))](
-            local, decay, first.contiguous(), starts, last, self.heads, self.chunks, size,
-            REVERSE=reverse, BLOCK=_BLOCK,
+    def walk(self, x: Tensor, B: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the last."""
+        met = x.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
+        last = torch.empty_like(first)
+        options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
+        parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
+        _walk[(self.batch * self.heads, *parts)](
+            x, self.dt, self.A, B, first.contiguous(), met, last,
+            *self.sizes, *x.stride(), *B.stride(), *self.ends,
+            REVERSE=reverse, CHUNK=CHUNK, **options,
         )  # fmt: skip
-        return starts, last
+        return met, last
 
+    def side_by_side(self, kernel, options: dict, *tensors: Tensor) -> None:
+        """Run a kernel on all chunks at once."""
+        p, n = self.blocks[0], min(self.blocks[1], options.get("N", self.blocks[1]))
+        strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
+        grid = (self.batch, self.chunks, self.heads // options["HEADS"] * triton.cdiv(self.order, n))
+        kernel[grid](
+            *self.tensors, *tensors, *self.sizes, *strides, *self.ends,
+            HAS_D=self.D is not None, CHUNK=CHUNK, **options | {"P": p, "N": n},
+        )  # fmt: skip
 
-def _states(call: _Call, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state at the start of each chunk, and the final one."""
-    local, decay = call.states(), call.A.new_empty(call.grid)
-    _chunk_states[call.grid](
-        call.x, call.dt, call.A, call.B, local, decay,
-        *call.sizes, *call.x.stride(), *call.B.stride(), *call.ends, **call.options,
-    )  # fmt: skip
-    return call.carry(local, decay, state, reverse=False)
-
-
-def _forward(call: _Call, state: Tensor) -> tuple[Tensor, Tensor]:
-    starts, final = _states(call, state)
-    y = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
-    _chunk_outputs[call.grid](
-        call.x, call.dt, call.A, call.B, call.C, call.A if call.D is None else call.D, starts, y,
-        *call.sizes, *call.x.stride(), *call.B.stride(), *call.C.stride(), *call.ends,
-        HAS_D=call.D is not None, **call.options,
-    )  # fmt: skip
-    return y, final
-
-
-def _backward(call: _Call, state: Tensor, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-    starts, _ = _states(call, state)
-    local, decay = call.states(), call.A.new_empty(call.grid)
-    _chunk_gradients_of_states[call.grid](
-        call.dt, call.A, call.C, dy, local, decay,
-        *call.sizes, *call.C.stride(), *call.ends, **call.options,
-    )  # fmt: skip
-    dends, dstate = call.carry(local, decay, dfinal, reverse=True)
-    dx = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
-    ddt, drate = torch.empty_like(call.dt), torch.empty_like(call.dt)
-    dB, dC = (call.A.new_empty(*call.x.shape[:3], call.order) for _ in range(2))
-    dD = torch.zeros_like(call.A)
-    _chunk_gradients[call.grid](
-        call.x, call.dt, call.A, call.B, call.C, call.A if call.D is None else call.D, starts, dends, dy,
-        dx, ddt, drate, dB, dC, dD,
-        *call.sizes, *call.x.stride(), *call.B.stride(), *call.C.stride(), *call.ends,
-        HAS_D=call.D is not None, **call.options,
-    )  # fmt: skip
-    dB, dC = (g.unflatten(2, (-1, call.ratio)).sum(3).to(t.dtype) for g, t in ((dB, call.B), (dC, call.C)))
-    dA = (drate * call.dt).sum((0, 1))
-    return dx, ddt, dA, dB, dC, (None if call.D is None else dD), dstate
+    def sharing(self, options: dict) -> dict:
+        """`options` for as many heads a program as B and C serve."""
+        return options | {"HEADS": math.gcd(options["HEADS"], self.ratio)}
 
 
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state):
         ctx.save_for_backward(x, dt, A, B, C, D, state)
-        return _forward(_Call(x, dt, A, B, C, D), state)
+        call = _Call(x, dt, A, B, C, D)
+        starts, final = call.walk(x, B, state, reverse=False)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        call.side_by_side(_outputs, call.sharing(OUTPUTS), starts, y)
+        return y, final
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         *inputs, state = ctx.saved_tensors
-        return _backward(_Call(*inputs), state, dy.contiguous(), dfinal)
+        call, dy = _Call(*inputs), dy.contiguous()
+        x, _, _, B, C, D = inputs
+        starts, _ = call.walk(x, B, state, reverse=False)
+        dends, dstate = call.walk(dy, C, dfinal, reverse=True)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        ddt, drate = torch.empty_like(call.dt), torch.empty_like(call.dt)
+        dD = torch.zeros_like(call.A)
+        call.side_by_side(_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, ddt, drate, dD)
+        options = call.sharing(OF_B_AND_C)
+        dB, dC = (call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2))
+        call.side_by_side(_gradients_of_B_and_C, options, starts, dends, dy, dB, dC)
+        dB, dC = (g.unflatten(2, (B.shape[2], -1)).sum(3).to(t.dtype) for g, t in ((dB, B), (dC, C)))
+        dA = (drate * call.dt).sum((0, 1))
+        return dx, ddt, dA, dB, dC, (None if D is None else dD), dstate

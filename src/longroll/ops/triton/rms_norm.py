@@ -1,0 +1,127 @@
+"""RMS norm, of an input that may be gated first, in Triton: what Mamba's blocks do around their recurrence.
+
+`y = weight * rms(x * silu(gate))` over groups of the last axis, as transformers' MambaRMSNormGated computes it:
+in float32, rounded to x's precision before the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS = 1024  # of backward, each of which sums the weight's gradient over its rows
+
+
+@triton.jit
+def _silu(v):
+    gate = 1.0 / (1.0 + tl.exp(-v))
+    return v * gate, gate * (1.0 + v * (1.0 - gate))
+
+
+@triton.jit
+def _forward(
+    x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr, eps, GROUPS, SIZE, xr, gr,
+    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, group, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    inside, at = i < SIZE, group * SIZE + i
+    stored = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0)
+    h = stored.to(tl.float32)
+    if HAS_GATE:
+        h *= _silu(tl.load(gate_ptr + row * gr + at, mask=inside, other=0.0).to(tl.float32))[0]
+    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / SIZE + eps)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    y = weight.to(tl.float32) * (h * rstd).to(stored.dtype).to(tl.float32)
+    tl.store(y_ptr + row * GROUPS * SIZE + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + row * GROUPS + group, rstd)
+
+
+@triton.jit
+def _backward(
+    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
+    ROWS, GROUPS, SIZE, xr, gr,
+    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx, dgate and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each program by itself."""
+    group, i = tl.program_id(1), tl.arange(0, BLOCK)
+    inside, at = i < SIZE, group * SIZE + i
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    for _ in range(tl.program_id(0), ROWS, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * GROUPS * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row * GROUPS + group)
+        h = x
+        if HAS_GATE:
+            opened, slope = _silu(tl.load(gate_ptr + row * gr + at, mask=inside, other=0.0).to(tl.float32))
+            h = x * opened
+        unit = h * rstd
+        dweight += dy * unit
+        dy *= weight
+        dh = rstd * (dy - unit * (tl.sum(dy * unit, axis=0) / SIZE))
+        to = row * GROUPS * SIZE + at
+        if HAS_GATE:
+            tl.store(dgate_ptr + to, (dh * x * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+            dh *= opened
+        tl.store(dx_ptr + to, dh.to(dx_ptr.dtype.element_ty), mask=inside)
+        row += tl.num_programs(0)
+    tl.store(dweight_ptr + tl.program_id(0) * GROUPS * SIZE + at, dweight, mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, size: int | None = None) -> Tensor:
+    """`weight * rms(x * silu(gate))`, in the dtype that weight and x promote to.
+
+    Args:
+        x: (..., D).
+        weight: (D,).
+        eps: added to the mean square.
+        gate: (..., D), as x.
+        size: numbers that share a mean; default D.
+    """
+    return _RMSNorm.apply(x, weight, gate, eps, size or x.shape[-1])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, D), last axis contiguous, without a copy where the strides allow it."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, gate, eps, size):
+        rows, gates = _rows(x), None if gate is None else _rows(gate)
+        groups = rows.shape[1] // size
+        rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
+        y = torch.empty(x.shape, dtype=torch.result_type(weight, x), device=x.device)
+        ctx.options = _options(gates, size)
+        _forward[(len(rows), groups)](
+            rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
+            rows.stride(0), 0 if gates is None else gates.stride(0), **ctx.options,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, gate, rstd)
+        ctx.size = size
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, gate, rstd = ctx.saved_tensors
+        rows, gates = _rows(x), None if gate is None else _rows(gate)
+        groups, dy = rstd.shape[1], dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+        programs = min(len(rows), _PROGRAMS)
+        dweight = rstd.new_empty(programs, weight.numel())
+        _backward[(programs, groups)](
+            rows, rows if gates is None else gates, weight, rstd, dy, dx, dx if dgate is None else dgate, dweight,
+            len(rows), groups, ctx.size, rows.stride(0), 0 if gates is None else gates.stride(0), **ctx.options,
+        )  # fmt: skip
+        return dx, dweight.sum(0).to(weight.dtype), dgate, None, None
+
+
+def _options(gate: Tensor | None, size: int) -> dict:
+    block = triton.next_power_of_2(size)
+    return {"HAS_GATE": gate is not None, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
