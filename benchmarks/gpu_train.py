@@ -1,23 +1,23 @@
 """Training steps of full-sized Mamba and Mamba-2 on a GPU: zero state against every intervention, and peers.
 
-    python benchmarks/gpu_train.py --json gpu_train.json             # mamba2-370m, 2048 tokens, bf16
+    python benchmarks/gpu_train.py --json gpu_train.json             # mamba2-370m, 4 x 2048 tokens, bf16
     python benchmarks/gpu_train.py --shape mamba-130m --batch 8
     python benchmarks/gpu_train.py --shape toy --device cpu          # checks the script
 
-Random weights in transformers' classes; AdamW; every row is the same model on the same batches, one row after
-the other since few would fit on a GPU together; medians count. `transformers` is its own path from the zero
-state, what a user has without longroll. The Triton rows need a GPU (LONGROLL_KERNELS). MFU counts 6 flops a
-parameter and token, no recurrence.
+Random weights, the same in every row, on the same batches; AdamW; autocast to bf16; medians. `transformers`,
+`mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at one
+model, step by step, so that a drift of the machine falls on all of them. MFU counts 6 flops a parameter and token,
+no recurrence.
 """
 
 import argparse
-import copy
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
 import torch.nn.functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
@@ -69,45 +69,64 @@ INTERVENTIONS = {
 
 
 class Row:
-    """One line of the table: a model with its optimizer, and how it is stepped."""
+    """A line of the table: one way to start, and the steps it took."""
 
-    def __init__(self, name: str, model: torch.nn.Module, kernels: str, intervention: str | None) -> None:
-        self.name, self.model, self.kernels = name, model, kernels
-        self.lm = None if name == "transformers" else longroll.RecurrentLM(model)
+    def __init__(self, name: str, intervention: str | None) -> None:
+        self.name = name
         kind = INTERVENTIONS[intervention] if intervention else None
         self.intervention = kind() if kind else None
-        cuda = next(model.parameters()).is_cuda
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak = 0
 
-    def step(self, ids: torch.Tensor) -> None:
+    def summary(self, tokens: int, warmup: int, parameters: int, peak: float | None) -> dict:
+        """The line."""
+        seconds = statistics.median(self.seconds[warmup:])
+        return {
+            "row": self.name,
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.seconds,
+            "mfu": 6 * parameters * tokens / seconds / peak if peak else None,
+            "peak_gib": self.peak / 2**30,
+            "first_loss": self.losses[0],
+            "first_step_seconds": self.seconds[0],
+        }
+
+
+class Bench:
+    """A model with its optimizer, and the rows that step it."""
+
+    def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool) -> None:
+        self.model, self.rows = model, rows
+        self.lm = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
+        cuda = next(model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
+
+    def step(self, row: Row, ids: torch.Tensor) -> None:
         """One training step on a batch (B, T + 1), timed."""
         device = ids.device
-        os.environ[SWITCH] = self.kernels
         _synchronize(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             if self.lm is None:
-                logits = self.model(ids[:, :-1], use_cache=False).logits
+                logits = peers.logits(self.model, ids[:, :-1])
             else:
                 batch = {"input_ids": ids[:, :-1], "starts": torch.zeros(len(ids), dtype=torch.bool)}
-                state = self.intervention.initial_state(batch) if self.intervention else None
+                state = row.intervention.initial_state(batch) if row.intervention else None
                 logits, final = self.lm(ids[:, :-1], state)
-                if self.intervention:
-                    self.intervention.observe(final)
+                if row.intervention:
+                    row.intervention.observe(final)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         _synchronize(device)
-        self.seconds.append(time.perf_counter() - began)
-        self.losses.append(loss.item())
+        row.seconds.append(time.perf_counter() - began)
+        row.losses.append(loss.item())
         if device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            row.peak = max(row.peak, torch.cuda.max_memory_allocated())
 
 
 def _synchronize(device: torch.device) -> None:
@@ -115,14 +134,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def rows(model: torch.nn.Module, device: str, only: str) -> Iterator[Row]:
-    """Rows that can run here, each with a copy of the model of its own."""
-    kernels = ["torch", *(["triton"] if torch.cuda.is_available() else [])]
-    names = [("transformers", "torch", None)]
-    names += [(f"{kernel} {name}", kernel, name) for kernel in kernels for name in INTERVENTIONS]
-    for name, kernel, intervention in names:
-        if only in name:
-            yield Row(name, copy.deepcopy(model).to(device), kernel, intervention)
+def benches(device: str, only: list[str] | None) -> list[str]:
+    """Names of the implementations that can run here."""
+    cuda = device == "cuda"
+    names = ["transformers", *(peers.available() if cuda else []), "torch", *(["triton"] if cuda else [])]
+    return [name for name in names if only is None or name in only]
+
+
+def open_bench(name: str, make: Callable[[], torch.nn.Module], device: str) -> Bench:
+    """An implementation with its rows."""
+    model, own = make(), name in ("torch", "triton")
+    if name in ("mamba-ssm", "fla"):
+        model = peers.build(name, model)
+    rows = [Row(f"{name} {way}", way) for way in INTERVENTIONS] if own else [Row(name, None)]
+    os.environ[SWITCH] = name if own else "torch"
+    return Bench(model.to(device).train(), rows, own=own)
 
 
 def main() -> None:
@@ -130,52 +156,51 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mamba2-370m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--only", default="", help="only rows whose name contains this")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="implementations, of those that can run here")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
     config, kind, sizes = SHAPES[options.shape]
-    torch.manual_seed(0)
-    model = kind(config(**sizes)).train()
-    parameters = sum(p.numel() for p in model.parameters())
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return kind(config(**sizes))
+
+    parameters = sum(p.numel() for p in make().parameters())
     peak = PEAK.get(torch.cuda.get_device_name()) if options.device == "cuda" else None
     shape = (options.warmup + options.steps, options.batch, options.length + 1)
     batches = torch.randint(sizes["vocab_size"], shape, device=options.device)
     table = []
-    for row in rows(model, options.device, options.only):
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
+    for name in benches(options.device, options.only):
         try:
-            for batch in batches:
-                row.step(batch)
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"{row.name}: {str(error).splitlines()[0]}")
+            rows = run(open_bench(name, make, options.device), batches)
+        except Exception as error:  # a peer that does not run here must not end the table
+            print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
             continue
-        seconds = statistics.median(row.seconds[options.warmup :])
-        rate = options.batch * options.length / seconds
-        table.append(
-            {
-                "row": row.name,
-                "tokens_per_second": rate,
-                "seconds": row.seconds,
-                "mfu": 6 * parameters * rate / peak if peak else None,
-                "peak_gib": row.peak / 2**30,
-                "first_loss": row.losses[0],
-                "first_step_seconds": row.seconds[0],
-            }
-        )
-        ratio = rate / table[0]["tokens_per_second"]
-        print(
-            f"{row.name:16} {rate:10,.0f} tokens/s {ratio:6.2f}x {row.peak / 2**30:7.1f} GiB "
-            f"first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
-            flush=True,
-        )
+        for row in rows:
+            line = row.summary(options.batch * options.length, options.warmup, parameters, peak)
+            table.append(line)
+            ratio = line["tokens_per_second"] / table[0]["tokens_per_second"]
+            print(
+                f"{row.name:18} {line['tokens_per_second']:10,.0f} tokens/s {ratio:6.2f}x"
+                f"{line['peak_gib']:8.1f} GiB  MFU {line['mfu'] or 0:.3f}"
+                f"  first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
+                flush=True,
+            )
         if options.json:
             made = provenance(seed=0, seconds=0.0)
             arguments = vars(options) | {"parameters": parameters}
             write_json(options.json, {"options": arguments, "rows": table, "provenance": made})
+
+
+def run(bench: Bench, batches: torch.Tensor) -> list[Row]:
+    """All rows' steps, in turns."""
+    for batch in batches:
+        for row in bench.rows:
+            bench.step(row, batch)
+    return bench.rows
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ FLA = "longroll.ops.fla_kernels"
 KERNELS = {
     "selective_scan": f"{TRITON}.selective_scan",
     "ssd": f"{TRITON}.ssd",
+    "short_conv": f"{TRITON}.short_conv",
+    "rms_norm": f"{TRITON}.rms_norm",
     "gla": FLA,
     "retention": FLA,
     "rwkv6": FLA,
@@ -30,7 +32,7 @@ WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256}
 """Op -> the widest key that fla's kernel takes."""
 
 SWITCH = "LONGROLL_KERNELS"
-"""Environment variable: `torch` keeps the ops in plain PyTorch; anything else runs GPU kernels where they fit."""
+"""Environment variable: `torch` keeps the ops in plain PyTorch; else GPU kernels run where they fit."""
 
 
 class Choice(NamedTuple):
@@ -53,7 +55,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
     if slow is not None:
         return Choice(None, f"chunked PyTorch: {slow}")
     module = importlib.import_module(KERNELS[op])
-    return Choice(getattr(module, op), f"fla.chunk_{op}" if KERNELS[op] == FLA else "triton")
+    return Choice(getattr(module, op), "fla's kernel" if KERNELS[op] == FLA else "triton")
 
 
 def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callable | None:
