@@ -110,10 +110,10 @@ def try_families() -> list[dict[str, Any]]:
 
     from longroll.cli._console import progress
     from longroll.families.table import tabulate
-    from longroll.families.tiny import CONFIGS
+    from longroll.families.tiny import CONFIGS, ON_GPU
 
-    with progress("families", total=len(CONFIGS)) as advance:
-        done = iter(range(1, len(CONFIGS) + 1))
+    with progress("families", total=len(CONFIGS | ON_GPU)) as advance:
+        done = iter(range(1, len(CONFIGS | ON_GPU) + 1))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return tabulate(device=device, advance=lambda: advance(next(done)))
 

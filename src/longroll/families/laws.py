@@ -9,19 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from longroll.families import model_class
 from longroll.interventions import Intervention, RandomNoise
 from longroll.model import RecurrentLM, load
 from longroll.state import RecurrentState
 
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}  # transformers' norms are float32 in any model
-"""How wide rounding makes a gap; ten times that for a gradient."""
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2}
+"""How wide rounding makes a gap (norms are float32 in any model); ten times that for a gradient."""
+ON_GPU = 2e-4
+"""The same in float32 on a GPU, which sums in another order for every shape."""
+IN_TF32 = 5e-3
+"""The same for fla's delta rules, which solve triangular systems in tf32 whatever they are asked for."""
 
 
 class Gap(NamedTuple):
@@ -262,7 +267,8 @@ def round_trip(model: PreTrainedModel, ids: Tensor, folder: Path) -> Gap:
     lm = load(folder / "in", device=model.device, dtype=model.dtype)
     logits, _ = lm(ids)
     lm.model.save_pretrained(folder / "out")
-    again = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=model.dtype)
+    loader: Any = model_class(model.config.model_type) or AutoModelForCausalLM
+    again = loader.from_pretrained(folder / "out", dtype=model.dtype)
     again.to(model.device)  # type: ignore[arg-type]
     return widest(
         [

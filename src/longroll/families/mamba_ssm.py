@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, PreTrainedConfig, PreTrainedModel
 
 from longroll.errors import LongrollError
 
@@ -96,8 +96,7 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
         raise LongrollError(f"{folder}: ssm_cfg {unknown} has no counterpart in transformers.")
     ssm = defaults | ssm
     if layer == "Mamba1":
-        return AutoConfig.for_model(
-            "mamba",
+        return MambaConfig(
             **common,
             state_size=ssm["d_state"],
             conv_kernel=ssm["d_conv"],
@@ -106,8 +105,7 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
             time_step_rank=ssm["dt_rank"],
         )
     if layer == "Mamba2":
-        return AutoConfig.for_model(
-            "mamba2",
+        return Mamba2Config(
             **common,
             state_size=ssm["d_state"],
             conv_kernel=ssm["d_conv"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from longroll import ops
 from longroll.families import Family, family_of, laws
-from longroll.families.tiny import CONFIGS, VOCAB, build
+from longroll.families.fla.native import NativeFamily
+from longroll.families.tiny import CONFIGS, ON_GPU, VOCAB, build
 from longroll.model import RecurrentLM
+from longroll.ops import _backend
 
 _Trial = Callable[[], laws.Gap]
 
@@ -31,10 +35,13 @@ COLUMNS = {
 
 
 def paths(family: Family) -> tuple[str, str]:
-    """What computes a family's recurrence on a CPU and on a GPU: longroll's op, or transformers' function."""
+    """What computes a family's recurrence on a CPU and on a GPU: longroll's op, or whose function."""
+    if isinstance(family, NativeFamily):
+        return "none", str(family.kernel)
     if family.op is not None:
         name = f"ops.{family.op}" if hasattr(ops, family.op) else family.op
-        return name, name
+        on_fla = _backend.KERNELS.get(family.op) == _backend.FLA
+        return name, f"fla.chunk_{family.op} or {name}" if on_fla else name
     return "transformers", "transformers" if family.kernel is None else f"{family.kernel} or transformers"
 
 
@@ -52,50 +59,91 @@ def tabulate(
         advance: called after each model.
     """
     models: dict[str, list[str]] = {}
-    for name, (model_type, _) in CONFIGS.items():
+    for name, (model_type, _) in (CONFIGS | ON_GPU).items():
         models.setdefault(model_type, []).append(name)
-    rows = []
-    for model_type in models if model_types is None else model_types:
-        family = family_of(model_type)
-        gaps: dict[str, list[laws.Gap]] = {}
-        for name in models[model_type]:
-            with tempfile.TemporaryDirectory() as folder:
-                for column, trial in _trials(name, family, torch.device(device), Path(folder)):
-                    gaps.setdefault(column, []).append(_try(trial))
-            advance()
-        cpu, gpu = paths(family)
-        row: dict[str, Any] = {
-            "family": model_type,
-            "kind": family.kind,
-            "cpu": cpu,
-            "gpu": gpu,
-            "gpu_tried": torch.device(device).type == "cuda",
-            "problems": [],
-        }
-        for column, found in gaps.items():
-            widest = laws.widest(found)
-            verdict = _verdict(column, widest)
-            row[f"{column}_gap"] = widest._asdict()
-            if column == "reference":
-                verdict = family.reference if verdict != "NO" else f"not {family.reference}"
-            if verdict.startswith(("NO", "not ")):
-                row["problems"].append(f"{model_type}: {column}: {widest.where}, off by {widest.size:.0e}")
+    with _exact_float32():
+        return [
+            _row(model_type, models[model_type], torch.device(device), advance)
+            for model_type in (models if model_types is None else model_types)
+        ]
+
+
+def _row(
+    model_type: str, names: list[str], device: torch.device, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """The row of one family, of its tiny models `names`."""
+    family = family_of(model_type)
+    gaps: dict[str, list[laws.Gap]] = {}
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            for column, trial in _trials(name, family, device, Path(folder)):
+                gaps.setdefault(column, []).append(_try(trial))
+        advance()
+    cpu, gpu = paths(family)
+    row: dict[str, Any] = {
+        "family": model_type,
+        "kind": family.kind,
+        "cpu": cpu,
+        "gpu": gpu,
+        "gpu_tried": device.type == "cuda",
+        "reference": family.reference,
+        "problems": [],
+    }
+    for column, found in gaps.items():
+        widest = laws.widest(found)
+        verdict = _verdict(column, widest, _tolerance(column, gpu, device))
+        row[f"{column}_gap"] = widest._asdict()
+        if verdict == "NO":
+            row["problems"].append(f"{model_type}: {column}: {widest.where}, off by {widest.size:.0e}")
+        if column == "bfloat16":
+            row["gpu"] += f"; bfloat16 {verdict}"
+        elif column == "reference":
+            row[column] = f"not {family.reference}" if verdict == "NO" else family.reference
+        else:
             row[column] = verdict
-        rows.append(row)
-    return rows
+    return row
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Let float32 be float32 on a GPU: cudnn's convolutions and Triton's products are tf32 otherwise."""
+    before, cudnn = os.environ.get("TRITON_F32_DEFAULT"), torch.backends.cudnn.allow_tf32
+    os.environ["TRITON_F32_DEFAULT"], torch.backends.cudnn.allow_tf32 = "ieee", False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = cudnn
+        if before is None:
+            del os.environ["TRITON_F32_DEFAULT"]
+        else:
+            os.environ["TRITON_F32_DEFAULT"] = before
+
+
+def _tolerance(column: str, gpu: str, device: torch.device) -> float:
+    """How wide rounding makes the gaps of a column."""
+    if column == "bfloat16":
+        return laws.TOLERANCE[torch.bfloat16]
+    if device.type == "cuda":
+        return laws.IN_TF32 if gpu.startswith("fla.") else laws.ON_GPU
+    return laws.TOLERANCE[torch.float32]
 
 
 def _trials(name: str, family: Family, device: torch.device, folder: Path) -> list[tuple[str, _Trial]]:
-    """Columns, and the laws that fill them, of one tiny model in float32."""
+    """Columns, and the laws that fill them, of one tiny model in float32; fla's kernels also in bfloat16."""
+    on_fla = paths(family)[1].startswith("fla.")
+    if name in ON_GPU and device.type != "cuda":
+        return []
 
-    def model() -> Any:
-        return build(name).to(device)  # type: ignore[arg-type]
+    def model(dtype: torch.dtype = torch.float32) -> Any:
+        return build(name, dtype=dtype).to(device)  # type: ignore[arg-type]
 
     def ids(rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(VOCAB, (rows, length), generator=generator).to(device)
 
-    pieces, text = [17, 1, 2, 15], ids(2, 36)
+    # on a GPU several chunks of 64, which is also where fla's layers leave their one-step kernels
+    pieces = [70, 1, 2, 77] if on_fla and device.type == "cuda" else [17, 1, 2, 15]
+    text = ids(2, sum(pieces) + 1)
     trials: list[tuple[str, _Trial]] = [
         ("loads", lambda: laws.round_trip(model(), ids(2, 20), folder)),
         ("reference", lambda: laws.own_logits(model(), text)),
@@ -105,6 +153,9 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
     ]
     if family.kind == "attention":
         return trials
+    if on_fla and device.type == "cuda":
+        in_16_bits: _Trial = lambda: laws.chunking(RecurrentLM(model(torch.bfloat16)), text[:, 1:], pieces)  # noqa: E731
+        trials.append(("bfloat16", in_16_bits))
 
     def from_noise() -> laws.Gap:
         lm = RecurrentLM(model())
@@ -133,14 +184,14 @@ def _try(trial: _Trial) -> laws.Gap:
         return laws.Gap(float("inf"), f"{type(error).__name__}: {str(error)[:80].splitlines()[0]}")
 
 
-def _verdict(column: str, gap: laws.Gap) -> str:
+def _verdict(column: str, gap: laws.Gap, tolerance: float) -> str:
     """`yes`, `to 1e-06` (the next power of ten above the gap), or `NO`."""
     if gap.size == 0:
         return "yes"
-    limit = laws.TOLERANCE[torch.float32] * (10 if column == "gradient" else 1)
+    limit = tolerance * (10 if column == "gradient" else 1)
     if not gap.size <= limit:  # NaN fails too
         return "NO"
-    return next(f"to 1e-{digits:02}" for digits in range(12, 0, -1) if gap.size <= 10.0**-digits)
+    return next(f"to 1e-{digits:02}" for digits in range(12, -1, -1) if gap.size <= 10.0**-digits)
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
@@ -152,5 +203,9 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """What a row shows, in the order of `COLUMNS`."""
-    shown = {"gradient": "-"} | row | {"gpu": row["gpu"] + ("" if row["gpu_tried"] else " *")}
+    shown = (
+        dict.fromkeys(("loads", "state", "gradient"), "-")
+        | row
+        | {"gpu": row["gpu"] + ("" if row["gpu_tried"] else " *")}
+    )
     return [shown[column] for column in COLUMNS]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from longroll.families.fla import model_class
+
 VOCAB = 64
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -71,8 +73,8 @@ _GATED_DELTA = (
         "shared_expert_intermediate_size": 32,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
+        "linear_key_head_dim": 16,  # the least that GPU kernels take
+        "linear_value_head_dim": 16,
         "linear_conv_kernel_dim": 4,
     }
 )
@@ -83,7 +85,7 @@ _KDA = _WIDE | {
     "moe_intermediate_size": 32,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
-    "linear_head_dim": 8,
+    "linear_head_dim": 16,
     "linear_num_heads": 4,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 4,
@@ -130,6 +132,7 @@ _INKLING = _WIDE | {
 }
 
 _FLA = _BASE | {"intermediate_size": 64, "num_heads": 2}
+_ON_GPU = _FLA | {"hidden_size": 64, "intermediate_size": 128}
 _FLA_ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 9}
 
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -203,7 +206,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("gla", _FLA),
     "gla_hybrid": ("gla", _FLA | {"num_kv_heads": 1, "use_short_conv": True, "attn": _FLA_ATTENTION}),
     "delta_net": ("delta_net", _FLA),
-    "gated_deltanet": ("gated_deltanet", _FLA | {"head_dim": 8, "num_v_heads": 4}),
+    "gated_deltanet": ("gated_deltanet", _FLA | {"head_dim": 16, "num_v_heads": 4}),
     "retnet": ("retnet", _FLA),
     "rwkv6": ("rwkv6", _FLA | {"proj_low_rank_dim": 8, "gate_low_rank_dim": 8}),
     "rwkv7": ("rwkv7", _FLA | {"head_dim": 16}),
@@ -215,17 +218,32 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> `model_type` and config; several of one family where its kinds of model differ."""
 
+ON_GPU: dict[str, tuple[str, dict[str, Any]]] = {
+    "kda": ("kda", _ON_GPU | {"head_dim": 32}),
+    "hgrn2": ("hgrn2", _ON_GPU | {"expand_ratio": 32}),
+    "hgrn2_conv": ("hgrn2", _ON_GPU | {"expand_ratio": 32, "use_short_conv": True}),
+    "gsa": ("gsa", _ON_GPU | {"num_slots": 16}),
+    "comba": ("comba", _ON_GPU | {"head_dim": 32, "expand_v": 1.0}),
+}
+"""The same of families that nothing runs on a CPU."""
+
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A model in eval mode; larger projections and slower decays than at initialisation, so state counts."""
-    model_type, entries = CONFIGS[name]
+    model_type, entries = (CONFIGS | ON_GPU)[name]
+    found = model_class(model_type)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(entries | config)))
+    if found is None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(entries | config)))
+    else:
+        assert found.config_class is not None
+        model = found(found.config_class(**(entries | config)))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(".temp"):  # zaya's keys are scaled by it, from 0 on
                 parameter.add_(1)
-            if parameter_name.endswith("linear_attn.A_log"):  # of the gated delta rule
+            if parameter_name.endswith("linear_attn.A_log") or (name in ON_GPU and "A_log" in parameter_name):
+                # of the gated delta rule
                 parameter.sub_(3)
             if parameter.ndim >= 2 and "A_log" not in parameter_name:
                 if "conv" not in parameter_name:

@@ -88,7 +88,7 @@ def delta_rule(q, k, v, beta, scale, initial_state, output_final_state: bool, l2
 def gated_delta_rule(
     q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm: bool
 ) -> _Result:
-    """Run `chunk_gated_delta_rule`; arguments as of `longroll.ops.gated_delta_rule`, q and k for every head."""
+    """Run `chunk_gated_delta_rule`; as `longroll.ops.gated_delta_rule`, with q and k for every head."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return _run(
@@ -126,7 +126,7 @@ def _run(
 
 @functools.cache
 def pin_configurations() -> int:
-    """Let every kernel of fla take one configuration without timing others; return how many kernels there are.
+    """Let every kernel of fla take one configuration without timing others; return how many there are.
 
     For this process, whoever calls the kernels. Nothing is pinned under LONGROLL_AUTOTUNE=1.
     """

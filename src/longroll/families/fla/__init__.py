@@ -1,14 +1,18 @@
 """GLA, DeltaNet, Gated DeltaNet, RetNet, RWKV-6 and RWKV-7 of fla checkpoints, in plain PyTorch.
 
 Parameters and configs are fla 0.6.0's (github.com/fla-org/flash-linear-attention), so its checkpoints load
-here and what is saved here loads there; neither fla nor Triton is needed.
+here and what is saved here loads there; neither fla nor Triton is needed. Where both are, on a GPU, the
+recurrences run on fla's kernels (`ops/fla_kernels.py`), and four families more on its classes (`native.py`).
 """
 
 from __future__ import annotations
 
+import importlib
+
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longroll.errors import LongrollError
 from longroll.families.fla.cache import FlaCache
@@ -16,6 +20,7 @@ from longroll.families.fla.decoder import CausalLM
 from longroll.families.fla.delta_net import DeltaNetForCausalLM
 from longroll.families.fla.gated_deltanet import GatedDeltaNetForCausalLM
 from longroll.families.fla.gla import GLAForCausalLM
+from longroll.families.fla.native import NATIVE
 from longroll.families.fla.retnet import RetNetForCausalLM
 from longroll.families.fla.rwkv6 import RWKV6ForCausalLM
 from longroll.families.fla.rwkv7 import RWKV7ForCausalLM
@@ -50,15 +55,29 @@ class FlaFamily(Family):
 
 
 def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
-    """The class that runs a `model_type` on this machine; None for one that is not fla's.
+    """The class that runs a `model_type` on this machine; None where the Auto classes find it.
 
-    Ours everywhere, also where fla is installed and registered its own with the Auto classes. fla's own
-    classes on a GPU would be chosen here, with a Family of theirs.
+    fla, once imported, puts its own classes into the Auto classes for what ours and transformers' run too
+    (its Mambas take no state with more than one token).
+
+    Raises:
+        LongrollError: for a family of fla's own classes where fla or a GPU is missing.
     """
-    return MODELS.get(model_type or "")
+    if model_type in MODELS:
+        return MODELS[model_type]
+    if model_type in NATIVE:
+        return NATIVE[model_type].model_class()
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type or "")
+    if model_type is None or name is None:
+        return None
+    if CONFIG_MAPPING[model_type].__module__.startswith("transformers."):
+        return None
+    module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+    return getattr(module, name)
 
 
 def _register() -> None:
+    FAMILIES.update(NATIVE)
     for kind, model in _RECURRENCES.items():
         model_type = model.model_type()
         FAMILIES[model_type] = FlaFamily(kind, op=kind, reference="fla 0.6.0's logits")

@@ -1,0 +1,333 @@
+"""Hold longroll on fla's kernels to float64, to fla's own classes and to the laws, on a GPU; and time it.
+
+Four kinds of job, each in a process of its own, so that one that crashes ends no other and Triton compiles on
+all cores; timing waits until all else is done. fla's kernels take one configuration each, as in the library
+(`longroll/ops/fla_kernels.py`).
+
+- `op`: outputs, final state and all gradients, also of the initial state and through the final one, against
+  the float64 oracle, which gets the same rounded inputs. Errors are root mean squares over the expected ones,
+  as in fla's own tests, which ask for 0.002 to 0.015 in 16 bits. `float32` is with IEEE products, `tf32` as
+  Triton multiplies by default.
+- `parity`: logits of our six classes against fla's, of the same checkpoint, in one piece and in three.
+- `laws`: the laws of the state on tiny models that run on fla's kernels or classes, float32 and bfloat16.
+- `speed`: tokens a second, forward and backward, of our ops on fla's kernels and in PyTorch.
+
+    PYTHONPATH=src:tests/families/fla python recipes/fla_gpu.py --output fla_gpu.json
+
+`--device cpu` tries what can run there: our PyTorch ops against the oracle, and small timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+OPS = ("gated_delta_rule", "gla", "rwkv7", "delta_rule", "rwkv6", "retention")
+LIMITS = {
+    # (outputs and final state, gradients), root mean square
+    "float64": (1e-9, 1e-9),  # ours, on a CPU
+    "float32": (1e-3, 2e-3),  # IEEE products; the delta rules solve triangular systems in tf32: 2^-11
+    "tf32": (3e-3, 6e-3),  # 2^-11 a product, and a few in a row
+    "bfloat16": (
+        1e-2,
+        2e-2,
+    ),  # 2^-9 a rounding: of inputs to each product and of what is stored between kernels
+}
+# (B, T, H, K, V): one step, several chunks of 64, sizes that are no powers of two
+SHAPES = ((2, 1, 2, 64, 32), (2, 130, 2, 64, 32), (1, 63, 3, 48, 96))
+SLOWEST = -0.6065306597126334  # decay of RWKV-7
+TIMED = (4, 2048, 8, 128, 128)
+NATIVE = ("kda", "hgrn2", "hgrn2_conv", "gsa", "comba")
+TYPES = ("gla", "delta_net", "gated_deltanet", "retnet", "rwkv6", "rwkv7")
+
+
+def inputs(op: str, size: tuple[int, ...], device: str, seed: int = 0) -> dict:
+    """Random arguments of an op in float64, such as its models make them."""
+    import torch
+    import torch.nn.functional as F
+
+    B, T, H, K, V = size
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    keys = normal(B, T, H, K), normal(B, T, H, K)
+    v, state = normal(B, T, H, V), normal(B, H, K, V)
+    unit = F.normalize(keys[1], dim=-1)
+    decays = F.logsigmoid(normal(B, T, H, K) + 2)
+    beta = normal(B, T, H).sigmoid()
+    made: dict = {
+        "gla": {"q": keys[0], "k": keys[1], "v": v, "g": decays},
+        "retention": {"q": keys[0], "k": keys[1], "v": v},
+        "rwkv6": {"r": keys[0], "k": keys[1], "v": v, "w": decays, "u": normal(H, K)},
+        "rwkv7": {
+            "r": keys[0],
+            "w": SLOWEST * (normal(B, T, H, K) - 1).sigmoid(),
+            "k": keys[1],
+            "v": v,
+            "a": -unit,
+            "b": unit * normal(B, T, H, K).sigmoid(),
+        },
+        "delta_rule": {"q": keys[0], "k": unit, "v": v, "beta": beta},
+        "gated_delta_rule": {"q": keys[0], "k": unit, "v": v, "g": decays[..., 0], "beta": beta},
+    }[op]
+    return {name: t.to(device) for name, t in (made | {"initial_state": state}).items()}
+
+
+def run_op(function, arguments: dict, **options: Any) -> dict:
+    """Outputs, final state and gradients under a random linear loss of both."""
+    import torch
+
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in arguments.items()}
+    o, state = function(**leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for t in (o, state):
+        loss = (
+            loss
+            + (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)).sum()
+        )
+    loss.backward()
+    return {"o": o.detach(), "state": state.detach()} | {f"d{name}": t.grad for name, t in leaves.items()}
+
+
+def apart(actual, expected) -> float:
+    """Root mean square of the difference over that of what is expected; infinite for NaN."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    size = (
+        (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-9)
+    ).item()
+    return size if size == size else float("inf")
+
+
+def job_op(op: str, precision: str, device: str) -> dict[str, Any]:
+    """Our op against its float64 oracle."""
+    import torch
+
+    from longroll import ops
+    from longroll.ops import reference
+    from longroll.ops._backend import choose
+
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+    chosen = choose(op, torch.device(device), dtype, SHAPES[0][3:])
+    if device == "cuda" and chosen.kernel is None:
+        return {"skipped": chosen.reason}
+    found: dict[str, Any] = {"path": chosen.reason, "errors": {}}
+    limits = LIMITS[precision]
+    for seed, size in enumerate(SHAPES):
+        kept = ("initial_state", "g", "w", "u") if dtype == torch.bfloat16 else ()
+        rounded = {
+            n: t.to(torch.float32 if n in kept else dtype) for n, t in inputs(op, size, device, seed).items()
+        }
+        bound = {"lower_bound": SLOWEST} if op == "rwkv7" else {}
+        for options in ({}, bound) if bound else ({},):
+            actual = run_op(getattr(ops, op), rounded, output_final_state=True, **options)
+            exact = {name: t.double().cpu() for name, t in rounded.items()}
+            expected = run_op(getattr(reference, f"{op}_reference"), exact)
+            errors = {name: apart(actual[name], expected[name]) for name in expected}
+            case = "x".join(map(str, size)) + (", bounded" if options else "")
+            found["errors"][case] = errors
+            for name, error in errors.items():
+                if not error <= limits[name.startswith("d")]:
+                    found.setdefault("problems", []).append(f"{case}: {name} off by {error:.1e}")
+    found["worst"] = max(error for errors in found["errors"].values() for error in errors.values())
+    return found
+
+
+def job_parity(model_type: str, precision: str, device: str) -> dict[str, Any]:
+    """Logits of our class against fla's, both on this device."""
+    import fla_parity as parity
+    import torch
+
+    from longroll.ops.fla_kernels import pin_configurations
+
+    pin_configurations()
+    config = parity.cases(model_type)[0]  # the smallest: each costs a compilation of every kernel
+    errors = parity.compare(model_type, config, device, getattr(torch, precision))
+    # of the largest logit; fla rounds between its kernels, we between ours
+    wide = [name for name in ("full", "chunked", "back") if not errors[name] <= 5e-2]
+    return {"errors": errors, "problems": [f"{name} off by {errors[name]:.1e}" for name in wide]}
+
+
+def job_laws(model_type: str, _: str, device: str) -> dict[str, Any]:
+    """A row of the table of families."""
+    from longroll.families.table import cells, tabulate
+
+    row = tabulate([model_type], device=device)[0]
+    print(" | ".join(cells(row)), file=sys.stderr)
+    return row
+
+
+def job_speed(what: str, _: str, device: str) -> dict[str, Any]:
+    """Tokens a second of one forward and backward of all ops; of one op only its first step, which compiles."""
+    if what != "all":
+        return timed(what, device, steps=0)
+    found: dict[str, Any] = {}
+    for op in OPS:
+        try:
+            found[op] = timed(op, device, steps=20)
+        except Exception as error:
+            traceback.print_exc()
+            found.setdefault("problems", []).append(f"{op}: {error}")
+    return found
+
+
+def timed(op: str, device: str, steps: int) -> dict[str, Any]:
+    """The first step of an op, and the median of several."""
+    import torch
+
+    from longroll import ops
+    from longroll.ops._backend import SWITCH
+
+    size = TIMED if device == "cuda" else (1, 64, 2, 32, 32)
+    kept = ("initial_state", "g", "w", "u")
+    arguments = {
+        name: t.to(torch.float32 if name in kept else torch.bfloat16).requires_grad_()
+        for name, t in inputs(op, size, device).items()
+    }
+    options = {"lower_bound": SLOWEST} if op == "rwkv7" else {}
+
+    def seconds(times: int) -> list[float]:
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            o, state = getattr(ops, op)(**arguments, output_final_state=True, **options)
+            ones = torch.ones_like(o), torch.ones_like(state)
+            torch.autograd.grad((o, state), list(arguments.values()), ones)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        return taken
+
+    found: dict[str, Any] = {}
+    for name in ("fla", "torch"):
+        os.environ[SWITCH] = name
+        found[f"{name}_first_ms"] = seconds(1)[0] * 1e3
+        if steps:
+            seconds(2)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            found[f"{name}_ms"] = ms = (
+                statistics.median(seconds(steps if name == "fla" else steps // 4)) * 1e3
+            )
+            found[f"{name}_tokens_per_s"] = size[0] * size[1] / ms * 1e3
+            if device == "cuda":
+                found[f"{name}_peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    if steps:
+        found["ratio"] = found["torch_ms"] / found["fla_ms"]
+    return found
+
+
+JOBS = {"op": job_op, "parity": job_parity, "laws": job_laws, "speed": job_speed}
+
+
+def jobs(device: str) -> list[list[str]]:
+    """Jobs by wave: `kind:what:precision`; the waves run one after another, the jobs of one side by side."""
+    if device == "cpu":
+        return [[f"op:{op}:float64" for op in OPS], ["speed:all:-"]]
+    ops = [f"op:{op}:{precision}" for precision in ("bfloat16", "float32") for op in OPS]
+    laws = [f"laws:{name}:-" for name in ("kda", "hgrn2", "gsa", "comba")]
+    parity = [f"parity:{name}:bfloat16" for name in TYPES]
+    compiled = [f"speed:{op}:-" for op in OPS]
+    tf32 = [f"op:{op}:tf32" for op in OPS]
+    more = [f"laws:{name}:-" for name in TYPES]
+    return [ops + laws + compiled + parity + more + tf32, ["speed:all:-"]]
+
+
+def start(job: str, device: str, limit: float) -> dict[str, Any]:
+    """Run a job in a process of its own; its last line of output is its result."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    if job.startswith("op:") and job.endswith(":float32"):
+        environment["TRITON_F32_DEFAULT"] = "ieee"
+    began = time.perf_counter()
+    command = [sys.executable, __file__, "--job", job, "--device", device]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+        result = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+        log = done.stderr
+    except subprocess.TimeoutExpired as error:
+        result, log = None, f"over {limit:.0f} s\n" + (error.stderr or b"").decode(errors="replace")
+    if result is None:
+        result = {"problems": ["failed"], "log": log[-4000:]}
+    return result | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def shown(job: str, result: dict[str, Any]) -> str:
+    """One line, and the log of a job that failed."""
+    kind = job.split(":")[0]
+    line = f"{job:36} {result['seconds']:6.1f} s  "
+    if "log" in result:
+        return f"{line}FAILED\n{result['log']}"
+    if "skipped" in result:
+        return line + "skipped: " + result["skipped"]
+    if kind == "op":
+        names = next(iter(result["errors"].values()))
+        worst = {n: max(errors[n] for errors in result["errors"].values()) for n in names}
+        line += f"{result['path']}: " + " ".join(f"{n} {error:.0e}" for n, error in worst.items())
+    elif kind == "parity":
+        line += " ".join(f"{n} {error:.1e}" for n, error in result["errors"].items())
+    elif kind == "laws":
+        gaps = [k for k in result if k.endswith("_gap")]
+        line += " ".join(f"{k[:-4]} {result[k]['size']:.0e}" for k in gaps) + f" ({result['gpu']})"
+    else:
+        rows = {op: row for op, row in result.items() if op in OPS} or {"": result}
+        for op, row in rows.items():
+            line += f"\n    {op:18}" if op else ""
+            line += " ".join(
+                f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k != "seconds"
+            )
+    return line + "".join(f"\n    ! {problem}" for problem in result.get("problems", []))
+
+
+def main() -> None:
+    """Run the jobs; the exit status says whether all are within their limits."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=Path("fla_gpu.json"))
+    parser.add_argument("--only", help="jobs that start with this, comma separated: op:gla,speed")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--limit", type=float, default=110, help="seconds a job")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        kind, what, how = options.job.split(":")
+        try:
+            result = JOBS[kind](what, how, options.device)
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+        print(json.dumps(result, default=str))
+        return
+    began, results = time.perf_counter(), {}
+    wanted = tuple(options.only.split(",")) if options.only else ("",)
+    for wave in jobs(options.device):
+        kept = [job for job in wave if job.startswith(wanted)]
+
+        def one(job: str) -> None:
+            results[job] = start(job, options.device, options.limit)
+            print(shown(job, results[job]), flush=True)
+            options.output.write_text(json.dumps(results, indent=1))
+
+        with ThreadPoolExecutor(options.workers) as pool:
+            list(pool.map(one, kept))
+    bad = [job for job, result in results.items() if result.get("problems")]
+    print(
+        f"{len(results)} jobs, {time.perf_counter() - began:.0f} s; not within their limits: {bad or 'none'}"
+    )
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
