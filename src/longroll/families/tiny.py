@@ -131,8 +131,7 @@ _INKLING = _WIDE | {
     "num_experts_per_tok": 2,
 }
 
-_FLA = _BASE | {"intermediate_size": 64, "num_heads": 2}
-_ON_GPU = _FLA | {"hidden_size": 64, "intermediate_size": 128}
+_FLA = _BASE | {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
 _FLA_ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 9}
 
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
@@ -219,11 +218,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> `model_type` and config; several of one family where its kinds of model differ."""
 
 ON_GPU: dict[str, tuple[str, dict[str, Any]]] = {
-    "kda": ("kda", _ON_GPU | {"head_dim": 32}),
-    "hgrn2": ("hgrn2", _ON_GPU | {"expand_ratio": 32}),
-    "hgrn2_conv": ("hgrn2", _ON_GPU | {"expand_ratio": 32, "use_short_conv": True}),
-    "gsa": ("gsa", _ON_GPU | {"num_slots": 16}),
-    "comba": ("comba", _ON_GPU | {"head_dim": 32, "expand_v": 1.0}),
+    "kda": ("kda", _FLA | {"head_dim": 32}),
+    "hgrn2": ("hgrn2", _FLA | {"expand_ratio": 32}),
+    "hgrn2_conv": ("hgrn2", _FLA | {"expand_ratio": 32, "use_short_conv": True}),
+    "gsa": ("gsa", _FLA | {"num_slots": 16}),
+    "comba": ("comba", _FLA | {"head_dim": 32, "expand_v": 1.0}),
 }
 """The same of families that nothing runs on a CPU."""
 
