@@ -5,7 +5,7 @@ folder, and both read the same tokens in one piece and in three, the second time
 GPU fla runs its kernels (`--dtype bfloat16 --limit 5e-2`: its chunked delta rule takes no float32). On a CPU
 it cannot, so they are replaced by torch functions: its own `naive_*` and `*_ref` where it has them
 (recurrences, norms, rotary positions, RWKV-7's pieces), else what its docstrings say; layers, models, configs
-and cache stay fla's.
+and cache stay fla's. Of a GPU, recipes/fla_gpu.py asks the same in less time.
 
     python -m venv venv && venv/bin/pip install torch==2.13.0 triton==3.9.0 transformers==5.23.0 einops
     venv/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
@@ -203,6 +203,7 @@ def replace_kernels() -> None:
     activations = importlib.import_module("fla.modules.activations.ops")
     rotary = importlib.import_module("fla.modules.rotary.ops")
     names = ("gla", "delta_net", "gated_deltanet", "multiscale_retention", "rwkv6", "rwkv7")
+    names += ("kda", "hgrn2", "gsa", "comba")
     layers = {name: importlib.import_module(f"fla.layers.{name}") for name in names}
 
     def normed(reference):
@@ -253,7 +254,14 @@ def replace_kernels() -> None:
 
     rotary.rotary_embedding = rotary_embedding
 
+    def rms_norm_linear(x, weight, bias, linear_weight, linear_bias):
+        return F.linear(norm.rms_norm(x, weight, bias, eps=1e-5), linear_weight, linear_bias)
+
+    layers["hgrn2"].rms_norm_linear = layers["gsa"].rms_norm_linear = rms_norm_linear
+    layers["hgrn2"].swish = importlib.import_module("fla.modules.feature_map").swish = F.silu
+
     replace_recurrences(layers)
+    replace_native(layers)
 
 
 def flash_attention(q, k, v, causal, window_size):
@@ -265,6 +273,45 @@ def flash_attention(q, k, v, causal, window_size):
         seen &= ahead >= -window_size[0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+
+
+def l2(x: Tensor) -> Tensor:
+    """Unit vectors, as fla's kernels make them."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def turned(state: Tensor | None, v_first: bool = True) -> Tensor | None:
+    """A V-first state K-first, and the other way round."""
+    return state if state is None or not v_first else state.mT
+
+
+def replace_native(layers: dict) -> None:
+    """The recurrences of the families that run on fla's own classes, by fla's naive functions."""
+    from fla.ops.comba.naive import naive_recurrent_comba
+    from fla.ops.gsa.naive import naive_recurrent_gsa
+    from fla.ops.kda.gate import naive_kda_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    def kda(
+        q, k, v, g, beta, A_log, dt_bias, initial_state, output_final_state, state_v_first, lower_bound, **_
+    ):
+        assert state_v_first and lower_bound is None
+        g, beta = naive_kda_gate(g, A_log, dt_bias), beta.sigmoid()
+        o, state = naive_recurrent_kda(
+            l2(q), l2(k), v, g, beta, None, turned(initial_state), output_final_state
+        )
+        return o, turned(state)
+
+    def comba(q, k, v, p, g, beta, initial_state, output_final_state, **_):
+        return naive_recurrent_comba(l2(q), l2(k), v, l2(p), beta, g, None, initial_state, output_final_state)
+
+    def gsa(q, k, v, s, g, initial_state, output_final_state, scale, **_):
+        return naive_recurrent_gsa(q, k, v, s, g, scale, initial_state, output_final_state)
+
+    layers["kda"].chunk_kda = layers["kda"].fused_recurrent_kda = kda
+    layers["comba"].chunk_comba = layers["comba"].fused_recurrent_comba = comba
+    layers["gsa"].chunk_gsa = layers["gsa"].fused_recurrent_gsa = gsa
+    layers["hgrn2"].chunk_gla = layers["hgrn2"].fused_recurrent_gla = layers["gla"].chunk_gla
 
 
 def replace_recurrences(layers: dict) -> None:
@@ -279,12 +326,6 @@ def replace_recurrences(layers: dict) -> None:
     from fla.ops.rwkv7.fused_k_update import k_update_ref
     from fla.ops.rwkv7.gate_output_correction import gate_output_correction_ref
     from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
-
-    def l2(x):
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-    def turned(state, v_first):
-        return state if state is None or not v_first else state.mT
 
     def gla(q, k, v, gk=None, g=None, initial_state=None, output_final_state=False, state_v_first=False, **_):
         initial = turned(initial_state, state_v_first)

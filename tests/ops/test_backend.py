@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from longroll.ops import _backend
+from longroll.ops._backend import SWITCH, choose
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A machine with Triton and fla, and the environment of a fresh shell."""
+    monkeypatch.setattr(_backend, "_installed", lambda package: True)
+    for variable in (SWITCH, "TRITON_F32_DEFAULT"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+FLA = [op for op, module in _backend.KERNELS.items() if module == _backend.FLA]
+
+
+@pytest.mark.parametrize("op", FLA)
+def test_flas_kernels_run_in_16_bits(op, installed):
+    choice = choose(op, CUDA, torch.bfloat16, (64, 128))
+    assert choice.kernel is not None and choice.kernel.__name__ == op
+    assert choice.reason == "fla's kernel"
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "dtype", "sizes", "reason"),
+    [
+        ("gla", "cpu", torch.bfloat16, (64, 64), "no GPU"),
+        ("gla", "cuda", torch.float64, (64, 64), "float32"),
+        ("gla", "cuda", torch.float32, (64, 64), "tf32"),
+        ("delta_rule", "cuda", torch.float32, (64, 64), "no float32"),
+        ("retention", "cuda", torch.bfloat16, (8, 64), "at least 16"),
+        ("retention", "cuda", torch.bfloat16, (64, 33), "even"),
+        ("rwkv7", "cuda", torch.bfloat16, (512, 64), "at most 256"),
+        ("linear_scan", "cuda", torch.float32, (), "no kernel"),
+    ],
+)
+def test_a_slower_path_says_why(op, device, dtype, sizes, reason, installed):
+    choice = choose(op, torch.device(device), dtype, sizes)
+    assert choice.kernel is None
+    assert choice.reason.startswith("chunked PyTorch: ") and reason in choice.reason
+
+
+def test_float32_where_it_is_exact_or_need_not_be(installed, monkeypatch):
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    assert choose("gla", CUDA, torch.float32, (64, 64)).kernel is not None
+    monkeypatch.delenv("TRITON_F32_DEFAULT")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert choose("gla", CUDA, torch.float32, (64, 64)).kernel is not None
+
+
+@pytest.mark.parametrize("op", _backend.KERNELS)
+def test_the_switch_keeps_everything_in_pytorch(op, installed, monkeypatch):
+    monkeypatch.setenv(SWITCH, "torch")
+    assert choose(op, CUDA, torch.bfloat16, (64, 64)) == (None, f"chunked PyTorch: {SWITCH}=torch")
+
+
+def test_what_is_not_installed_is_named(installed, monkeypatch):
+    monkeypatch.setattr(_backend, "_installed", lambda package: package != "fla")
+    assert choose("gla", CUDA, torch.bfloat16, (64, 64)).reason == "chunked PyTorch: fla is not installed"
