@@ -1,13 +1,17 @@
 """Train Mamba-2 to copy strings, from scratch, with and without State Passing (the paper's section 4).
 
-    python recipes/copying.py --output copying                     # for a GPU; NOT YET RUN at this size
+    python recipes/copying.py --output copying                     # for a GPU
     python recipes/copying.py --small --seeds 0 --output copying   # minutes on one CPU core
 
 Data, loss and both ways of scoring are those of sjelassi/transformers_ssm_copy (`longroll.tasks.copying`); so
 are AdamW with weight decay .1, linear schedule, 100 steps of warm-up, clipping at 1. The paper does not give
 the size of its model. For each run: OUTPUT/{intervention}-{seed}/ (the model and its tokenizer) and .json
 (results, as of `longroll evaluate copying`); then OUTPUT/summary.json, means and standard deviations.
+`--seconds` ends each training by the clock, counted from the start of the script. `--summary` writes the last
+file from the results of runs in processes of their own (`--seeds 0 --interventions sp`, ...).
 """
+
+import timed  # isort: skip  (its clock starts first)
 
 import argparse
 import statistics
@@ -20,19 +24,20 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from longroll.data import HFTokenizer
 from longroll.interventions import StatePassing
 from longroll.model import RecurrentLM
-from longroll.results import write_json
+from longroll.results import read_json, write_json
 from longroll.tasks import Copying, CopyRows, Row, copying_tokenizer, evaluate_grid
 from longroll.tasks.copying import VOCABULARY
 from longroll.tasks.evaluate import task_result
-from longroll.training import PosttrainOptions, posttrain
 
 LARGE = {
-    "hidden": 768, "layers": 12, "state": 128, "context": 220, "shortest": 8, "longest": 50, "steps": 20_000,
-    "batch": 64, "learning_rate": 5e-4, "lengths": [25, 50, 100, 150, 200], "samples": 256,
+    "hidden": 256, "layers": 2, "state": 128, "context": 220, "shortest": 1, "longest": 32, "steps": 4000,
+    "batch": 64, "learning_rate": 2e-3, "lengths": [8, 16, 24, 32, 48, 64, 96, 112, 128], "samples": 256,
+    "kept": 65_536,
 }  # fmt: skip
 SMALL = {
     "hidden": 64, "layers": 2, "state": 32, "context": 64, "shortest": 1, "longest": 8, "steps": 1500,
     "batch": 32, "learning_rate": 5e-3, "lengths": [4, 8, 12, 16, 24, 32], "samples": 128,
+    "kept": 48_000,
 }  # fmt: skip
 
 
@@ -61,31 +66,34 @@ def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -
     words = copying_tokenizer()
     task = Copying(HFTokenizer(words, "copying"))
     lm = RecurrentLM(build(size, seed).to(options.device), name=f"copying-{intervention}-{seed}")
-    training = PosttrainOptions(
-        length=size["context"],
-        steps=options.steps or size["steps"],
-        batch_size=size["batch"],
-        learning_rate=size["learning_rate"],
-        schedule="linear",
-        warmup=min(0.5, 100 / (options.steps or size["steps"])),
-        weight_decay=0.1,
-        bf16=options.device.startswith("cuda"),
-        save_steps=10**9,
-        seed=seed,
-    )
     strings = {name: size[name] for name in ("context", "shortest", "longest")}
-    rows = CopyRows(task, training.steps * training.batch_size, seed=seed, **strings)
+    rows = CopyRows(task, timed.MANY * size["batch"], seed=seed, **strings)
+    stored = timed.StoredRows(rows, size["kept"], lanes=size["batch"])
     chosen = (
         StatePassing(zero_probability=options.zero_probability, seed=seed) if intervention == "sp" else None
     )
     folder = options.output / f"{intervention}-{seed}"
-    log = posttrain(lm, rows, chosen, training, folder)
+    steps = options.steps or size["steps"]
+    told = timed.train(
+        lm,
+        stored,
+        chosen,
+        folder,
+        seconds=options.seconds,
+        steps=steps,
+        length=size["context"],
+        batch_size=size["batch"],
+        learning_rate=size["learning_rate"],
+        schedule="linear",
+        warmup=min(0.5, 100 / steps),
+        weight_decay=0.1,
+        seed=seed,
+    )
     words.save_pretrained(folder)
     row = Row(None, task)
     cells = evaluate_grid(
-        lm, [row], size["lengths"], samples=size["samples"], batch_size=64, seed=seed + 1000
+        lm, [row], size["lengths"], samples=size["samples"], batch_size=size["samples"], seed=seed + 1000
     )
-    losses = [entry["loss"] for entry in log if "loss" in entry]
     result = task_result(
         lm,
         cells,
@@ -93,7 +101,7 @@ def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -
         size["lengths"],
         label=intervention,
         train_length=size["longest"],
-        settings={**size, "steps": training.steps, "final_loss": losses[-1]},
+        settings=size | {"training": told, "zero_probability": options.zero_probability},
         seed=seed,
         seconds=time.perf_counter() - began,
     )
@@ -121,20 +129,27 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a size for one CPU core")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--interventions", nargs="+", choices=["none", "sp"], default=["none", "sp"])
-    parser.add_argument("--zero-probability", type=float, default=0.0, help="State Passing's")
+    parser.add_argument("--zero-probability", type=float, default=0.1, help="State Passing's")
     parser.add_argument("--steps", type=int, help="other than the size's own")
+    parser.add_argument("--seconds", type=float, help="of training and what goes before it, one run a script")
+    parser.add_argument("--summary", action="store_true", help="only summarise the results in OUTPUT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("copying"))
     options = parser.parse_args()
     size = SMALL if options.small else LARGE
     summary = {}
     for intervention in options.interventions:
-        results = [run(size, intervention, seed, options) for seed in options.seeds]
+        files = [options.output / f"{intervention}-{seed}.json" for seed in options.seeds]
+        if options.summary:
+            results = [read_json(file) for file in files if file.exists()]
+        else:
+            results = [run(size, intervention, seed, options) for seed in options.seeds]
         summary[intervention] = summarise(results)
         for name, score in summary[intervention]["scores"].items():
             means = ", ".join(f"{n}: {m:.2f}" for n, m in zip(score["lengths"], score["mean"], strict=True))
             print(f"{intervention} {name}: {means}", flush=True)
-    write_json(options.output / "summary.json", summary)
+    if options.summary or options.seconds is None:
+        write_json(options.output / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,13 @@ def test_windows_of_a_lane_make_whole_samples(name, windows):
         assert any((rows[step * lanes + lane]["shift_labels"] >= 0).any() for lane in range(lanes))
 
 
+def test_prompts_can_be_learned_too():
+    task = TASKS["passkey"]
+    (row,) = TaskRows([task], 300, 1, seed=2, answers_only=False)
+    sample = task.sample(301, rng=random_of(1, 2, 0))
+    assert row["shift_labels"].tolist() == sample.tokens[1:].tolist()
+
+
 def test_a_batch_smaller_than_a_sample_is_refused():
     with pytest.raises(LongrollError, match="--windows 4"):
         TaskRows([TASKS["passkey"]], 300, 8, lanes=2, windows=4)

@@ -37,6 +37,7 @@ class Copying(Task):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.letters = np.array([one_token(tokenizer, letter) for letter in LETTERS], dtype=np.int32)
+        self.begin, self.middle, self.end = (self.encode(mark) for mark in "$|.")
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """A random string of `length` letters; the prompt has two tokens more, the answer ends with `.`."""
@@ -44,8 +45,8 @@ class Copying(Task):
             raise LongrollError(f"--lengths {length}: a string to copy has at least one letter.")
         drawn = rng.integers(len(LETTERS), size=length)
         letters = self.letters[drawn]
-        prompt = np.concatenate([self.encode("$"), letters, self.encode("|")])
-        answer = np.concatenate([letters, self.encode(".")])
+        prompt = np.concatenate([self.begin, letters, self.middle])
+        answer = np.concatenate([letters, self.end])
         return Sample(prompt, answer, "".join(LETTERS[i] for i in drawn), (1, length + 1))
 
     def score(

@@ -1,4 +1,4 @@
-"""Rows of a task to train on: prompt and answer, loss on the answer alone."""
+"""Rows of a task to train on: prompt and answer, loss on the answer (or on all of it)."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class TaskRows(Dataset[Item]):
         lanes: rows of a batch, of all ranks together.
         windows: rows of a sample.
         seed: of everything drawn; evaluation draws from other streams.
+        answers_only: the loss is on answers; else on every token, prompts being text to learn too.
 
     Raises:
         LongrollError: for numbers below 1 and fewer lanes than windows; while reading, for a length too short
@@ -35,7 +36,15 @@ class TaskRows(Dataset[Item]):
     """
 
     def __init__(
-        self, tasks: list[Task], length: int, rows: int, *, lanes: int = 1, windows: int = 1, seed: int = 0
+        self,
+        tasks: list[Task],
+        length: int,
+        rows: int,
+        *,
+        lanes: int = 1,
+        windows: int = 1,
+        seed: int = 0,
+        answers_only: bool = True,
     ) -> None:
         if min(length, rows, lanes, windows) < 1 or not tasks:
             raise LongrollError(
@@ -46,7 +55,7 @@ class TaskRows(Dataset[Item]):
                 f"--windows {windows}: a batch of {lanes} rows is too small for a sample to end in each."
             )
         self.tasks, self.length, self.rows, self.lanes = tasks, length, rows, lanes
-        self.windows, self.seed = windows, seed
+        self.windows, self.seed, self.answers_only = windows, seed, answers_only
 
     def __len__(self) -> int:
         return self.rows
@@ -63,7 +72,8 @@ class TaskRows(Dataset[Item]):
         # a haystack of whole lines may leave room: what follows the answer is text again, and not learned
         ids = np.resize(sample.tokens, whole).astype(np.int64)
         place = np.arange(1, whole)
-        learned = (place >= len(sample.prompt)) & (place < len(sample.tokens))
+        first_learned = len(sample.prompt) if self.answers_only else 0
+        learned = (place >= first_learned) & (place < len(sample.tokens))
         labels = np.where(learned, ids[1:], IGNORED)
         piece = slice((window - first) * self.length, (window - first + 1) * self.length)
         return {
