@@ -5,9 +5,9 @@
     python benchmarks/gpu_train.py --shape toy --device cpu          # checks the script
 
 Random weights, the same in every row, on the same batches; AdamW; autocast to bf16; medians. `transformers`,
-`mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at one
-model, step by step, so that a drift of the machine falls on all of them. MFU counts 6 flops a parameter and token,
-no recurrence.
+`mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at
+one model, step by step, so that a drift of the machine falls on all of them. MFU counts 6 flops a parameter
+and token, no recurrence.
 """
 
 import argparse

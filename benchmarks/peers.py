@@ -1,4 +1,4 @@
-"""The same weights in other people's modules: mamba-ssm's and flash-linear-attention's, from the zero state."""
+"""The same weights in other people's modules, from the zero state: mamba-ssm's and fla's."""
 
 from __future__ import annotations
 
@@ -57,17 +57,8 @@ def _mamba_ssm(config, second: bool) -> nn.Module:
 def _fla(config, second: bool) -> nn.Module:
     module = importlib.import_module(f"fla.models.{'mamba2' if second else 'mamba'}")
     name = "Mamba2" if second else "Mamba"
-    sizes = {
-        key: getattr(config, key)
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "state_size",
-            "expand",
-            "tie_word_embeddings",
-        )
-    }
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "tie_word_embeddings")
+    sizes = {key: getattr(config, key) for key in same}
     if second:
         sizes |= {"head_dim": config.head_dim, "n_groups": config.n_groups}
     settings = getattr(module, f"{name}Config")(norm_eps=config.layer_norm_epsilon, **sizes)

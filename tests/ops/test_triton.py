@@ -1,11 +1,17 @@
 """The Triton kernels against the oracles, in its interpreter (tests/conftest.py): `pip install triton`."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
+import test_rms_norm
 import test_selective_scan
+import test_short_conv
 import test_ssd
 import torch
 from agreement import assert_close, drop, run
 
+from longroll.ops import short_conv
 from longroll.ops.reference import selective_scan_reference, ssd_reference
 
 pytest.importorskip("triton")
@@ -57,6 +63,43 @@ def test_ssd_agrees_with_the_oracle(size, keep, softplus, limit):
     found = run(ssd, arguments, options, dtype=torch.float32)
     # decays are differences of running sums of up to 64 dt A, in float32
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "keep", "activation"),
+    [
+        ((2, 130, 70, 4), (True, True), "silu"),
+        ((1, 1, 5, 3), (False, True), "silu"),
+        ((2, 64, 64, 4), (True, False), None),
+        ((2, 3, 9, 4), (True, True), "silu"),
+        ((1, 66, 3, 2), (False, False), None),
+    ],
+)
+def test_conv_agrees_with_pytorch(size, keep, activation, monkeypatch):
+    from longroll.ops.triton import short_conv as kernels
+
+    arguments = drop(keep, test_short_conv.inputs(size), ("bias", "initial_state"))
+    options = {"activation": activation, "output_final_state": True}
+    expected = run(short_conv, arguments, options)
+    choice = SimpleNamespace(kernel=kernels.short_conv)
+    module = sys.modules["longroll.ops.short_conv"]  # the package shows the function of that name
+    monkeypatch.setattr(module, "choose", lambda *_: choice)
+    assert_close(run(short_conv, arguments, options, dtype=torch.float32), expected, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "gated"), [((3, 50, 48, 48), True), ((2, 7, 40, 20), True), ((1, 1100, 33, 33), False)]
+)
+def test_norm_agrees_with_transformers(size, gated):
+    from longroll.ops.triton.rms_norm import rms_norm
+
+    def kernel(**arguments):
+        return rms_norm(**arguments), torch.zeros(())
+
+    arguments = drop((gated,), test_rms_norm.inputs(size), ("gate",))
+    options = {"eps": 1e-5, "size": size[-1]}
+    expected = run(test_rms_norm.reference, arguments, options)
+    assert_close(run(kernel, arguments, options, dtype=torch.float32), expected, 3e-6)
 
 
 def drawn(module, size, keep, softplus):

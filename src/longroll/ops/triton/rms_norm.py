@@ -1,7 +1,7 @@
 """RMS norm, of an input that may be gated first, in Triton: what Mamba's blocks do around their recurrence.
 
-`y = weight * rms(x * silu(gate))` over groups of the last axis, as transformers' MambaRMSNormGated computes it:
-in float32, rounded to x's precision before the weight.
+`y = weight * rms(x * silu(gate))` over groups of the last axis, as transformers' MambaRMSNormGated computes
+it: in float32, rounded to x's precision before the weight.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _backward(
     tl.store(dweight_ptr + tl.program_id(0) * GROUPS * SIZE + at, dweight, mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, size: int | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, size: int | None = None
+) -> Tensor:
     """`weight * rms(x * silu(gate))`, in the dtype that weight and x promote to.
 
     Args:
@@ -97,10 +99,9 @@ class _RMSNorm(torch.autograd.Function):
         groups = rows.shape[1] // size
         rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
         y = torch.empty(x.shape, dtype=torch.result_type(weight, x), device=x.device)
-        ctx.options = _options(gates, size)
         _forward[(len(rows), groups)](
             rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
-            rows.stride(0), 0 if gates is None else gates.stride(0), **ctx.options,
+            rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, gate, rstd)
         ctx.size = size
@@ -116,8 +117,9 @@ class _RMSNorm(torch.autograd.Function):
         programs = min(len(rows), _PROGRAMS)
         dweight = rstd.new_empty(programs, weight.numel())
         _backward[(programs, groups)](
-            rows, rows if gates is None else gates, weight, rstd, dy, dx, dx if dgate is None else dgate, dweight,
-            len(rows), groups, ctx.size, rows.stride(0), 0 if gates is None else gates.stride(0), **ctx.options,
+            rows, rows if gates is None else gates, weight, rstd, dy,
+            dx, dx if dgate is None else dgate, dweight, len(rows), groups, ctx.size,
+            rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, ctx.size),
         )  # fmt: skip
         return dx, dweight.sum(0).to(weight.dtype), dgate, None, None
 

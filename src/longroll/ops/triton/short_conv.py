@@ -1,7 +1,7 @@
 """The short causal convolution in Triton, with its activation and its tail, forward and backward.
 
-Inputs are numbered with their tail: `s = t + W - 1`, so that `y_t = sum_w weight[:, w] input_{t + w}`. Only the
-inputs are kept for backward, which convolves them again.
+Inputs are numbered with their tail: `s = t + W - 1`, so that `y_t = sum_w weight[:, w] input_{t + w}`. Only
+the inputs are kept for backward, which convolves them again.
 """
 
 from __future__ import annotations

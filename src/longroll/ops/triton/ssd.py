@@ -114,7 +114,8 @@ def _outputs(
 
 @triton.jit
 def _gradients_of_x(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dx_ptr, ddt_ptr, drate_ptr, dD_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
+    dx_ptr, ddt_ptr, drate_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +318,9 @@ class _SSD(torch.autograd.Function):
         dD = torch.zeros_like(call.A)
         call.side_by_side(_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, ddt, drate, dD)
         options = call.sharing(OF_B_AND_C)
-        dB, dC = (call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2))
+        dB, dC = (
+            call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2)
+        )
         call.side_by_side(_gradients_of_B_and_C, options, starts, dends, dy, dB, dC)
         dB, dC = (g.unflatten(2, (B.shape[2], -1)).sum(3).to(t.dtype) for g, t in ((dB, B), (dC, C)))
         dA = (drate * call.dt).sum((0, 1))
