@@ -269,7 +269,7 @@ def round_trip(model: PreTrainedModel, ids: Tensor, folder: Path) -> Gap:
     lm.model.save_pretrained(folder / "out")
     loader: Any = model_class(model.config.model_type) or AutoModelForCausalLM
     again = loader.from_pretrained(folder / "out", dtype=model.dtype)
-    again.to(model.device)  # type: ignore[arg-type]
+    again.to(model.device)
     return widest(
         [
             _named_gap(again.state_dict(), weights),

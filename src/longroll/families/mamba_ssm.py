@@ -101,7 +101,6 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
             state_size=ssm["d_state"],
             conv_kernel=ssm["d_conv"],
             expand=ssm["expand"],
-            intermediate_size=ssm["expand"] * source["d_model"],
             time_step_rank=ssm["dt_rank"],
         )
     if layer == "Mamba2":

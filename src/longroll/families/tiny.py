@@ -236,7 +236,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(entries | config)))
     else:
         assert found.config_class is not None
-        model = found(found.config_class(**(entries | config)))  # type: ignore[arg-type]
+        model = found(found.config_class(**(entries | config)))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(".temp"):  # zaya's keys are scaled by it, from 0 on
