@@ -135,8 +135,7 @@ def repair(corpus: Corpus, options: argparse.Namespace) -> None:
                 decay_speed=30.0,
                 seed=options.seed,
             )
-        chunk = 1024 if lm.device.type == "cuda" else None
-        found = diagnose(lm, tokens, label=label, train_length=LENGTH, chunk_size=chunk).to_json()
+        found = diagnose(lm, tokens, label=label, train_length=LENGTH).to_json()
         write_json(options.output / f"{label}.json", found)
         print(label, found["sentence"], f"{time.time() - began:.0f} s", flush=True)
 

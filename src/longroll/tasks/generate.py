@@ -22,9 +22,6 @@ from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from longroll.tasks._task import Sample
 
-GPU_CHUNK_TOKENS = 65_536
-"""Tokens of one forward on a GPU, all rows together; no logits of them are made."""
-
 
 class Read(NamedTuple):
     """Prompts that were read: which, the last hidden state of each (B, d_model), and the states after
@@ -63,8 +60,7 @@ def read_prompts(
         lm: the model.
         prompts: may differ in length.
         state: the state all of them start from, one row; None: zero.
-        chunk_size: tokens of a row in one forward; default: as `roll_out`, on a GPU as many as make
-            `GPU_CHUNK_TOKENS` over all rows.
+        chunk_size: tokens of a row in one forward.
         stops: call `watch` every so many tokens.
         watch: given how many tokens were read and the state of the rows still going; gives the state to go
             on from.
@@ -87,8 +83,7 @@ def read_prompts(
         going = order[: int((lengths >= stop).sum())]
         ids = torch.from_numpy(np.stack([prompts[row][start:stop] for row in going]).astype(np.int64))
         state = None if state is None else state.rows(slice(0, len(going)))
-        size = chunk_size or (max(64, GPU_CHUNK_TOKENS // len(going)) if lm.device.type == "cuda" else None)
-        for chunk in roll_out(lm, ids, chunk_size=size, state=state):
+        for chunk in roll_out(lm, ids, chunk_size=chunk_size, state=state):
             hidden, state = chunk.hidden[:, -1], chunk.state
         assert state is not None
         if watch is not None and stops and stop % stops == 0:
