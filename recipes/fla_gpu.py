@@ -157,12 +157,12 @@ def job_parity(model_type: str, precision: str, device: str) -> dict[str, Any]:
     import torch
 
     import longroll
-    from longroll.ops.fla_kernels import pin_configurations
+    from longroll.ops.fla_kernels import make_ready
 
     if device == "cpu":
         parity.replace_kernels()
     else:
-        pin_configurations()
+        make_ready()
     config = parity.cases(model_type)[0]  # the smallest: each costs a compilation of every kernel
     dtype = getattr(torch, precision)
     theirs = parity.planted(model_type, config).to(dtype).float()

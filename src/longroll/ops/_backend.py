@@ -65,6 +65,11 @@ def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callabl
     return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
 
 
+def fla_runs_here() -> bool:
+    """Whether there is a GPU, and fla."""
+    return torch.cuda.is_available() and _installed("triton") and _installed("fla")
+
+
 def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
     """Why no kernel runs; None where one does."""
     if device.type != "cuda":

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longroll.ops.fla_hopper import register_if_needed
+
 AUTOTUNE = "LONGROLL_AUTOTUNE"
 """Environment variable: `1` lets fla time its configurations; minutes once for each machine and shape."""
 
@@ -112,7 +114,7 @@ def _run(
     **options: Any,
 ) -> _Result:
     """Call a kernel with `timed` in the dtype of the first of them and `wide` in float32."""
-    pin_configurations()
+    make_ready()
     dtype = next(iter(timed.values())).dtype
     return kernel(
         **{name: t.to(dtype) for name, t in timed.items()},
@@ -125,10 +127,16 @@ def _run(
 
 
 @functools.cache
+def make_ready() -> None:
+    """Prepare fla for this process, whoever calls its kernels: configurations, and what Triton breaks."""
+    pin_configurations()
+    register_if_needed()
+
+
 def pin_configurations() -> int:
     """Let every kernel of fla take one configuration without timing others; return how many there are.
 
-    For this process, whoever calls the kernels. Nothing is pinned under LONGROLL_AUTOTUNE=1.
+    Nothing is pinned under LONGROLL_AUTOTUNE=1.
     """
     if os.environ.get(AUTOTUNE) == "1":
         return 0

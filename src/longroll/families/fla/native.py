@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from longroll.errors import LongrollError
 from longroll.families._family import Family
 from longroll.families.fla.cache import FlaCache
-from longroll.ops.fla_kernels import pin_configurations
+from longroll.ops.fla_kernels import make_ready
 from longroll.state import RecurrentState, StateKey
 
 
@@ -46,7 +46,7 @@ class NativeFamily(Family):
                 # the cache's initial state is only read and its final one only assigned
                 layer._can_checkpoint_with_cache = True
                 layer.attn.register_forward_pre_hook(_use_cache, with_kwargs=True)
-        pin_configurations()
+        make_ready()
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> NativeCache:
         """The cache that starts a forward from `state`."""

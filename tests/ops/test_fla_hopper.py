@@ -1,0 +1,65 @@
+"""The gradients that stand in for fla's kernel are those of autograd, through the chunks written out."""
+
+import math
+
+import pytest
+import torch
+
+from longroll.ops.fla_hopper import gated_gradients
+
+
+def chunks_of(q, k, v, starts, g, scale, size):
+    """Outputs, and states after the chunks, of chunks that start from given states."""
+    outputs, ends = [], []
+    for i, first in enumerate(range(0, q.shape[1], size)):
+        part = slice(first, first + size)
+        Q, K, V = (x[:, part].transpose(1, 2) for x in (q, k, v))
+        G, h = g[:, part].transpose(1, 2), starts[:, i]
+        gaps = torch.exp2(G[..., :, None] - G[..., None, :]).tril()
+        outputs.append(scale * (torch.exp2(G)[..., None] * Q @ h + (Q @ K.mT * gaps) @ V))
+        last = G[..., -1:]
+        ends.append(torch.exp2(last)[..., None] * h + (torch.exp2(last - G)[..., None] * K).mT @ V)
+    return torch.cat([o.transpose(1, 2) for o in outputs], 1), torch.stack(ends, 1)
+
+
+@pytest.mark.parametrize("time", [1, 16, 37, 64])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize("v_first", [False, True])
+def test_gradients_are_autograds(time, heads, groups, v_first):
+    size, K, V, scale = 16, 5, 7, 0.4
+    generator = torch.Generator().manual_seed(time)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    wide = heads * groups
+    chunks = -(-time // size)
+    q, k, v, w = (
+        normal(2, time, heads, K),
+        normal(2, time, heads, K),
+        normal(2, time, wide, V),
+        normal(2, time, wide, K),
+    )
+    decay = -normal(2, time, wide).abs()
+    g = torch.cat([part.cumsum(1) for part in decay.split(size, 1)], 1)
+    h, dh = normal(2, chunks, wide, K, V), normal(2, chunks, wide, K, V)
+    do, dv = normal(2, time, wide, V), normal(2, time, wide, V)
+    for tensor in (leaves := [q, k, g]):
+        tensor.requires_grad_()
+    o, ends = chunks_of(q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), v, h, g, scale, size)
+    # a last, shorter chunk too: the decay of its end is that of its last step
+    by_q, by_k, by_g = torch.autograd.grad((o, ends), leaves, (do, dh))
+    expected = by_q, by_k, by_g / math.log(2)  # fla's g is to base 2, its gradient to base e
+    written = torch.cat(
+        [
+            -(dv[:, i * size : (i + 1) * size].transpose(1, 2) @ h[:, i].mT).transpose(1, 2)
+            for i in range(chunks)
+        ],
+        1,
+    )
+    turned = [x.mT if v_first else x for x in (h, dh)]
+    dq, dk, dw, dg = gated_gradients(
+        q, k, v, do, *turned, w, g, dv, scale, state_v_first=v_first, chunk_size=size
+    )
+    for actual, wanted in zip((dq, dk, dg, dw), (*expected, written), strict=True):
+        torch.testing.assert_close(actual.double(), wanted, atol=2e-5, rtol=2e-5)
