@@ -243,7 +243,7 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config
                 parameter.add_(1)
             if parameter_name.endswith("linear_attn.A_log") or (name in ON_GPU and "A_log" in parameter_name):
                 # of the gated delta rule
-                parameter.sub_(3)
+                parameter.sub_(4)
             if parameter.ndim >= 2 and "A_log" not in parameter_name:
                 if "conv" not in parameter_name:
                     scale = 1 if "x_proj_weight" in parameter_name else 0.08  # zamba's starts at 0
