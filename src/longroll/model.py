@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ class RecurrentLM(nn.Module):
                 if key.part == "recurrent"
             ]
         return self._layers
+
+    @cached_property
+    @torch.no_grad()
+    def attends(self) -> bool:
+        """Whether layers look back at keys and values of earlier tokens."""
+        _, state = self(torch.zeros(1, 1, dtype=torch.long, device=self.device), logits=False)
+        return any(key.part == "attention" for key in state)
 
     @torch.no_grad()
     def zero_state(self, batch_size: int) -> RecurrentState:

@@ -382,18 +382,16 @@ def test_self_check_passes_and_leaves_the_mode(name):
 @pytest.mark.parametrize("name", [*RECURRENT, "qwen3_5_recurrent"])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_self_check_names_the_layer_that_ignores_its_state(name, layer, monkeypatch):
-    honest = StateCache.get_recurrent_state
+    honest = StateCache.__init__
 
-    def forgetful(self, layer_idx, state_idx=0):
-        if layer_idx == layer:
-            self.initial = RecurrentState(
-                {k: t for k, t in self.initial.items() if k[:2] != (layer, "recurrent")},
-                seen=self.initial.seen,
-            )
-        return honest(self, layer_idx, state_idx)
+    def forgetful(self, config, initial, **options):
+        if initial is not None:
+            kept = {k: t for k, t in initial.items() if k[:2] != (layer, "recurrent")}
+            initial = RecurrentState(kept, seen=initial.seen)
+        honest(self, config, initial, **options)
 
     lm = lm_of(name)
-    monkeypatch.setattr(StateCache, "get_recurrent_state", forgetful)
+    monkeypatch.setattr(StateCache, "__init__", forgetful)
     with pytest.raises(LongrollError, match=f"self-check at layer {layer}, recurrent state"):
         lm.self_check()
 

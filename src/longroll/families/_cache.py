@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from longroll.state import RecurrentState, StateKey
+from longroll.state import Part, RecurrentState, StateKey
 
 # The states that the recurrences about to run start from, in the order they run in: mixers read one from the
 # cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
@@ -96,6 +96,16 @@ class StateCache(DynamicCache):
     def _read(self, key: StateKey) -> Tensor | None:
         tensor = self.initial.get(key)
         return None if tensor is None else tensor.clone()  # one-token paths write into what they read
+
+    # ---- longroll's own mixers
+
+    def start(self, layer_idx: int, part: Part) -> Tensor | None:
+        """What a layer starts from."""
+        return self.initial.get(StateKey(layer_idx, part))
+
+    def keep(self, layer_idx: int, part: Part, tensor: Tensor) -> None:
+        """Keep what a layer ends with."""
+        self._final[StateKey(layer_idx, part)] = tensor
 
     # ---- recurrences
 

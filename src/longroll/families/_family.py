@@ -17,6 +17,7 @@ from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._cache import StateCache
 from longroll.families._dispatch import own_recurrence, torch_on_cpu
+from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
 from longroll.ops._backend import fla_runs_here
 from longroll.ops.fla_kernels import make_ready
@@ -62,6 +63,7 @@ class Family:
         if self.kernel is not None and self.kernel.startswith("fla.") and fla_runs_here():
             make_ready()
         fuse_norms(model)
+        own_mixers(model)
         for module in model.modules():
             if hasattr(module, "_can_checkpoint_with_cache"):
                 # StateCache is idempotent: a recompute reads what the forward read

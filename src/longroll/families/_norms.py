@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm, MambaRMSNormGated
@@ -41,4 +42,7 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
     kernel = choose("rms_norm", x.device, state_dtype(x, weight, gate)).kernel
     if kernel is None or size > _WIDEST:
         return original(x) if gate is None else original(x, gate)
-    return kernel(x, weight, module.variance_epsilon, gate, size)
+    dtype = torch.result_type(weight, x)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)  # what the projection after it would make of it
+    return kernel(x, weight, module.variance_epsilon, gate, size, dtype)

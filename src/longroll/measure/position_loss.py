@@ -17,7 +17,7 @@ from longroll.measure.roll_out import check_ids, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
-_LOGITS = 2**24  # numbers of logits that exist at once, 64 MiB
+_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers of logits that exist at once: 64 MiB, 1 GiB
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def position_loss(
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
     check_ids(lm, tokens)
-    losses = torch.empty(tokens.shape[0], tokens.shape[1] - 1)
+    losses = torch.empty(
+        tokens.shape[0], tokens.shape[1] - 1, device=lm.device
+    )  # a GPU need not be waited for
     for start, hidden, state in roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops):
         stop = start + hidden.shape[1]
         losses[:, start:stop] = token_losses(lm, hidden, tokens[:, start + 1 : stop + 1])
@@ -106,15 +108,17 @@ def position_loss(
             watch(stop, state)
         if progress is not None:
             progress(stop)
-    return PositionLoss(losses)
+    return PositionLoss(losses.cpu())
 
 
 @torch.no_grad()
 def token_losses(lm: RecurrentLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a time."""
-    slice_size = max(1, _LOGITS // (hidden.shape[0] * lm.vocab_size))
+    at_once = _LOGITS.get(hidden.device.type, _LOGITS["cpu"])
+    slice_size = max(1, at_once // (hidden.shape[0] * lm.vocab_size))
     pieces = []
     for h, y in zip(hidden.split(slice_size, dim=1), targets.split(slice_size, dim=1), strict=True):
-        logits = lm.head(h)
-        pieces.append(F.cross_entropy(logits.transpose(1, 2), y.to(logits.device), reduction="none"))
+        logits = lm.head(h).flatten(0, 1)
+        y = y.to(logits.device)
+        pieces.append(F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape))
     return torch.cat(pieces, dim=1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.distances import Distance, check_distance, head_distance
-from longroll.measure.roll_out import CHUNK_TOKENS, check_ids, roll_out
+from longroll.measure.roll_out import check_ids, chunk_tokens, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
@@ -167,7 +167,7 @@ def _read_together(
             state = zero if state is None else _append(state, zero)
         assert state is not None  # 0 is a start
         read = state.batch_size // batch
-        size = chunk_size or max(64, CHUNK_TOKENS // state.batch_size)
+        size = chunk_size or max(64, chunk_tokens(lm) // state.batch_size)
         for first in range(cut, next_cut, size):
             piece = tokens[:, first : min(first + size, next_cut)]
             hidden, state = lm(piece.repeat(read, 1), state, logits=False)

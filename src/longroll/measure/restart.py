@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longroll.measure.position_loss import PositionLoss, log_spaced, token_losses
-from longroll.measure.roll_out import CHUNK_TOKENS
+from longroll.measure.roll_out import chunk_tokens
 from longroll.model import RecurrentLM
 
 
@@ -33,7 +33,7 @@ def excess_loss(
     """
     length, half = carried.losses.shape[1], train_length // 2
     ends = [p for p in log_spaced(length, per_octave) if p > train_length]
-    rows = max(1, CHUNK_TOKENS // (train_length * tokens.shape[0]))
+    rows = max(1, chunk_tokens(lm) // (train_length * tokens.shape[0]))
     restarted = []
     for some in (ends[i : i + rows] for i in range(0, len(ends), rows)):
         windows = torch.stack([tokens[:, end - train_length : end + 1] for end in some], dim=1)

@@ -13,8 +13,19 @@ from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
-CHUNK_TOKENS = 4096
-"""Tokens of one forward, all rows together: what keeps a CPU busiest (2-4k), and small in memory."""
+_CPU_TOKENS = 4096  # what keeps a CPU busiest (2-4k), and small in memory
+_GPU_TOKENS = 65_536  # more gained nothing on an H200
+_TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
+
+
+def chunk_tokens(lm: RecurrentLM) -> int:
+    """Tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
+    if lm.device.type != "cuda" or lm.attends:  # attention's memory grows with tokens times what they see
+        return _CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(lm.device)
+    free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
+    token = _TOKEN_BYTES * lm.model.get_input_embeddings().weight.shape[1]
+    return max(_CPU_TOKENS, min(_GPU_TOKENS, free // 4 // token))
 
 
 class Chunk(NamedTuple):
@@ -39,7 +50,7 @@ def roll_out(
     Args:
         lm: the model.
         input_ids: on any device; chunks are moved to the model's.
-        chunk_size: tokens of a row in one forward; default: as many as make `CHUNK_TOKENS` over all rows.
+        chunk_size: tokens of a row in one forward; default: as many as make `chunk_tokens` over all rows.
         stops: positions after which a chunk must end, so that the state there can be seen.
         state: the initial state.
 
@@ -50,7 +61,7 @@ def roll_out(
     check_ids(lm, input_ids)
     if chunk_size is not None and chunk_size < 1:
         raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
-    chunk_size = chunk_size or max(64, CHUNK_TOKENS // rows)
+    chunk_size = chunk_size or max(64, chunk_tokens(lm) // rows)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
     cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
     for start, stop in pairwise(cuts):

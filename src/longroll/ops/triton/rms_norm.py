@@ -72,9 +72,14 @@ def _backward(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, size: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`weight * rms(x * silu(gate))`, in the dtype that weight and x promote to.
+    """`weight * rms(x * silu(gate))`.
 
     Args:
         x: (..., D).
@@ -82,8 +87,9 @@ def rms_norm(
         eps: added to the mean square.
         gate: (..., D), as x.
         size: numbers that share a mean; default D.
+        dtype: of the result; default: what weight and x promote to.
     """
-    return _RMSNorm.apply(x, weight, gate, eps, size or x.shape[-1])
+    return _RMSNorm.apply(x, weight, gate, eps, size or x.shape[-1], dtype or torch.result_type(weight, x))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -94,11 +100,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate, eps, size):
+    def forward(ctx, x, weight, gate, eps, size, dtype):
         rows, gates = _rows(x), None if gate is None else _rows(gate)
         groups = rows.shape[1] // size
         rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
-        y = torch.empty(x.shape, dtype=torch.result_type(weight, x), device=x.device)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
         _forward[(len(rows), groups)](
             rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
             rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
@@ -121,7 +127,7 @@ class _RMSNorm(torch.autograd.Function):
             dx, dx if dgate is None else dgate, dweight, len(rows), groups, ctx.size,
             rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, ctx.size),
         )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype), dgate, None, None
+        return dx, dweight.sum(0).to(weight.dtype), dgate, None, None, None
 
 
 def _options(gate: Tensor | None, size: int) -> dict:

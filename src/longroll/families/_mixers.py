@@ -1,0 +1,83 @@
+"""Mamba's and Mamba-2's mixers over longroll's ops, time before channels throughout.
+
+transformers' own turn every tensor for kernels that longroll does not use, and slice what needs no slicing,
+which backward pays for in copies. Mixers of hybrids, which differ in details, keep their forward and get the
+ops by `_dispatch`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from longroll import ops
+from longroll.families._cache import StateCache
+
+
+def own_mixers(model: PreTrainedModel) -> None:
+    """Give the mixers of `model` the forwards below; doing it twice is harmless."""
+    for module in model.modules():
+        if type(module) in _FORWARDS and "forward" not in vars(module):
+            forward = _FORWARDS[type(module)]
+            module.forward = functools.partial(_in_longroll, forward, module, module.forward)  # type: ignore
+
+
+def _in_longroll(
+    forward: Callable, mixer: nn.Module, original: Callable, hidden_states: Tensor, cache_params=None, **other
+) -> Tensor:
+    if not isinstance(cache_params, StateCache):  # the model is used by itself
+        return original(hidden_states, cache_params=cache_params, **other)
+    y = forward(mixer, hidden_states, cache_params)
+    if not torch.is_autocast_enabled(y.device.type):
+        y = y.to(hidden_states.dtype)
+    return mixer.out_proj(y)  # type: ignore[operator]
+
+
+def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
+    x, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
+    x = _conv(mixer, x, cache)
+    sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
+    dt, B, C = mixer.x_proj(x).split(sizes, dim=-1)
+    y, final_state = ops.selective_scan(
+        x, F.linear(dt, mixer.dt_proj.weight), -mixer.A_log.float().exp(), B, C, mixer.D.float(), gate,
+        mixer.dt_proj.bias.float(), True,
+        initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True,
+    )  # fmt: skip
+    cache.keep(mixer.layer_idx, "recurrent", final_state)
+    return y
+
+
+def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
+    channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
+    gate, xBC, dt = mixer.in_proj(hidden).split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
+    x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
+    y, final_state = ops.ssd(
+        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)), dt, -mixer.A_log.float().exp(),
+        *(t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C)), mixer.D, None,
+        mixer.dt_bias, True,
+        initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True,
+        dt_limit=mixer.time_step_limit,
+    )  # fmt: skip
+    cache.keep(mixer.layer_idx, "recurrent", final_state)
+    return mixer.norm(y.flatten(-2), gate)
+
+
+def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:
+    conv = mixer.conv1d
+    y, tail = ops.short_conv(
+        x, conv.weight.squeeze(1), conv.bias, mixer.activation,
+        initial_state=cache.start(mixer.layer_idx, "conv"), output_final_state=True,
+    )  # fmt: skip
+    cache.keep(mixer.layer_idx, "conv", tail)
+    return y
+
+
+_FORWARDS: dict[type[nn.Module], Callable] = {MambaMixer: _mamba, Mamba2Mixer: _mamba2}
