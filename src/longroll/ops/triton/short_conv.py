@@ -13,7 +13,8 @@ from torch import Tensor
 
 from longroll.ops._common import no_autocast
 
-TIMES, CHANNELS, WARPS = 64, 64, 4
+TIMES, CHANNELS, WARPS = 32, 64, 4
+TILES = 4  # of TIMES that a program of backward sums weights' gradients over
 
 
 @triton.jit
@@ -68,42 +69,68 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, dweight_ptr, dbias_ptr,
+    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dsum_ptr, dweight_ptr, dbias_ptr,
     T, D_SIZE, xb, xt, xd, yb, yt, yd,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
-    TIMES: tl.constexpr, CHANNELS: tl.constexpr,
+    LAGS: tl.constexpr, TIMES: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of inputs s: dx and dpast contiguous; dweight (D, W) and dbias (D,) are added to."""
+    """Gradient of what the activation was given (B, T, D); dweight (D, W) and dbias (D,) are added to."""
     row = tl.program_id(0).to(tl.int64)
-    s = tl.program_id(1).to(tl.int64) * TIMES + tl.arange(0, TIMES)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = d < D_SIZE
     mask_d = in_d[None, :]
     x_ptr += row * xb
     past_ptr += row * (W - 1) * D_SIZE
-    x = _input(x_ptr, past_ptr, s, d, mask_d, T, D_SIZE, xt, xd, W - 1, HAS_PAST)
-    dx = tl.zeros((TIMES, CHANNELS), tl.float32)
-    for w in tl.static_range(W):
-        t = s - w  # an output that read input s
-        inside = ((t >= 0) & (t < T))[:, None] & mask_d
+    lag = tl.arange(0, LAGS)
+    dweight = tl.zeros((LAGS, CHANNELS), tl.float32)
+    dbias = tl.zeros((CHANNELS,), tl.float32)
+    for i in range(0, TILES):
+        t = (tl.program_id(1).to(tl.int64) * TILES + i) * TIMES + tl.arange(0, TIMES)
+        inside = (t < T)[:, None] & mask_d
         dy_at = dy_ptr + row * yb + t[:, None] * yt + d[None, :] * yd
-        dy = tl.load(dy_at, mask=inside, other=0.0).to(tl.float32)
+        dsum = tl.load(dy_at, mask=inside, other=0.0).to(tl.float32)
         if SILU:
             y = _convolved(
                 x_ptr, past_ptr, weight_ptr, bias_ptr, t, d, in_d, T, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
             )
             gate = 1.0 / (1.0 + tl.exp(-y))
-            dy *= gate * (1.0 + y * (1.0 - gate))
-        dx += tl.load(weight_ptr + d * W + w, mask=in_d, other=0.0)[None, :] * dy
-        tl.atomic_add(dweight_ptr + d * W + w, tl.sum(dy * x, axis=0), mask=in_d, sem="relaxed")
-        if w == 0:
-            tl.atomic_add(dbias_ptr + d, tl.sum(dy, axis=0), mask=in_d, sem="relaxed")
+            dsum *= gate * (1.0 + y * (1.0 - gate))
+            at = row * T * D_SIZE + t[:, None] * D_SIZE + d[None, :]
+            tl.store(dsum_ptr + at, dsum.to(dsum_ptr.dtype.element_ty), mask=inside)
+        for w in tl.static_range(W):
+            x = _input(x_ptr, past_ptr, t + w, d, mask_d, T, D_SIZE, xt, xd, W - 1, HAS_PAST)
+            dweight += tl.where(lag[:, None] == w, tl.sum(dsum * x, axis=0)[None, :], 0.0)
+        dbias += tl.sum(dsum, axis=0)
+    at = d[None, :] * W + lag[:, None]
+    tl.atomic_add(dweight_ptr + at, dweight, mask=(lag < W)[:, None] & mask_d, sem="relaxed")
+    if HAS_BIAS:
+        tl.atomic_add(dbias_ptr + d, dbias, mask=in_d, sem="relaxed")
+
+
+@triton.jit
+def _spread(
+    dsum_ptr, weight_ptr, dx_ptr, dpast_ptr, T, D_SIZE, sb, st, sd,
+    W: tl.constexpr, HAS_PAST: tl.constexpr, TIMES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of inputs s from those of the sums that they entered: dx and dpast, contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64) * TIMES + tl.arange(0, TIMES)
+    d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    in_d = d < D_SIZE
+    dx = tl.zeros((TIMES, CHANNELS), tl.float32)
+    for w in tl.static_range(W):
+        t = s - w
+        inside = ((t >= 0) & (t < T))[:, None] & in_d[None, :]
+        at = dsum_ptr + row * sb + t[:, None] * st + d[None, :] * sd
+        weight = tl.load(weight_ptr + d * W + w, mask=in_d, other=0.0)
+        dx += weight[None, :] * tl.load(at, mask=inside, other=0.0).to(tl.float32)
     t = s - (W - 1)
     at = row * T * D_SIZE + t[:, None] * D_SIZE + d[None, :]
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=((t >= 0) & (t < T))[:, None] & mask_d)
+    inside = ((t >= 0) & (t < T))[:, None] & in_d[None, :]
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if HAS_PAST:
         at = (row * (W - 1) + s[:, None]) * D_SIZE + d[None, :]
-        tl.store(dpast_ptr + at, dx, mask=(s < W - 1)[:, None] & mask_d)
+        tl.store(dpast_ptr + at, dx, mask=(s < W - 1)[:, None] & in_d[None, :])
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
@@ -152,13 +179,20 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, past = ctx.saved_tensors
         batch, time, channels = x.shape
         reach = weight.shape[1] - 1
+        tiles = {"TIMES": TIMES, "CHANNELS": CHANNELS, "num_warps": WARPS}
+        channel_blocks = triton.cdiv(channels, CHANNELS)
         with no_autocast(x):
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             dpast = weight.new_empty(batch, reach, channels)
             dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
-            _backward[(batch, triton.cdiv(time + reach, TIMES), triton.cdiv(channels, CHANNELS))](
-                x, *_contiguous(weight, bias, past), dy, dx, dpast, dweight, dbias,
-                time, channels, *x.stride(), *dy.stride(),
-                **_options(weight, bias, past, ctx.silu),
+            dsum = torch.empty_like(dx) if ctx.silu else dy
+            _backward[(batch, triton.cdiv(time, TIMES * TILES), channel_blocks)](
+                x, *_contiguous(weight, bias, past), dy, dsum, dweight, dbias,
+                time, channels, *x.stride(), *dy.stride(), **_options(weight, bias, past, ctx.silu),
+                LAGS=triton.next_power_of_2(reach + 1), TILES=TILES,
+            )  # fmt: skip
+            _spread[(batch, triton.cdiv(time + reach, TIMES), channel_blocks)](
+                dsum, weight.contiguous(), dx, dpast, time, channels, *dsum.stride(),
+                W=reach + 1, HAS_PAST=past is not None, **tiles,
             )  # fmt: skip
         return dx, dweight, None if bias is None else dbias, None if past is None else dpast, None
