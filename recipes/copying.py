@@ -9,6 +9,9 @@ the size of its model. For each run: OUTPUT/{intervention}-{seed}/ (the model an
 (results, as of `longroll evaluate copying`); then OUTPUT/summary.json, means and standard deviations.
 `--seconds` ends each training by the clock, counted from the start of the script. `--summary` writes the last
 file from the results of runs in processes of their own (`--seeds 0 --interventions sp`, ...).
+
+Run on one H200 (six such processes, --seconds 250, beside 15 others): past the training length State Passing
+copies worse than none, unlike in the paper; recipes/README.md, "Copying".
 """
 
 import timed  # isort: skip  (its clock starts first)

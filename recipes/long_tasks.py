@@ -9,11 +9,14 @@ a Mamba-2 that learns text and task together at T from the zero state, some of i
 (recipes/specimen.py says why). It is then trained on in the same way by plain steps (the control), Fitted
 Noise, State Passing and, where samples can go on, TBPTT; `longer` is plain steps at 4 T, as many tokens a
 step. Everything is evaluated on books and facts not read in training, as `longroll evaluate` does; `readings`
-evaluates the plainly trained model by the readings of `longroll.tasks.baselines`.
+evaluates the base by the readings of `longroll.tasks.baselines`.
 
 passkey: bytes, T = 256, running text as haystack, loss on all tokens. babilong: a BPE of 4096 tokens made
 from books and facts, T = 256 (870 bytes), stories of at most 200 tokens: longer prompts differ in noise
 alone. Loss on answers, and on one row of text in 32.
+
+Run on one H200 beside 20 other processes, --seconds 190 for `base` and about 300 for what follows it (which
+waits for it; `longer`: 110); `readings` on a CPU. What came of it: recipes/README.md, "Long tasks".
 
 `--only NAME ...` runs some of them, each in its own process, say: they wait for each other's files.
 `--seconds` ends training by the clock, counted from the start of the script. Results: OUTPUT/{label}.json, to
@@ -54,8 +57,9 @@ SMALL = FULL | {
 DEPTHS = (0.1, 0.5, 0.9)
 SLOW = (0.001, 0.05)  # decay rates A of heads that can hardly forget
 WAYS = {"plain": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT}
-LABELS = {"fitted": "fitted noise"}
+LABELS = {"fitted": "fitted noise", "longer": "trained at 4 T"}
 PIECES = 4  # of a sample of TBPTT
+LONGER = 4  # times T, in rows of `longer`
 TEXT_EVERY = {"passkey": 8, "babilong": 32}
 
 
@@ -216,7 +220,7 @@ def train_base(data: Data, options: argparse.Namespace) -> dict:
 def train_on(name: str, data: Data, options: argparse.Namespace) -> tuple[RecurrentLM, dict]:
     """The base, trained on under an intervention."""
     size, kind = options.size, options.task
-    longer = 4 if name == "longer" else 1
+    longer = LONGER if name == "longer" else 1
     windows = PIECES if name == "tbptt" else 1
     rows = data.rows(steps=timed.MANY, longer=longer, windows=windows)
     timed.wait_for(options.output / "base" / "config.json")
@@ -299,7 +303,7 @@ def evaluate(
             rows,
             lengths[:column],
             label=LABELS.get(name, name),
-            train_length=length,
+            train_length=length * (LONGER if label == "longer" else 1),
             settings=settings,
             seed=options.seed,
             seconds=time.perf_counter() - began,
@@ -341,10 +345,10 @@ def main() -> None:
             told = train_base(data, options)
             evaluate(load(options.output / "base", device=options.device), "base", data, told, options)
         elif name == "readings":
-            timed.wait_for(options.output / "plain" / "config.json")
-            lm = load(options.output / "plain", device=options.device)
+            timed.wait_for(options.output / "base" / "config.json")
+            lm = load(options.output / "base", device=options.device)
             for reading in READINGS[1:]:
-                evaluate(lm, "plain", data, {}, options, reading)
+                evaluate(lm, "base", data, {}, options, reading=reading)
         elif name != "tbptt" or options.task == "babilong":
             lm, told = train_on(name, data, options)
             evaluate(lm, name, data, told, options)

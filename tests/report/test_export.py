@@ -35,6 +35,13 @@ def test_pdf_is_a_column_wide_with_truetype_fonts(tmp_path):
     assert b"/Type3" not in position
 
 
+def test_svg_needs_no_font_of_the_reader(tmp_path):
+    for path in write_figures(runs("base", "tbptt"), tmp_path, "svg"):
+        svg = path.read_text()
+        assert "<text" not in svg
+        assert "font-family" not in svg
+
+
 def test_unsafe_and_equal_names_get_files_of_their_own(tmp_path):
     pair = [run("base", label="../a b"), run("sp", label="a/b")]
     paths = write_figures(pair, tmp_path / "out", "svg")

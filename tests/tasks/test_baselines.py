@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import zoo
+from longroll.errors import LongrollError
 from longroll.tasks import Sample
 from longroll.tasks.baselines import _head_norms, best_chunk, clipped, decayed, last_window, state_limits
 from longroll.tasks.generate import read_samples
@@ -60,12 +61,23 @@ def test_clipping_keeps_every_head_within_its_limit(name):
     zoo.assert_same_state(clipped(loose, stride=100)(lm, given)[0].state, plain.state, 1e-4)
 
 
-def test_the_surest_chunk_answers():
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_the_surest_chunk_answers(tokens):
     lm, given = zoo.lm_of("mamba2", dtype=torch.float64), [sample(seed) for seed in range(3)]
-    for read in best_chunk(64)(lm, given):
+    for read in best_chunk(75, tokens=tokens)(lm, given):
         (row,) = read.rows
         head, context, tail = np.split(given[row].prompt, given[row].context)
         chunks = [np.concatenate([head, context[at : at + 64], tail]) for at in range(0, len(context), 64)]
-        found = [alone(lm, chunk)[0] for chunk in chunks]
-        entropies = [torch.distributions.Categorical(logits=lm.head(hidden)).entropy() for hidden in found]
-        zoo.assert_close(read.hidden, found[int(torch.cat(entropies).argmin())], 1e-10)
+        entropies = []
+        for chunk in chunks:
+            entropies.append(0.0)
+            for _ in range(tokens):
+                odds = torch.distributions.Categorical(logits=lm.head(alone(lm, chunk)[0])[0])
+                entropies[-1] += odds.entropy().item()
+                chunk = np.append(chunk, odds.logits.argmax().numpy())
+        zoo.assert_close(read.hidden, alone(lm, chunks[np.argmin(entropies)])[0], 1e-10)
+
+
+def test_a_chunk_has_to_have_room():
+    with pytest.raises(LongrollError, match="--window"):
+        best_chunk(11)(zoo.lm_of("mamba2"), [sample(0)])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from longroll.data import ByteTokenizer
 from longroll.errors import LongrollError
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
@@ -88,13 +89,21 @@ def clipped(limits: dict[StateKey, torch.Tensor], *, stride: int = STRIDE) -> Re
     return reading
 
 
-def best_chunk(window: int) -> Reading:
-    """Answer from the one chunk of the context after which the model is surest of the first token.
+def best_chunk(window: int, *, tokens: int = 1) -> Reading:
+    """Answer from the one chunk of the context after which the model is surest of what it writes.
 
-    Every chunk of `window` tokens is read between the instruction and the question, from the zero state; the
-    one whose next token has the least entropy wins.
+    Every chunk of the context is read between the instruction and the question, from the zero state, and the
+    chunk wins whose next `tokens` tokens, written greedily, have the least entropy in sum.
     Source: OPRM (Ben-Kish et al. 2025, arXiv 2505.07793), assafbk/OPRM, chunk selection "entropy_first_tok",
     without its filter of chunks that answer "Error", which is for models tuned to instructions.
+
+    Args:
+        window: tokens of a chunk together with instruction and question, which the source does not count.
+        tokens: the source has 1, which tells nothing where all answers begin alike: of bytes the first is a
+            space.
+
+    Raises:
+        LongrollError: when reading, for a window that instruction and question fill.
     """
 
     @torch.no_grad()
@@ -103,14 +112,18 @@ def best_chunk(window: int) -> Reading:
         for row, sample in enumerate(samples):
             start, stop = sample.context
             head, context, tail = np.split(sample.prompt, [start, stop])
-            for at in range(0, max(1, len(context)), window):
-                prompts.append(np.concatenate([head, context[at : at + window], tail]))
+            room = window - len(head) - len(tail)
+            if room < 1:
+                raise LongrollError(
+                    f"--reading chunk: instruction and question fill the {window} tokens of --window."
+                )
+            for at in range(0, max(1, len(context)), room):
+                prompts.append(np.concatenate([head, context[at : at + room], tail]))
                 owner.append(row)
         chosen: dict[int, tuple[float, Read]] = {}
         for at in range(0, len(prompts), _TOGETHER):
             for read in read_prompts(lm, prompts[at : at + _TOGETHER]):
-                entropies = torch.distributions.Categorical(logits=lm.head(read.hidden)).entropy().tolist()
-                for i, entropy in enumerate(entropies):
+                for i, entropy in enumerate(_entropies(lm, read, tokens)):
                     row = owner[at + read.rows[i]]
                     if row not in chosen or entropy < chosen[row][0]:
                         one = Read([row], read.hidden[i : i + 1], read.state.rows([i]))
@@ -118,6 +131,18 @@ def best_chunk(window: int) -> Reading:
         return [read for _, read in chosen.values()]
 
     return reading
+
+
+def _entropies(lm: RecurrentLM, read: Read, tokens: int) -> list[float]:
+    """Of each row, summed over the first tokens that it would write."""
+    hidden, state, total = read.hidden, read.state, torch.zeros(len(read.rows))
+    for left in reversed(range(tokens)):
+        logits = lm.head(hidden)
+        total = total + torch.distributions.Categorical(logits=logits).entropy().to(total)
+        if left:
+            hidden, state = lm(logits.argmax(-1, keepdim=True), state=state, logits=False)
+            hidden = hidden[:, -1]
+    return total.tolist()
 
 
 _TOGETHER = 64  # chunks read at once
@@ -164,7 +189,7 @@ def make_reading(
     if name == "reset":
         return last_window(window)
     if name == "chunk":
-        return best_chunk(window)
+        return best_chunk(window, tokens=2 if isinstance(rows[0].task.tokenizer, ByteTokenizer) else 1)
     if not lm.layers:
         raise LongrollError(f"--reading {name}: {lm.name} has no recurrent state.")
     if name == "decay":
