@@ -25,6 +25,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 import longroll
 from longroll.ops._backend import SWITCH
 from longroll.results import provenance, write_json
+from longroll.training.graphs import GraphedLM
 
 _MAMBA2 = {"state_size": 128, "head_dim": 64, "n_groups": 1, "expand": 2, "vocab_size": 50288}
 SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -96,9 +97,11 @@ class Row:
 class Bench:
     """A model with its optimizer, and the rows that step it."""
 
-    def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool) -> None:
+    def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool, graphs: bool) -> None:
         self.model, self.rows = model, rows
-        self.lm = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
+        self.lm: Callable | None = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
+        if graphs:
+            self.lm = GraphedLM(self.lm, dtype=torch.bfloat16)  # type: ignore[arg-type]
         cuda = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
 
@@ -137,18 +140,23 @@ def _synchronize(device: torch.device) -> None:
 def benches(device: str, only: list[str] | None) -> list[str]:
     """Names of the implementations that can run here."""
     cuda = device == "cuda"
-    names = ["transformers", *(peers.available() if cuda else []), "torch", *(["triton"] if cuda else [])]
+    names = [
+        "transformers",
+        *(peers.available() if cuda else []),
+        "torch",
+        *(["triton", "graphs"] if cuda else []),
+    ]
     return [name for name in names if only is None or name in only]
 
 
 def open_bench(name: str, make: Callable[[], torch.nn.Module], device: str) -> Bench:
     """An implementation with its rows."""
-    model, own = make(), name in ("torch", "triton")
+    model, own = make(), name in ("torch", "triton", "graphs")
     if name in ("mamba-ssm", "fla"):
         model = peers.build(name, model)
     rows = [Row(f"{name} {way}", way) for way in INTERVENTIONS] if own else [Row(name, None)]
     os.environ[SWITCH] = name if own else "torch"
-    return Bench(model.to(device).train(), rows, own=own)
+    return Bench(model.to(device).train(), rows, own=own, graphs=name == "graphs")
 
 
 def main() -> None:

@@ -33,13 +33,17 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _mamba_ssm(config, second: bool) -> nn.Module:
+def module(name: str) -> types.ModuleType:
+    """A module of mamba_ssm, past its __init__, which imports Mamba-3, which wants tilelang."""
     if "mamba_ssm" not in sys.modules:
-        # its __init__ imports Mamba-3, which wants tilelang
         package = types.ModuleType("mamba_ssm")
         package.__path__ = importlib.util.find_spec("mamba_ssm").submodule_search_locations  # type: ignore
         sys.modules["mamba_ssm"] = package
-    models = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+    return importlib.import_module(name)
+
+
+def _mamba_ssm(config, second: bool) -> nn.Module:
+    models = module("mamba_ssm.models.mixer_seq_simple")
     sizes = {"layer": "Mamba2" if second else "Mamba1", "d_state": config.state_size, "expand": config.expand}
     if second:
         sizes |= {"headdim": config.head_dim, "ngroups": config.n_groups}

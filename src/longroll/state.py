@@ -68,6 +68,26 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         """Apply `function` to every tensor."""
         return RecurrentState({key: function(t) for key, t in self.items()}, seen=self.seen)
 
+    def alike(self) -> list[list[StateKey]]:
+        """The keys, those of one part, shape and dtype together."""
+        groups: dict[tuple, list[StateKey]] = {}
+        for key, tensor in self.items():
+            groups.setdefault((key.part, tensor.shape, tensor.dtype), []).append(key)
+        return list(groups.values())
+
+    def map_stacked(self, function: Callable[..., Tensor], *others: RecurrentState) -> RecurrentState:
+        """Apply `function` to stacks (K, batch, ...) of tensors that are alike: on a GPU one launch, not K.
+
+        Args:
+            function: given the stack of this state and those of the others; returns a stack (K, ...).
+            others: states with the same keys.
+        """
+        found: dict[StateKey, Tensor] = {}
+        for keys in self.alike():
+            stacks = [torch.stack([state[key] for key in keys]) for state in (self, *others)]
+            found |= dict(zip(keys, function(*stacks).unbind(), strict=True))
+        return RecurrentState({key: found[key] for key in self}, seen=self.seen)
+
     def detach(self) -> RecurrentState:
         """Cut the graph: the caller's duty between training steps."""
         return self.map(Tensor.detach)

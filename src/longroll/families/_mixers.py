@@ -27,7 +27,7 @@ def own_mixers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) in _FORWARDS and "forward" not in vars(module):
             forward = _FORWARDS[type(module)]
-            module.forward = functools.partial(_in_longroll, forward, module, module.forward)  # type: ignore
+            module.forward = functools.partial(_in_longroll, forward, module, module.forward)
 
 
 def _in_longroll(
@@ -59,9 +59,10 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
     gate, xBC, dt = mixer.in_proj(hidden).split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
     x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
+    B, C = (t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C))
+    x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
     y, final_state = ops.ssd(
-        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)), dt, -mixer.A_log.float().exp(),
-        *(t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C)), mixer.D, None,
+        x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, None,
         mixer.dt_bias, True,
         initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True,
         dt_limit=mixer.time_step_limit,

@@ -24,7 +24,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
     """Let the norms of `model` run in one kernel where there is one; doing it twice is harmless."""
     for module in model.modules():
         if _code(type(module)) in _KNOWN and "forward" not in vars(module):
-            module.forward = functools.partial(_forward, module, module.forward)  # type: ignore[method-assign]
+            module.forward = functools.partial(_forward, module, module.forward)
 
 
 def _code(kind: type[nn.Module]) -> tuple:

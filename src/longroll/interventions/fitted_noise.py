@@ -35,42 +35,45 @@ class FittedNoise(Intervention):
             raise LongrollError(f"--momentum {momentum} must be in [0, 1).")
         self.momentum = momentum
         self.moments: dict[str, RecurrentState] = {}  # "mean" and "square", one row: a number a head
-        self.shapes: dict[str, list[int]] = {}
+        self.like = RecurrentState({})  # one row, for its shapes: it takes no memory
 
     def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
         if not self.moments:
             return None
-        mean, square = self.moments["mean"], self.moments["square"]
 
-        def draw(key, first: Tensor) -> Tensor:
-            std = (square[key] - first.square()).clamp_min(0).sqrt()
-            noise = first.new_empty(rows, *self.shapes[str(key)])
-            return noise.normal_(generator=self._draws(first.device)).mul_(std).add_(first)
+        def draw(like: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+            std = (square - mean.square()).clamp_min(0).sqrt()
+            noise = mean.new_empty(like.shape[0], rows, *like.shape[2:])
+            return noise.normal_(generator=self._draws(mean.device)).mul_(std).add_(mean)
 
-        return RecurrentState({key: draw(key, first) for key, first in mean.items()})
+        return self.like.map_stacked(draw, self.moments["mean"], self.moments["square"])
 
     def _learn(self, final_state: RecurrentState) -> None:
-        self.shapes = {str(key): list(t.shape[1:]) for key, t in final_state.items()}
+        if not self.like:
+            self.like = final_state.map(lambda t: t.new_zeros(()).expand(1, *t.shape[1:]))
         for name, power in (("mean", 1), ("square", 2)):
-            new = {key: _over_ranks(_head_mean(t.float() ** power)) for key, t in final_state.items()}
+            new = final_state.map_stacked(lambda t, power=power: _over_ranks(_head_mean(t.float() ** power)))
             if name in self.moments:
-                old = self.moments[name]
-                new = {key: torch.lerp(t, old[key], self.momentum) for key, t in new.items()}
-            self.moments[name] = RecurrentState(new)
+                new = new.map_stacked(lambda t, old: torch.lerp(t, old, self.momentum), self.moments[name])
+            self.moments[name] = new
 
     def _memory(self) -> dict[str, Any]:
-        return {"shapes": self.shapes} | {name: moment.named() for name, moment in self.moments.items()}
+        shapes = {name: list(t.shape) for name, t in self.like.named().items()}
+        return {"shapes": shapes} | {name: moment.named() for name, moment in self.moments.items()}
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
-        self.shapes = dict(memory["shapes"])
         self.moments = {
             name: RecurrentState.from_named(tensors) for name, tensors in memory.items() if name != "shapes"
         }
+        means = self.moments["mean"].named() if self.moments else {}
+        self.like = RecurrentState.from_named(
+            {name: t.new_zeros(()).expand(memory["shapes"][name]) for name, t in means.items()}
+        )
 
 
 def _head_mean(tensor: Tensor) -> Tensor:
-    """Mean over the batch and everything inside a head: (1, H, 1, ...)."""
-    axes = [axis for axis in range(tensor.ndim) if axis != 1]
+    """Mean of a stack (K, B, H, ...) over the batch and everything inside a head: (K, 1, H, 1, ...)."""
+    axes = [axis for axis in range(1, tensor.ndim) if axis != 2]
     return tensor.mean(dim=axes, keepdim=True)
 
 

@@ -40,10 +40,10 @@ class RandomNoise(Intervention):
             return None
 
         def draw(like: torch.Tensor) -> torch.Tensor:
-            noise = like.new_empty(rows, *like.shape[1:])
+            noise = like.new_empty(like.shape[0], rows, *like.shape[2:])
             return noise.normal_(std=self.std, generator=self._draws(like.device))
 
-        return self.shapes.map(draw)
+        return self.shapes.map_stacked(draw)
 
     def _learn(self, final_state: RecurrentState) -> None:
         if self.shapes is None:

@@ -24,8 +24,8 @@ def chunk_tokens(lm: RecurrentLM) -> int:
         return _CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(lm.device)
     free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
-    token = _TOKEN_BYTES * lm.model.get_input_embeddings().weight.shape[1]
-    return max(_CPU_TOKENS, min(_GPU_TOKENS, free // 4 // token))
+    width: int = lm.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
+    return max(_CPU_TOKENS, min(_GPU_TOKENS, free // 4 // (_TOKEN_BYTES * width)))
 
 
 class Chunk(NamedTuple):

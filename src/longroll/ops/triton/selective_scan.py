@@ -1,10 +1,10 @@
 """Mamba-1's selective scan in Triton, forward and backward, with initial and final state.
 
-A program reads `SPAN` steps of one row one after another, for `BLOCK` channels side by side with the N numbers
-of their states in registers. Spans run side by side: a first pass finds what each makes of a zero state,
-`_pass_on` hands the true states from span to span, a second pass starts from them. Backward keeps the states
-at the starts of spans, walks again to write one down every `TILE` steps, and goes through the tiles in reverse
-with the states of one tile in registers. Softplus, dt bias, D and the gate are fused.
+A program reads `SPAN` steps of one row one after another, for `BLOCK` channels side by side, their states in
+registers. Spans run side by side: a first pass finds what each makes of a zero state, `_pass_on` hands the
+true states from span to span, a second pass starts from them. Backward keeps the states at the starts of
+spans, walks again to write one down every `TILE` steps, and goes through the tiles in reverse with the states
+of one tile in registers. Softplus, dt bias, D and the gate are fused.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _backward(
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn + same, mask=read, other=0.0).to(tl.float32)
             h = h * tl.exp2(size[None, :] * (A * LOG2_E)) + (size * x)[None, :] * B
-            states = states + (h,)
+            states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
         for j in tl.static_range(TILE):
             t = tile * TILE + TILE - 1 - j
             inside = in_d & (t + zero < left)
@@ -374,7 +374,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         with no_autocast(arguments[0]):
-            y, final, *saved = _Call(*arguments).forward()
+            y, final, *saved = _Call(*arguments[:9], arguments[9]).forward()
         ctx.save_for_backward(*arguments[:9], *saved)
         ctx.softplus = arguments[9]
         return y, final

@@ -23,9 +23,9 @@ from longroll.ops._common import cast, no_autocast
 CHUNK = 64
 WALK = {"P": 64, "N": 64, "num_warps": 4, "num_stages": 3}
 """Largest block of a state that a program of `_walk` carries, and how it runs: pinned, nothing is tuned."""
-OUTPUTS = {"HEADS": 4, "num_warps": 4, "num_stages": 2}
-OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 2}
-OF_B_AND_C = {"HEADS": 8, "N": 64, "num_warps": 4, "num_stages": 2}
+OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 2}
+OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
+OF_B_AND_C = {"HEADS": 16, "N": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""Mamba's scan and Mamba-2's SSD on a GPU, forward and backward, against mamba-ssm's and fla's kernels.
+
+    python benchmarks/gpu_ops.py --json gpu_ops.json
+
+bf16, the shapes of the 130m Mamba (8 x 2048) and the 370m Mamba-2 (4 x 2048). Ours start from a state, take
+gradients through the final one and give that of the initial one; mamba-ssm's scan can do none of that and is
+timed without. Medians of `triton.testing.do_bench`.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import peers
+import torch
+import torch.nn.functional as F
+from triton.testing import do_bench
+
+from longroll.ops.triton.selective_scan import selective_scan
+from longroll.ops.triton.ssd import ssd
+from longroll.results import provenance, write_json
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+
+
+def scans() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Name -> (forward, its leaves)."""
+    B, T, D, N = 8, 2048, 1536, 16
+    x, dt, z = (draw(B, T, D) for _ in range(3))
+    b, c = (draw(B, T, N) for _ in range(2))
+    A = (-torch.rand(D, N, device="cuda") * 8).requires_grad_()
+    skip, bias = draw(D, dtype=torch.float32), draw(D, dtype=torch.float32)
+    state = draw(B, D, N, dtype=torch.float32)
+    leaves = [x, dt, A, b, c, skip, z, bias]
+    ways: dict[str, tuple[Callable, list[torch.Tensor]]] = {
+        "longroll, with states": (
+            lambda: selective_scan(x, dt, A, b, c, skip, z, bias, True, state),
+            [*leaves, state],
+        )
+    }
+    if "mamba-ssm" in peers.available():
+        fn = peers.module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+        rows = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in (x, dt, b, c, z)]
+        rx, rdt, rb, rc, rz = rows
+        ways["mamba-ssm (CUDA), no state"] = (
+            lambda: (fn(rx, rdt, A, rb, rc, skip, rz, bias, delta_softplus=True),),
+            [*rows, A, skip, bias],
+        )
+    return ways
+
+
+def ssds() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Name -> (forward, its leaves)."""
+    B, T, H, P, N = 4, 2048, 32, 64, 128
+    x, dt = draw(B, T, H, P), draw(B, T, H)
+    b, c = draw(B, T, 1, N), draw(B, T, 1, N)
+    A = (-torch.rand(H, device="cuda") * 8 - 1).requires_grad_()
+    skip, bias = draw(H, dtype=torch.float32), (draw(H, dtype=torch.float32).detach() - 4).requires_grad_()
+    state = draw(B, H, P, N, dtype=torch.float32)
+    leaves = [x, dt, A, b, c, skip, bias, state]
+    ways: dict[str, tuple[Callable, list[torch.Tensor]]] = {
+        "longroll, with states": (lambda: ssd(x, dt, A, b, c, skip, None, bias, True, state), leaves)
+    }
+    if "mamba-ssm" in peers.available():
+        fn = peers.module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        for given in (None, state):
+            ways[f"mamba-ssm (Triton), {'no state' if given is None else 'with states'}"] = (
+                lambda given=given: fn(
+                    x, dt, A, b, c, 256, D=skip, dt_bias=bias, dt_softplus=True, initial_states=given,
+                    return_final_states=given is not None,
+                ),
+                leaves if given is not None else leaves[:-1],
+            )  # fmt: skip
+    if "fla" in peers.available():
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def mapped():
+            size = F.softplus(dt.float() + bias)
+            q, k = (t.expand(-1, -1, H, -1).contiguous() for t in (c, b))
+            v = (x * size[..., None]).to(x.dtype)
+            o, final = chunk_simple_gla(
+                q, k, v, size * A, scale=1.0, initial_state=state.mT.contiguous(), output_final_state=True
+            )
+            return o + skip[:, None] * x, final
+
+        ways["fla chunk_simple_gla, with states"] = (mapped, leaves)
+    return ways
+
+
+def measure(forward: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:
+    """Milliseconds and peak memory."""
+
+    def both() -> None:
+        outputs = forward()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    with torch.no_grad():
+        alone = do_bench(forward, warmup=20, rep=100, return_mode="median")
+    together = do_bench(both, warmup=20, rep=200, return_mode="median")
+    return {"forward_ms": alone, "forward_backward_ms": together, "peak_gib": peak / 2**30}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", help="write the results here")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    table: dict[str, dict] = {}
+    for op, ways in (("selective_scan", scans), ("ssd", ssds)):
+        for name, (forward, leaves) in ways().items():
+            try:
+                found = measure(forward, leaves)
+            except Exception as error:  # a peer that does not run here must not end the table
+                print(f"{op}, {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                continue
+            table.setdefault(op, {})[name] = found
+            ratio = table[op]["longroll, with states"]["forward_backward_ms"] / found["forward_backward_ms"]
+            print(
+                f"{op:15} {name:36} forward {found['forward_ms']:.3f} ms, with backward "
+                f"{found['forward_backward_ms']:.3f} ms, {found['peak_gib']:.2f} GiB; "
+                f"ours takes {ratio:.2f}x its time",
+                flush=True,
+            )
+        if options.json:
+            write_json(options.json, {"ops": table, "provenance": provenance(seed=0, seconds=0.0)})
+
+
+if __name__ == "__main__":
+    main()
