@@ -49,9 +49,8 @@ def main() -> None:
     first, last = rows[-2:]
     times = [statistics.median(row["seconds"]) for row in (first, last)]
     ratios = {"time": times[1] / times[0], "peak_memory": last["peak_gib"] / (first["peak_gib"] or 1)}
-    print(
-        f"{last['length']} / {first['length']}: time {ratios['time']:.2f}, memory {ratios['peak_memory']:.3f}"
-    )
+    between = f"{last['length']} / {first['length']}"
+    print(f"{between}: time {ratios['time']:.2f}, peak memory {ratios['peak_memory']:.3f}")
     if options.json:
         made = provenance(seed=0, seconds=0.0)
         write_json(

@@ -115,7 +115,8 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
             room = window - len(head) - len(tail)
             if room < 1:
                 raise LongrollError(
-                    f"--reading chunk: instruction and question fill the {window} tokens of --window."
+                    f"--reading chunk: instruction and question fill all {window} tokens of --window: "
+                    "give a longer one."
                 )
             for at in range(0, max(1, len(context)), room):
                 prompts.append(np.concatenate([head, context[at : at + room], tail]))

@@ -282,7 +282,7 @@ def selective_scan(
 class _Call:
     """The arguments of one call, and its kernels."""
 
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_state, softplus) -> None:
+    def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_state, softplus: bool) -> None:
         self.x, self.dt, self.D, self.z, self.bias = x, dt, D, z, dt_bias
         self.B, self.C = B.float(), C.float()  # each lane reads all of them: better converted once
         self.A = A.float().contiguous()
@@ -374,7 +374,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         with no_autocast(arguments[0]):
-            y, final, *saved = _Call(*arguments[:9], arguments[9]).forward()
+            y, final, *saved = _Call(*arguments).forward()
         ctx.save_for_backward(*arguments[:9], *saved)
         ctx.softplus = arguments[9]
         return y, final
@@ -383,7 +383,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         *inputs, starts, total = ctx.saved_tensors
         with no_autocast(dy):
-            found = _Call(*inputs, ctx.softplus).backward(starts, total, dy, dfinal)
+            found = _Call(*inputs, softplus=ctx.softplus).backward(starts, total, dy, dfinal)
         grads = [
             g.to(t.dtype) if t is not None and need else None
             for g, t, need in zip(found, inputs, ctx.needs_input_grad, strict=False)
