@@ -11,8 +11,8 @@ the control): 300 steps of 16 x 128, 1e-3, decays x 30, a tenth of the rows from
 three and writes OUTPUT/{before,sp,none}.json.
 
 As in the specimen some of the recurrent heads (of GLA: of the key channels) can hardly forget, and how fast
-heads forget is not trained. Run on a CPU and, gla and granite with --slow 1, on an H200: there GLA breaks, State
-Passing repairs it and the control does not; recipes/README.md, "Other families".
+heads forget is not trained. Run on a CPU and, gla and granite with --slow 1, on an H200: there GLA breaks,
+State Passing repairs it and the control does not; recipes/README.md, "Other families".
 """
 
 import timed  # isort: skip  (its clock starts first)
