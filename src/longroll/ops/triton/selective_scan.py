@@ -273,16 +273,16 @@ def selective_scan(
     """`longroll.ops.selective_scan` with the same arguments; always returns `(y, final_state)`."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     if needs_graph(*inputs):
-        return _Scan.apply(*inputs, dt_softplus)
+        return _Scan.apply(dt_softplus, *inputs)
     with no_autocast(x):
-        y, final, _, _ = _Call(*inputs, dt_softplus).forward()
+        y, final, _, _ = _Call(dt_softplus, *inputs).forward()
     return y, final
 
 
 class _Call:
     """The arguments of one call, and its kernels."""
 
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_state, softplus: bool) -> None:
+    def __init__(self, softplus: bool, x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
         self.x, self.dt, self.D, self.z, self.bias = x, dt, D, z, dt_bias
         self.B, self.C = B.float(), C.float()  # each lane reads all of them: better converted once
         self.A = A.float().contiguous()
@@ -372,20 +372,20 @@ class _Call:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments):
-        with no_autocast(arguments[0]):
-            y, final, *saved = _Call(*arguments).forward()
-        ctx.save_for_backward(*arguments[:9], *saved)
-        ctx.softplus = arguments[9]
+    def forward(ctx, softplus, *inputs):
+        with no_autocast(inputs[0]):
+            y, final, *saved = _Call(softplus, *inputs).forward()
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.softplus = softplus
         return y, final
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         *inputs, starts, total = ctx.saved_tensors
         with no_autocast(dy):
-            found = _Call(*inputs, softplus=ctx.softplus).backward(starts, total, dy, dfinal)
+            found = _Call(ctx.softplus, *inputs).backward(starts, total, dy, dfinal)
         grads = [
             g.to(t.dtype) if t is not None and need else None
-            for g, t, need in zip(found, inputs, ctx.needs_input_grad, strict=False)
+            for g, t, need in zip(found, inputs, ctx.needs_input_grad[1:], strict=True)
         ]
-        return *grads, None
+        return None, *grads
