@@ -1,15 +1,44 @@
-"""The one piece of fla's gated backward passes that Triton miscompiles on Hopper, in PyTorch.
+"""What Triton miscompiles of fla's kernels on Hopper, done without the instruction that goes wrong.
 
-Triton 3.4 to 3.7.0 on an H100 or H200 gives wrong numbers for `chunk_bwd_dqkwg` with a decay, so fla refuses
-to run it (flash-linear-attention issue 640): no gradient of the gated delta rule, of Comba, or of the
-Qwen3-Next line of transformers. It is local to chunks and made of matrix products, a small part of the pass.
+Kernels of four warps and more multiply with Hopper's own instruction for warp groups, and some of fla's then give
+wrong gradients or read out of bounds (flash-linear-attention issue 984; seen in Triton 3.6 on an H200 for
+`chunk_bwd_dv` and for the delta rules): they keep to two warps, which multiply as on older GPUs.
+
+From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong however many warps it has, so fla refuses to run
+it (issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
+local to chunks and made of matrix products, a small part of the pass, and here in PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WARP_GROUP = 4
+"""Warps that multiply together on Hopper."""
+
+WRONG_IN_GROUPS = (
+    "fla.ops.common.chunk_delta_h",
+    "fla.ops.common.chunk_o",
+    "fla.ops.delta_rule",
+    "fla.ops.gated_delta_rule",
+    "fla.ops.comba",
+    "fla.ops.kda",
+)
+"""Modules of kernels that are, or are like those that are, wrong with a warp group."""
+
+
+def keep_to_warps(tuners: Iterable[Any]) -> None:
+    """On Hopper, leave kernels of `WRONG_IN_GROUPS` no configuration with a warp group if they have others."""
+    from fla.utils import IS_NVIDIA_HOPPER
+
+    for tuner in tuners if IS_NVIDIA_HOPPER else ():
+        if tuner.base_fn.__module__.startswith(WRONG_IN_GROUPS):
+            tuner.configs = [c for c in tuner.configs if c.num_warps < WARP_GROUP] or tuner.configs
 
 
 def register_if_needed() -> bool:
@@ -84,8 +113,8 @@ def gated_gradients(
         return x.unflatten(1, (chunks, chunk_size)).transpose(2, 3)
 
     def joined(x: Tensor) -> Tensor:
-        """The inverse of `cut`."""
-        return x.transpose(2, 3).flatten(1, 2)[:, :time]
+        """The inverse of `cut`; contiguous, as the kernels that read it expect."""
+        return x.transpose(2, 3).flatten(1, 2)[:, :time].contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
         Q, K, V, O = (cut(x) for x in (q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), v, do))

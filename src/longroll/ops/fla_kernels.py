@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longroll.ops.fla_hopper import register_if_needed
+from longroll.ops.fla_hopper import keep_to_warps, register_if_needed
 
 AUTOTUNE = "LONGROLL_AUTOTUNE"
 """Environment variable: `1` lets fla time its configurations; minutes once for each machine and shape."""
@@ -129,32 +129,29 @@ def _run(
 @functools.cache
 def make_ready() -> None:
     """Prepare fla for this process, whoever calls its kernels: configurations, and what Triton breaks."""
-    pin_configurations()
+    kernels = tuners()
+    keep_to_warps(kernels)
+    if os.environ.get(AUTOTUNE) != "1":
+        for tuner in kernels:
+            _pin(tuner)
     register_if_needed()
 
 
-def pin_configurations() -> int:
-    """Let every kernel of fla take one configuration without timing others; return how many there are.
-
-    Nothing is pinned under LONGROLL_AUTOTUNE=1.
-    """
-    if os.environ.get(AUTOTUNE) == "1":
-        return 0
+def tuners() -> list[Any]:
+    """The tuners of all of fla's kernels."""
     import fla.models
     import fla.ops  # noqa: F401 (so that all kernels are there)
     from triton.runtime.autotuner import Autotuner
 
-    tuners: dict[int, Any] = {}
+    found: dict[int, Any] = {}
     for name, module in list(sys.modules.items()):
         if name.startswith("fla."):
             for kernel in list(vars(module).values()):
                 while kernel is not None:  # heuristics are wrapped around the tuner
                     if isinstance(kernel, Autotuner):
-                        tuners[id(kernel)] = kernel
+                        found[id(kernel)] = kernel
                     kernel = getattr(kernel, "fn", None)
-    for tuner in tuners.values():
-        _pin(tuner)
-    return len(tuners)
+    return list(found.values())
 
 
 def _pin(tuner: Any) -> None:
