@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from longroll.ops.fla_hopper import gated_gradients
+from longroll.ops.fla_hopper import gated_gradients, keep_to_warps
+from longroll.ops.fla_kernels import tuners
 
 
 def chunks_of(q, k, v, starts, g, scale, size):
@@ -63,3 +64,28 @@ def test_gradients_are_autograds(time, heads, groups, v_first):
     )
     for actual, wanted in zip((dq, dk, dg, dw), (*expected, written), strict=True):
         torch.testing.assert_close(actual.double(), wanted, atol=2e-5, rtol=2e-5)
+        assert actual.is_contiguous()  # fla's next kernel reads them as if they were
+
+
+def test_kernels_that_go_wrong_keep_to_two_warps(monkeypatch):
+    pytest.importorskip("fla")
+    monkeypatch.setattr("fla.utils.IS_NVIDIA_HOPPER", True)
+    kernels = tuners()
+    for tuner in kernels:
+        monkeypatch.setattr(tuner, "configs", tuner.configs)
+    keep_to_warps(kernels)
+    warps = {}
+    for tuner in kernels:
+        module = tuner.base_fn.__module__.removeprefix("fla.ops.")
+        warps[module, tuner.base_fn.__name__] = max(config.num_warps for config in tuner.configs)
+    for kernel in (
+        ("common.chunk_o", "chunk_bwd_kernel_dv"),
+        ("common.chunk_o", "chunk_bwd_kernel_dv_local"),
+        ("common.chunk_delta_h", "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64"),
+        ("delta_rule.wy_fast", "prepare_wy_repr_bwd_kernel"),
+        ("gated_delta_rule.wy_fast", "prepare_wy_repr_bwd_kernel"),
+        ("comba.wy_fast", "prepare_wy_repr_bwd_kernel"),
+        ("kda.chunk_bwd", "chunk_kda_bwd_kernel_wy_dqkg_fused"),
+    ):
+        assert warps[kernel] == 2
+    assert warps["gla.chunk", "chunk_gla_bwd_kernel_intra"] > 2  # others stay as they were

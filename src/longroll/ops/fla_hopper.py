@@ -1,11 +1,11 @@
 """What Triton miscompiles of fla's kernels on Hopper, done without the instruction that goes wrong.
 
-Kernels of four warps and more multiply with Hopper's own instruction for warp groups, and some of fla's then give
-wrong gradients or read out of bounds (flash-linear-attention issue 984; seen in Triton 3.6 on an H200 for
-`chunk_bwd_dv` and for the delta rules): they keep to two warps, which multiply as on older GPUs.
+Kernels of four warps and more multiply with Hopper's instruction for warp groups. With it some of fla's give
+wrong gradients in 16 bits or read out of bounds (flash-linear-attention issue 984; seen with Triton 3.6 on an
+H200 in retention and the delta rules): these keep to two warps, which multiply as on older GPUs.
 
-From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong however many warps it has, so fla refuses to run
-it (issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
+From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong in any configuration, so fla refuses to run it
+(issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
 local to chunks and made of matrix products, a small part of the pass, and here in PyTorch.
 """
 
@@ -29,11 +29,11 @@ WRONG_IN_GROUPS = (
     "fla.ops.comba",
     "fla.ops.kda",
 )
-"""Modules of kernels that are, or are like those that are, wrong with a warp group."""
+"""Modules with kernels that go wrong with a warp group, or are like those that do."""
 
 
 def keep_to_warps(tuners: Iterable[Any]) -> None:
-    """On Hopper, leave kernels of `WRONG_IN_GROUPS` no configuration with a warp group if they have others."""
+    """On Hopper, let kernels of `WRONG_IN_GROUPS` run without a warp group, where they can."""
     from fla.utils import IS_NVIDIA_HOPPER
 
     for tuner in tuners if IS_NVIDIA_HOPPER else ():
