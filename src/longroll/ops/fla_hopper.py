@@ -4,8 +4,8 @@ Kernels of four warps and more multiply with Hopper's instruction for warp group
 wrong gradients in 16 bits or read out of bounds (flash-linear-attention issue 984; seen with Triton 3.6 on an
 H200 in retention and the delta rules): these keep to two warps, which multiply as on older GPUs.
 
-From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong in any configuration, so fla refuses to run it
-(issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
+From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong in any configuration, so fla refuses to run
+it (issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
 local to chunks and made of matrix products, a small part of the pass, and here in PyTorch.
 """
 
