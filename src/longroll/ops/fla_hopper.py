@@ -37,10 +37,11 @@ WRONG_IN_GROUPS = (
 
 def keep_to_warps(tuners: Iterable[Any]) -> None:
     """On Hopper, let kernels of `WRONG_IN_GROUPS` run without a warp group, where they can."""
-    from fla.utils import IS_NVIDIA_HOPPER
+    import fla.utils
 
-    for tuner in tuners if IS_NVIDIA_HOPPER else ():
-        if tuner.base_fn.__module__.startswith(WRONG_IN_GROUPS):
+    hopper = getattr(fla.utils, "IS_NVIDIA_HOPPER", False)  # there since fla 0.6
+    for tuner in tuners:
+        if hopper and tuner.base_fn.__module__.startswith(WRONG_IN_GROUPS):
             tuner.configs = [c for c in tuner.configs if c.num_warps < WARP_GROUP] or tuner.configs
 
 
