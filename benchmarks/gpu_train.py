@@ -19,13 +19,13 @@ from typing import Any
 
 import peers
 import torch
-import torch.nn.functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import longroll
 from longroll.ops._backend import SWITCH
 from longroll.results import provenance, write_json
-from longroll.training.graphs import GraphedLM
+from longroll.training.graphs import StepGraph
+from longroll.training.loss import next_token_loss
 
 _MAMBA2 = {"state_size": 128, "head_dim": 64, "n_groups": 1, "expand": 2, "vocab_size": 50288}
 SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -100,8 +100,7 @@ class Bench:
     def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool, graphs: bool) -> None:
         self.model, self.rows = model, rows
         self.lm: Callable | None = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
-        if graphs:
-            self.lm = GraphedLM(self.lm, dtype=torch.bfloat16)  # type: ignore[arg-type]
+        self.graph = StepGraph(self.lm, dtype=torch.bfloat16) if graphs else None  # type: ignore[arg-type]
         cuda = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
 
@@ -112,17 +111,7 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            if self.lm is None:
-                logits = peers.logits(self.model, ids[:, :-1])
-            else:
-                batch = {"input_ids": ids[:, :-1], "starts": torch.zeros(len(ids), dtype=torch.bool)}
-                state = row.intervention.initial_state(batch) if row.intervention else None
-                logits, final = self.lm(ids[:, :-1], state)
-                if row.intervention:
-                    row.intervention.observe(final)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        loss.backward()
+        loss = self._forward_and_backward(row, ids[:, :-1], ids[:, 1:])
         self.optimizer.step()
         self.optimizer.zero_grad()
         _synchronize(device)
@@ -130,6 +119,25 @@ class Bench:
         row.losses.append(loss.item())
         if device.type == "cuda":
             row.peak = max(row.peak, torch.cuda.max_memory_allocated())
+
+    def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        state, final = None, None
+        if row.intervention:
+            batch = {"input_ids": ids, "starts": torch.zeros(len(ids), dtype=torch.bool)}
+            state = row.intervention.initial_state(batch)
+        if self.graph:
+            loss, final = self.graph(ids, targets, state)
+        else:
+            with torch.autocast(ids.device.type, torch.bfloat16):
+                if self.lm is None:
+                    logits = peers.logits(self.model, ids)
+                else:
+                    logits, final = self.lm(ids, state)
+                loss = next_token_loss(logits, targets)
+            loss.backward()
+        if row.intervention:
+            row.intervention.observe(final)
+        return loss
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,51 +1,113 @@
-"""Training steps replayed as CUDA graphs: a small model on a fast GPU waits for Python otherwise."""
+"""Training steps as one CUDA graph: a small model on a fast GPU waits for Python otherwise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+from longroll.training.loss import next_token_loss
+
+_WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
 
 
-class GraphedLM:
-    """A `RecurrentLM` in training whose forward and backward are each one CUDA graph.
+class StepGraph:
+    """Forward, loss and backward of `lm`, captured at the first call and replayed by the others.
 
-    Captured at the first call; every later call must have the shape of the first. The final state is off the
-    graph of autograd, as interventions want it. Recurrences read an explicit zero state for None.
+    Gradients are added to the parameters' `.grad` as by `backward`; the final state is off the graph of
+    autograd, as interventions want it. A recurrence reads an explicit zero state for None.
 
     Args:
         lm: a model on a CUDA device, in training mode, without attention (its KV would change shape).
         dtype: autocast to it; None computes in the weights' precision.
+
+    Raises:
+        LongrollError: for a model on another device, or with attention.
     """
 
     def __init__(self, lm: RecurrentLM, *, dtype: torch.dtype | None = None) -> None:
+        if lm.device.type != "cuda":
+            raise LongrollError("CUDA graphs (--cuda-graphs) need the model on a CUDA device.")
+        if lm.attends:
+            raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without --cuda-graphs.")
         self.lm, self.dtype = lm, dtype
-        self._step: nn.Module | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def fits(self, input_ids: Tensor) -> bool:
+        """Whether a batch (B, T) has the shape that was captured; any does before."""
+        return self._graph is None or input_ids.shape == self._ids.shape
 
     def __call__(
-        self, input_ids: Tensor, state: RecurrentState | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        state: RecurrentState | None = None,
+        items: Tensor | int | None = None,
     ) -> tuple[Tensor, RecurrentState]:
-        """Logits (B, T, V) and the final state; both are overwritten by the next call but one."""
-        if self._step is None:
-            self._capture(input_ids)
-        packs = self._zero if state is None else self._layout.pack(state)
-        logits, *final = self._step(input_ids, *packs)  # type: ignore[misc]
-        seen = (0 if state is None else state.seen) + input_ids.shape[1]
-        return logits, self._layout.unpack([t.clone() for t in final], seen=seen)
+        """Run a step.
 
-    def _capture(self, input_ids: Tensor) -> None:
-        zero = self.lm.zero_state(len(input_ids))
-        self._layout = _Layout(zero)
-        self._zero = self._layout.pack(zero)
-        step = _Step(self.lm, self._layout, self.dtype)
-        with torch.autocast("cuda", enabled=False):  # a graph cannot hold on to autocast's copies of weights
-            self._step = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
-                step, (input_ids.clone(), *self._zero), allow_unused_input=True
-            )
+        Args:
+            input_ids: (B, T), of one shape in all calls.
+            targets: (B, T), the token after each input; -100 counts not.
+            state: the initial state; None is the zero state.
+            items: what the summed loss is divided by; default: the tokens that count.
+
+        Returns:
+            The loss, a scalar, and the final state.
+        """
+        items = (targets != -100).sum().clamp_min(1) if items is None else items
+        earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
+        graph = self._graph or self._capture(input_ids)
+        self._ids.copy_(input_ids)
+        self._targets.copy_(targets)
+        self._items.copy_(items) if isinstance(items, Tensor) else self._items.fill_(items)
+        for static, pack in zip(self._packs, self._layout.pack(state or self._zero), strict=True):
+            static.copy_(pack)
+        graph.replay()
+        for parameter, gradient, before in zip(self._parameters(), self._gradients, earlier, strict=True):
+            parameter.grad = gradient
+            if before is not None:
+                gradient.add_(before)
+        seen = (0 if state is None else state.seen) + input_ids.shape[1]
+        return self._loss.clone(), self._layout.unpack([t.clone() for t in self._final], seen=seen)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.lm.model.parameters() if p.requires_grad]
+
+    def _capture(self, input_ids: Tensor) -> torch.cuda.CUDAGraph:
+        self._zero = self.lm.zero_state(len(input_ids))
+        self._layout = _Layout(self._zero)
+        self._packs = self._layout.pack(self._zero)
+        self._ids, self._targets = input_ids.clone(), input_ids.clone()
+        self._items = torch.ones((), device=input_ids.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self._step()
+                self._clear()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data may load in other threads
+            self._loss, self._final = self._step()
+        self._gradients: list[Tensor] = [p.grad for p in self._parameters()]  # type: ignore[misc]
+        self._graph = graph
+        return graph
+
+    def _clear(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _step(self) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            logits, final = self.lm(self._ids, self._layout.unpack(self._packs))
+            loss = next_token_loss(logits, self._targets, self._items)
+        loss.backward()
+        return loss.detach(), self._layout.pack(final.detach())
 
 
 class _Layout:
@@ -63,17 +125,3 @@ class _Layout:
         return RecurrentState(
             {key: t for keys, pack in groups for key, t in zip(keys, pack.unbind(), strict=True)}, seen=seen
         )
-
-
-class _Step(nn.Module):
-    """The forward over plain tensors."""
-
-    def __init__(self, lm: RecurrentLM, layout: _Layout, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.lm, self.layout, self.dtype = lm, layout, dtype
-
-    def forward(self, input_ids: Tensor, *packs: Tensor) -> tuple[Tensor, ...]:
-        enabled = self.dtype is not None
-        with torch.autocast("cuda", self.dtype, enabled=enabled, cache_enabled=False):
-            logits, final = self.lm(input_ids, self.layout.unpack(packs))
-        return (logits, *self.layout.pack(final.detach()))

@@ -50,6 +50,8 @@ class PosttrainOptions:
     """Autocast to bfloat16."""
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
+    cuda_graphs: bool = False
+    """Replay a step as one CUDA graph: `InitialStateTrainer`."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank on the input projections and merge them; 0: train all weights."""
     save_steps: int = 100
@@ -152,6 +154,7 @@ def posttrain(
         arguments,
         intervention=intervention,
         decay_speed=options.decay_speed,
+        cuda_graphs=options.cuda_graphs,
         train_dataset=data,
         callbacks=[LossGuard(), *(callbacks or [])],
     )

@@ -16,6 +16,8 @@ from longroll.errors import LongrollError
 from longroll.families import family_of
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
+from longroll.training.graphs import StepGraph
+from longroll.training.loss import next_token_loss
 
 DECAYS = (
     *("A_log", "dt_bias", "dt_proj.bias"),  # Mamba, Gated DeltaNet, KDA
@@ -39,10 +41,13 @@ class InitialStateTrainer(Trainer):
         intervention: None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
+        cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
+            gradient checkpointing. Batches of another shape than the first run as without.
         **kwargs: as for Trainer.
 
     Raises:
-        LongrollError: for a model without recurrent state, nn.DataParallel, and lanes that do not fit.
+        LongrollError: for a model without recurrent state, nn.DataParallel, lanes that do not fit, and CUDA
+            graphs where there can be none.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class InitialStateTrainer(Trainer):
         *,
         intervention: Intervention | None = None,
         decay_speed: float = 1.0,
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
         model = model.model if isinstance(model, RecurrentLM) else model
@@ -80,6 +86,15 @@ class InitialStateTrainer(Trainer):
                 "launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
         self._check_lanes()
+        self._graph = self._new_graph() if cuda_graphs else None
+
+    def _new_graph(self) -> StepGraph:
+        if self.args.gradient_checkpointing or self.args.world_size > 1 or self.args.fp16:
+            raise LongrollError(
+                "A step cannot be one CUDA graph (--cuda-graphs) with gradient checkpointing, on several "
+                "GPUs, or in fp16."
+            )
+        return StepGraph(RecurrentLM(self.base), dtype=torch.bfloat16 if self.args.bf16 else None)
 
     def _check_lanes(self) -> None:
         if not isinstance(self.intervention, TBPTT) or self.train_dataset is None:
@@ -98,6 +113,23 @@ class InitialStateTrainer(Trainer):
             return SequentialSampler(dataset)  # these are in the order they are meant to be read in
         return super()._get_train_sampler(train_dataset)
 
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Trainer's step, or its replay."""
+        if self._graph is None or not self._graph.fits(inputs["input_ids"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        state = None if self.intervention is None else self.intervention.initial_state(inputs)
+        loss, final = self._graph(inputs["input_ids"], _shifted(inputs), state, num_items_in_batch)
+        if self.intervention is not None:
+            self.intervention.observe(final)
+        return loss
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -112,15 +144,9 @@ class InitialStateTrainer(Trainer):
         outputs = model(**arguments)
         if intervention is not None:
             intervention.observe(arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1]))
-        labels = _shifted(inputs)
-        logits = outputs.logits.float()
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        if num_items_in_batch is None:
-            loss = loss / (labels != -100).sum().clamp_min(1)
-        else:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # DDP will take the mean
+        loss = next_token_loss(outputs.logits, _shifted(inputs), num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

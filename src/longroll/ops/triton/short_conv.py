@@ -54,7 +54,7 @@ def _forward(
         for j in tl.static_range(TILE):
             t = first + i * TILE + j
             inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # type: ignore  # noqa: RUF005
+            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
             y = bias
             for w in tl.static_range(W):
                 y += weight[w] * x[w]
@@ -97,7 +97,7 @@ def _backward(
         for j in tl.static_range(TILE):
             t = first + i * TILE + j
             inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # type: ignore  # noqa: RUF005
+            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
             ds = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
             if SILU:
                 y = bias
