@@ -121,7 +121,7 @@ def job_op(op: str, precision: str, device: str) -> dict[str, Any]:
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
     dtype = getattr(torch, "float32" if precision == "tf32" else precision)
-    chosen = choose(op, torch.device(device), dtype, SHAPES[0][3:], gradient=True)
+    chosen = choose(op, torch.device(device), dtype, SHAPES[0][3:])
     if device == "cuda" and chosen.kernel is None:
         return {"skipped": chosen.reason}
     found: dict[str, Any] = {"path": chosen.reason, "errors": {}}
