@@ -2,17 +2,15 @@ import pytest
 import torch
 
 from longroll.ops import _backend
-from longroll.ops._backend import SWITCH, Choice, choose
+from longroll.ops._backend import SWITCH, choose
 
 CUDA = torch.device("cuda")
-CPU_ONLY = Choice(None, "no GPU")
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """A machine with Triton and fla, and the environment of a fresh shell."""
     monkeypatch.setattr(_backend, "_installed", lambda package: True)
-    monkeypatch.setattr(_backend, "affected", lambda: False)
     for variable in (SWITCH, "TRITON_F32_DEFAULT"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -52,26 +50,6 @@ def test_float32_where_it_is_exact_or_need_not_be(installed, monkeypatch):
     monkeypatch.delenv("TRITON_F32_DEFAULT")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert choose("gla", CUDA, torch.float32, (64, 64)).kernel is not None
-
-
-@pytest.mark.parametrize("op", FLA)
-def test_no_gradient_where_it_would_be_wrong(op, installed, monkeypatch):
-    monkeypatch.setattr(_backend, "affected", lambda: True)
-    assert choose(op, CUDA, torch.bfloat16, (64, 64)).kernel is not None
-    choice = choose(op, CUDA, torch.bfloat16, (64, 64), gradient=True)
-    assert (choice.kernel is None) == (op in _backend.WRONG_GRADIENTS)
-    assert choice.kernel is not None or "wrong on Hopper" in choice.reason
-
-
-def test_a_gradient_is_expected_where_autograd_records(monkeypatch):
-    expected = []
-    monkeypatch.setattr(_backend, "choose", lambda *_, gradient: expected.append(gradient) or CPU_ONLY)
-    plain, leaf = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16, requires_grad=True)
-    for inputs in ((plain, plain, None), (leaf, plain, None), (plain, plain, leaf)):
-        _backend.kernel_for("delta_rule", *inputs)
-    with torch.no_grad():
-        _backend.kernel_for("delta_rule", leaf, leaf)
-    assert expected == [False, True, True, False]
 
 
 @pytest.mark.parametrize("op", _backend.KERNELS)

@@ -101,11 +101,7 @@ def in_use(family: Family, gpu: bool) -> str:
     if family.op is None or not hasattr(ops, family.op):
         return path
     device = torch.device("cuda" if gpu else "cpu")
-    reading, training = (
-        choose(family.op, device, torch.bfloat16, gradient=gradient).reason for gradient in (False, True)
-    )
-    reason = reading if reading == training else f"{reading}; in training {training}"
-    return f"{path.split(',')[0]}, {reason}"
+    return f"{path.split(',')[0]}, {choose(family.op, device, torch.bfloat16).reason}"
 
 
 def try_families() -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longroll.ops.fla_hopper import affected
-
 TRITON = "longroll.ops.triton"
 FLA = "longroll.ops.fla_kernels"
 KERNELS = {
@@ -33,9 +31,6 @@ KERNELS = {
 WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256}
 """Op -> the widest key that fla's kernel takes."""
 
-WRONG_GRADIENTS = ("retention", "delta_rule", "gated_delta_rule")
-"""Ops that fla's kernels give wrong gradients of in 16 bits, on Hopper with Triton 3.4 to 3.7.0."""
-
 SWITCH = "LONGROLL_KERNELS"
 """Environment variable: `torch` keeps the ops in plain PyTorch; else GPU kernels run where they fit."""
 
@@ -47,14 +42,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: tuple[int, ...] = (),
-    *,
-    gradient: bool = False,
-) -> Choice:
+def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Choice:
     """Choose the implementation of an op.
 
     Args:
@@ -62,9 +50,8 @@ def choose(
         device: where its inputs are.
         dtype: of its arithmetic; for fla's kernels, of q (r) and the output.
         sizes: of a head's keys and values, for fla's kernels.
-        gradient: whether a backward pass may follow, for fla's kernels.
     """
-    slow = _refusal(op, device, dtype, sizes, gradient)
+    slow = _refusal(op, device, dtype, sizes)
     if slow is not None:
         return Choice(None, f"chunked PyTorch: {slow}")
     module = importlib.import_module(KERNELS[op])
@@ -75,8 +62,7 @@ def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callabl
     """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch."""
     wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
     sizes = (q.shape[-1], v.shape[-1])
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, v, *others))
-    return choose(op, v.device, torch.float64 if wide else q.dtype, sizes, gradient=gradient).kernel
+    return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
 
 
 def fla_runs_here() -> bool:
@@ -84,9 +70,7 @@ def fla_runs_here() -> bool:
     return torch.cuda.is_available() and _installed("triton") and _installed("fla")
 
 
-def _refusal(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], gradient: bool
-) -> str | None:
+def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
     """Why no kernel runs; None where one does."""
     if device.type != "cuda":
         return "no GPU"
@@ -100,12 +84,10 @@ def _refusal(
             return f"{package} is not installed"
     if dtype == torch.float64:
         return "the kernel computes in float32"
-    return _refusal_of_fla(op, dtype, sizes, gradient) if fla else None
+    return _refusal_of_fla(op, dtype, sizes) if fla else None
 
 
-def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...], gradient: bool) -> str | None:
-    if gradient and op in WRONG_GRADIENTS and affected():
-        return "fla's gradient is wrong on Hopper with Triton 3.4 to 3.7.0"
+def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
     if dtype == torch.float32 and op == "delta_rule":
         return "fla's kernel takes no float32"
     exact = os.environ.get("TRITON_F32_DEFAULT") == "ieee"

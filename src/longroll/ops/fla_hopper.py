@@ -5,21 +5,18 @@ wrong gradients in 16 bits or read out of bounds (flash-linear-attention issue 9
 H200 in retention and the delta rules): these keep to two warps, which multiply as on older GPUs.
 
 From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong in any configuration, so fla refuses to run
-it (issue 640): no gradient of the gated delta rule, of Comba, or of transformers' Qwen3-Next line. It is
+it (issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
 local to chunks and made of matrix products, a small part of the pass, and here in PyTorch.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from longroll.errors import LongrollError
 
 WARP_GROUP = 4
 """Warps that multiply together on Hopper."""
@@ -45,33 +42,20 @@ def keep_to_warps(tuners: Iterable[Any]) -> None:
             tuner.configs = [c for c in tuner.configs if c.num_warps < WARP_GROUP] or tuner.configs
 
 
-@functools.cache
-def affected() -> bool:
-    """Whether fla's gradients are not to be trusted: a Hopper GPU with Triton 3.4 to 3.7.0."""
+def register_if_needed() -> bool:
+    """Let fla dispatch to `gated_gradients` on a machine that needs it; return whether this one does."""
     try:
+        from fla.backends import BaseBackend, register
         from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
     except ImportError:  # before fla 0.6
         return False
-    return IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
-
-
-def register_if_needed() -> bool:
-    """Let fla dispatch to what is here on a machine that needs it; return whether this one does."""
-    if not affected():
+    if not IS_NVIDIA_HOPPER or not TRITON_ABOVE_3_4_0 or TRITON_ABOVE_3_7_1:
         return False
-    from fla.backends import BaseBackend, register
 
     @register("common")
     class _Torch(BaseBackend):
         backend_type = "longroll"
         priority = 9  # after tilelang, which is fla's own way out
-
-        def chunk_gated_delta_rule_bwd_dhu(self, *_, **__):
-            """In the backward of every delta rule, and only there."""
-            raise LongrollError(
-                "Training this model on fla's kernels would go wrong on this GPU with Triton 3.4 to 3.7.0: "
-                "install triton 3.7.1 or newer. Reading and evaluating work."
-            )
 
         def chunk_bwd_dqkwg_verifier(self, *_, g=None, g_gamma=None, cu_seqlens=None, **__):
             fits = g is not None and g_gamma is None and cu_seqlens is None
