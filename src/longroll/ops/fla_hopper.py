@@ -5,7 +5,7 @@ wrong gradients in 16 bits or read out of bounds (flash-linear-attention issue 9
 H200 in retention and the delta rules): these keep to two warps, which multiply as on older GPUs.
 
 From Triton 3.4 to 3.7.0 `chunk_bwd_dqkwg` with a decay is wrong in any configuration, so fla refuses to run
-it (issue 640): no gradient of the gated delta rule, of Comba, or of the Qwen3-Next line of transformers. It is
+it (issue 640): no gradient of the gated delta rule, of Comba, or of transformers' Qwen3-Next line. It is
 local to chunks and made of matrix products, a small part of the pass, and here in PyTorch.
 """
 
