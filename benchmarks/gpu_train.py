@@ -20,6 +20,7 @@ from typing import Any
 
 import peers
 import torch
+import torch.nn.functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import longroll
@@ -119,7 +120,9 @@ class Bench:
         row.seconds.append(time.perf_counter() - began)
         row.losses.append(loss.item())
         if device.type == "cuda":
-            row.peak = max(row.peak, torch.cuda.max_memory_allocated())
+            # a graph's memory is not counted as allocated between its replays
+            peak = torch.cuda.max_memory_reserved if self.graph else torch.cuda.max_memory_allocated
+            row.peak = max(row.peak, peak())
 
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state, final = None, None
@@ -131,10 +134,11 @@ class Bench:
         else:
             with torch.autocast(ids.device.type, torch.bfloat16):
                 if self.lm is None:
-                    logits = peers.logits(self.model, ids)
+                    logits = peers.logits(self.model, ids).float()
+                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                 else:
                     logits, final = self.lm(ids, state)
-                loss = next_token_loss(logits, targets)
+                    loss = next_token_loss(logits, targets)
             loss.backward()
         if row.intervention:
             row.intervention.observe(final)

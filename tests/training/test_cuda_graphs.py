@@ -29,12 +29,14 @@ def test_attention_has_none():
 @on_a_gpu
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_a_replay_is_the_step(name):
-    """Losses, final states and gradients, accumulated over two steps, from zero and from a state."""
+    """Losses, final states and gradients, summed over steps: from zero, from a state, from a part of one."""
     plain, graphed = (lm_of(name).to("cuda").train() for _ in range(2))
     graph = StepGraph(graphed)
     ids = [tokens(2, 13, seed=i).cuda() for i in range(4)]
     state = state_of_plain = None
-    for batch in ids:
+    for i, batch in enumerate(ids):
+        if i == 2:
+            state, state_of_plain = state.part("recurrent"), state_of_plain.part("recurrent")
         loss, state = graph(batch[:, :-1], batch[:, 1:], state)
         logits, state_of_plain = plain(batch[:, :-1], state_of_plain)
         expected = next_token_loss(logits, batch[:, 1:])

@@ -65,7 +65,8 @@ class StepGraph:
         self._ids.copy_(input_ids)
         self._targets.copy_(targets)
         self._items.copy_(items) if isinstance(items, Tensor) else self._items.fill_(items)
-        for static, pack in zip(self._packs, self._layout.pack(state or self._zero), strict=True):
+        full = RecurrentState({**self._zero, **(state or {})})  # an intervention may leave parts at zero
+        for static, pack in zip(self._packs, self._layout.pack(full), strict=True):
             static.copy_(pack)
         graph.replay()
         for parameter, gradient, before in zip(self._parameters(), self._gradients, earlier, strict=True):
