@@ -21,6 +21,9 @@ from longroll.model import RecurrentLM
 from longroll.training.guard import LossGuard
 from longroll.training.trainer import InitialStateTrainer
 
+_READ_BARE = ["dt_proj", "out_proj"]
+"""Projections whose weights Mamba's mixers or their kernels read past any adapter."""
+
 
 @dataclass(frozen=True)
 class PosttrainOptions:
@@ -53,7 +56,7 @@ class PosttrainOptions:
     cuda_graphs: bool = False
     """Replay a step as one CUDA graph: `InitialStateTrainer`."""
     lora_rank: int = 0
-    """Train LoRA adapters of this rank on the input projections and merge them; 0: train all weights."""
+    """Train LoRA adapters of this rank on the linear layers and merge them; 0: train all weights."""
     save_steps: int = 100
     """A checkpoint to resume from every so many steps."""
     seed: int = 0
@@ -179,9 +182,8 @@ def _with_lora(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
-    # not dt_proj and out_proj: Mamba's mixers or their kernels read these weights past any adapter
-    projections = [name for name, _ in model.named_modules() if name.endswith(("in_proj", "x_proj"))]
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=_READ_BARE)
+    return get_peft_model(model, config)
 
 
 def _writable(output: Path, resume: bool) -> Path:
