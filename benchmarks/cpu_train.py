@@ -4,7 +4,7 @@ Random weights in transformers' classes (hidden 768, 2 layers, vocabulary 64), b
 measurement has its own process, so that its peak memory is its own; the two sides take turns, so that a busy
 machine slows both. Prints a table and, with --json, writes the values with what is needed to read them.
 
-    python benchmarks/cpu_train.py --json cpu_train.json   # 5 minutes; transformers' Mamba-1: 35 s a step
+    OMP_WAIT_POLICY=ACTIVE python benchmarks/cpu_train.py --json cpu_train.json   # an idle machine, 5 minutes
     python benchmarks/cpu_train.py --quick                 # 1 minute, small T
     python benchmarks/cpu_train.py --threads 1             # on a machine that others use: see cpu_seconds
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Threads that sleep while they wait: with the default, which spins, a machine that others use measured 2 to
-# 10 times slower on either side. What the caller has set stays.
+# 10 times slower on either side; threads that spin suit an idle one. What the caller has set stays.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
