@@ -52,7 +52,7 @@ def main() -> None:
     between = f"{last['length']} / {first['length']}"
     print(f"{between}: time {ratios['time']:.2f}, peak memory {ratios['peak_memory']:.3f}")
     if options.json:
-        made = provenance(seed=0, seconds=0.0)
+        made = provenance(lm, seed=0, seconds=0.0)
         write_json(
             options.json, {"options": vars(options), "rows": rows, "ratios": ratios, "provenance": made}
         )

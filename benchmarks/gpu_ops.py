@@ -130,7 +130,9 @@ def main() -> None:
                 flush=True,
             )
         if options.json:
-            write_json(options.json, {"ops": table, "provenance": provenance(seed=0, seconds=0.0)})
+            write_json(
+                options.json, {"ops": table, "provenance": provenance(seed=0, seconds=0.0, device="cuda")}
+            )
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def main() -> None:
                 flush=True,
             )
         if options.json:
-            made = provenance(seed=0, seconds=0.0)
+            made = provenance(seed=0, seconds=0.0, device=options.device)
             arguments = vars(options) | {"parameters": parameters}
             write_json(options.json, {"options": arguments, "rows": table, "provenance": made})
 

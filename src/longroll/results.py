@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 _PACKAGES = ("longroll", "torch", "transformers", "accelerate", "peft", "fla", "mamba_ssm", "triton")
 
 
-def provenance(lm: RecurrentLM | None = None, *, seed: int, seconds: float) -> dict[str, Any]:
-    """Everything needed to make a result again: command, versions, seed, device, date, duration."""
-    device = lm.device if lm is not None else torch.device("cpu")
+def provenance(
+    lm: RecurrentLM | None = None, *, seed: int, seconds: float, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Everything needed to make a result again: command, versions, seed, device, date, duration.
+
+    `device` is where it was made; with a model, the model's.
+    """
+    device = lm.device if lm is not None else torch.device(device)
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
     return {
         "command": shlex.join(command),
