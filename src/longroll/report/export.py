@@ -50,10 +50,9 @@ def _bytes(fig: "Figure", look: Look, format: str) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
-    ground = "none" if format == "svg" else "white"
     shapes = {"svg.fonttype": "path"}  # an SVG holds no fonts; another font is wider, and labels are cut off
     with matplotlib.rc_context(look.rc | shapes):
-        fig.savefig(buffer, format=format, dpi=300, metadata=_METADATA[format], facecolor=ground)
+        fig.savefig(buffer, format=format, dpi=300, metadata=_METADATA[format], facecolor="white")
     return buffer.getvalue()
 
 
