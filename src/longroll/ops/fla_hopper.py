@@ -124,12 +124,13 @@ def gated_gradients(
         last = g[:, ends].float()[..., None]  # (B, chunks, HV, 1)
         G = cut(g[..., None]).squeeze(-1)  # (B, chunks, HV, C)
         inside = torch.arange(chunks * chunk_size, device=q.device).view(chunks, 1, chunk_size) < time
-        causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).tril()
+        # a step after the end has no decay, so that its gaps could overflow
+        seen = inside[..., None].expand(-1, -1, -1, chunk_size).tril()
 
         dQ = O @ h.mT * (torch.exp2(G) * scale)[..., None]
         dK = V @ dh.mT * torch.where(inside, torch.exp2(last - G), 0)[..., None]
         dlast = (h * dh).sum((-2, -1)) * torch.exp2(last[..., 0]) + (dK * K).sum((-2, -1))
-        gaps = torch.exp2((G[..., :, None] - G[..., None, :]).masked_fill(~causal, float("-inf")))
+        gaps = torch.exp2((G[..., :, None] - G[..., None, :]).masked_fill(~seen, float("-inf")))
         dS = O @ V.mT * gaps * scale
         dQ = dQ + dS @ K
         dK = dK + dS.mT @ Q

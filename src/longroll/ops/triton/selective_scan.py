@@ -283,7 +283,8 @@ class _Call:
     """The arguments of one call, and its kernels."""
 
     def __init__(self, softplus: bool, x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
-        self.x, self.dt, self.D, self.z, self.bias = x, dt, D, z, dt_bias
+        self.x, self.dt, self.z = x, dt, z
+        self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
         self.B, self.C = B.float(), C.float()  # each lane reads all of them: better converted once
         self.A = A.float().contiguous()
         self.batch, self.time, self.width = x.shape

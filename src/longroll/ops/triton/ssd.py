@@ -254,7 +254,8 @@ class _Call:
     """Shapes, strides and grids of one call."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
-        self.x, self.dt, self.A, self.B, self.C, self.D = x, dt.contiguous(), A.contiguous(), B, C, D
+        self.x, self.dt, self.A, self.B, self.C = x, dt.contiguous(), A.contiguous(), B, C
+        self.D = None if D is None else D.contiguous()
         self.batch, self.time, self.heads, self.width = x.shape
         self.order, self.ratio = B.shape[3], x.shape[2] // B.shape[2]
         self.chunks = triton.cdiv(self.time, CHUNK)
@@ -271,11 +272,12 @@ class _Call:
     def walk(self, x: Tensor, B: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """The states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the last."""
         met = x.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
+        first = first.contiguous()
         last = torch.empty_like(first)
         options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
         _walk[(self.batch * self.heads, *parts)](
-            x, self.dt, self.A, B, first.contiguous(), met, last,
+            x, self.dt, self.A, B, first, met, last,
             *self.sizes, *x.stride(), *B.stride(), *self.ends,
             REVERSE=reverse, CHUNK=CHUNK, **options,
         )  # fmt: skip
