@@ -46,7 +46,7 @@ def main() -> None:
         rows.append({"length": length, "seconds": seconds, "peak_gib": peak})
         median = statistics.median(seconds)
         print(f"{length:>8} {median:8.2f} s {length / median:10,.0f} tokens/s {peak:6.2f} GiB", flush=True)
-    first, last = rows[-2:]
+    first, last = rows[-2:][0], rows[-1]
     times = [statistics.median(row["seconds"]) for row in (first, last)]
     ratios = {"time": times[1] / times[0], "peak_memory": last["peak_gib"] / (first["peak_gib"] or 1)}
     between = f"{last['length']} / {first['length']}"

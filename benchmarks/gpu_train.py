@@ -165,6 +165,7 @@ def benches(device: str, only: list[str] | None) -> list[str]:
 def open_bench(name: str, make: Callable[[], torch.nn.Module], device: str) -> Bench:
     """An implementation with its rows."""
     gc.collect()  # the last implementation's memory must not count as this one's
+    torch.cuda.empty_cache()
     model, own = make(), name in ("torch", "triton", "graphs")
     if name in ("mamba-ssm", "fla"):
         model = peers.build(name, model)

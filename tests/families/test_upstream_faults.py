@@ -186,3 +186,13 @@ def test_a_state_that_is_read_is_a_copy():
     state = laws.random_state(lm, 2)
     cache = StateCache(lm.model.config, state)
     assert cache.get_recurrent_state(0).data_ptr() != next(iter(state.values())).data_ptr()
+
+
+@torch.no_grad()
+def test_minimax_reads_on_token_by_token():
+    model, ids = build("minimax"), tokens(1, 40)
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    with torch.profiler.profile() as profile:
+        stock(model, ids[:, 10:], cache)
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::matmul")
+    fault(products > 30, "MiniMax's lightning attention may run as it is (families/minimax.py).")

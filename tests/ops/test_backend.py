@@ -31,7 +31,7 @@ def test_flas_kernels_run_in_16_bits(op, installed):
         ("gla", "cpu", torch.bfloat16, (64, 64), "no GPU"),
         ("gla", "cuda", torch.float64, (64, 64), "float32"),
         ("gla", "cuda", torch.float32, (64, 64), "tf32"),
-        ("delta_rule", "cuda", torch.float32, (64, 64), "no float32"),
+        ("delta_rule", "cuda", torch.float32, (64, 64), "tf32"),
         ("retention", "cuda", torch.bfloat16, (8, 64), "at least 16"),
         ("retention", "cuda", torch.bfloat16, (64, 33), "even"),
         ("rwkv7", "cuda", torch.bfloat16, (512, 64), "at most 256"),

@@ -38,3 +38,10 @@ def test_a_head_that_still_needs_its_logits_says_so():
     logits = torch.randn(1, 3, 4, requires_grad=True).tanh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         next_token_loss(logits, torch.zeros(1, 3, dtype=torch.long)).backward()
+
+
+def test_a_target_outside_the_vocabulary_is_refused():
+    logits = torch.randn(1, 3, 4, requires_grad=True) * 1
+    for target in (-1, 4):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            next_token_loss(logits, torch.tensor([[0, target, -100]]))

@@ -336,7 +336,10 @@ def test_ordinary_labels_give_transformers_loss(tmp_path):
     ids = tokens(2, 12)
     batch = {"input_ids": ids, "labels": ids.masked_fill(ids < 5, -100)}
     loss = trainer.compute_loss(model.eval(), batch)
-    torch.testing.assert_close(loss, model(**batch).loss)
+    expected = model(**batch)
+    torch.testing.assert_close(loss, expected.loss)
+    _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    torch.testing.assert_close(outputs["logits"], expected.logits)
 
 
 # ---- evaluation

@@ -128,14 +128,6 @@ class StateCache(DynamicCache):
         self._final[self._recurrent(layer_idx, state_idx)] = recurrent_states
         return recurrent_states
 
-    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
-        """MiniMax's name for `get_recurrent_state`."""
-        return self.get_recurrent_state(layer_idx)
-
-    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
-        """MiniMax's name for `update_recurrent_state`."""
-        self.update_recurrent_state(linear_cache, layer_idx)
-
     def _recurrent(self, layer: int, slot: int) -> StateKey:
         return (
             StateKey(layer, "attention", _OTHER + slot)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._family import Family
+from longroll.families.minimax import Minimax
 from longroll.families.recurrent_gemma import RecurrentGemma
 from longroll.families.rwkv4 import Rwkv4
 from longroll.families.xlstm import Xlstm
@@ -38,7 +39,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": _GATED_DELTA_HYBRID,
     "kimi_linear": _KDA_HYBRID,
     "bailing_hybrid": _KDA_HYBRID,
-    "minimax": Family("lightning"),
+    "minimax": Minimax("lightning", op="retention"),
     "recurrent_gemma": RecurrentGemma("rg_lru", op="linear_scan", head=_heads.recurrent_gemma),
     "xlstm": Xlstm("mlstm", "cache_params", head=_heads.xlstm),
     "rwkv": Rwkv4("rwkv4", "state", op="wkv"),

@@ -88,8 +88,6 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
 
 
 def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
-    if dtype == torch.float32 and op == "delta_rule":
-        return "fla's kernel takes no float32"
     exact = os.environ.get("TRITON_F32_DEFAULT") == "ieee"
     if dtype == torch.float32 and not exact and torch.get_float32_matmul_precision() == "highest":
         return "fla's kernels multiply float32 in tf32 (torch.set_float32_matmul_precision('high') allows it)"

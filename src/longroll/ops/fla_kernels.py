@@ -40,17 +40,12 @@ def gla(q, k, v, g, scale, initial_state, output_final_state: bool) -> _Result:
     return _run(chunk_gla, {"q": q, "k": k, "v": v}, {"g": g}, scale, initial_state, output_final_state)
 
 
-def retention(q, k, v, scale, initial_state, output_final_state: bool) -> _Result:
-    """Run `chunk_simple_gla`; arguments as of `longroll.ops.retention`.
-
-    fla's `chunk_retention` takes the logarithm of 1 - 2^(-5 - h) in float32: in head 8, off by 1e-4.
-    """
+def retention(q, k, v, g_gamma, scale, initial_state, output_final_state: bool) -> _Result:
+    """Run `chunk_simple_gla`; arguments as of `longroll.ops.retention`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
-    heads = torch.arange(q.shape[2], dtype=torch.float64, device=q.device)
-    g = torch.log1p(-(2.0 ** (-5 - heads)))
-    timed = {"q": q, "k": k, "v": v}
-    return _run(chunk_simple_gla, timed, {"g_gamma": g}, scale, initial_state, output_final_state)
+    timed, wide = {"q": q, "k": k, "v": v}, {"g_gamma": g_gamma}
+    return _run(chunk_simple_gla, timed, wide, scale, initial_state, output_final_state)
 
 
 def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state: bool) -> _Result:
@@ -72,8 +67,15 @@ def rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state: bool, lowe
 
 
 def delta_rule(q, k, v, beta, scale, initial_state, output_final_state: bool, l2norm: bool) -> _Result:
-    """Run `chunk_delta_rule`; arguments as of `longroll.ops.delta_rule`."""
+    """Run `chunk_delta_rule`, which takes no float32: then `chunk_gated_delta_rule` without decay.
+
+    Arguments as of `longroll.ops.delta_rule`.
+    """
     from fla.ops.delta_rule import chunk_delta_rule
+
+    if q.dtype == torch.float32:
+        g = torch.zeros_like(beta)
+        return gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, l2norm)
 
     timed = {"q": q, "k": k, "v": v, "beta": beta}
     return _run(

@@ -110,15 +110,21 @@ def gla_reference(
 
 
 def retention_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, initial_state: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    g_gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Retention: gated linear attention with the fixed decay `1 - 2^(-5 - h)` in head h.
+    """Retention: gated linear attention with a fixed decay, `1 - 2^(-5 - h)` in head h or `e^g_gamma`.
 
     Shapes as in `longroll.ops.retention`; always returns `(o, final_state)`.
     Source: Sun et al., "Retentive Network", 2023.
     """
-    decay = 1 - 2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype, device=q.device))
-    return gla_reference(q, k, v, decay.log()[:, None].expand_as(k), scale, initial_state)
+    if g_gamma is None:
+        g_gamma = (1 - 2.0 ** (-5 - torch.arange(q.shape[2], dtype=q.dtype, device=q.device))).log()
+    return gla_reference(q, k, v, g_gamma[:, None].expand_as(k), scale, initial_state)
 
 
 def rwkv6_reference(

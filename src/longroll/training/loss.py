@@ -14,8 +14,8 @@ _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Cross-entropy of `targets` (B, T; -100 counts not) by logits (B, T, V), summed, divided by `items`.
 
-    By default the mean: `items` are the tokens that count. Where a gradient is asked for, the logits are
-    overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
+    By default the mean: `items` are the tokens that count. Where a gradient is asked for, logits in float32
+    are overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
     """
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
     if needs_graph(logits):
@@ -31,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         counts = (targets != -100).unsqueeze(1)
-        chosen = targets.clamp_min(0).unsqueeze(1)
+        chosen = targets.where(targets != -100, 0).unsqueeze(1)
         loss = logits.new_zeros(())
         rows = max(1, _AT_ONCE // logits.shape[1])
         for x, y, count in zip(*(t.split(rows) for t in (logits, chosen, counts)), strict=True):

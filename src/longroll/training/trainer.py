@@ -42,7 +42,7 @@ class InitialStateTrainer(Trainer):
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
         cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
-            gradient checkpointing. Batches of another shape than the first run as without.
+            gradient checkpointing, no fp16. Batches of another shape than the first run as without.
         **kwargs: as for Trainer.
 
     Raises:
@@ -91,8 +91,8 @@ class InitialStateTrainer(Trainer):
     def _new_graph(self) -> StepGraph:
         if self.args.gradient_checkpointing or self.args.world_size > 1 or self.args.fp16:
             raise LongrollError(
-                "A step cannot be one CUDA graph (--cuda-graphs) with gradient checkpointing, on several "
-                "GPUs, or in fp16."
+                "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
+                "leave out --cuda-graphs, or these."
             )
         return StepGraph(RecurrentLM(self.base), dtype=torch.bfloat16 if self.args.bf16 else None)
 
@@ -119,10 +119,12 @@ class InitialStateTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Trainer's step, or its replay."""
+        """Trainer's step, or its replay, which does not call `compute_loss`."""
         if self._graph is None or not self._graph.fits(inputs["input_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches
+            train()
         inputs = self._prepare_inputs(inputs)
         state = None if self.intervention is None else self.intervention.initial_state(inputs)
         loss, final = self._graph(inputs["input_ids"], _shifted(inputs), state, num_items_in_batch)
@@ -144,7 +146,9 @@ class InitialStateTrainer(Trainer):
         outputs = model(**arguments)
         if intervention is not None:
             intervention.observe(arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1]))
-        loss = next_token_loss(outputs.logits, _shifted(inputs), num_items_in_batch)
+        # the loss overwrites logits that it takes a gradient of
+        logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
+        loss = next_token_loss(logits, _shifted(inputs), num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss

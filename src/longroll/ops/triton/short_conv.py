@@ -19,11 +19,12 @@ CHANNELS, WARPS = 256, 4
 @triton.jit
 def _tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd,
           W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr):  # fmt: skip
-    """The W - 1 inputs before step `first`, oldest first, the weights in their order, and the bias."""
+    """The W - 1 inputs before x_ptr's (step `first`), oldest first, the weights in order, and the bias."""
     inputs, weights = (), ()
     for w in tl.static_range(W - 1):
         t = first - (W - 1) + w
-        x = tl.load(x_ptr + t * xt + d * xd, mask=in_d & (t + 0 * d >= 0), other=0.0).to(tl.float32)
+        x_at = x_ptr + (w - (W - 1)) * xt + d * xd
+        x = tl.load(x_at, mask=in_d & (t + 0 * d >= 0), other=0.0).to(tl.float32)
         if HAS_PAST:
             x += tl.load(past_ptr + (t + W - 1) * D_SIZE + d, mask=in_d & (t + 0 * d < 0), other=0.0)
         inputs = inputs + (x,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
@@ -42,26 +43,28 @@ def _forward(
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * STEPS
+    far = first.to(tl.int64)  # a row may hold more than 2^31 numbers
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = d < D_SIZE
-    x_ptr += row * xb
-    y_ptr += row * T * D_SIZE
+    x_ptr += row * xb + far * xt
+    y_ptr += (row * T + far) * D_SIZE
     past_ptr += row * (W - 1) * D_SIZE
     x, weight, bias = _tail(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
     )
     for i in range(0, STEPS // TILE):
         for j in tl.static_range(TILE):
-            t = first + i * TILE + j
+            step = i * TILE + j
+            t = first + step
             inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+            x = x + (tl.load(x_ptr + step * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
             y = bias
             for w in tl.static_range(W):
                 y += weight[w] * x[w]
             x = x[1:]
             if SILU:
                 y = y / (1.0 + tl.exp(-y))
-            tl.store(y_ptr + t * D_SIZE + d, y.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + step * D_SIZE + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -77,11 +80,12 @@ def _backward(
     """
     own: tl.constexpr = STEPS - (W - 1)
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * own
+    far = first.to(tl.int64)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = d < D_SIZE
-    x_ptr += row * xb
-    dy_ptr += row * yb
-    dx_ptr += row * (T + W - 1) * D_SIZE
+    x_ptr += row * xb + far * xt
+    dy_ptr += row * yb + far * yt
+    dx_ptr += (row * (T + W - 1) + far) * D_SIZE
     past_ptr += row * (W - 1) * D_SIZE
     x, weight, bias = _tail(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
@@ -95,10 +99,11 @@ def _backward(
             dsum = dsum + (zero,)  # type: ignore  # noqa: RUF005
     for i in range(0, STEPS // TILE):
         for j in tl.static_range(TILE):
-            t = first + i * TILE + j
+            step = i * TILE + j
+            t = first + step
             inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
-            ds = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+            x = x + (tl.load(x_ptr + step * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+            ds = tl.load(dy_ptr + step * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
             if SILU:
                 y = bias
                 for w in tl.static_range(W):
@@ -114,7 +119,7 @@ def _backward(
                 sums = sums + (dweight[w] + owned * x[w],)  # type: ignore  # noqa: RUF005
             x, dsum, dweight = x[1:], dsum[1:], sums
             mask = in_d & (t + 0 * d >= begin) & (t + 0 * d < T + W - 1)
-            tl.store(dx_ptr + t * D_SIZE + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + step * D_SIZE + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     for w in tl.static_range(W):
         tl.atomic_add(dweight_ptr + d * W + w, dweight[w], mask=in_d, sem="relaxed")
     if HAS_BIAS:
