@@ -6,16 +6,19 @@
 
 Random weights, the same in every row, on the same batches; AdamW; autocast to bf16; medians. `transformers`,
 `mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at
-one model, step by step, so that a drift of the machine falls on all of them. MFU counts 6 flops a parameter
-and token, no recurrence.
+one model, step by step, so that a drift of the machine falls on all of them: overheads are medians over the
+steps of a row's time to that of the zero state's. MFU counts 6 flops a parameter and token, no recurrence.
 """
+
+from __future__ import annotations
 
 import argparse
 import gc
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peers
@@ -82,15 +85,17 @@ class Row:
         self.losses: list[float] = []
         self.peak = 0
 
-    def summary(self, tokens: int, warmup: int, parameters: int, peak: float | None) -> dict:
-        """The line."""
+    def summary(self, zero: Row, tokens: int, warmup: int, parameters: int, peak: float | None) -> dict:
+        """The line; `zero` is the row to compare with, step by step."""
         seconds = statistics.median(self.seconds[warmup:])
+        both = zip(self.seconds[warmup:], zero.seconds[warmup:], strict=True)
         return {
             "row": self.name,
             "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
             "mfu": 6 * parameters * tokens / seconds / peak if peak else None,
             "peak_gib": self.peak / 2**30,
+            "overhead": statistics.median(own / other for own, other in both) - 1,
             "first_loss": self.losses[0],
             "first_step_seconds": self.seconds[0],
         }
@@ -150,16 +155,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def benches(device: str, only: list[str] | None) -> list[str]:
+def benches(device: str, folders: list[str]) -> Iterator[str]:
     """Names of the implementations that can run here."""
-    cuda = device == "cuda"
-    names = [
-        "transformers",
-        *(peers.available() if cuda else []),
-        "torch",
-        *(["triton", "graphs"] if cuda else []),
-    ]
-    return [name for name in names if only is None or name in only]
+    yield "transformers"
+    sys.path += folders
+    if device == "cuda":
+        yield from peers.available()
+    yield "torch"
+    if device == "cuda":
+        yield from ("triton", "graphs")
 
 
 def open_bench(name: str, make: Callable[[], torch.nn.Module], device: str) -> Bench:
@@ -182,6 +186,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="implementations, of those that can run here")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        help="folders of mamba_ssm and its extensions, which transformers' row then does not see",
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
@@ -189,26 +199,29 @@ def main() -> None:
 
     def make() -> torch.nn.Module:
         torch.manual_seed(0)
-        return kind(config(**sizes))
+        with torch.device(options.device):
+            return kind(config(**sizes))
 
     parameters = sum(p.numel() for p in make().parameters())
     peak = PEAK.get(torch.cuda.get_device_name()) if options.device == "cuda" else None
     shape = (options.warmup + options.steps, options.batch, options.length + 1)
     batches = torch.randint(sizes["vocab_size"], shape, device=options.device)
     table = []
-    for name in benches(options.device, options.only):
+    for name in benches(options.device, options.peers):
+        if options.only and name not in options.only:
+            continue
         try:
             rows = run(open_bench(name, make, options.device), batches)
         except Exception as error:  # a peer that does not run here must not end the table
             print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
             continue
         for row in rows:
-            line = row.summary(options.batch * options.length, options.warmup, parameters, peak)
+            line = row.summary(rows[0], options.batch * options.length, options.warmup, parameters, peak)
             table.append(line)
             ratio = line["tokens_per_second"] / table[0]["tokens_per_second"]
             print(
                 f"{row.name:18} {line['tokens_per_second']:10,.0f} tokens/s {ratio:6.2f}x"
-                f"{line['peak_gib']:8.1f} GiB  MFU {line['mfu'] or 0:.3f}"
+                f"{line['peak_gib']:8.1f} GiB  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
                 f"  first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
                 flush=True,
             )

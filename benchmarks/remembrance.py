@@ -1,6 +1,7 @@
 """The staggered remembrance map against K separate forwards: wall time and agreement.
 
     python benchmarks/remembrance.py --json remembrance.json
+    python benchmarks/remembrance.py --shape mamba2-370m --device cuda
 
 Three ways, rounds alternating, the smallest time counts; all keep the last hidden states only.
 `forwards`: K forwards of T tokens, the unit in which the cost is stated. `suffixes`: K forwards of x[t:T],
@@ -12,27 +13,25 @@ import argparse
 import time
 
 import torch
+from gpu_train import SHAPES
 
 import longroll
 from longroll.measure.distances import head_distance
 from longroll.measure.remembrance import remembrance_map
-from longroll.model import SPECIMEN, RecurrentLM
+from longroll.model import RecurrentLM
 from longroll.results import provenance, write_json
 
 TARGET = 0.6
 
 
-def model_of(name: str | None) -> RecurrentLM:
-    if name is not None or SPECIMEN.exists():
-        return longroll.load(name or "specimen")
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    config = Mamba2Config(
-        vocab_size=256, hidden_size=128, num_hidden_layers=3, state_size=128, head_dim=64, num_heads=4,
-        n_groups=1, expand=2, tie_word_embeddings=True,
-    )  # fmt: skip
+def model_of(name: str, shape: str | None, device: str) -> RecurrentLM:
+    if shape is None:
+        return longroll.load(name, device=device)
+    config, kind, sizes = SHAPES[shape]
     torch.manual_seed(0)
-    return RecurrentLM(Mamba2ForCausalLM(config), name="random weights in the specimen's shape").eval()
+    with torch.device(device):
+        model = kind(config(**sizes)).to(torch.bfloat16)
+    return RecurrentLM(model, name=f"random weights of the shape of {shape} in bfloat16").eval()
 
 
 @torch.no_grad()
@@ -50,7 +49,9 @@ def forwards(lm: RecurrentLM, tokens: torch.Tensor, starts: list[int]) -> torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", help="default: the specimen, or random weights of its shape")
+    parser.add_argument("--model", default="specimen")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--starts", type=int, default=16)
     parser.add_argument("--rows", type=int, default=1)
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     began = time.perf_counter()
-    lm = model_of(options.model)
+    lm = model_of(options.model, options.shape, options.device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(lm.vocab_size, (options.rows, options.length), generator=generator)
     starts = [i * options.length // options.starts for i in range(options.starts)]

@@ -11,6 +11,8 @@ import test_ssd
 import torch
 from agreement import assert_close, drop, run
 
+from longroll.families.tiny import VOCAB, build
+from longroll.model import RecurrentLM
 from longroll.ops import short_conv
 from longroll.ops.reference import selective_scan_reference, ssd_reference
 
@@ -100,6 +102,48 @@ def test_norm_agrees_with_transformers(size, gated):
     options = {"eps": 1e-5, "size": size[-1]}
     expected = run(test_rms_norm.reference, arguments, options)
     assert_close(run(kernel, arguments, options, dtype=torch.float32), expected, 3e-6)
+
+
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.05, 0.3)])
+def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
+    from longroll.families import _mixers, laws
+    from longroll.ops.triton.mamba2 import mamba2
+
+    lm = RecurrentLM(build("mamba2")).train()
+    for block in lm.model.modules():
+        if hasattr(block, "time_step_limit"):
+            block.time_step_limit = limit
+    ids = torch.randint(VOCAB, (2, 76), generator=torch.Generator().manual_seed(0))
+    expected = laws.gradients(lm, ids, [75])
+    monkeypatch.setattr(_mixers, "choose", lambda *_: SimpleNamespace(kernel=mamba2))
+    for lengths in ([75], [1, 2, 71, 1]):
+        assert laws.gradient_gap(laws.gradients(lm, ids, lengths), expected).size < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(7, 11), (3, 9001)])
+def test_cross_entropy_is_pytorchs(dtype, rows, vocabulary):
+    from longroll.ops.triton.cross_entropy import cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    numbers = (20 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[1] = -100
+    found, exact = numbers.clone().requires_grad_(), numbers.double().requires_grad_()
+    loss, expected = (
+        cross_entropy(found * 1, targets),
+        torch.nn.functional.cross_entropy(exact, targets, reduction="sum"),
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (loss / 3).backward()
+    (expected / 3).backward()
+    torch.testing.assert_close(
+        found.grad, exact.grad.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=1e-6
+    )
+    targets[0] = vocabulary
+    assert cross_entropy(numbers, targets).isnan()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cross_entropy(numbers.clone().requires_grad_().tanh(), targets).backward()
 
 
 def drawn(module, size, keep, softplus):

@@ -20,6 +20,10 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from longroll import ops
 from longroll.families._cache import StateCache
+from longroll.families._norms import is_fused, result_dtype
+from longroll.ops._backend import choose
+from longroll.ops._common import state_dtype
+from longroll.ops.short_conv import last_inputs
 
 
 def own_mixers(model: PreTrainedModel) -> None:
@@ -56,8 +60,12 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 
 def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
+    projected = mixer.in_proj(hidden)
+    kernel = choose("mamba2", projected.device, state_dtype(projected, mixer.A_log)).kernel
+    if kernel is not None and mixer.activation in ("silu", "swish") and is_fused(mixer.norm):
+        return _mamba2_at_once(kernel, mixer, projected, cache)
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
-    gate, xBC, dt = mixer.in_proj(hidden).split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
+    gate, xBC, dt = projected.split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
     x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
     B, C = (t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C))
     x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
@@ -69,6 +77,29 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     )  # fmt: skip
     cache.keep(mixer.layer_idx, "recurrent", final_state)
     return mixer.norm(y.flatten(-2), gate)
+
+
+def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: StateCache) -> Tensor:
+    """The same in one step of autograd."""
+    from longroll.ops.triton.mamba2 import Shape
+
+    conv, norm, layer = mixer.conv1d, mixer.norm, mixer.layer_idx
+    width = conv.weight.shape[-1]
+    past, state = cache.start(layer, "conv"), cache.start(layer, "recurrent")
+    shape = Shape(
+        mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, mixer.time_step_limit,
+        norm.variance_epsilon, norm.group_size, result_dtype(norm.weight, projected),
+    )  # fmt: skip
+    bias = None if conv.bias is None else conv.bias.float()
+    y, final_state = kernel(
+        projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), -mixer.A_log.float().exp(),
+        mixer.D.float(), norm.weight, None if past is None else past.float().mT[:, 1:],
+        None if state is None else state.float(), shape,
+    )  # fmt: skip
+    xBC = projected.split((mixer.intermediate_size, mixer.conv_dim, mixer.num_heads), dim=-1)[1]
+    cache.keep(layer, "conv", last_inputs(xBC, width, past))
+    cache.keep(layer, "recurrent", final_state)
+    return y
 
 
 def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:

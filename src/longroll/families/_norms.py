@@ -42,7 +42,17 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
     kernel = choose("rms_norm", x.device, state_dtype(x, weight, gate)).kernel
     if kernel is None or size > _WIDEST:
         return original(x) if gate is None else original(x, gate)
-    dtype = torch.result_type(weight, x)
+    return kernel(x, weight, module.variance_epsilon, gate, size, result_dtype(weight, x))
+
+
+def result_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
+    """What a norm's result is rounded to: under autocast, what the projection after it would make of it."""
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)  # what the projection after it would make of it
-    return kernel(x, weight, module.variance_epsilon, gate, size, dtype)
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.result_type(weight, x)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a norm would run in the kernel, where there is one."""
+    size: int = getattr(module, "group_size", _WIDEST + 1)
+    return _code(type(module)) in _KNOWN and size <= _WIDEST

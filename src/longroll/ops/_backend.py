@@ -19,6 +19,8 @@ KERNELS = {
     "ssd": f"{TRITON}.ssd",
     "short_conv": f"{TRITON}.short_conv",
     "rms_norm": f"{TRITON}.rms_norm",
+    "mamba2": f"{TRITON}.mamba2",
+    "cross_entropy": f"{TRITON}.cross_entropy",
     "gla": FLA,
     "retention": FLA,
     "rwkv6": FLA,

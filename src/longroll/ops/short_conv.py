@@ -41,7 +41,7 @@ def short_conv(
         raise ValueError(f"x must have shape (B, T, D) with T >= 1, got {tuple(x.shape)}")
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
-    batch, time, channels = x.shape
+    batch, _, channels = x.shape
     width = weight.shape[-1]
     check_shape("weight", weight, (channels, width), "D, W")
     check_shape("bias", bias, (channels,), "D")
@@ -54,11 +54,21 @@ def short_conv(
     y = run(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
     if not output_final_state:
         return y
-    final = x[:, -width:].to(dtype)
-    if time < width:
-        older = final.new_zeros(batch, width, channels) if past is None else past
-        final = torch.cat([older[:, time:], final], 1)
-    return y, final.mT.clone(memory_format=torch.contiguous_format)
+    return y, last_inputs(x, width, initial_state)
+
+
+def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> Tensor:
+    """The final state of `short_conv`: (B, D, width) in float32 (float64)."""
+    final = x[:, -width:].to(state_dtype(x, initial_state)).mT
+    if final.shape[2] < width:
+        missing = width - final.shape[2]
+        older = (
+            final.new_zeros(*final.shape[:2], missing)
+            if initial_state is None
+            else initial_state[..., -missing:]
+        )
+        final = torch.cat([older.to(final.dtype), final], 2)
+    return final.clone(memory_format=torch.contiguous_format)
 
 
 class _Conv(torch.autograd.Function):

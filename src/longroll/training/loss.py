@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph
 
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
@@ -14,14 +15,17 @@ _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Cross-entropy of `targets` (B, T; -100 counts not) by logits (B, T, V), summed, divided by `items`.
 
-    By default the mean: `items` are the tokens that count. Where a gradient is asked for, logits in float32
-    are overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
+    By default the mean: `items` are the tokens that count. Where a gradient is asked for, the logits may be
+    overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
     """
-    logits, targets = logits.float().flatten(0, 1), targets.flatten()
-    if needs_graph(logits):
-        loss = _CrossEntropy.apply(logits, targets)
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    kernel = choose("cross_entropy", logits.device, logits.dtype).kernel
+    if not needs_graph(logits):
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    elif kernel is not None:
+        loss = kernel(logits.contiguous(), targets)
     else:
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = _CrossEntropy.apply(logits.float(), targets)
     return loss / ((targets != -100).sum().clamp_min(1) if items is None else items)
 
 

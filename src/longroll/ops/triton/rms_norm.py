@@ -41,10 +41,10 @@ def _forward(
 @triton.jit
 def _backward(
     x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
-    ROWS, GROUPS, SIZE, xr, gr,
+    ROWS, GROUPS, SIZE, xr, gr, dgr,
     HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx, dgate and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each program by itself."""
+    """dx and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each program by itself."""
     group, i = tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -64,7 +64,8 @@ def _backward(
         dh = rstd * (dy - unit * (tl.sum(dy * unit, axis=0) / SIZE))
         to = row * GROUPS * SIZE + at
         if HAS_GATE:
-            tl.store(dgate_ptr + to, (dh * x * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+            dgate = (dh * x * slope).to(dgate_ptr.dtype.element_ty)
+            tl.store(dgate_ptr + row * dgr + at, dgate, mask=inside)
             dh *= opened
         tl.store(dx_ptr + to, dh.to(dx_ptr.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)
@@ -98,36 +99,53 @@ def _rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def forward(
+    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """y, and the inverse of each mean's root (rows, groups), for `backward`."""
+    rows, gates = _rows(x), None if gate is None else _rows(gate)
+    groups = rows.shape[1] // size
+    rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _forward[(len(rows), groups)](
+        rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
+        rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
+    )  # fmt: skip
+    return y, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, dgate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight; that of the gate is written into `dgate`, of any strides that rows can have."""
+    rows, gates = _rows(x), None if gate is None else _rows(gate)
+    groups, dy = rstd.shape[1], dy.contiguous()
+    size = rows.shape[1] // groups
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgates = dx if dgate is None else dgate.view(-1, dgate.shape[-1])
+    programs = min(len(rows), _PROGRAMS)
+    dweight = rstd.new_empty(programs, weight.numel())
+    _backward[(programs, groups)](
+        rows, rows if gates is None else gates, weight, rstd, dy, dx, dgates, dweight,
+        len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
+        **_options(gate, size),
+    )  # fmt: skip
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, gate, eps, size, dtype):
-        rows, gates = _rows(x), None if gate is None else _rows(gate)
-        groups = rows.shape[1] // size
-        rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        _forward[(len(rows), groups)](
-            rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
-            rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
-        )  # fmt: skip
+        y, rstd = forward(x, weight, gate, eps, size, dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
-        ctx.size = size
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, gate, rstd = ctx.saved_tensors
-        rows, gates = _rows(x), None if gate is None else _rows(gate)
-        groups, dy = rstd.shape[1], dy.contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
-        programs = min(len(rows), _PROGRAMS)
-        dweight = rstd.new_empty(programs, weight.numel())
-        _backward[(programs, groups)](
-            rows, rows if gates is None else gates, weight, rstd, dy,
-            dx, dx if dgate is None else dgate, dweight, len(rows), groups, ctx.size,
-            rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, ctx.size),
-        )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype), dgate, None, None, None
+        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dx, dweight = backward(dy, x, weight, gate, rstd, dgate)
+        return dx, dweight, dgate, None, None, None
 
 
 def _options(gate: Tensor | None, size: int) -> dict:

@@ -69,14 +69,14 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    T, D_SIZE, xb, xt, xd, yb, yt, yd,
+    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, dweight_ptr, dbias_ptr,
+    T, D_SIZE, xb, xt, xd, yb, yt, yd, dxb, dxt,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx (B, W - 1 + T, D) of the tail and the inputs; dweight (D, W) and dbias (D,) are added to.
+    """dx, dpast (B, W - 1, D) float32; dweight (D, W) and dbias (D,) are added to.
 
-    Of its steps a program owns all but the last W - 1, which tell it the rest of its inputs' gradients.
+    An input's gradient is known W - 1 steps after it: of its steps a program owns all but the last W - 1.
     """
     own: tl.constexpr = STEPS - (W - 1)
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * own
@@ -85,12 +85,12 @@ def _backward(
     in_d = d < D_SIZE
     x_ptr += row * xb + far * xt
     dy_ptr += row * yb + far * yt
-    dx_ptr += (row * (T + W - 1) + far) * D_SIZE
+    dx_ptr += row * dxb + far * dxt
     past_ptr += row * (W - 1) * D_SIZE
+    dpast_ptr += row * (W - 1) * D_SIZE
     x, weight, bias = _tail(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
     )
-    begin = tl.where(first == 0, 0, first + W - 1)
     zero = tl.zeros((CHANNELS,), tl.float32)
     dsum, dweight, dbias = (), (), zero  # of the last W - 1 sums; of the weights
     for w in tl.static_range(W):
@@ -118,8 +118,10 @@ def _backward(
                 dx += weight[w] * dsum[W - 1 - w]
                 sums = sums + (dweight[w] + owned * x[w],)  # type: ignore  # noqa: RUF005
             x, dsum, dweight = x[1:], dsum[1:], sums
-            mask = in_d & (t + 0 * d >= begin) & (t + 0 * d < T + W - 1)
-            tl.store(dx_ptr + step * D_SIZE + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            mask = in_d & (step + 0 * d >= W - 1) & (t + 0 * d < T + W - 1)
+            tl.store(dx_ptr + (step - (W - 1)) * dxt + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if HAS_PAST and j < W - 1:
+                tl.store(dpast_ptr + t * D_SIZE + d, dx, mask=in_d & (t + 0 * d < W - 1))
     for w in tl.static_range(W):
         tl.atomic_add(dweight_ptr + d * W + w, dweight[w], mask=in_d, sem="relaxed")
     if HAS_BIAS:
@@ -153,29 +155,41 @@ def _options(weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: boo
     }  # fmt: skip
 
 
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
+    """As `short_conv`, without a gradient."""
+    batch, time, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _forward[(batch, triton.cdiv(time, STEPS), triton.cdiv(channels, CHANNELS))](
+        x, *_arguments(weight, bias, past), y, time, channels, *x.stride(),
+        **_options(weight, bias, past, silu),
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool, dx: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of weight, bias and past; that of x is written into `dx`, whose last axis is contiguous."""
+    batch, time, channels = x.shape
+    tail = weight.shape[1] - 1
+    dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
+    dpast = None if past is None else weight.new_empty(batch, tail, channels)
+    _backward[(batch, triton.cdiv(time, STEPS - tail), triton.cdiv(channels, CHANNELS))](
+        x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
+        time, channels, *x.stride(), *dy.stride(), *dx.stride()[:2], **_options(weight, bias, past, silu),
+    )  # fmt: skip
+    return dweight, None if bias is None else dbias, dpast
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, past, silu):
-        batch, time, channels = x.shape
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _forward[(batch, triton.cdiv(time, STEPS), triton.cdiv(channels, CHANNELS))](
-            x, *_arguments(weight, bias, past), y, time, channels, *x.stride(),
-            **_options(weight, bias, past, silu),
-        )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, past)
         ctx.silu = silu
-        return y
+        return forward(x, weight, bias, past, silu)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, past = ctx.saved_tensors
-        batch, time, channels = x.shape
-        tail = weight.shape[1] - 1
-        dx = x.new_empty(batch, tail + time, channels)
-        dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
-        _backward[(batch, triton.cdiv(time, STEPS - tail), triton.cdiv(channels, CHANNELS))](
-            x, *_arguments(weight, bias, past), dy, dx, dweight, dbias, time, channels,
-            *x.stride(), *dy.stride(), **_options(weight, bias, past, ctx.silu),
-        )  # fmt: skip
-        dpast = None if past is None else dx[:, :tail].to(past.dtype)
-        return dx[:, tail:], dweight, None if bias is None else dbias, dpast, None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return dx, *backward(dy, x, weight, bias, past, ctx.silu, dx), None

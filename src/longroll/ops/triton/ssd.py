@@ -20,12 +20,15 @@ from torch import Tensor
 
 from longroll.ops._common import cast, no_autocast
 
+NO_LIMIT = (0.0, float("inf"))
 CHUNK = 64
 WALK = {"P": 64, "N": 64, "num_warps": 4, "num_stages": 3}
 """Largest block of a state that a program of `_walk` carries, and how it runs: pinned, nothing is tuned."""
 OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 2}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 16, "N": 64, "num_warps": 4, "num_stages": 2}
+NARROW = 64
+"""Triton 3.6 and 3.7 miscompile products of four warps with narrower tiles for Hopper: triton issue 11366."""
 
 
 @triton.jit
@@ -116,10 +119,10 @@ def _outputs(
 def _gradients_of_x(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
     dx_ptr, ddt_ptr, drate_ptr, dD_ptr,
-    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
+    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dx (B, T, H, P), ddt and drate of dt A (B, T, H) float32, dD added to.
+    """dx, its last axis contiguous, ddt and drate of dt A (B, T, H) float32, dD added to.
 
     From the states at the chunk's start and the gradients of those at its end.
     """
@@ -142,9 +145,8 @@ def _gradients_of_x(
         total = tl.sum(dt, axis=0) * A
         x_at = x_ptr + row * xb + first * xt + head * xh
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
-        to = ((row * T + first) * H + head) * P_SIZE
-        tp = step[:, None] * (H * P_SIZE) + p[None, :]
-        dy = tl.load(dy_ptr + to + tp, mask=in_tp, other=0.0)
+        dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
+        dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
 
         # what the chunk's start gives to y, and its end asks of dt x
@@ -167,7 +169,8 @@ def _gradients_of_x(
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy32
             tl.atomic_add(dD_ptr + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0), sem="relaxed")
-        tl.store(dx_ptr + to + tp, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
+        dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
         drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
         th = (row * T + first) * H + head + step * H
@@ -235,19 +238,26 @@ def ssd(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
     *,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
     """`longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
     with no_autocast(x):
-        steps = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-        steps = F.softplus(steps) if dt_softplus else steps
-        if dt_limit != (0.0, float("inf")):
-            steps = steps.clamp(*dt_limit)
-        state = initial_state
-        if state is None:
-            state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
+        steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+        state = zero_state(x, B) if initial_state is None else initial_state
         y, final = _SSD.apply(x, steps, A.float(), B, C, cast(D, torch.float32), state.float())
         return (y if z is None else y * F.silu(z)), final
+
+
+def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+    """dt (B, T, H) as the recurrence takes it, float32."""
+    steps = dt.float() if bias is None else dt.float() + bias.float()
+    steps = F.softplus(steps) if softplus else steps
+    return steps if limit == NO_LIMIT else steps.clamp(*limit)
+
+
+def zero_state(x: Tensor, B: Tensor) -> Tensor:
+    """(B, H, P, N) float32."""
+    return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
 
 
 class _Call:
@@ -263,6 +273,7 @@ class _Call:
         self.ends = (self.width, self.order)
         # tensor cores multiply tiles of at least 16
         self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
+        self.few_warps = {"num_warps": 2} if min(self.blocks) < NARROW else {}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -279,18 +290,18 @@ class _Call:
         _walk[(self.batch * self.heads, *parts)](
             x, self.dt, self.A, B, first, met, last,
             *self.sizes, *x.stride(), *B.stride(), *self.ends,
-            REVERSE=reverse, CHUNK=CHUNK, **options,
+            REVERSE=reverse, CHUNK=CHUNK, **options | self.few_warps,
         )  # fmt: skip
         return met, last
 
-    def side_by_side(self, kernel, options: dict, *tensors: Tensor) -> None:
-        """Run a kernel on all chunks at once."""
+    def side_by_side(self, kernel, options: dict, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
+        """Run a kernel on all chunks at once, on its own tensors and `more` strides."""
         p, n = self.blocks[0], min(self.blocks[1], options.get("N", self.blocks[1]))
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
         grid = (self.batch, self.chunks, self.heads // options["HEADS"] * triton.cdiv(self.order, n))
         kernel[grid](
-            *self.tensors, *tensors, *self.sizes, *strides, *self.ends,
-            HAS_D=self.D is not None, CHUNK=CHUNK, **options | {"P": p, "N": n},
+            *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
+            HAS_D=self.D is not None, CHUNK=CHUNK, **options | self.few_warps | {"P": p, "N": n},
         )  # fmt: skip
 
     def sharing(self, options: dict) -> dict:
@@ -298,32 +309,57 @@ class _Call:
         return options | {"HEADS": math.gcd(options["HEADS"], self.ratio)}
 
 
+def forward(
+    x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, P), contiguous, and the final state; of `step_sizes`, without a gradient."""
+    call = _Call(x, steps, A, B, C, D)
+    starts, final = call.walk(x, B, state, reverse=False)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call.side_by_side(_outputs, call.sharing(OUTPUTS), starts, y)
+    return y, final
+
+
+def backward(
+    dy: Tensor, dfinal: Tensor, inputs: tuple[Tensor, ...], state: Tensor, into: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of steps, A, D and the state; those of x, B and C are written `into` tensors.
+
+    Args:
+        dy: of y.
+        dfinal: of the final state.
+        inputs: of `forward`, but the state.
+        state: the initial one.
+        into: for dx, dB and dC, each with a contiguous last axis.
+    """
+    call, dy, (dx, dB, dC) = _Call(*inputs), dy.contiguous(), into
+    x, _, _, B, C, _ = inputs
+    starts, _ = call.walk(x, B, state, reverse=False)
+    dends, dstate = call.walk(dy, C, dfinal, reverse=True)
+    dsteps, drate = torch.empty_like(call.dt), torch.empty_like(call.dt)
+    dD = torch.zeros_like(call.A)
+    call.side_by_side(
+        _gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsteps, drate, dD, more=dx.stride()[:3]
+    )
+    options = call.sharing(OF_B_AND_C)
+    parts = [call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2)]
+    call.side_by_side(_gradients_of_B_and_C, options, starts, dends, dy, *parts)
+    for part, whole in zip(parts, (dB, dC), strict=True):
+        whole.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
+    return dsteps, (drate * call.dt).sum((0, 1)), dD, dstate
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, state):
-        ctx.save_for_backward(x, dt, A, B, C, D, state)
-        call = _Call(x, dt, A, B, C, D)
-        starts, final = call.walk(x, B, state, reverse=False)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        call.side_by_side(_outputs, call.sharing(OUTPUTS), starts, y)
-        return y, final
+    def forward(ctx, x, steps, A, B, C, D, state):
+        ctx.save_for_backward(x, steps, A, B, C, D, state)
+        return forward(x, steps, A, B, C, D, state)
 
     @staticmethod
     def backward(ctx, dy, dfinal):
         *inputs, state = ctx.saved_tensors
-        call, dy = _Call(*inputs), dy.contiguous()
-        x, _, _, B, C, D = inputs
-        starts, _ = call.walk(x, B, state, reverse=False)
-        dends, dstate = call.walk(dy, C, dfinal, reverse=True)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        ddt, drate = torch.empty_like(call.dt), torch.empty_like(call.dt)
-        dD = torch.zeros_like(call.A)
-        call.side_by_side(_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, ddt, drate, dD)
-        options = call.sharing(OF_B_AND_C)
-        dB, dC = (
-            call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2)
+        dx, dB, dC = (
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in map(inputs.__getitem__, (0, 3, 4))
         )
-        call.side_by_side(_gradients_of_B_and_C, options, starts, dends, dy, dB, dC)
-        dB, dC = (g.unflatten(2, (B.shape[2], -1)).sum(3).to(t.dtype) for g, t in ((dB, B), (dC, C)))
-        dA = (drate * call.dt).sum((0, 1))
-        return dx, ddt, dA, dB, dC, (None if D is None else dD), dstate
+        dsteps, dA, dD, dstate = backward(dy, dfinal, inputs, state, (dx, dB, dC))
+        return dx, dsteps, dA, dB, dC, None if inputs[5] is None else dD, dstate
