@@ -112,11 +112,11 @@ class RecurrentState(Mapping[StateKey, Tensor]):
     def where(self, mask: Tensor, other: RecurrentState | None = None) -> RecurrentState:
         """Rows of this state where `mask` (B,) is true, of `other` (default: the zero state) elsewhere."""
 
-        def choose(key: StateKey, tensor: Tensor) -> Tensor:
-            row_mask = mask.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
-            return torch.where(row_mask, tensor, torch.zeros_like(tensor) if other is None else other[key])
+        def choose(stack: Tensor, *others: Tensor) -> Tensor:
+            rows = mask.to(stack.device).view(1, -1, *[1] * (stack.ndim - 2))
+            return torch.where(rows, stack, others[0] if others else torch.zeros_like(stack[:1]))
 
-        return RecurrentState({key: choose(key, t) for key, t in self.items()}, seen=self.seen)
+        return self.map_stacked(choose, *(() if other is None else (other,)))
 
     def norms(self) -> dict[StateKey, Tensor]:
         """Euclidean norm of each row of each floating tensor, (B,) each."""

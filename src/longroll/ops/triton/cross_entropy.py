@@ -15,7 +15,9 @@ BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
-def _forward(logits_ptr, target_ptr, loss_ptr, level_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+def _entropy_forward(
+    logits_ptr, target_ptr, loss_ptr, level_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Loss of each row, and the logarithm of its sum of exponentials."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits_ptr += row * V
@@ -34,7 +36,9 @@ def _forward(logits_ptr, target_ptr, loss_ptr, level_ptr, V, IGNORED: tl.constex
 
 
 @triton.jit
-def _backward(logits_ptr, target_ptr, level_ptr, dloss_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+def _entropy_backward(
+    logits_ptr, target_ptr, level_ptr, dloss_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Overwrite the logits by the gradient of the loss's sum, times `dloss`."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits_ptr += row * V
@@ -61,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         losses, levels = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-        _forward[(len(logits),)](
+        _entropy_forward[(len(logits),)](
             logits, targets, losses, levels, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS
         )
         ctx.save_for_backward(logits, targets, levels)
@@ -70,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         logits, targets, levels = ctx.saved_tensors
-        _backward[(len(logits),)](
+        _entropy_backward[(len(logits),)](
             logits, targets, levels, dloss, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS
         )
         torch.autograd.graph.increment_version(logits)

@@ -21,7 +21,7 @@ def _silu(v):
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr, eps, GROUPS, SIZE, xr, gr,
     HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
     ROWS, GROUPS, SIZE, xr, gr, dgr,
     HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +107,7 @@ def forward(
     groups = rows.shape[1] // size
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _forward[(len(rows), groups)](
+    _norm_forward[(len(rows), groups)](
         rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
         rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
     )  # fmt: skip
@@ -125,7 +125,7 @@ def backward(
     dgates = dx if dgate is None else dgate.view(-1, dgate.shape[-1])
     programs = min(len(rows), _PROGRAMS)
     dweight = rstd.new_empty(programs, weight.numel())
-    _backward[(programs, groups)](
+    _norm_backward[(programs, groups)](
         rows, rows if gates is None else gates, weight, rstd, dy, dx, dgates, dweight,
         len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
         **_options(gate, size),

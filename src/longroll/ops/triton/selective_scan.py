@@ -1,8 +1,8 @@
 """Mamba-1's selective scan in Triton, forward and backward, with initial and final state.
 
 A program reads `SPAN` steps of one row one after another, for `BLOCK` channels side by side, their states in
-registers. Spans run side by side: a first pass finds what each makes of a zero state, `_pass_on` hands the
-true states from span to span, a second pass starts from them. Backward keeps the states at the starts of
+registers. Spans run side by side: a first pass finds what each makes of a zero state, `_scan_pass_on` hands
+the true states from span to span, a second pass starts from them. Backward keeps the states at the starts of
 spans, walks again to write one down every `TILE` steps, and goes through the tiles in reverse with the states
 of one tile in registers. Softplus, dt bias, D and the gate are fused.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from longroll.ops._common import LOG2_E, needs_graph, no_autocast
 
-SPAN, TILE = 64, 8
+SPAN, TILE = 64, 4
 BLOCK, WARPS = 32, 1
 """A warp to a program, so that no sum over channels crosses warps; pinned, nothing is tuned."""
-_STRIDES = ["Bn", "Cn"]  # unspecialised, so that each lane reads all of a step's B and C itself
+LN_2 = tl.constexpr(1 / LOG2_E)
 
 
 @triton.jit
@@ -43,23 +43,25 @@ def _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS: tl.constexpr, BLOCK: tl.conste
     return d, n, in_d, in_n, in_n[:, None] & in_d[None, :], bias
 
 
-@triton.jit(do_not_specialize=_STRIDES)
-def _forward(
+@triton.jit
+def _scan_forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
     starts_ptr, ends_ptr, total_ptr, tiles_ptr, y_ptr,
-    T, D_SIZE, N_SIZE, SPANS,
-    xb, xt, xd, dtb, dtt, dtd, zb, zt, zd, Bb, Bt, Bn, Cb, Ct, Cn, yb, yt, yd,
+    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
+    xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
+    Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, LOG2_E: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Read one span. LOCAL: from zero, also leaving the sum of its steps. SAVE: tiles' states. WRITE: y.
 
-    States are (N, D) within the internal buffers.
+    States are (N, D) within the internal buffers, as A is, which decays in powers of 2. Strides of time are
+    compiled in: as arguments they cost a third of the forward's instructions in addresses.
     """
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
-    A = tl.load(A_ptr + d[None, :] * N_SIZE + n[:, None], mask=in_nd, other=0.0) * LOG2_E
+    A = tl.load(A_ptr + n[:, None] * D_SIZE + d[None, :], mask=in_nd, other=0.0)
     nd = n[:, None] * D_SIZE + d[None, :]
     state_at = (row * SPANS + span) * N_SIZE * D_SIZE + nd
     h, total = tl.zeros((N, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -76,7 +78,6 @@ def _forward(
     C_ptr += row * Cb + first * Ct
     y_ptr += row * yb + first * yt
     zero, left = d * 0, T - first
-    same = zero[None, :]
     for i in range(0, SPAN // TILE):
         if SAVE:
             at = ((row * SPANS + span) * (SPAN // TILE) + i) * N_SIZE * D_SIZE + nd
@@ -84,16 +85,16 @@ def _forward(
         for j in tl.static_range(TILE):
             t = i * TILE + j
             inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + same < left)
+            read = in_n[:, None] & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
             size, _ = _step_size(raw, SOFTPLUS)
             size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn + same, mask=read, other=0.0).to(tl.float32)
+            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
             h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
             total += size
             if WRITE:
-                C = tl.load(C_ptr + t * Ct + n[:, None] * Cn + same, mask=read, other=0.0).to(tl.float32)
+                C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
                 y = tl.sum(h * C, axis=0) + skip * x
                 if HAS_Z:
                     z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
@@ -105,9 +106,9 @@ def _forward(
 
 
 @triton.jit
-def _pass_on(
+def _scan_pass_on(
     A_ptr, local_ptr, total_ptr, first_ptr, met_ptr, last_ptr, D_SIZE, N_SIZE, SPANS,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, LOG2_E: tl.constexpr,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """What each span meets when `first` (B, D, N) enters at one end, and what leaves at the other."""
     row = tl.program_id(0).to(tl.int64)
@@ -115,7 +116,7 @@ def _pass_on(
     in_d = d < D_SIZE
     in_nd = (n < N_SIZE)[:, None] & in_d[None, :]
     dn, nd = d[None, :] * N_SIZE + n[:, None], n[:, None] * D_SIZE + d[None, :]
-    A = tl.load(A_ptr + dn, mask=in_nd, other=0.0) * LOG2_E
+    A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     state = tl.load(first_ptr + row * N_SIZE * D_SIZE + dn, mask=in_nd, other=0.0)
     for i in range(0, SPANS):
         span = row * SPANS + i
@@ -129,17 +130,18 @@ def _pass_on(
     tl.store(last_ptr + row * N_SIZE * D_SIZE + dn, state, mask=in_nd)
 
 
-@triton.jit(do_not_specialize=_STRIDES)
-def _backward_local(
+@triton.jit
+def _scan_backward_local(
     dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dy_ptr, local_ptr,
-    T, D_SIZE, N_SIZE, SPANS, dtb, dtt, dtd, zb, zt, zd, Cb, Ct, Cn, yb, yt, yd,
+    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
+    dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, LOG2_E: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """What the outputs of one span ask of the state before it."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
-    A = tl.load(A_ptr + d[None, :] * N_SIZE + n[:, None], mask=in_nd, other=0.0) * LOG2_E
+    A = tl.load(A_ptr + n[:, None] * D_SIZE + d[None, :], mask=in_nd, other=0.0)
     carry = tl.zeros((N, BLOCK), tl.float32)
     first = span * SPAN
     dt_ptr += row * dtb + first * dtt
@@ -147,12 +149,11 @@ def _backward_local(
     C_ptr += row * Cb + first * Ct
     dy_ptr += row * yb + first * yt
     zero, left = d * 0, T - first
-    same = zero[None, :]
     for i in range(0, SPAN // TILE):
         for j in tl.static_range(TILE):
             t = SPAN - 1 - i * TILE - j
             inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + same < left)
+            read = in_n[:, None] & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
             size, _ = _step_size(raw, SOFTPLUS)
             size = tl.where(inside, size, 0.0)
@@ -160,26 +161,27 @@ def _backward_local(
             if HAS_Z:
                 z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
                 dy *= z / (1.0 + tl.exp(-z))
-            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn + same, mask=read, other=0.0).to(tl.float32)
+            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
             carry = (carry + C * dy[None, :]) * tl.exp2(size[None, :] * A)
     at = (row * SPANS + span) * N_SIZE * D_SIZE + n[:, None] * D_SIZE + d[None, :]
     tl.store(local_ptr + at, carry, mask=in_nd)
 
 
-@triton.jit(do_not_specialize=_STRIDES)
-def _backward(
+@triton.jit
+def _scan_backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, tiles_ptr, carries_ptr, dy_ptr,
     dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr,
-    T, D_SIZE, N_SIZE, SPANS,
-    xb, xt, xd, dtb, dtt, dtd, zb, zt, zd, Bb, Bt, Bn, Cb, Ct, Cn, yb, yt, yd,
+    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
+    xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
+    Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, LOG2_E: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to."""
     row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
-    dn, nd = d[None, :] * N_SIZE + n[:, None], n[:, None] * D_SIZE + d[None, :]
-    A = tl.load(A_ptr + dn, mask=in_nd, other=0.0)
+    nd = n[:, None] * D_SIZE + d[None, :]
+    A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     carry = tl.load(carries_ptr + (row * SPANS + span) * N_SIZE * D_SIZE + nd, mask=in_nd, other=0.0)
     skip = tl.zeros((BLOCK,), tl.float32)
     if HAS_D:
@@ -200,7 +202,6 @@ def _backward(
     dA = tl.zeros((N, BLOCK), tl.float32)
     dD, dbias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     zero, left = d * 0, T - first
-    same = zero[None, :]
     for i in range(0, SPAN // TILE):
         tile = SPAN // TILE - 1 - i
         at = ((row * SPANS + span) * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
@@ -209,25 +210,25 @@ def _backward(
         for j in tl.static_range(TILE):
             t = tile * TILE + j
             inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + same < left)
+            read = in_n[:, None] & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
             size, _ = _step_size(raw, SOFTPLUS)
             size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn + same, mask=read, other=0.0).to(tl.float32)
-            h = h * tl.exp2(size[None, :] * (A * LOG2_E)) + (size * x)[None, :] * B
+            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
+            h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
             states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
         for j in tl.static_range(TILE):
             t = tile * TILE + TILE - 1 - j
             inside = in_d & (t + zero < left)
             in_tn = in_n & (t + 0 * n < left)
-            read = in_n[:, None] & (t + same < left)
+            read = in_n[:, None] & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
             size, slope = _step_size(raw, SOFTPLUS)
             size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn + same, mask=read, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn + same, mask=read, other=0.0).to(tl.float32)
+            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
+            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
             after = states[TILE - j]
             if HAS_Z:
@@ -237,12 +238,12 @@ def _backward(
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(dz_ptr + t * D_SIZE + d, dz.to(dz_ptr.dtype.element_ty), mask=inside)
                 dy *= z * gate
-            decay = tl.exp2(size[None, :] * (A * LOG2_E))
+            decay = tl.exp2(size[None, :] * A)
             grad = carry + C * dy[None, :]  # of the state after this step
             carry = grad * decay
             through = tl.sum(grad * B, axis=0)  # gradient of size * x
             rate = carry * states[TILE - 1 - j]  # gradient of size * A
-            ddt = (through * x + tl.sum(rate * A, axis=0)) * slope
+            ddt = (through * x + tl.sum(rate * A, axis=0) * LN_2) * slope
             dx = through * size + skip * dy
             tl.store(dx_ptr + t * D_SIZE + d, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             tl.store(ddt_ptr + t * D_SIZE + d, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
@@ -253,7 +254,7 @@ def _backward(
             dC = tl.sum(after * dy[None, :], axis=1)
             tl.atomic_add(dB_ptr + t * N_SIZE + n, dB, mask=in_tn, sem="relaxed")
             tl.atomic_add(dC_ptr + t * N_SIZE + n, dC, mask=in_tn, sem="relaxed")
-    tl.atomic_add(dA_ptr + dn, dA, mask=in_nd, sem="relaxed")
+    tl.atomic_add(dA_ptr + nd, dA, mask=in_nd, sem="relaxed")
     tl.atomic_add(dD_ptr + d, dD, mask=in_d, sem="relaxed")
     tl.atomic_add(dbias_ptr + d, dbias, mask=in_d, sem="relaxed")
 
@@ -285,8 +286,11 @@ class _Call:
     def __init__(self, softplus: bool, x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
         self.x, self.dt, self.z = x, dt, z
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
-        self.B, self.C = B.float(), C.float()  # each lane reads all of them: better converted once
-        self.A = A.float().contiguous()
+        self.B, self.C = (
+            B.float().contiguous(),
+            C.float().contiguous(),
+        )  # better converted once than in each lane
+        self.A = (A.float() * LOG2_E).t().contiguous()  # decays are powers of 2; laid out as states are
         self.batch, self.time, self.width = x.shape
         self.order = A.shape[1]
         self.spans = triton.cdiv(self.time, SPAN)
@@ -304,7 +308,7 @@ class _Call:
     def shape(self) -> dict:
         """What all kernels are told of their tensors in registers."""
         order = triton.next_power_of_2(self.order)
-        return {"BLOCK": BLOCK, "N": order, "LOG2_E": LOG2_E, "num_warps": WARPS}
+        return {"BLOCK": BLOCK, "N": order, "num_warps": WARPS}
 
     def _given(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """An absent tensor by any pointer, which is not read."""
@@ -321,7 +325,7 @@ class _Call:
         """Read all spans, from `starts` or zero; the states at their ends and the sums of their steps."""
         ends = self.states()
         total = self.A.new_empty(self.batch, self.spans, self.width)
-        _forward[self.grid](
+        _scan_forward[self.grid](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
             *self._given(starts), ends, total, *self._given(tiles, y), *self.sizes,
             *self._strides(self.x, self.dt, self.z, self.B, self.C, y),
@@ -333,7 +337,7 @@ class _Call:
     def pass_on(self, local: Tensor, total: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
         met, last = self.states(), torch.empty_like(self.state)
-        _pass_on[self.grid[:2]](
+        _scan_pass_on[self.grid[:2]](
             self.A, local, total, first, met, last, *self.sizes[1:], REVERSE=reverse, **self.shape
         )
         return met, last
@@ -349,7 +353,7 @@ class _Call:
     def backward(self, starts: Tensor, total: Tensor, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all arguments, in their order."""
         local = self.states()
-        _backward_local[self.grid](
+        _scan_backward_local[self.grid](
             *self._given(self.dt, self.A, self.C, self.z, self.bias, dy), local, *self.sizes,
             *self._strides(self.dt, self.z, self.C, dy), **self.options,
         )  # fmt: skip
@@ -362,13 +366,13 @@ class _Call:
         dA, dD = torch.zeros_like(self.A), self.A.new_zeros(self.width)
         dB, dC = (self.A.new_zeros(self.batch, self.time, self.order) for _ in range(2))
         dbias = torch.zeros_like(dD)
-        _backward[self.grid](
+        _scan_backward[self.grid](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
             tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes,
             *self._strides(self.x, self.dt, self.z, self.B, self.C, dy),
             HAS_D=self.D is not None, **self.options,
         )  # fmt: skip
-        return dx, ddt, dA, dB, dC, dD, dz, dbias, dstate
+        return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate
 
 
 class _Scan(torch.autograd.Function):

@@ -17,7 +17,7 @@ CHANNELS, WARPS = 256, 4
 
 
 @triton.jit
-def _tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd,
+def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd,
           W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr):  # fmt: skip
     """The W - 1 inputs before x_ptr's (step `first`), oldest first, the weights in order, and the bias."""
     inputs, weights = (), ()
@@ -37,7 +37,7 @@ def _tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd,
 
 
 @triton.jit
-def _forward(
+def _conv_forward(
     x_ptr, past_ptr, weight_ptr, bias_ptr, y_ptr, T, D_SIZE, xb, xt, xd,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
@@ -49,7 +49,7 @@ def _forward(
     x_ptr += row * xb + far * xt
     y_ptr += (row * T + far) * D_SIZE
     past_ptr += row * (W - 1) * D_SIZE
-    x, weight, bias = _tail(
+    x, weight, bias = _conv_tail(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
     )
     for i in range(0, STEPS // TILE):
@@ -68,7 +68,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _conv_backward(
     x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, dweight_ptr, dbias_ptr,
     T, D_SIZE, xb, xt, xd, yb, yt, yd, dxb, dxt,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
@@ -88,7 +88,7 @@ def _backward(
     dx_ptr += row * dxb + far * dxt
     past_ptr += row * (W - 1) * D_SIZE
     dpast_ptr += row * (W - 1) * D_SIZE
-    x, weight, bias = _tail(
+    x, weight, bias = _conv_tail(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
     )
     zero = tl.zeros((CHANNELS,), tl.float32)
@@ -159,7 +159,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     """As `short_conv`, without a gradient."""
     batch, time, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _forward[(batch, triton.cdiv(time, STEPS), triton.cdiv(channels, CHANNELS))](
+    _conv_forward[(batch, triton.cdiv(time, STEPS), triton.cdiv(channels, CHANNELS))](
         x, *_arguments(weight, bias, past), y, time, channels, *x.stride(),
         **_options(weight, bias, past, silu),
     )  # fmt: skip
@@ -174,7 +174,7 @@ def backward(
     tail = weight.shape[1] - 1
     dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
-    _backward[(batch, triton.cdiv(time, STEPS - tail), triton.cdiv(channels, CHANNELS))](
+    _conv_backward[(batch, triton.cdiv(time, STEPS - tail), triton.cdiv(channels, CHANNELS))](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
         time, channels, *x.stride(), *dy.stride(), *dx.stride()[:2], **_options(weight, bias, past, silu),
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """Mamba-2's recurrence (state space duality) in Triton, forward and backward, with initial and final state.
 
-Time is cut into chunks of `CHUNK` steps. `_walk` carries a state over the chunks, for each head and block of
-the state by itself, and writes down the one that each chunk meets; then all chunks run side by side. Nothing
-but the inputs is kept for backward, which walks again. Products are made in the precision of x, which is also
-that of the states written down, since they are only read by products; sums, decays and the carried states are
-float32. A program runs `HEADS` heads that share B and C, whose gradients it sums.
+Time is cut into chunks of `CHUNK` steps. `_ssd_walk` carries a state over the chunks, for each head and block
+of the state by itself, and writes down the one that each chunk meets; then all chunks run side by side.
+Nothing but the inputs is kept for backward, which walks again. Products are made in the precision of x, which
+is also that of the states written down, since they are only read by products; sums, decays and the carried
+states are float32. A program runs `HEADS` heads that share B and C, whose gradients it sums.
 The chunked form is that of Mamba-2's paper (Dao and Gu 2024, section 6).
 """
 
@@ -23,24 +23,41 @@ from longroll.ops._common import cast, no_autocast
 NO_LIMIT = (0.0, float("inf"))
 CHUNK = 64
 WALK = {"P": 64, "N": 64, "num_warps": 4, "num_stages": 3}
-"""Largest block of a state that a program of `_walk` carries, and how it runs: pinned, nothing is tuned."""
+"""Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
 OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 2}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"HEADS": 16, "N": 64, "num_warps": 4, "num_stages": 2}
+OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
+FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
-"""Triton 3.6 and 3.7 miscompile products of four warps with narrower tiles for Hopper: triton issue 11366."""
+"""Of tiles narrower than this Triton 3.6 and 3.7 miscompile products by four warps: triton issue 11366."""
 
 
 @triton.jit
-def _decays(dt_ptr, A, t, in_t, stride):
-    """Step sizes (CHUNK,) and the running sum of dt A within the chunk, both 0 / level past the end."""
-    dt = tl.load(dt_ptr + t * stride, mask=in_t, other=0.0)
-    return dt, tl.cumsum(dt * A, axis=0)
+def _ssd_steps(
+    dt_ptr, A_ptr, sizes_ptr, levels_ptr, T, H, CHUNKS, db, dt_stride, dh, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Turn dt (B, T, H) into (B, H, CHUNKS CHUNK), 0 past the end, and sum dt A up within each chunk."""
+    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    t = chunk * CHUNK + tl.arange(0, CHUNK)
+    dt = tl.load(dt_ptr + row * db + t * dt_stride + head * dh, mask=t < T, other=0.0)
+    to = (row * H + head) * CHUNKS * CHUNK + t
+    tl.store(sizes_ptr + to, dt)
+    tl.store(levels_ptr + to, tl.cumsum(dt * tl.load(A_ptr + head), axis=0))
 
 
 @triton.jit
-def _walk(
-    x_ptr, dt_ptr, A_ptr, B_ptr, first_ptr, met_ptr, last_ptr,
+def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
+    """Of the chunk at `at`: step sizes (CHUNK,), the running sum of dt A, and its last."""
+    return (
+        tl.load(sizes_ptr + at + step),
+        tl.load(levels_ptr + at + step),
+        tl.load(levels_ptr + at + CHUNK - 1),
+    )
+
+
+@triton.jit
+def _ssd_walk(
+    x_ptr, sizes_ptr, levels_ptr, B_ptr, first_ptr, met_ptr, last_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -54,10 +71,10 @@ def _walk(
     in_pn = in_p[:, None] & in_n[None, :]
     pn = p[:, None] * N_SIZE + n[None, :]
     step = tl.arange(0, CHUNK)
-    A = tl.load(A_ptr + head)
     x_ptr += row * xb + head * xh
     B_ptr += row * Bb + (head // RATIO) * Bg
-    dt_ptr += row * T * H + head
+    sizes_ptr += (row * H + head) * CHUNKS * CHUNK
+    levels_ptr += (row * H + head) * CHUNKS * CHUNK
     state = tl.load(first_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, mask=in_pn, other=0.0)
     for i in range(0, CHUNKS):
         chunk = row * 0 + i  # in 64 bits
@@ -67,8 +84,7 @@ def _walk(
         tl.store(met_ptr + at + pn, state.to(met_ptr.dtype.element_ty), mask=in_pn)
         first = chunk * CHUNK
         in_t = step < T - first
-        dt, a = _decays(dt_ptr + first * H, A, step, in_t, H)
-        total = tl.sum(dt, axis=0) * A
+        dt, a, total = _decays(sizes_ptr, levels_ptr, first, step, CHUNK)
         weight = tl.exp(a) if REVERSE else dt * tl.exp(total - a)
         x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
         x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
@@ -80,8 +96,8 @@ def _walk(
 
 
 @triton.jit
-def _outputs(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
+def _ssd_outputs(
+    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +116,8 @@ def _outputs(
     pn = p[:, None] * N_SIZE + n[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
-        dt, a = _decays(dt_ptr + (row * T + first) * H + head, tl.load(A_ptr + head), step, in_t, H)
+        times = ((row * H + head) * CHUNKS + chunk) * CHUNK
+        dt, a, _ = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh + step[:, None] * xt + p[None, :] * xp
         x = tl.load(x_at, mask=in_tp, other=0.0)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
@@ -116,13 +133,13 @@ def _outputs(
 
 
 @triton.jit
-def _gradients_of_x(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
-    dx_ptr, ddt_ptr, drate_ptr, dD_ptr,
+def _ssd_gradients_of_x(
+    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
+    dx_ptr, dsizes_ptr, dA_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dx, its last axis contiguous, ddt and drate of dt A (B, T, H) float32, dD added to.
+    """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA and dD are added to.
 
     From the states at the chunk's start and the gradients of those at its end.
     """
@@ -140,9 +157,8 @@ def _gradients_of_x(
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
-        A = tl.load(A_ptr + head)
-        dt, a = _decays(dt_ptr + (row * T + first) * H + head, A, step, in_t, H)
-        total = tl.sum(dt, axis=0) * A
+        times = ((row * H + head) * CHUNKS + chunk) * CHUNK
+        dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
@@ -173,18 +189,19 @@ def _gradients_of_x(
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
         drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
-        th = (row * T + first) * H + head + step * H
-        tl.store(ddt_ptr + th, tl.sum(dxdt * x32, axis=1) + drate * A, mask=in_t)
-        tl.store(drate_ptr + th, drate, mask=in_t)
+        dsizes = tl.sum(dxdt * x32, axis=1) + drate * tl.load(A_ptr + head)
+        tl.store(dsizes_ptr + times + step, dsizes)
+        tl.atomic_add(dA_ptr + head, tl.sum(drate * dt, axis=0), sem="relaxed")
 
 
 @triton.jit
-def _gradients_of_B_and_C(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dB_ptr, dC_ptr,
+def _ssd_gradients_of_B_and_C(
+    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dB_ptr, dC_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
+    dBb, dBt, dBh, dCb, dCt, dCh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N) float32: a program sums those of its heads, for N of their columns."""
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(2) // blocks, chunk * CHUNK
@@ -201,9 +218,8 @@ def _gradients_of_B_and_C(
     dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
     for i in range(0, HEADS):
         head = heads * HEADS + i
-        A = tl.load(A_ptr + head)
-        dt, a = _decays(dt_ptr + (row * T + first) * H + head, A, step, in_t, H)
-        total = tl.sum(dt, axis=0) * A
+        times = ((row * H + head) * CHUNKS + chunk) * CHUNK
+        dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
@@ -220,10 +236,10 @@ def _gradients_of_B_and_C(
         dC += tl.dot(asked, state, input_precision="ieee")
         dB += tl.dot(tl.trans(dscores), C, input_precision="ieee")
         dB += tl.dot(given, dend, input_precision="ieee")
-    to = ((row * T + first) * (H // HEADS) + heads) * N_SIZE
-    tn = step[:, None] * (H // HEADS * N_SIZE) + n[None, :]
-    tl.store(dB_ptr + to + tn, dB, mask=in_tn)
-    tl.store(dC_ptr + to + tn, dC, mask=in_tn)
+    dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
+    dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
+    tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
+    tl.store(dC_at, dC.to(dC_ptr.dtype.element_ty), mask=in_tn)
 
 
 def ssd(
@@ -264,7 +280,7 @@ class _Call:
     """Shapes, strides and grids of one call."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
-        self.x, self.dt, self.A, self.B, self.C = x, dt.contiguous(), A.contiguous(), B, C
+        self.x, self.A, self.B, self.C = x, A.contiguous(), B, C
         self.D = None if D is None else D.contiguous()
         self.batch, self.time, self.heads, self.width = x.shape
         self.order, self.ratio = B.shape[3], x.shape[2] // B.shape[2]
@@ -273,12 +289,17 @@ class _Call:
         self.ends = (self.width, self.order)
         # tensor cores multiply tiles of at least 16
         self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
+        self.dt, self.levels = dt.new_empty(2, self.batch, self.heads, self.chunks * CHUNK)
+        _ssd_steps[(self.batch, self.chunks, self.heads)](
+            dt, self.A, self.dt, self.levels, *self.sizes[:3], *dt.stride(), CHUNK=CHUNK, num_warps=1
+        )
         self.few_warps = {"num_warps": 2} if min(self.blocks) < NARROW else {}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """x, dt, A, B, C and D; an absent one by any pointer, which is not read."""
-        return self.x, self.dt, self.A, self.B, self.C, self.A if self.D is None else self.D
+        """x, dt, its levels, A, B, C and D; an absent one by any pointer, which is not read."""
+        D = self.A if self.D is None else self.D
+        return self.x, self.dt, self.levels, self.A, self.B, self.C, D
 
     def walk(self, x: Tensor, B: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """The states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the last."""
@@ -287,8 +308,8 @@ class _Call:
         last = torch.empty_like(first)
         options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
-        _walk[(self.batch * self.heads, *parts)](
-            x, self.dt, self.A, B, first, met, last,
+        _ssd_walk[(self.batch * self.heads, *parts)](
+            x, self.dt, self.levels, B, first, met, last,
             *self.sizes, *x.stride(), *B.stride(), *self.ends,
             REVERSE=reverse, CHUNK=CHUNK, **options | self.few_warps,
         )  # fmt: skip
@@ -305,8 +326,12 @@ class _Call:
         )  # fmt: skip
 
     def sharing(self, options: dict) -> dict:
-        """`options` for as many heads a program as B and C serve."""
-        return options | {"HEADS": math.gcd(options["HEADS"], self.ratio)}
+        """`options` for as many heads a program as B and C serve, unless that leaves the GPU idle."""
+        heads, blocks = options["HEADS"], triton.cdiv(self.order, options.get("N", self.blocks[1]))
+        heads = self.ratio if self.ratio <= heads else math.gcd(heads, self.ratio)
+        while heads % 2 == 0 and self.batch * self.chunks * self.heads // heads * blocks < FEWEST:
+            heads //= 2
+        return options | {"HEADS": heads}
 
 
 def forward(
@@ -316,7 +341,7 @@ def forward(
     call = _Call(x, steps, A, B, C, D)
     starts, final = call.walk(x, B, state, reverse=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    call.side_by_side(_outputs, call.sharing(OUTPUTS), starts, y)
+    call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
     return y, final
 
 
@@ -336,17 +361,19 @@ def backward(
     x, _, _, B, C, _ = inputs
     starts, _ = call.walk(x, B, state, reverse=False)
     dends, dstate = call.walk(dy, C, dfinal, reverse=True)
-    dsteps, drate = torch.empty_like(call.dt), torch.empty_like(call.dt)
-    dD = torch.zeros_like(call.A)
+    dsizes, dA, dD = torch.empty_like(call.dt), torch.zeros_like(call.A), torch.zeros_like(call.A)
     call.side_by_side(
-        _gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsteps, drate, dD, more=dx.stride()[:3]
+        _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsizes, dA, dD, more=dx.stride()[:3]
     )
     options = call.sharing(OF_B_AND_C)
-    parts = [call.A.new_empty(*x.shape[:2], call.heads // options["HEADS"], call.order) for _ in range(2)]
-    call.side_by_side(_gradients_of_B_and_C, options, starts, dends, dy, *parts)
-    for part, whole in zip(parts, (dB, dC), strict=True):
-        whole.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
-    return dsteps, (drate * call.dt).sum((0, 1)), dD, dstate
+    programs = call.heads // options["HEADS"]
+    whole = programs == B.shape[2]  # each program has all heads of its B and C
+    parts = (dB, dC) if whole else tuple(call.A.new_empty(2, *x.shape[:2], programs, call.order))
+    strides = (*parts[0].stride()[:3], *parts[1].stride()[:3])
+    call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
+    for part, total in () if whole else zip(parts, (dB, dC), strict=True):
+        total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
+    return dsizes[..., : call.time].mT, dA, dD, dstate
 
 
 class _SSD(torch.autograd.Function):
