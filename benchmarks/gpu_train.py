@@ -83,7 +83,7 @@ class Row:
         self.intervention = kind() if kind else None
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.peak = 0
+        self.peak, self.reserved = 0, 0
 
     def summary(self, zero: Row, tokens: int, warmup: int, parameters: int, peak: float | None) -> dict:
         """The line; `zero` is the row to compare with, step by step."""
@@ -95,6 +95,7 @@ class Row:
             "seconds": self.seconds,
             "mfu": 6 * parameters * tokens / seconds / peak if peak else None,
             "peak_gib": self.peak / 2**30,
+            "reserved_gib": self.reserved / 2**30,
             "overhead": statistics.median(own / other for own, other in both) - 1,
             "first_loss": self.losses[0],
             "first_step_seconds": self.seconds[0],
@@ -128,6 +129,7 @@ class Bench:
             # a graph's memory is not counted as allocated between its replays
             peak = torch.cuda.max_memory_reserved if self.graph else torch.cuda.max_memory_allocated
             row.peak = max(row.peak, peak())
+            row.reserved = max(row.reserved, torch.cuda.max_memory_reserved())
 
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state, final = None, None
@@ -186,12 +188,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="implementations, of those that can run here")
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        default=[],
-        help="folders of mamba_ssm and its extensions, which transformers' row then does not see",
+    hidden = (
+        "folders of mamba_ssm and its extensions, hidden from the row of transformers, which would use them"
     )
+    parser.add_argument("--peers", nargs="+", default=[], help=hidden)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
@@ -221,7 +221,7 @@ def main() -> None:
             ratio = line["tokens_per_second"] / table[0]["tokens_per_second"]
             print(
                 f"{row.name:18} {line['tokens_per_second']:10,.0f} tokens/s {ratio:6.2f}x"
-                f"{line['peak_gib']:8.1f} GiB  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
+                f"{line['peak_gib']:8.1f} GiB ({line['reserved_gib']:.1f} reserved)  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
                 f"  first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
                 flush=True,
             )

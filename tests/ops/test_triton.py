@@ -49,6 +49,15 @@ def test_scan_agrees_with_the_oracle(size, keep, softplus):
     assert_close(found, run(selective_scan_reference, arguments, options), 3e-6)
 
 
+def test_scan_goes_back_part_by_part(monkeypatch):
+    from longroll.ops.triton import selective_scan as kernels
+
+    arguments, options = drawn(test_selective_scan, (2, 200, 3, 4), (True,) * 4, True)
+    expected = run(selective_scan_reference, arguments, options)
+    monkeypatch.setattr(kernels, "ROOM", 2 * kernels.SPAN // kernels.TILE * 2 * 3 * 4)  # of two spans
+    assert_close(run(scan, arguments, options, dtype=torch.float32), expected, 3e-6)
+
+
 @pytest.mark.parametrize(
     ("size", "keep", "softplus", "limit"),
     [

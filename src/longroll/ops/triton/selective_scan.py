@@ -16,9 +16,13 @@ from torch import Tensor
 
 from longroll.ops._common import LOG2_E, needs_graph, no_autocast
 
-SPAN, TILE = 64, 4
+SPAN, TILE = 64, 2
 BLOCK, WARPS = 32, 1
 """A warp to a program, so that no sum over channels crosses warps; pinned, nothing is tuned."""
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+"""Of a lane in backward, for up to 16 numbers a channel: fewer let more programs hide each other's waits."""
+ROOM = 1 << 28
+"""Numbers of the tiles' states that exist at a time: backward goes through a longer text part by part."""
 LN_2 = tl.constexpr(1 / LOG2_E)
 
 
@@ -47,7 +51,7 @@ def _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS: tl.constexpr, BLOCK: tl.conste
 def _scan_forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr,
     starts_ptr, ends_ptr, total_ptr, tiles_ptr, y_ptr,
-    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
+    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS, FIRST,
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -59,7 +63,8 @@ def _scan_forward(
     States are (N, D) within the internal buffers, as A is, which decays in powers of 2. Strides of time are
     compiled in: as arguments they cost a third of the forward's instructions in addresses.
     """
-    row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row, span = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(2).to(tl.int64)
+    part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
     A = tl.load(A_ptr + n[:, None] * D_SIZE + d[None, :], mask=in_nd, other=0.0)
     nd = n[:, None] * D_SIZE + d[None, :]
@@ -80,7 +85,7 @@ def _scan_forward(
     zero, left = d * 0, T - first
     for i in range(0, SPAN // TILE):
         if SAVE:
-            at = ((row * SPANS + span) * (SPAN // TILE) + i) * N_SIZE * D_SIZE + nd
+            at = (part * (SPAN // TILE) + i) * N_SIZE * D_SIZE + nd
             tl.store(tiles_ptr + at, h, mask=in_nd)
         for j in tl.static_range(TILE):
             t = i * TILE + j
@@ -171,14 +176,15 @@ def _scan_backward_local(
 def _scan_backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, tiles_ptr, carries_ptr, dy_ptr,
     dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr,
-    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
+    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS, FIRST,
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to."""
-    row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row, span = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(2).to(tl.int64)
+    part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
     nd = n[:, None] * D_SIZE + d[None, :]
     A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
@@ -204,7 +210,7 @@ def _scan_backward(
     zero, left = d * 0, T - first
     for i in range(0, SPAN // TILE):
         tile = SPAN // TILE - 1 - i
-        at = ((row * SPANS + span) * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
+        at = (part * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
         h = tl.load(tiles_ptr + at, mask=in_nd, other=0.0)
         states = (h,)
         for j in tl.static_range(TILE):
@@ -317,17 +323,19 @@ class _Call:
     def _strides(self, *tensors: Tensor | None) -> tuple[int, ...]:
         return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()))
 
-    def states(self, per_span: int = 1) -> Tensor:
-        """Room for states, (B, spans * per_span, N, D) float32."""
-        return self.A.new_empty(self.batch, self.spans * per_span, self.order, self.width)
+    def states(self, count: int) -> Tensor:
+        """Room for states, (B, count, N, D) float32."""
+        return self.A.new_empty(self.batch, count, self.order, self.width)
 
-    def read(self, starts: Tensor | None, y: Tensor | None, tiles: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Read all spans, from `starts` or zero; the states at their ends and the sums of their steps."""
-        ends = self.states()
+    def read(
+        self, starts: Tensor | None, y: Tensor | None, tiles: Tensor | None, spans: range
+    ) -> tuple[Tensor, Tensor]:
+        """Read `spans`, from `starts` or zero; the states at their ends and the sums of their steps."""
+        ends = self.states(self.spans)
         total = self.A.new_empty(self.batch, self.spans, self.width)
-        _scan_forward[self.grid](
+        _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-            *self._given(starts), ends, total, *self._given(tiles, y), *self.sizes,
+            *self._given(starts), ends, total, *self._given(tiles, y), *self.sizes, spans.start,
             *self._strides(self.x, self.dt, self.z, self.B, self.C, y),
             LOCAL=starts is None, SAVE=tiles is not None, WRITE=y is not None, HAS_D=self.D is not None,
             **self.options,
@@ -336,7 +344,7 @@ class _Call:
 
     def pass_on(self, local: Tensor, total: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
-        met, last = self.states(), torch.empty_like(self.state)
+        met, last = self.states(self.spans), torch.empty_like(self.state)
         _scan_pass_on[self.grid[:2]](
             self.A, local, total, first, met, last, *self.sizes[1:], REVERSE=reverse, **self.shape
         )
@@ -345,33 +353,36 @@ class _Call:
     def forward(self) -> tuple[Tensor, ...]:
         """y, the final state, the states at the starts of spans, and the sums of their steps."""
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        local, total = self.read(None, None, None)
+        local, total = self.read(None, None, None, range(self.spans))
         starts, final = self.pass_on(local, total, self.state, reverse=False)
-        self.read(starts, y, None)
+        self.read(starts, y, None, range(self.spans))
         return y, final, starts, total
 
     def backward(self, starts: Tensor, total: Tensor, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all arguments, in their order."""
-        local = self.states()
+        local = self.states(self.spans)
         _scan_backward_local[self.grid](
             *self._given(self.dt, self.A, self.C, self.z, self.bias, dy), local, *self.sizes,
             *self._strides(self.dt, self.z, self.C, dy), **self.options,
         )  # fmt: skip
         carries, dstate = self.pass_on(local, total, dfinal.contiguous(), reverse=True)
-        tiles = self.states(SPAN // TILE)
-        self.read(starts, None, tiles)
         dx, ddt, dz = (
             torch.empty(self.x.shape, dtype=t.dtype, device=dy.device) for t in (self.x, self.dt, self.x)
         )
         dA, dD = torch.zeros_like(self.A), self.A.new_zeros(self.width)
         dB, dC = (self.A.new_zeros(self.batch, self.time, self.order) for _ in range(2))
         dbias = torch.zeros_like(dD)
-        _scan_backward[self.grid](
-            *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-            tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes,
-            *self._strides(self.x, self.dt, self.z, self.B, self.C, dy),
-            HAS_D=self.D is not None, **self.options,
-        )  # fmt: skip
+        at_once = max(1, ROOM // (self.batch * SPAN // TILE * self.state[0].numel()))
+        for first in range(0, self.spans, at_once):
+            spans = range(first, min(first + at_once, self.spans))
+            tiles = self.states(len(spans) * (SPAN // TILE))
+            self.read(starts, None, tiles, spans)
+            _scan_backward[*self.grid[:2], len(spans)](
+                *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
+                tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, first,
+                *self._strides(self.x, self.dt, self.z, self.B, self.C, dy),
+                HAS_D=self.D is not None, **self.options, **(REGISTERS if self.order <= 16 else {}),
+            )  # fmt: skip
         return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate
 
 

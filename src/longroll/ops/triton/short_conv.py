@@ -1,6 +1,6 @@
 """The short causal convolution in Triton, with its activation and its tail, forward and backward.
 
-A program walks over `STEPS` steps of one row for `CHANNELS` channels side by side, with the last W - 1 inputs
+A program walks over STEPS steps of one row for CHANNELS channels side by side, with the last W - 1 inputs
 in registers, so that each input is read once: `y_t = sum_w weight[:, w] x_{t - (W - 1) + w}`. Only the inputs
 are kept for backward, which convolves them again and hands each gradient on W - 1 steps later.
 """
@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS, TILE = 64, 8  # of a program; TILE of them are unrolled, so that their inputs are read together
-CHANNELS, WARPS = 256, 4
+TILE, CHANNELS = 8, 256
+FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
+BACKWARD = {"STEPS": 64, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
+"""Of a program: TILE steps are unrolled, so that their inputs are read together; pinned, nothing is tuned."""
 
 
 @triton.jit
@@ -148,10 +150,13 @@ def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tupl
     return past, weight, bias
 
 
+def _grid(batch: int, time: int, channels: int, steps: int) -> tuple[int, int, int]:
+    return batch, triton.cdiv(time, steps), triton.cdiv(channels, CHANNELS)
+
+
 def _options(weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> dict:
     return {
         "W": weight.shape[1], "HAS_BIAS": bias is not None, "HAS_PAST": past is not None, "SILU": silu,
-        "STEPS": STEPS, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": WARPS,
     }  # fmt: skip
 
 
@@ -159,9 +164,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     """As `short_conv`, without a gradient."""
     batch, time, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _conv_forward[(batch, triton.cdiv(time, STEPS), triton.cdiv(channels, CHANNELS))](
+    _conv_forward[_grid(batch, time, channels, FORWARD["STEPS"])](
         x, *_arguments(weight, bias, past), y, time, channels, *x.stride(),
-        **_options(weight, bias, past, silu),
+        **_options(weight, bias, past, silu), **FORWARD,
     )  # fmt: skip
     return y
 
@@ -174,9 +179,10 @@ def backward(
     tail = weight.shape[1] - 1
     dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
-    _conv_backward[(batch, triton.cdiv(time, STEPS - tail), triton.cdiv(channels, CHANNELS))](
+    _conv_backward[_grid(batch, time, channels, BACKWARD["STEPS"] - tail)](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
-        time, channels, *x.stride(), *dy.stride(), *dx.stride()[:2], **_options(weight, bias, past, silu),
+        time, channels, *x.stride(), *dy.stride(), *dx.stride()[:2],
+        **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
     return dweight, None if bias is None else dbias, dpast
 

@@ -22,9 +22,9 @@ from longroll.ops._common import cast, no_autocast
 
 NO_LIMIT = (0.0, float("inf"))
 CHUNK = 64
-WALK = {"P": 64, "N": 64, "num_warps": 4, "num_stages": 3}
+WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
-OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 2}
+OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
 FEWEST = 256  # programs that keep a GPU busy
