@@ -116,6 +116,10 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             rows = mask.to(stack.device).view(1, -1, *[1] * (stack.ndim - 2))
             return torch.where(rows, stack, others[0] if others else torch.zeros_like(stack[:1]))
 
+        if mask.device.type == "cpu" and bool(
+            mask.all()
+        ):  # a question that a GPU would have to be waited for
+            return self
         return self.map_stacked(choose, *(() if other is None else (other,)))
 
     def norms(self) -> dict[StateKey, Tensor]:

@@ -19,11 +19,13 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.distances import Distance, check_distance, head_distance
-from longroll.measure.roll_out import check_ids, chunk_tokens, roll_out
+from longroll.measure.roll_out import check_ids, chunk_tokens, free_bytes, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
-_STATE_BYTES = 2**31  # of the states that are rolled out together; more rows of text go one after another
+_STATE_BYTES = 2**31
+"""Of the states that are rolled out together (on a GPU an eighth of what is free, where that is more); further
+rows of text go one after another."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def remembrance_map(
     probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
     together = not any(key.part == "attention" for key in probe)
     row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
-    groups = tokens.split(max(1, _STATE_BYTES // max(row_bytes, 1))) if together else [tokens]
+    room = _STATE_BYTES if lm.device.type != "cuda" else max(_STATE_BYTES, free_bytes(lm.device) // 8)
+    groups = tokens.split(max(1, room // max(row_bytes, 1))) if together else [tokens]
     work = _Work(progress, max(ends), len(groups) if together else len(joining))
     found = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
     for rows, out in zip(groups, found.split([len(g) for g in groups]), strict=True):

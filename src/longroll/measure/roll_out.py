@@ -22,10 +22,14 @@ def chunk_tokens(lm: RecurrentLM) -> int:
     """Tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
     if lm.device.type != "cuda" or lm.attends:  # attention's memory grows with tokens times what they see
         return _CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(lm.device)
-    free += torch.cuda.memory_reserved(lm.device) - torch.cuda.memory_allocated(lm.device)
     width: int = lm.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
-    return max(_CPU_TOKENS, min(_GPU_TOKENS, free // 4 // (_TOKEN_BYTES * width)))
+    return max(_CPU_TOKENS, min(_GPU_TOKENS, free_bytes(lm.device) // 4 // (_TOKEN_BYTES * width)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that PyTorch can still hand out."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Chunk(NamedTuple):
