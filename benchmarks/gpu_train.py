@@ -221,7 +221,8 @@ def main() -> None:
             ratio = line["tokens_per_second"] / table[0]["tokens_per_second"]
             print(
                 f"{row.name:18} {line['tokens_per_second']:10,.0f} tokens/s {ratio:6.2f}x"
-                f"{line['peak_gib']:8.1f} GiB ({line['reserved_gib']:.1f} reserved)  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
+                f"{line['peak_gib']:8.1f} GiB ({line['reserved_gib']:.1f} reserved)"
+                f"  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
                 f"  first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
                 flush=True,
             )

@@ -24,8 +24,10 @@ from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
 _STATE_BYTES = 2**31
-"""Of the states that are rolled out together (on a GPU an eighth of what is free, where that is more); further
-rows of text go one after another."""
+"""Of the states that are rolled out together (on a GPU an eighth of what is free, where that is more).
+
+More rows of text go one after another.
+"""
 
 
 @dataclass(frozen=True)
