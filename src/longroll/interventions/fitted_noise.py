@@ -34,47 +34,44 @@ class FittedNoise(Intervention):
         if not 0 <= momentum < 1:
             raise LongrollError(f"--momentum {momentum} must be in [0, 1).")
         self.momentum = momentum
-        self.moments: dict[str, RecurrentState] = {}  # "mean" and "square", one row: a number a head
+        self.moments = RecurrentState({})  # two rows, of a number a head: mean and mean square
         self.like = RecurrentState({})  # one row, for its shapes: it takes no memory
 
     def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
         if not self.moments:
             return None
 
-        def draw(like: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-            std = (square - mean.square()).clamp_min(0).sqrt()
+        def draw(like: Tensor, moments: Tensor) -> Tensor:
+            mean, square = moments.split(1, dim=1)
             noise = mean.new_empty(like.shape[0], rows, *like.shape[2:])
-            return noise.normal_(generator=self._draws(mean.device)).mul_(std).add_(mean)
+            std = (square - mean.square()).clamp_min(0).sqrt()
+            return torch.addcmul(mean, noise.normal_(generator=self._draws(mean.device)), std)
 
-        return self.like.map_stacked(draw, self.moments["mean"], self.moments["square"])
+        return self.like.map_stacked(draw, self.moments)
 
     def _learn(self, final_state: RecurrentState) -> None:
         if not self.like:
             self.like = final_state.map(lambda t: t.new_zeros(()).expand(1, *t.shape[1:]))
-        for name, power in (("mean", 1), ("square", 2)):
-            new = final_state.map_stacked(lambda t, power=power: _over_ranks(_head_mean(t.float() ** power)))
-            if name in self.moments:
-                new = new.map_stacked(lambda t, old: torch.lerp(t, old, self.momentum), self.moments[name])
-            self.moments[name] = new
+        new = final_state.map_stacked(lambda t: _over_ranks(_moments(t.float())))
+        if self.moments:
+            new = new.map_stacked(lambda t, old: torch.lerp(t, old, self.momentum), self.moments)
+        self.moments = new
 
     def _memory(self) -> dict[str, Any]:
         shapes = {name: list(t.shape) for name, t in self.like.named().items()}
-        return {"shapes": shapes} | {name: moment.named() for name, moment in self.moments.items()}
+        return {"shapes": shapes, "moments": self.moments.named()}
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
-        self.moments = {
-            name: RecurrentState.from_named(tensors) for name, tensors in memory.items() if name != "shapes"
-        }
-        means = self.moments["mean"].named() if self.moments else {}
+        self.moments = RecurrentState.from_named(memory["moments"])
         self.like = RecurrentState.from_named(
-            {name: t.new_zeros(()).expand(memory["shapes"][name]) for name, t in means.items()}
+            {n: t.new_zeros(()).expand(memory["shapes"][n]) for n, t in self.moments.named().items()}
         )
 
 
-def _head_mean(tensor: Tensor) -> Tensor:
-    """Mean of a stack (K, B, H, ...) over the batch and everything inside a head: (K, 1, H, 1, ...)."""
+def _moments(tensor: Tensor) -> Tensor:
+    """Mean and mean square of a stack (K, B, H, ...) over the batch and inside a head: (K, 2, H, 1, ...)."""
     axes = [axis for axis in range(1, tensor.ndim) if axis != 2]
-    return tensor.mean(dim=axes, keepdim=True)
+    return torch.cat([t.mean(dim=axes, keepdim=True) for t in (tensor, tensor.square())], dim=1)
 
 
 def _over_ranks(moment: Tensor) -> Tensor:
