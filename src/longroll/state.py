@@ -69,10 +69,10 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return RecurrentState({key: function(t) for key, t in self.items()}, seen=self.seen)
 
     def alike(self) -> list[list[StateKey]]:
-        """The keys, those of one part, shape and dtype together."""
+        """The keys, those of one part, shape, dtype and device together."""
         groups: dict[tuple, list[StateKey]] = {}
         for key, tensor in self.items():
-            groups.setdefault((key.part, tensor.shape, tensor.dtype), []).append(key)
+            groups.setdefault((key.part, tensor.shape, tensor.dtype, tensor.device), []).append(key)
         return list(groups.values())
 
     def map_stacked(self, function: Callable[..., Tensor], *others: RecurrentState) -> RecurrentState:
@@ -116,9 +116,8 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             rows = mask.to(stack.device).view(1, -1, *[1] * (stack.ndim - 2))
             return torch.where(rows, stack, others[0] if others else torch.zeros_like(stack[:1]))
 
-        if mask.device.type == "cpu" and bool(
-            mask.all()
-        ):  # a question that a GPU would have to be waited for
+        # a mask on a GPU would have to be waited for
+        if mask.device.type == "cpu" and len(mask) == self.batch_size and bool(mask.all()):
             return self
         return self.map_stacked(choose, *(() if other is None else (other,)))
 

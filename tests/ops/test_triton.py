@@ -113,7 +113,7 @@ def test_norm_agrees_with_transformers(size, gated):
     assert_close(run(kernel, arguments, options, dtype=torch.float32), expected, 3e-6)
 
 
-@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.05, 0.3)])
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), [0.0, float("inf")], (0.05, 0.3)])
 def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
     from longroll.families import _mixers, laws
     from longroll.ops.triton.mamba2 import mamba2
@@ -153,6 +153,19 @@ def test_cross_entropy_is_pytorchs(dtype, rows, vocabulary):
     assert cross_entropy(numbers, targets).isnan()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         cross_entropy(numbers.clone().requires_grad_().tanh(), targets).backward()
+
+
+@pytest.mark.parametrize("cut", [(slice(None), slice(-1, None)), (slice(1), slice(None, None, 2))])
+def test_the_loss_takes_targets_of_any_strides(cut, monkeypatch):
+    from longroll.ops.triton.cross_entropy import cross_entropy
+    from longroll.training import loss
+
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(9, (3, 8), generator=generator)[cut]
+    logits = torch.randn(*targets.shape, 9, generator=generator).requires_grad_()
+    expected = loss.next_token_loss(logits.detach(), targets)
+    monkeypatch.setattr(loss, "choose", lambda *_: SimpleNamespace(kernel=cross_entropy))
+    torch.testing.assert_close(loss.next_token_loss(logits * 1, targets), expected)
 
 
 def drawn(module, size, keep, softplus):

@@ -80,14 +80,14 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 
 def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: StateCache) -> Tensor:
-    """The same in one step of autograd."""
+    """The same in one step of autograd; hooks on the convolution and the norm are not called."""
     from longroll.ops.triton.mamba2 import Shape
 
     conv, norm, layer = mixer.conv1d, mixer.norm, mixer.layer_idx
     width = conv.weight.shape[-1]
     past, state = cache.start(layer, "conv"), cache.start(layer, "recurrent")
     shape = Shape(
-        mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, mixer.time_step_limit,
+        mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
         norm.variance_epsilon, norm.group_size, result_dtype(norm.weight, projected),
     )  # fmt: skip
     bias = None if conv.bias is None else conv.bias.float()

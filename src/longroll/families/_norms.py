@@ -53,6 +53,6 @@ def result_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a norm would run in the kernel, where there is one."""
+    """Whether a gated norm would run in the kernel, where there is one."""
     size: int = getattr(module, "group_size", _WIDEST + 1)
     return _code(type(module)) in _KNOWN and size <= _WIDEST

@@ -23,6 +23,7 @@ from longroll.measure.roll_out import check_ids, chunk_tokens, free_bytes, roll_
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
+_SHORTEST = 64  # tokens of a row in one forward
 _STATE_BYTES = 2**31
 """Of the states that are rolled out together (on a GPU an eighth of what is free, where that is more).
 
@@ -124,8 +125,7 @@ def remembrance_map(
     probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
     together = not any(key.part == "attention" for key in probe)
     row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
-    room = _STATE_BYTES if lm.device.type != "cuda" else max(_STATE_BYTES, free_bytes(lm.device) // 8)
-    groups = tokens.split(max(1, room // max(row_bytes, 1))) if together else [tokens]
+    groups = tokens.split(_rows_at_once(lm, row_bytes, len(joining))) if together else [tokens]
     work = _Work(progress, max(ends), len(groups) if together else len(joining))
     found = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
     for rows, out in zip(groups, found.split([len(g) for g in groups]), strict=True):
@@ -139,6 +139,14 @@ def remembrance_map(
     row_of = [joining.index(t) if t in joining else len(joining) for t in starts]
     column_of = [sorted(set(ends)).index(t) for t in ends]
     return Remembrance(found[:, row_of][:, :, column_of], starts, ends, distance)
+
+
+def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:
+    """Rows of text whose states, of `row_bytes` a row, are rolled out together."""
+    if lm.device.type != "cuda":
+        return max(1, _STATE_BYTES // max(row_bytes, 1))
+    rows = max(_STATE_BYTES, free_bytes(lm.device) // 8) // max(row_bytes, 1)
+    return max(1, min(rows, chunk_tokens(lm) // _SHORTEST // starts))
 
 
 def spread_starts(length: int, *, parts: int = 16) -> list[int]:
@@ -172,7 +180,7 @@ def _read_together(
             state = zero if state is None else _append(state, zero)
         assert state is not None  # 0 is a start
         read = state.batch_size // batch
-        size = chunk_size or max(64, chunk_tokens(lm) // state.batch_size)
+        size = chunk_size or max(_SHORTEST, chunk_tokens(lm) // state.batch_size)
         for first in range(cut, next_cut, size):
             piece = tokens[:, first : min(first + size, next_cut)]
             hidden, state = lm(piece.repeat(read, 1), state, logits=False)

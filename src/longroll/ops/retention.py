@@ -20,7 +20,7 @@ def retention(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `S_t = e^g_gamma S_{t-1} + k_t v_t^T`, `o_t = scale S_t^T q_t`.
 
-    Gradients flow into every tensor argument and from both outputs; double backward is not supported.
+    Gradients flow into q, k, v and the state and from both outputs; double backward is not supported.
     Arithmetic is float32 (float64 when an input is float64), also under autocast.
 
     Args:

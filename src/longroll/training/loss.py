@@ -19,11 +19,10 @@ def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None 
     overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()
-    kernel = choose("cross_entropy", logits.device, logits.dtype).kernel
     if not needs_graph(logits):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    elif kernel is not None:
-        loss = kernel(logits.contiguous(), targets)
+    elif kernel := choose("cross_entropy", logits.device, logits.dtype).kernel:
+        loss = kernel(logits.contiguous(), targets.contiguous())
     else:
         loss = _CrossEntropy.apply(logits.float(), targets)
     return loss / ((targets != -100).sum().clamp_min(1) if items is None else items)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 BLOCK, WARPS = 4096, 8
@@ -21,7 +22,7 @@ def _entropy_forward(
     """Loss of each row, and the logarithm of its sum of exponentials."""
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits_ptr += row * V
-    highest, total = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    highest, total = tl.full((), -3.4e38, tl.float32), tl.zeros((), tl.float32)  # finite: exp(-inf + inf)
     for first in range(0, V, BLOCK):
         x = tl.load(logits_ptr + first + i, mask=first + i < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, axis=0))
@@ -56,7 +57,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (M, V), contiguous.
-        targets: (M,); -100 counts not; others outside the vocabulary make the loss NaN.
+        targets: (M,), contiguous; -100 counts not; others outside the vocabulary make the loss NaN.
     """
     return _CrossEntropy.apply(logits, targets)
 
@@ -72,6 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         logits, targets, levels = ctx.saved_tensors
         _entropy_backward[(len(logits),)](

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import no_autocast
 from longroll.ops.triton import rms_norm, short_conv, ssd
@@ -108,6 +109,7 @@ class _Mamba2(torch.autograd.Function):
         return normed, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dnormed, dfinal):
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd = (
             ctx.saved_tensors
@@ -115,7 +117,7 @@ class _Mamba2(torch.autograd.Function):
         shape: Shape = ctx.shape
         with no_autocast(projected):
             gate, convolves, dt = shape.split(projected)
-            dprojected = torch.empty_like(projected)
+            dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
             dgate, dconvolves, ddt = shape.split(dprojected)
             dy, dnorm_weight = rms_norm.backward(dnormed, y.flatten(-2), norm_weight, gate, rstd, dgate)
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)

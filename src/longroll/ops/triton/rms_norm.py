@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _PROGRAMS = 1024  # of backward, each of which sums the weight's gradient over its rows
 
@@ -122,7 +123,7 @@ def backward(
     groups, dy = rstd.shape[1], dy.contiguous()
     size = rows.shape[1] // groups
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dgates = dx if dgate is None else dgate.view(-1, dgate.shape[-1])
+    dgates = _rows(dx) if dgate is None else dgate.view(-1, dgate.shape[-1])
     programs = min(len(rows), _PROGRAMS)
     dweight = rstd.new_empty(programs, weight.numel())
     _norm_backward[(programs, groups)](
@@ -141,6 +142,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, gate, rstd = ctx.saved_tensors
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import LOG2_E, needs_graph, no_autocast
 
@@ -292,10 +293,7 @@ class _Call:
     def __init__(self, softplus: bool, x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
         self.x, self.dt, self.z = x, dt, z
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
-        self.B, self.C = (
-            B.float().contiguous(),
-            C.float().contiguous(),
-        )  # better converted once than in each lane
+        self.B, self.C = (t.float().contiguous() for t in (B, C))  # better once than in each lane
         self.A = (A.float() * LOG2_E).t().contiguous()  # decays are powers of 2; laid out as states are
         self.batch, self.time, self.width = x.shape
         self.order = A.shape[1]
@@ -396,6 +394,7 @@ class _Scan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         *inputs, starts, total = ctx.saved_tensors
         with no_autocast(dy):

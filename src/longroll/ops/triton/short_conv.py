@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE, CHANNELS = 8, 256
 FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
@@ -44,7 +45,7 @@ def _conv_forward(
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * STEPS
+    row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * STEPS
     far = first.to(tl.int64)  # a row may hold more than 2^31 numbers
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = d < D_SIZE
@@ -81,7 +82,7 @@ def _conv_backward(
     An input's gradient is known W - 1 steps after it: of its steps a program owns all but the last W - 1.
     """
     own: tl.constexpr = STEPS - (W - 1)
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * own
+    row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * own
     far = first.to(tl.int64)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     in_d = d < D_SIZE
@@ -151,7 +152,7 @@ def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tupl
 
 
 def _grid(batch: int, time: int, channels: int, steps: int) -> tuple[int, int, int]:
-    return batch, triton.cdiv(time, steps), triton.cdiv(channels, CHANNELS)
+    return triton.cdiv(time, steps), batch, triton.cdiv(channels, CHANNELS)  # only the first may be large
 
 
 def _options(weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> dict:
@@ -195,6 +196,7 @@ class _Conv(torch.autograd.Function):
         return forward(x, weight, bias, past, silu)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, past = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

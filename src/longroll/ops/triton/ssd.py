@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import cast, no_autocast
 
@@ -37,7 +38,7 @@ def _ssd_steps(
     dt_ptr, A_ptr, sizes_ptr, levels_ptr, T, H, CHUNKS, db, dt_stride, dh, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Turn dt (B, T, H) into (B, H, CHUNKS CHUNK), 0 past the end, and sum dt A up within each chunk."""
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     dt = tl.load(dt_ptr + row * db + t * dt_stride + head * dh, mask=t < T, other=0.0)
     to = (row * H + head) * CHUNKS * CHUNK + t
@@ -53,6 +54,12 @@ def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
         tl.load(levels_ptr + at + step),
         tl.load(levels_ptr + at + CHUNK - 1),
     )
+
+
+@triton.jit
+def _decays_between(a, causal):
+    """(CHUNK, CHUNK): what is left at each step of each one before it."""
+    return tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
 
 
 @triton.jit
@@ -122,7 +129,7 @@ def _ssd_outputs(
         x = tl.load(x_at, mask=in_tp, other=0.0)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = tl.load(starts_ptr + at + pn, mask=in_p[:, None] & in_n[None, :], other=0.0)
-        decay = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        decay = _decays_between(a, causal)
         scores = products * decay * dt[None, :]
         y = tl.dot(C, tl.trans(state), input_precision="ieee") * tl.exp(a)[:, None]
         y += tl.dot(scores.to(x.dtype), x, input_precision="ieee")
@@ -176,7 +183,7 @@ def _ssd_gradients_of_x(
         written = tl.sum(dxdt * x32, axis=1) * dt
 
         # within the chunk
-        scores = products * tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        scores = products * _decays_between(a, causal)
         both = tl.dot(dy, tl.trans(x), input_precision="ieee") * scores * dt[None, :]
         da += tl.sum(both, axis=1) - tl.sum(both, axis=0) - written
         dxdt += tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee")
@@ -224,7 +231,7 @@ def _ssd_gradients_of_B_and_C(
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
-        decay = tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+        decay = _decays_between(a, causal)
         dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * decay * dt[None, :]
         dscores = dscores.to(x.dtype)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
@@ -260,6 +267,7 @@ def ssd(
     with no_autocast(x):
         steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
         state = zero_state(x, B) if initial_state is None else initial_state
+        B, C = B.to(x.dtype), C.to(x.dtype)  # products are of one precision
         y, final = _SSD.apply(x, steps, A.float(), B, C, cast(D, torch.float32), state.float())
         return (y if z is None else y * F.silu(z)), final
 
@@ -268,7 +276,7 @@ def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[flo
     """dt (B, T, H) as the recurrence takes it, float32."""
     steps = dt.float() if bias is None else dt.float() + bias.float()
     steps = F.softplus(steps) if softplus else steps
-    return steps if limit == NO_LIMIT else steps.clamp(*limit)
+    return steps if tuple(limit) == NO_LIMIT else steps.clamp(*limit)
 
 
 def zero_state(x: Tensor, B: Tensor) -> Tensor:
@@ -383,6 +391,7 @@ class _SSD(torch.autograd.Function):
         return forward(x, steps, A, B, C, D, state)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         *inputs, state = ctx.saved_tensors
         dx, dB, dC = (
