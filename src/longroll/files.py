@@ -30,4 +30,21 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
 
 def _unwritable(path: Path, error: OSError) -> LongrollError:
     reason = error.strerror or type(error).__name__
-    return LongrollError(f"Cannot write {path}: {reason}. Choose another place with --output.")
+    return LongrollError(f"Cannot write {path}: {reason}. Name another place.")
+
+
+def check_writable(path: Path, *, folder: bool = False) -> Path:
+    """Find out before the work that its result cannot be written.
+
+    Raises:
+        LongrollError: where `path` (a file, or a folder) cannot be made.
+    """
+    if path.is_dir() and not folder:
+        raise LongrollError(f"Cannot write {path}: it is a folder. Name a file.")
+    home = path if folder else path.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path

@@ -108,11 +108,53 @@ def test_an_interrupted_run_is_kept_and_resumed(place):
     assert "interrupted" in errors and "Traceback" not in errors
     again = longroll(*train, cwd=place)
     assert again.returncode == 2 and "--resume" in again.stderr
+    for flags, name in ((("--steps", 30), "--steps"), (("--intervention", "fitted"), "--intervention")):
+        other = longroll(*train, *flags, "--resume", cwd=place)
+        assert other.returncode == 2 and name in other.stderr, other.stderr
+    (place / "cut/checkpoints/checkpoint-59").mkdir()  # as a kill in the midst of saving leaves it
     ran = longroll(*train, "--resume", cwd=place)
     assert ran.returncode == 0, ran.stderr
     steps = [entry["step"] for entry in json.loads((place / "cut.json").read_text())["log"]]
     assert steps == sorted(steps) and steps[-1] == 60
     assert (place / "cut/model.safetensors").is_file() and not (place / "cut/checkpoints").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(place):
+    train = ["posttrain", "model", "--text", "text", "--batch-size", "2", "--output", "full"]
+    train += ["--steps", "6", "--save-steps", "3"]
+    few = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    command = [sys.executable, "-c", few + "from longroll.cli import main; main()", *train]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300)
+    assert ran.returncode == 2 and "--resume" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+    ran = longroll(*train, "--resume", cwd=place)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("diagnose", "model", "--json", "text"), "folder"),
+        (("diagnose", "model", "--json", "/proc/none/x.json"), "Cannot write"),
+        (("diagnose", "model", "--output", "model/config.json"), "Cannot write"),
+        (
+            ("posttrain", "model", "--output", "short", "--text", "tiny", "--intervention", "tbptt"),
+            "more text",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_work(place, arguments, said):
+    (place / "tiny").mkdir(exist_ok=True)
+    (place / "tiny/a.txt").write_text("x = 1")
+    ran = longroll(*arguments, cwd=place)
+    assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+    assert not ran.stdout
+
+
+def test_a_seed_is_a_seed_and_a_label_no_path(place):
+    ran = longroll("diagnose", "model", *MEASURE, "--seed", -1, cwd=place)
+    assert ran.returncode == 2 and "--seed" in ran.stderr
+    ran = longroll("diagnose", "model", *MEASURE, "--label", "../Out of it", "--output", "lab", cwd=place)
+    assert ran.returncode == 0 and (place / "lab/out-of-it.json").is_file(), ran.stderr
 
 
 def test_a_run_that_diverges_is_stopped_and_saves_no_model(place):

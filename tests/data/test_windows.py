@@ -20,7 +20,7 @@ def test_every_target_once(documents, length, separator_id, seed):
         joined += ([separator_id] if joined and separator_id is not None else []) + document
     corpus = make_corpus(documents, separator_id)
     if len(joined) <= length:
-        with pytest.raises(LongrollError, match="--length"):
+        with pytest.raises(LongrollError, match="--train-length"):
             Windows(corpus, length, seed=seed)
         return
     windows = Windows(corpus, length, seed=seed)

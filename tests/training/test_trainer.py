@@ -537,6 +537,6 @@ def test_wrong_options_are_named(option, value):
 
 
 def test_a_text_shorter_than_a_window(tmp_path):
-    with pytest.raises(LongrollError, match="--length"):
+    with pytest.raises(LongrollError, match="--train-length"):
         options = PosttrainOptions(**(OPTIONS | {"length": 100}))
         posttrain(lm_of("mamba2"), corpus_of((50,)), None, options, tmp_path / "out")

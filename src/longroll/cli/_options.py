@@ -46,9 +46,25 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default:
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the results here.")]
-Output = Annotated[Path | None, typer.Option(help="Folder for everything this command makes.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0, max=2**32 - 1)]
+
+
+def _file(path: Path | None) -> Path | None:
+    from longroll.files import check_writable
+
+    return path and check_writable(path)
+
+
+def _folder(path: Path | None) -> Path | None:
+    from longroll.files import check_writable
+
+    return path and check_writable(path, folder=True)
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results here.", callback=_file)]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder for everything this command makes.", callback=_folder)
+]
 
 
 def open_model(

@@ -285,7 +285,8 @@ def task_table(runs: Sequence[dict[str, Any]], name: str):
     from longroll.report.units import position
 
     metric = runs[0]["tasks"][name]["metric"].replace("_", " ")
-    table = Table(title=f"{runs[0]['task']}: {metric} (95 % interval)")
+    whose = f", {runs[0]['label']}" if len(runs) == 1 else ""
+    table = Table(title=f"{runs[0]['task']}{whose}: {metric} (95 % interval)")
     table.add_column("length", justify="right")
     for run in runs:
         held = run["tasks"][name]

@@ -33,6 +33,7 @@ def diagnose(
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
     from longroll.report import write_report
+    from longroll.report.export import slug
     from longroll.results import write_json
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -56,14 +57,14 @@ def diagnose(
         explain=explain,
         seed=seed,
     )
-    if json:
-        write_json(json, found)
-    if output:
-        write_json(output / f"{label}.json", found)
-        write_report([found], output / "report.html")
     out.print(levels_table([found]))
     for line in findings(found):
         out.print(line, soft_wrap=True)
+    if json:
+        write_json(json, found)
+    if output:
+        write_json(output / f"{slug(label) or 'diagnosis'}.json", found)
+        write_report([found], output / "report.html")
 
 
 def run_diagnosis(lm, tokens, *, label: str, **options) -> dict:

@@ -150,7 +150,8 @@ def _tried(rows: list[dict[str, Any]], width: int) -> Table:
     shown = [key for key in COLUMNS if width >= 140 or key in ("family", "loads", "state", "gradient", here)]
     wrapped = ("cpu", "gpu", "reference")
     headings = (Column(COLUMNS[key], no_wrap=key not in wrapped, overflow="fold") for key in shown)
-    table = Table(*headings, caption="yes: bit for bit; to 1e-06: rounding; *: not tried on this machine")
+    more = "*: not tried on this machine" if width >= 140 else "from 140 columns on, and by --markdown: more"
+    table = Table(*headings, caption=f"yes: bit for bit; to 1e-06: rounding; {more}")
     for row in rows:
         cell_of = dict(zip(COLUMNS, cells(row), strict=True))
         table.add_row(*(cell_of[key] for key in shown))

@@ -249,7 +249,9 @@ def babilong(
 
 @app.command("compare")
 def compare(
-    results: Annotated[list[Path], typer.Argument(help="Files that the task commands wrote.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="Files that the task commands wrote, or recipes/results/*.json.")
+    ],
     output: o.Output = None,
 ) -> None:
     """Put results of one task side by side: a table, and figures in --output."""
@@ -258,12 +260,23 @@ def compare(
     from longroll.report import write_figures
     from longroll.results import read_json
 
-    runs = [read_json(path) for path in results]
-    for path, run in zip(results, runs, strict=True):
-        if not isinstance(run, dict) or run.get("kind") != "task" or "tasks" not in run:
-            raise LongrollError(f"{path} holds no finished results of a task.")
+    runs: list[dict] = []
+    for path in results:
+        found = read_json(path)
+        if (
+            isinstance(found, dict) and found.get("kind") == "tasks"
+        ):  # several in a file, as in recipes/results
+            found = list(found["runs"].values())
+        for run in found if isinstance(found, list) else [found]:
+            if not isinstance(run, dict) or run.get("kind") != "task" or "tasks" not in run:
+                raise LongrollError(f"{path} holds no finished results of a task.")
+            runs.append(run)
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
-        out.print(t.task_table([run for run in runs if name in run["tasks"]], name))
+        shown = [run for run in runs if name in run["tasks"]]
+        cells = max(len(run["tasks"][name]["accuracy"][0]) for run in shown)
+        beside = max(1, (out.width - 10) // (15 * cells))  # runs that a table of this width has room for
+        for first in range(0, len(shown), beside):
+            out.print(t.task_table(shown[first : first + beside], name))
     if output:
         for path in write_figures(runs, output, "svg"):
             out.print(str(path))

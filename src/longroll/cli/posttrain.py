@@ -145,8 +145,8 @@ def posttrain(
             "provenance": made,
         }
         write_json(json, {"kind": "posttrain", "model": lm.name, "output": str(output), **result})
-    rate = options.tokens / seconds
-    out.print(f"{options.steps} steps in {seconds:.0f} s ({rate:,.0f} tokens/s): {output}")
+    rate = "" if resume else f" ({options.tokens / seconds:,.0f} tokens/s)"
+    out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
 
 
 def make_intervention(

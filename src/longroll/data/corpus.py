@@ -95,7 +95,7 @@ class Corpus:
                 if len(ids) == max_tokens:
                     break
         if not ids:
-            raise LongrollError('the text has no tokens: name another source, or split "all"')
+            raise LongrollError("the text has no tokens: name another source")
         return cls(
             np.frombuffer(ids, dtype=np.int32),
             np.frombuffer(offsets, dtype=np.int64),

@@ -100,7 +100,7 @@ def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> It
     if empty:
         raise LongrollError(
             f"{source} has no text (split {split!r}): hidden, binary, empty and non-UTF-8 files "
-            'are not read; name another source, or split "all"'
+            "are not read; name another source"
         )
 
 

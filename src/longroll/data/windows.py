@@ -40,7 +40,7 @@ class Windows(Dataset[Item]):
         if self.windows < 1:
             raise LongrollError(
                 f"a window of {length} tokens needs {length + 1} tokens of text, "
-                f"and there are {len(self.ids)}: ask for a smaller --length or give more text"
+                f"and there are {len(self.ids)}: ask for a smaller --train-length or give more text"
             )
         items = self.windows if num_items is None else num_items
         rounds = range(-(-items // self.windows))

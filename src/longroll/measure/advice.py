@@ -87,9 +87,11 @@ def advise(
             why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
     arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
     command = shlex.join(["longroll", "posttrain", model, *arguments, "--output", "repaired"])
-    begin = "Repair it" if breaks else "A repair may win that back, at some loss in range: do it"
+    if not breaks:
+        might = f"a repair by {name} may win that back, at some loss in range"
+        return Advice(None, f"It keeps its level, so leave it alone; {might}.")
     sentence = (
-        f"{begin} by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
+        f"Repair it by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
         f"{_duration(seconds)} on this device; fewer often do."
     )
     return Advice(choice, sentence, command, STEPS, tokens, seconds)

@@ -84,7 +84,9 @@ class CausalTest:
                 f"{_percent(most)} comes back."
             )
         if not self.together:
-            return f"No head is outside its training range; held in it, {ceiling} of the damage."
+            return (
+                f"No head is outside its training range; holding all of them in it recovers {_percent(most)}."
+            )
         best = self.together[-1]
         if best.recovered >= SHARE * most:
             many = len(best.heads) > 1

@@ -39,9 +39,9 @@ def write_figures(runs: Sequence[Run], folder: str | os.PathLike[str], format: s
     for plate in plates(runs):
         look = PAPER_PAGE if plate.name.startswith(_FULL_WIDTH) else PAPER_COLUMN
         for panel in plate.panels:
-            name = f"{_slug(panel.name)}.{format}"
+            name = f"{slug(panel.name)}.{format}"
             if Path(folder, name) in paths:  # two labels may come to the same file name
-                name = f"{_slug(panel.name)}-{len(paths)}.{format}"
+                name = f"{slug(panel.name)}-{len(paths)}.{format}"
             paths.append(write_whole(Path(folder, name), _bytes(panel.draw(look), look, format)))
     return paths
 
@@ -56,6 +56,6 @@ def _bytes(fig: "Figure", look: Look, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Make a file name: lower case, words joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
+from longroll.results import write_json
 from longroll.training.guard import LossGuard
 from longroll.training.trainer import InitialStateTrainer
+
+_STARTED = "run.json"
+_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change what is learned
+_FLAGS = {"length": "train_length", "std": "noise_std"}
+_FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 _READ_BARE = ["dt_proj", "out_proj"]
 """Projections whose weights Mamba's mixers or their kernels read past any adapter."""
@@ -103,7 +113,7 @@ def posttrain(
         intervention: None is the plain control.
         options: how.
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
-        resume: go on from the last checkpoint there, if there is one.
+        resume: go on from the last whole checkpoint there, if there is one, by the same options.
         callbacks: for HF Trainer.
 
     Returns:
@@ -111,9 +121,14 @@ def posttrain(
 
     Raises:
         LongrollError: for text that does not fit the model, an output that holds another model or cannot be
-            written, and a loss that is not finite.
+            written, too little text, a run resumed by other options, a full disk, and a loss that is not
+            finite.
     """
     output = _writable(Path(output), resume)
+    checkpoints = output / "checkpoints"
+    started = _described(options, intervention)
+    if resume:
+        _check_same_run(checkpoints / _STARTED, started)
     micro_steps = options.steps * options.accumulation
     rows = options.batch_size
     data: Dataset
@@ -122,11 +137,15 @@ def posttrain(
     if not isinstance(corpus, Corpus):
         data = corpus
     elif isinstance(intervention, TBPTT):
+        if corpus.tokens < rows * options.length:
+            raise LongrollError(
+                f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
+                f"there are {corpus.tokens}: give more text, or a smaller --batch-size."
+            )
         data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
     else:
         items = micro_steps * rows * _world_size()
         data = Windows(corpus, options.length, seed=options.seed, num_items=items)
-    checkpoints = output / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=options.steps,
@@ -162,15 +181,17 @@ def posttrain(
         callbacks=[LossGuard(), *(callbacks or [])],
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    if options.lora_rank:
-        lm.model = model.merge_and_unload()
-    lm.eval()
     if trainer.is_world_process_zero():
-        lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
-        lm.model.save_pretrained(output)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_json(checkpoints / _STARTED, started)
+    with _full_disk_is_said(output):
+        trainer.train(resume_from_checkpoint=_last_whole(checkpoints) if resume else None)
+        if options.lora_rank:
+            lm.model = model.merge_and_unload()
+        lm.eval()
+        if trainer.is_world_process_zero():
+            lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+            lm.model.save_pretrained(output)
+            shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
     return list(trainer.state.log_history)
 
@@ -200,6 +221,46 @@ def _writable(output: Path, resume: bool) -> Path:
     except OSError as error:
         raise LongrollError(f"--output {output} cannot be written: {error.strerror}.") from None
     return output
+
+
+def _described(options: PosttrainOptions, intervention: Intervention | None) -> dict[str, Any]:
+    """What makes a run this run, by flag."""
+    flags = {_FLAGS.get(name, name): value for name, value in vars(options).items() if name not in _FREE}
+    flags["intervention"] = "none" if intervention is None else intervention.name
+    for name, value in vars(intervention).items() if intervention else ():
+        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
+            flags[_FLAGS.get(name, name)] = value
+    return flags
+
+
+def _check_same_run(file: Path, started: dict[str, Any]) -> None:
+    before = json.loads(file.read_bytes()) if file.is_file() else {}
+    for name, value in before.items():
+        if started.get(name) != value:
+            raise LongrollError(
+                f"--resume: the run was started with --{name.replace('_', '-')} {value}, not "
+                f"{started.get(name)}: go on as it was started, or name another --output."
+            )
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end, which is its trainer_state.json."""
+    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+
+
+@contextlib.contextmanager
+def _full_disk_is_said(output: Path) -> Iterator[None]:
+    """One line for a disk that is full; torch and safetensors have errors of their own for it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        raise LongrollError(
+            f"--output {output} cannot be written to: {error}. Make room and go on by --resume, where a "
+            "checkpoint was written."
+        ) from error
 
 
 def _world_size() -> int:
