@@ -126,10 +126,10 @@ class Bench:
         row.seconds.append(time.perf_counter() - began)
         row.losses.append(loss.item())
         if device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved()
             # a graph's memory is not counted as allocated between its replays
-            peak = torch.cuda.max_memory_reserved if self.graph else torch.cuda.max_memory_allocated
-            row.peak = max(row.peak, peak())
-            row.reserved = max(row.reserved, torch.cuda.max_memory_reserved())
+            peak = reserved if self.graph else torch.cuda.max_memory_allocated()
+            row.peak, row.reserved = max(row.peak, peak), max(row.reserved, reserved)
 
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state, final = None, None

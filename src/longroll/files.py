@@ -41,10 +41,14 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
     """
     if path.is_dir() and not folder:
         raise LongrollError(f"Cannot write {path}: it is a folder. Name a file.")
-    home = path if folder else path.parent
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=home).close()
+        try_folder(path if folder else path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def try_folder(folder: Path) -> None:
+    """Make a folder, and a file in it that goes again; raises OSError where either cannot be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()

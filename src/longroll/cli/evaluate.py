@@ -256,21 +256,9 @@ def compare(
 ) -> None:
     """Put results of one task side by side: a table, and figures in --output."""
     from longroll.cli._console import out
-    from longroll.errors import LongrollError
     from longroll.report import write_figures
-    from longroll.results import read_json
 
-    runs: list[dict] = []
-    for path in results:
-        found = read_json(path)
-        if (
-            isinstance(found, dict) and found.get("kind") == "tasks"
-        ):  # several in a file, as in recipes/results
-            found = list(found["runs"].values())
-        for run in found if isinstance(found, list) else [found]:
-            if not isinstance(run, dict) or run.get("kind") != "task" or "tasks" not in run:
-                raise LongrollError(f"{path} holds no finished results of a task.")
-            runs.append(run)
+    runs = [run for path in results for run in _task_runs(path)]
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
         shown = [run for run in runs if name in run["tasks"]]
         cells = max(len(run["tasks"][name]["accuracy"][0]) for run in shown)
@@ -280,6 +268,19 @@ def compare(
     if output:
         for path in write_figures(runs, output, "svg"):
             out.print(str(path))
+
+
+def _task_runs(path: Path) -> list[dict]:
+    """The result that a task command wrote, or all of a file of several, as in recipes/results."""
+    from longroll.errors import LongrollError
+    from longroll.results import read_json
+
+    found = read_json(path)
+    several = isinstance(found, dict) and found.get("kind") == "tasks"
+    runs = list(found["runs"].values()) if several else [found]
+    if not all(isinstance(run, dict) and run.get("kind") == "task" and "tasks" in run for run in runs):
+        raise LongrollError(f"{path} holds no finished results of a task.")
+    return runs
 
 
 def _open(model: str, tokenizer: str | None, **how):

@@ -84,7 +84,6 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     from longroll.ops.triton.mamba2 import Shape
 
     conv, norm, layer = mixer.conv1d, mixer.norm, mixer.layer_idx
-    width = conv.weight.shape[-1]
     past, state = cache.start(layer, "conv"), cache.start(layer, "recurrent")
     shape = Shape(
         mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
@@ -96,8 +95,8 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         mixer.D.float(), norm.weight, None if past is None else past.float().mT[:, 1:],
         None if state is None else state.float(), shape,
     )  # fmt: skip
-    xBC = projected.split((mixer.intermediate_size, mixer.conv_dim, mixer.num_heads), dim=-1)[1]
-    cache.keep(layer, "conv", last_inputs(xBC, width, past))
+    _, convolved, _ = shape.split(projected)
+    cache.keep(layer, "conv", last_inputs(convolved, conv.weight.shape[-1], past))
     cache.keep(layer, "recurrent", final_state)
     return y
 

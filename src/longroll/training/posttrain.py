@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.trainer_utils import SchedulerType
 
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
+from longroll.files import try_folder
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.results import write_json
@@ -216,8 +216,7 @@ def _writable(output: Path, resume: bool) -> Path:
             f"--output {output} holds an interrupted run: go on with it by --resume, or name another folder."
         )
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+        try_folder(output)
     except OSError as error:
         raise LongrollError(f"--output {output} cannot be written: {error.strerror}.") from None
     return output
