@@ -6,8 +6,9 @@
 
 Random weights, the same in every row, on the same batches; AdamW; autocast to bf16; medians. `transformers`,
 `mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at
-one model, step by step, so that a drift of the machine falls on all of them: overheads are medians over the
-steps of a row's time to that of the zero state's. MFU counts 6 flops a parameter and token, no recurrence.
+one model, a few steps each, so that a drift of the machine falls on all of them: overheads are medians over
+the turns of a row's time to that of the zero state's. Within a turn nothing waits for the GPU, as in
+training. MFU counts 6 flops a parameter and token, no recurrence.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import longroll
 from longroll.ops._backend import SWITCH
 from longroll.results import provenance, write_json
 from longroll.training.graphs import StepGraph
-from longroll.training.loss import next_token_loss
+from longroll.training.loss import loss_and_state
 
 _MAMBA2 = {"state_size": 128, "head_dim": 64, "n_groups": 1, "expand": 2, "vocab_size": 50288}
 SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -65,6 +66,8 @@ SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
 }  # fmt: skip
 PEAK = {"NVIDIA H200": 990e12, "NVIDIA H100 80GB HBM3": 990e12}  # dense bf16, from the data sheets
 
+WARMUP = 1  # turns, after the first step
+
 INTERVENTIONS = {
     "zero": None,
     "sp": longroll.StatePassing,
@@ -75,20 +78,20 @@ INTERVENTIONS = {
 
 
 class Row:
-    """A line of the table: one way to start, and the steps it took."""
+    """A line of the table: one way to start, and the turns it took: seconds a step of each."""
 
     def __init__(self, name: str, intervention: str | None) -> None:
         self.name = name
         kind = INTERVENTIONS[intervention] if intervention else None
         self.intervention = kind() if kind else None
         self.seconds: list[float] = []
-        self.losses: list[float] = []
+        self.first_loss = float("nan")
         self.peak, self.reserved = 0, 0
 
-    def summary(self, zero: Row, tokens: int, warmup: int, parameters: int, peak: float | None) -> dict:
-        """The line; `zero` is the row to compare with, step by step."""
-        seconds = statistics.median(self.seconds[warmup:])
-        both = zip(self.seconds[warmup:], zero.seconds[warmup:], strict=True)
+    def summary(self, zero: Row, tokens: int, parameters: int, peak: float | None) -> dict:
+        """The line; `zero` is the row to compare with, turn by turn."""
+        seconds = statistics.median(self.seconds[1 + WARMUP :])
+        both = zip(self.seconds[1 + WARMUP :], zero.seconds[1 + WARMUP :], strict=True)
         return {
             "row": self.name,
             "tokens_per_second": tokens / seconds,
@@ -97,7 +100,7 @@ class Row:
             "peak_gib": self.peak / 2**30,
             "reserved_gib": self.reserved / 2**30,
             "overhead": statistics.median(own / other for own, other in both) - 1,
-            "first_loss": self.losses[0],
+            "first_loss": self.first_loss,
             "first_step_seconds": self.seconds[0],
         }
 
@@ -107,24 +110,26 @@ class Bench:
 
     def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool, graphs: bool) -> None:
         self.model, self.rows = model, rows
-        self.lm: Callable | None = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
+        self.lm = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
         self.graph = StepGraph(self.lm, dtype=torch.bfloat16) if graphs else None  # type: ignore[arg-type]
         cuda = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
 
-    def step(self, row: Row, ids: torch.Tensor) -> None:
-        """One training step on a batch (B, T + 1), timed."""
-        device = ids.device
+    def turn(self, row: Row, batches: torch.Tensor) -> None:
+        """Training steps on batches (K, B, T + 1), timed together."""
+        device = batches.device
         _synchronize(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        loss = self._forward_and_backward(row, ids[:, :-1], ids[:, 1:])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for ids in batches:
+            loss = self._forward_and_backward(row, ids[:, :-1], ids[:, 1:])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         _synchronize(device)
-        row.seconds.append(time.perf_counter() - began)
-        row.losses.append(loss.item())
+        row.seconds.append((time.perf_counter() - began) / len(batches))
+        if len(row.seconds) == 1:
+            row.first_loss = loss.item()
         if device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved()
             # a graph's memory is not counted as allocated between its replays
@@ -134,7 +139,8 @@ class Bench:
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state, final = None, None
         if row.intervention:
-            batch = {"input_ids": ids, "starts": torch.zeros(len(ids), dtype=torch.bool)}
+            starts = torch.arange(len(ids)) == 0  # in every batch a document begins, TBPTT's dear case
+            batch = {"input_ids": ids, "starts": starts}
             state = row.intervention.initial_state(batch)
         if self.graph:
             loss, final = self.graph(ids, targets, state)
@@ -144,8 +150,7 @@ class Bench:
                     logits = peers.logits(self.model, ids).float()
                     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                 else:
-                    logits, final = self.lm(ids, state)
-                    loss = next_token_loss(logits, targets)
+                    loss, final = loss_and_state(self.lm, ids, targets, state)
             loss.backward()
         if row.intervention:
             row.intervention.observe(final)
@@ -185,8 +190,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mamba2-370m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="of a turn; one before the turns compiles")
     parser.add_argument("--only", nargs="+", help="implementations, of those that can run here")
     hidden = (
         "folders of mamba_ssm and its extensions, hidden from the row of transformers, which would use them"
@@ -204,26 +209,27 @@ def main() -> None:
 
     parameters = sum(p.numel() for p in make().parameters())
     peak = PEAK.get(torch.cuda.get_device_name()) if options.device == "cuda" else None
-    shape = (options.warmup + options.steps, options.batch, options.length + 1)
+    shape = (1 + (WARMUP + options.turns) * options.steps, options.batch, options.length + 1)
     batches = torch.randint(sizes["vocab_size"], shape, device=options.device)
+    turns = (batches[:1], *batches[1:].split(options.steps))
     table = []
     for name in benches(options.device, options.peers):
         if options.only and name not in options.only:
             continue
         try:
-            rows = run(open_bench(name, make, options.device), batches)
+            rows = run(open_bench(name, make, options.device), turns)
         except Exception as error:  # a peer that does not run here must not end the table
             print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
             continue
         for row in rows:
-            line = row.summary(rows[0], options.batch * options.length, options.warmup, parameters, peak)
+            line = row.summary(rows[0], options.batch * options.length, parameters, peak)
             table.append(line)
             ratio = line["tokens_per_second"] / table[0]["tokens_per_second"]
             print(
                 f"{row.name:18} {line['tokens_per_second']:10,.0f} tokens/s {ratio:6.2f}x"
                 f"{line['peak_gib']:8.1f} GiB ({line['reserved_gib']:.1f} reserved)"
                 f"  MFU {line['mfu'] or 0:.3f}  {line['overhead']:+7.2%}"
-                f"  first loss {row.losses[0]:.4f}, first step {row.seconds[0]:.1f} s",
+                f"  first loss {row.first_loss:.4f}, first step {row.seconds[0]:.1f} s",
                 flush=True,
             )
         if options.json:
@@ -232,11 +238,11 @@ def main() -> None:
             write_json(options.json, {"options": arguments, "rows": table, "provenance": made})
 
 
-def run(bench: Bench, batches: torch.Tensor) -> list[Row]:
-    """All rows' steps, in turns."""
-    for batch in batches:
+def run(bench: Bench, turns: tuple[torch.Tensor, ...]) -> list[Row]:
+    """All rows' steps, in turns; the first turn is one step."""
+    for batches in turns:
         for row in bench.rows:
-            bench.step(row, batch)
+            bench.turn(row, batches)
     return bench.rows
 
 

@@ -9,7 +9,7 @@ all cores; timing waits until all else is done. fla's kernels take one configura
   as in fla's own tests, which ask for 0.002 to 0.015 in 16 bits. `float32` is with IEEE products, `tf32` as
   Triton multiplies by default.
 - `parity`: logits of our six classes against fla's, of the same checkpoint, in one piece and in three.
-- `laws`: the laws of the state on tiny models that run on fla's kernels or classes, float32 and bfloat16.
+- `laws`: the laws of the state on tiny models of all families, in float32; on fla's kernels in bfloat16 too.
 - `speed`: tokens a second, forward and backward, of our ops on fla's kernels and in PyTorch.
 
     PYTHONPATH=src:tests/families/fla python recipes/fla_gpu.py --output fla_gpu.json
@@ -46,7 +46,6 @@ LIMITS = {
 SHAPES = ((2, 1, 2, 64, 32), (2, 130, 2, 64, 32), (1, 63, 3, 48, 96))
 SLOWEST = -0.6065306597126334  # decay of RWKV-7
 TIMED = (4, 2048, 8, 128, 128)
-NATIVE = ("kda", "hgrn2", "hgrn2_conv", "gsa", "comba")
 TYPES = ("gla", "delta_net", "gated_deltanet", "retnet", "rwkv6", "rwkv7")
 
 
@@ -270,14 +269,16 @@ def jobs(device: str) -> list[list[str]]:
     """Jobs by wave: `kind:what:precision`; the waves run one after another, the jobs of one side by side."""
     if device == "cpu":
         return [[f"op:{op}:float64" for op in OPS], ["speed:all:-"]]
+    from longroll.families.tiny import CONFIGS, ON_GPU
+
     ops = [f"op:{op}:{precision}" for precision in ("bfloat16", "float32") for op in OPS]
-    laws = [f"laws:{name}:-" for name in ("kda", "hgrn2", "gsa", "comba")]
+    families = dict.fromkeys(model_type for model_type, _ in (ON_GPU | CONFIGS).values())
+    laws = [f"laws:{name}:-" for name in families]
     parity = [f"parity:{name}:float32" for name in TYPES if name != "delta_net"]  # whose kernel takes none
     parity += [f"parity:{name}:bfloat16" for name in TYPES]
     compiled = [f"speed:{op}:-" for op in OPS]
     tf32 = [f"op:{op}:tf32" for op in OPS]
-    more = [f"laws:{name}:-" for name in TYPES]
-    return [ops + laws + compiled + parity + more + tf32, ["speed:all:-"]]
+    return [ops + laws + compiled + parity + tf32, ["speed:all:-"]]
 
 
 def start(job: str, device: str, limit: float) -> dict[str, Any]:

@@ -52,10 +52,12 @@ class FittedNoise(Intervention):
     def _learn(self, final_state: RecurrentState) -> None:
         if not self.like:
             self.like = final_state.map(lambda t: t.new_zeros(()).expand(1, *t.shape[1:]))
-        new = final_state.map_stacked(lambda t: _over_ranks(_moments(t.float())))
-        if self.moments:
-            new = new.map_stacked(lambda t, old: torch.lerp(t, old, self.momentum), self.moments)
-        self.moments = new
+
+        def update(stack: Tensor, *old: Tensor) -> Tensor:
+            new = _over_ranks(_moments(stack.float()))
+            return torch.lerp(new, old[0], self.momentum) if old else new
+
+        self.moments = final_state.map_stacked(update, *((self.moments,) if self.moments else ()))
 
     def _memory(self) -> dict[str, Any]:
         shapes = {name: list(t.shape) for name, t in self.like.named().items()}

@@ -31,6 +31,8 @@ _Result = tuple[Tensor, Tensor | None]
 
 # Large enough to fill tensor cores, small enough for the shared memory of any recent GPU.
 _MIDDLE = {"BK": 64, "BV": 64, "BS": 32, "BT": 16, "BD": 32, "B": 2048, "num_warps": 4, "num_stages": 2}
+# Products in IEEE float32 run unrolled: in larger tiles a kernel of KDA compiles for minutes.
+_UNROLLED = _MIDDLE | {"BK": 32, "BV": 32}
 
 
 def gla(q, k, v, g, scale, initial_state, output_final_state: bool) -> _Result:
@@ -161,9 +163,11 @@ def _pin(tuner: Any) -> None:
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    ranked, prune, run = sorted(tuner.configs, key=_distance), tuner.early_config_prune, tuner.run
+    orders = [sorted(tuner.configs, key=functools.partial(_distance, m)) for m in (_MIDDLE, _UNROLLED)]
+    prune, run = tuner.early_config_prune, tuner.run
 
     def pinned(*args, **kwargs):
+        ranked = orders[_unrolls((*args, *kwargs.values()))]
         allowed = ranked if prune is None else prune(ranked, dict(zip(tuner.arg_names, args)), **kwargs)  # noqa: B905
         for config in list(allowed):
             tuner.configs = [config]
@@ -177,11 +181,17 @@ def _pin(tuner: Any) -> None:
     tuner.run = pinned
 
 
-def _distance(config: Any) -> float:
-    """How far a configuration is from the middle, in doublings."""
+def _unrolls(arguments: tuple) -> bool:
+    """Whether a kernel multiplies in IEEE float32: Triton was told so, and nothing has 16 bits."""
+    tensors = (a for a in arguments if isinstance(a, Tensor))
+    return os.environ.get("TRITON_F32_DEFAULT") == "ieee" and all(t.dtype.itemsize > 2 for t in tensors)
+
+
+def _distance(middle: dict[str, int], config: Any) -> float:
+    """How far a configuration is from `middle`, in doublings."""
     sizes = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
     return sum(
-        abs(math.log2(sizes[name] / middle))
-        for name, middle in _MIDDLE.items()
+        abs(math.log2(sizes[name] / size))
+        for name, size in middle.items()
         if isinstance(sizes.get(name), int) and sizes[name] > 0
     )

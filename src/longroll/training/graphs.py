@@ -10,7 +10,7 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
-from longroll.training.loss import next_token_loss
+from longroll.training.loss import loss_and_state
 
 _WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
 
@@ -66,8 +66,7 @@ class StepGraph:
         self._targets.copy_(targets)
         self._items.copy_(items) if isinstance(items, Tensor) else self._items.fill_(items)
         full = RecurrentState({**self._zero, **(state or {})})  # an intervention may leave parts at zero
-        for static, pack in zip(self._packs, self._layout.pack(full), strict=True):
-            static.copy_(pack)
+        self._layout.pack(full, out=self._packs)
         graph.replay()
         for parameter, gradient, before in zip(self._parameters(), self._gradients, earlier, strict=True):
             parameter.grad = gradient
@@ -105,8 +104,8 @@ class StepGraph:
 
     def _step(self) -> tuple[Tensor, list[Tensor]]:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            logits, final = self.lm(self._ids, self._layout.unpack(self._packs))
-            loss = next_token_loss(logits, self._targets, self._items)
+            initial = self._layout.unpack(self._packs)
+            loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._items)
         loss.backward()
         return loss.detach(), self._layout.pack(final.detach())
 
@@ -118,8 +117,10 @@ class _Layout:
         self.groups = state.alike()
         self.dtypes = {key: t.dtype for key, t in state.items()}
 
-    def pack(self, state: RecurrentState) -> list[Tensor]:
-        return [torch.stack([state[key].to(self.dtypes[key]) for key in keys]) for keys in self.groups]
+    def pack(self, state: RecurrentState, out: Iterable[Tensor | None] | None = None) -> list[Tensor]:
+        """The stacks, written into those of `out` where given."""
+        pairs = zip(self.groups, out or [None] * len(self.groups), strict=True)
+        return [torch.stack([state[k].to(self.dtypes[k]) for k in keys], out=into) for keys, into in pairs]
 
     def unpack(self, packs: Iterable[Tensor], *, seen: int = 0) -> RecurrentState:
         groups = zip(self.groups, packs, strict=True)

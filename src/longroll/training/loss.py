@@ -6,10 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll.model import RecurrentLM
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph
+from longroll.state import RecurrentState
 
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
+
+
+def loss_and_state(
+    lm: RecurrentLM,
+    input_ids: Tensor,
+    targets: Tensor,
+    state: RecurrentState | None = None,
+    items: Tensor | int | None = None,
+) -> tuple[Tensor, RecurrentState]:
+    """`next_token_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
+
+    Many of transformers' models copy their logits to float32, which under autocast says no more than the
+    logits do and triples their memory; here they stay as the output embedding made them.
+    """
+    hidden, final = lm(input_ids, state, logits=False)
+    return next_token_loss(lm.family.head(lm.model, hidden), targets, items), final
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from longroll.data import Lanes, Windows
 from longroll.errors import LongrollError
-from longroll.families import family_of
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.training.graphs import StepGraph
-from longroll.training.loss import next_token_loss
+from longroll.training.loss import loss_and_state, next_token_loss
 
 DECAYS = (
     *("A_log", "dt_bias", "dt_proj.bias"),  # Mamba, Gated DeltaNet, KDA
@@ -62,8 +61,8 @@ class InitialStateTrainer(Trainer):
     ) -> None:
         model = model.model if isinstance(model, RecurrentLM) else model
         self.base = _base_model(model)
-        self.family = family_of(self.base.config.model_type)
-        self.family.prepare(self.base)
+        self.lm = RecurrentLM(self.base)
+        self.family = self.lm.family
         self.intervention = intervention
         self.decay_speed = decay_speed
         if intervention is not None and not self.family.recurrent:
@@ -94,7 +93,7 @@ class InitialStateTrainer(Trainer):
                 "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
                 "leave out --cuda-graphs, or these."
             )
-        return StepGraph(RecurrentLM(self.base), dtype=torch.bfloat16 if self.args.bf16 else None)
+        return StepGraph(self.lm, dtype=torch.bfloat16 if self.args.bf16 else None)
 
     def _check_lanes(self) -> None:
         if not isinstance(self.intervention, TBPTT) or self.train_dataset is None:
@@ -142,13 +141,20 @@ class InitialStateTrainer(Trainer):
         """Cross-entropy from the intervention's state; evaluation starts from zero and leaves it alone."""
         intervention = self.intervention if model.training else None
         state = None if intervention is None else intervention.initial_state(inputs)
-        arguments = self.family.inputs(self.base, inputs["input_ids"], state)
-        outputs = model(**arguments)
+        if model is self.base and not return_outputs:  # neither wrapped, as in DDP, nor an adapter's
+            with self.accelerator.autocast():
+                loss, final = loss_and_state(
+                    self.lm, inputs["input_ids"], _shifted(inputs), state, num_items_in_batch
+                )
+        else:
+            arguments = self.family.inputs(self.base, inputs["input_ids"], state)
+            outputs = model(**arguments)
+            final = arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1])
+            # the loss overwrites logits that it takes a gradient of
+            logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
+            loss = next_token_loss(logits, _shifted(inputs), num_items_in_batch)
         if intervention is not None:
-            intervention.observe(arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1]))
-        # the loss overwrites logits that it takes a gradient of
-        logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
-        loss = next_token_loss(logits, _shifted(inputs), num_items_in_batch)
+            intervention.observe(final)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss

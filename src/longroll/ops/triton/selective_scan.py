@@ -59,7 +59,7 @@ def _scan_forward(
     LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr,
     SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Read one span. LOCAL: from zero, also leaving the sum of its steps. SAVE: tiles' states. WRITE: y.
+    """Read one span. LOCAL: from zero, for its end and the sum of its steps. SAVE: tiles' states. WRITE: y.
 
     States are (N, D) within the internal buffers, as A is, which decays in powers of 2. Strides of time are
     compiled in: as arguments they cost a third of the forward's instructions in addresses.
@@ -106,8 +106,8 @@ def _scan_forward(
                     z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
                     y = y * z / (1.0 + tl.exp(-z))
                 tl.store(y_ptr + t * yt + d * yd, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(ends_ptr + state_at, h, mask=in_nd)
     if LOCAL:
+        tl.store(ends_ptr + state_at, h, mask=in_nd)
         tl.store(total_ptr + (row * SPANS + span) * D_SIZE + d, total, mask=in_d)
 
 
@@ -327,18 +327,19 @@ class _Call:
 
     def read(
         self, starts: Tensor | None, y: Tensor | None, tiles: Tensor | None, spans: range
-    ) -> tuple[Tensor, Tensor]:
-        """Read `spans`, from `starts` or zero; the states at their ends and the sums of their steps."""
-        ends = self.states(self.spans)
-        total = self.A.new_empty(self.batch, self.spans, self.width)
+    ) -> tuple[Tensor, ...]:
+        """Read `spans` from `starts`; or from zero, for the states at their ends and their sums of steps."""
+        local = starts is None
+        sums = (self.batch, self.spans, self.width)
+        left = self._given(*((self.states(self.spans), self.A.new_empty(sums)) if local else (None, None)))
         _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-            *self._given(starts), ends, total, *self._given(tiles, y), *self.sizes, spans.start,
+            *self._given(starts), *left, *self._given(tiles, y), *self.sizes, spans.start,
             *self._strides(self.x, self.dt, self.z, self.B, self.C, y),
-            LOCAL=starts is None, SAVE=tiles is not None, WRITE=y is not None, HAS_D=self.D is not None,
+            LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, HAS_D=self.D is not None,
             **self.options,
         )  # fmt: skip
-        return ends, total
+        return left
 
     def pass_on(self, local: Tensor, total: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
