@@ -139,7 +139,8 @@ class Bench:
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state, final = None, None
         if row.intervention:
-            starts = torch.arange(len(ids)) == 0  # in every batch a document begins, TBPTT's dear case
+            # on the model's device, as Trainer puts it; in every batch a document begins, TBPTT's dear case
+            starts = torch.arange(len(ids), device=ids.device) == 0
             batch = {"input_ids": ids, "starts": starts}
             state = row.intervention.initial_state(batch)
         if self.graph:

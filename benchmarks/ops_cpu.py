@@ -4,7 +4,8 @@
 
 Ways take turns within a round; medians over the rounds count, and ratios are those of one run. `loop`: the
 recurrence as written, a step at a time, in float32 (our oracle). `transformers`: Qwen3-Next's
-`torch_chunk_gated_delta_rule`, what a CPU user of the gated delta rule gets there. `ours`: the op.
+`torch_chunk_gated_delta_rule` and Kimi-Linear's `chunk_kimi_delta_attention`, what a CPU user gets there.
+`ours`: the op.
 Backward is from both outputs.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from longroll import ops
@@ -23,7 +25,7 @@ from longroll.ops import reference
 from longroll.results import provenance, write_json
 
 SIZES = {"one long row": (1, 1024, 8, 64, 64), "many short rows": (8, 128, 4, 32, 32)}  # B, T, H, K, V
-NAMES = ("gla", "retention", "rwkv6", "rwkv7", "delta_rule", "gated_delta_rule")
+NAMES = ("gla", "retention", "rwkv6", "rwkv7", "delta_rule", "gated_delta_rule", "kda")
 Way = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -39,14 +41,12 @@ def inputs(name: str, size: tuple[int, ...]) -> dict[str, Tensor]:
         "rwkv7": {"r": q, "w": decay, "k": k, "a": -k, "b": k * beta[..., None]},
         "delta_rule": {"q": q, "k": k, "beta": beta},
         "gated_delta_rule": {"q": q, "k": k, "g": decay[..., 0].contiguous(), "beta": beta},
+        "kda": {"q": q, "k": k, "g": decay, "beta": beta},
     }
     return {**others[name], "v": v, "initial_state": torch.randn(B, H, K, V)}
 
 
-def fallback(q, k, v, g, beta, initial_state):
-    return torch_chunk_gated_delta_rule(
-        q, k, v, g, beta, initial_state=initial_state, output_final_state=True
-    )
+FALLBACKS = {"gated_delta_rule": torch_chunk_gated_delta_rule, "kda": chunk_kimi_delta_attention}
 
 
 def ways_of(name: str) -> dict[str, Way]:
@@ -55,7 +55,11 @@ def ways_of(name: str) -> dict[str, Way]:
         "ours": lambda **a: op(**a, output_final_state=True),
         "loop": getattr(reference, f"{name}_reference"),
     }
-    return ways | ({"transformers": fallback} if name == "gated_delta_rule" else {})
+    if name in FALLBACKS:
+        ways["transformers"] = lambda **a: FALLBACKS[name](
+            a.pop("q"), a.pop("k"), a.pop("v"), **a, output_final_state=True
+        )
+    return ways
 
 
 def forward(way: Way, arguments: dict[str, Tensor]) -> float:

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-OPS = ("gated_delta_rule", "gla", "rwkv7", "delta_rule", "rwkv6", "retention")
+OPS = ("kda", "gated_delta_rule", "gla", "rwkv7", "delta_rule", "rwkv6", "retention")
 LIMITS = {
     # (outputs and final state, gradients), root mean square
     "float64": (1e-9, 1e-9),  # ours, on a CPU
@@ -79,6 +79,7 @@ def inputs(op: str, size: tuple[int, ...], device: str, seed: int = 0) -> dict:
         },
         "delta_rule": {"q": keys[0], "k": unit, "v": v, "beta": beta},
         "gated_delta_rule": {"q": keys[0], "k": unit, "v": v, "g": decays[..., 0], "beta": beta},
+        "kda": {"q": keys[0], "k": unit, "v": v, "g": decays, "beta": beta},
     }[op]
     return {name: t.to(device) for name, t in (made | {"initial_state": state}).items()}
 
@@ -141,7 +142,7 @@ def job_op(op: str, precision: str, device: str) -> dict[str, Any]:
             for name, error in errors.items():
                 if not error <= limits[name.startswith("d")]:
                     found.setdefault("problems", []).append(f"{case}: {name} off by {error:.1e}")
-    found["worst"] = max(error for errors in found["errors"].values() for error in errors.values())
+            print(json.dumps(found), flush=True)  # should the next shape take too long
     return found
 
 
@@ -294,7 +295,10 @@ def start(job: str, device: str, limit: float) -> dict[str, Any]:
         result = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
         log = done.stderr
     except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode().strip().splitlines()
         result, log = None, f"over {limit:.0f} s\n" + (error.stderr or b"").decode(errors="replace")
+        if lines:
+            result = json.loads(lines[-1]) | {"unfinished": f"over {limit:.0f} s"}
     if result is None:
         result = {"problems": ["failed"], "log": log[-4000:]}
     return result | {"seconds": round(time.perf_counter() - began, 1)}
@@ -312,6 +316,7 @@ def shown(job: str, result: dict[str, Any]) -> str:
         names = next(iter(result["errors"].values()))
         worst = {n: max(errors[n] for errors in result["errors"].values()) for n in names}
         line += f"{result['path']}: " + " ".join(f"{n} {error:.0e}" for n, error in worst.items())
+        line += f" ({result['unfinished']})" if "unfinished" in result else ""
     elif kind == "parity":
         line += " ".join(f"{n} {error:.1e}" for n, error in result["errors"].items())
     elif kind == "laws":

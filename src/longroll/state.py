@@ -113,12 +113,14 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         """Rows of this state where `mask` (B,) is true, of `other` (default: the zero state) elsewhere."""
 
         def choose(stack: Tensor, *others: Tensor) -> Tensor:
-            rows = mask.to(stack.device).view(1, -1, *[1] * (stack.ndim - 2))
+            rows = mask.to(stack.device, non_blocking=True).view(1, -1, *[1] * (stack.ndim - 2))
             return torch.where(rows, stack, others[0] if others else torch.zeros_like(stack[:1]))
 
-        # a mask on a GPU would have to be waited for
-        if mask.device.type == "cpu" and len(mask) == self.batch_size and bool(mask.all()):
-            return self
+        if mask.device.type == "cpu":  # one on a GPU would have to be waited for
+            if len(mask) == self.batch_size and bool(mask.all()):
+                return self
+            if torch.cuda.is_available():  # pinned, its copy waits for nothing
+                mask = mask.pin_memory()
         return self.map_stacked(choose, *(() if other is None else (other,)))
 
     def norms(self) -> dict[StateKey, Tensor]:

@@ -31,6 +31,7 @@ def shapes_of(name, size):
         "rwkv7": {"r": keys, "w": keys, "k": keys, "a": keys, "b": keys},
         "delta_rule": {"q": keys, "k": keys, "beta": numbers},
         "gated_delta_rule": {"q": keys, "k": keys, "g": numbers, "beta": numbers},
+        "kda": {"q": keys, "k": keys, "g": keys, "beta": numbers},
     }
     return shapes[name] | {"v": (B, T, H, V), "initial_state": (B, H, K, V)}
 
@@ -54,12 +55,12 @@ def inputs_of(name):
     return inputs
 
 
-NAMES = ("gla", "retention", "rwkv6", "rwkv7", "delta_rule", "gated_delta_rule")
+NAMES = ("gla", "retention", "rwkv6", "rwkv7", "delta_rule", "gated_delta_rule", "kda")
 OPS = {
     name: Op(with_state(getattr(ops, name)), getattr(reference, f"{name}_reference"), inputs_of(name))
     for name in NAMES
 }
-DECAYS = {"gla": "g", "rwkv6": "w", "rwkv7": "w", "gated_delta_rule": "g"}
+DECAYS = {"gla": "g", "rwkv6": "w", "rwkv7": "w", "gated_delta_rule": "g", "kda": "g"}
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=NAMES)
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.tuples(

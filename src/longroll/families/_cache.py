@@ -165,7 +165,7 @@ class StateCache(DynamicCache):
         if not conv_states.is_floating_point():  # token ids
             key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
-        if self.owns_recurrence:
+        if self.owns_recurrence and state_idx == 0:  # further convolutions are not of the recurrence
             self._final[key] = _last(conv_states, tail, width)
             conv_handoff.set((tail,))
             return conv_states

@@ -55,7 +55,7 @@ def _dispatch(adapter, handoff, original, *args, **kwargs):
     left = take(handoff)
     if left is None:
         return original(*args, **kwargs)
-    return adapter(*args, initial_state=left[0], **kwargs)
+    return adapter(*args, **(kwargs | {"initial_state": left[0]}))
 
 
 def _selective_scan(
@@ -117,6 +117,22 @@ def _chunk_scan(
     return (y, final_state) if return_final_states else y
 
 
+def _delta_rule(
+    op: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    *,
+    initial_state: Tensor | None,
+    **_,
+):
+    return op(query, key, value, g, beta, None, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+
+
 def _causal_conv(
     hidden_states: Tensor,  # (B, D, T)
     weight: Tensor,
@@ -134,5 +150,10 @@ def _causal_conv(
 _ADAPTERS: dict[str, tuple[Callable, Handoff]] = {
     "mamba_selective_scan": (_selective_scan, recurrent_handoff),
     "mamba2_chunk_scan": (_chunk_scan, recurrent_handoff),
+    "torch_chunk_gated_delta_rule": (
+        functools.partial(_delta_rule, ops.gated_delta_rule),
+        recurrent_handoff,
+    ),
+    "chunk_kimi_delta_attention": (functools.partial(_delta_rule, ops.kda), recurrent_handoff),
     "causal_conv1d_fn": (_causal_conv, conv_handoff),
 }

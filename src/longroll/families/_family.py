@@ -19,8 +19,6 @@ from longroll.families._cache import StateCache
 from longroll.families._dispatch import own_recurrence, torch_on_cpu
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
-from longroll.ops._backend import fla_runs_here
-from longroll.ops.fla_kernels import make_ready
 from longroll.state import RecurrentState
 
 
@@ -60,8 +58,6 @@ class Family:
         if self.op is not None:
             own_recurrence(_modeling(model))
         torch_on_cpu(_modeling(model))
-        if self.kernel is not None and self.kernel.startswith("fla.") and fla_runs_here():
-            make_ready()
         fuse_norms(model)
         own_mixers(model)
         for module in model.modules():

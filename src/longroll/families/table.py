@@ -15,7 +15,7 @@ from torch import Tensor
 from longroll import ops
 from longroll.families import Family, family_of, laws
 from longroll.families.fla.native import NativeFamily
-from longroll.families.tiny import CONFIGS, ON_GPU, VOCAB, build
+from longroll.families.tiny import CONFIGS, ON_GPU, VOCAB, build, every_expert
 from longroll.model import RecurrentLM
 from longroll.ops import _backend
 
@@ -135,7 +135,8 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
         return []
 
     def model(dtype: torch.dtype = torch.float32) -> Any:
-        return build(name, dtype=dtype).to(device)  # type: ignore[arg-type]
+        experts = {} if dtype == torch.float32 else every_expert(name)
+        return build(name, dtype=dtype, **experts).to(device)  # type: ignore[arg-type]
 
     def ids(rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -227,6 +227,14 @@ ON_GPU: dict[str, tuple[str, dict[str, Any]]] = {
 """The same of families that nothing runs on a CPU."""
 
 
+def every_expert(name: str) -> dict[str, Any]:
+    """Config entries by which a model asks all its experts: the choice of a few flips on a rounding."""
+    _, entries = (CONFIGS | ON_GPU)[name]
+    experts = entries.get("num_experts") or entries.get("num_local_experts")
+    groups = {"topk_group": entries["n_group"]} if "n_group" in entries else {}
+    return {"num_experts_per_tok": experts, **groups} if experts else {}
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A model in eval mode; larger projections and slower decays than at initialisation, so state counts."""
     model_type, entries = (CONFIGS | ON_GPU)[name]

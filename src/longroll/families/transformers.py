@@ -14,8 +14,8 @@ from longroll.families.xlstm import Xlstm
 
 _CONTROL = Family("attention")
 _MAMBA2_HYBRID = Family("mamba2", op="ssd")
-_GATED_DELTA_HYBRID = Family("gated_delta_rule", kernel="fla.chunk_gated_delta_rule")
-_KDA_HYBRID = Family("kda", kernel="fla.chunk_kda")
+_GATED_DELTA_HYBRID = Family("gated_delta_rule", op="gated_delta_rule")
+_KDA_HYBRID = Family("kda", op="kda")
 _CONV_HYBRID = Family("conv", kernel="causal_conv1d.causal_conv1d_fn")
 
 FAMILIES: dict[str, Family] = {

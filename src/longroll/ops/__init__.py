@@ -3,6 +3,7 @@
 from longroll.ops.delta_rule import delta_rule
 from longroll.ops.gated_delta_rule import gated_delta_rule
 from longroll.ops.gla import gla
+from longroll.ops.kda import kda
 from longroll.ops.retention import retention
 from longroll.ops.rwkv6 import rwkv6
 from longroll.ops.rwkv7 import rwkv7
@@ -14,6 +15,7 @@ __all__ = [
     "delta_rule",
     "gated_delta_rule",
     "gla",
+    "kda",
     "retention",
     "rwkv6",
     "rwkv7",

@@ -27,10 +27,11 @@ KERNELS = {
     "rwkv7": FLA,
     "delta_rule": FLA,
     "gated_delta_rule": FLA,
+    "kda": FLA,
 }
 """Op -> the module of its GPU kernel."""
 
-WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256}
+WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256, "kda": 256}
 """Op -> the widest key that fla's kernel takes."""
 
 SWITCH = "LONGROLL_KERNELS"
@@ -65,11 +66,6 @@ def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callabl
     wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
     sizes = (q.shape[-1], v.shape[-1])
     return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
-
-
-def fla_runs_here() -> bool:
-    """Whether there is a GPU, and fla."""
-    return torch.cuda.is_available() and _installed("triton") and _installed("fla")
 
 
 def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:

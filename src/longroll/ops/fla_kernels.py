@@ -108,6 +108,21 @@ def gated_delta_rule(
     )
 
 
+def kda(q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm: bool) -> _Result:
+    """Run `chunk_kda`; arguments as of `longroll.ops.kda`."""
+    from fla.ops.kda import chunk_kda
+
+    return _run(
+        chunk_kda,
+        {"q": q, "k": k, "v": v, "beta": beta},
+        {"g": g},
+        scale,
+        initial_state,
+        output_final_state,
+        use_qk_l2norm_in_kernel=l2norm,
+    )
+
+
 def _run(
     kernel: Callable,
     timed: dict[str, Tensor],

@@ -218,6 +218,32 @@ def gated_delta_rule_reference(
     return torch.stack(outputs, 1), S
 
 
+def kda_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Kimi delta attention: the delta rule on the decayed state `exp(g_t) S_{t-1}`, a decay a row of S.
+
+    Shapes as in `longroll.ops.kda`; always returns `(o, final_state)`.
+    Source: Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, section 3.
+    """
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    scale, S = _scale(scale, k), _first_state(k, v, initial_state)
+    outputs = []
+    for t in range(q.shape[1]):
+        S = torch.exp(g[:, t])[..., None] * S
+        S = S + _outer(k[:, t], beta[:, t, :, None] * (v[:, t] - _read(S, k[:, t])))
+        outputs.append(scale * _read(S, q[:, t]))
+    return torch.stack(outputs, 1), S
+
+
 def _scale(scale: float | None, k: Tensor) -> float:
     return k.shape[-1] ** -0.5 if scale is None else scale
 
