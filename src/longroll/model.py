@@ -162,14 +162,22 @@ class RecurrentLM(nn.Module):
 
     def _compare(self, what: str, chunked: Tensor, full: Tensor) -> None:
         difference = ((chunked - full).float().norm() / full.float().norm().clamp_min(1e-6)).item()
-        dtype = next(self.model.parameters()).dtype
-        limit = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+        dtype, limit = next(self.model.parameters()).dtype, self._limit()
         if not difference < limit:  # NaN fails too
             raise LongrollError(
                 f"{self.name} fails the self-check at {what}: a chunked forward differs from the full one by "
                 f"{difference:.1e} (relative; limit {limit:.0e}, {dtype}). Its numbers past one chunk would "
                 "be wrong. Update transformers, or report this with the model's config."
             )
+
+    def _limit(self) -> float:
+        """How far apart rounding may drive two forwards that should be one."""
+        wide = next(self.model.parameters()).dtype.itemsize >= 4
+        if wide and self.device.type == "cpu":
+            return 1e-3
+        if any("expert" in name for name, _ in self.model.named_modules()):
+            return 0.2  # which experts a token goes to flips on a rounding
+        return 1e-2 if wide else 5e-2  # some of fla's kernels solve triangular systems in tf32
 
 
 def load(

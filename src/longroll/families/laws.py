@@ -23,6 +23,8 @@ from longroll.state import RecurrentState
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2}
 """How wide rounding makes a gap (norms are float32 in any model); ten times that for a gradient."""
+TO_FLOAT32 = 1e-1
+"""How far a tiny model in bfloat16 may be from itself in float32 (2^-8 a rounding, some ten in a row)."""
 ON_GPU = 2e-4
 """The same in float32 on a GPU, which sums in another order for every shape."""
 IN_TF32 = 5e-3
@@ -105,6 +107,14 @@ def chunking(lm: RecurrentLM, ids: Tensor, pieces: Sequence[int], state: Recurre
     full, full_state = lm(ids, state)
     chunked, chunked_state = read(lm, ids, pieces, state)
     return widest([gap(chunked, full, "logits"), state_gap(chunked_state, full_state)])
+
+
+@torch.no_grad()
+def rounding(rounded: RecurrentLM, exact: RecurrentLM, ids: Tensor, pieces: Sequence[int]) -> Gap:
+    """A model in 16 bits is the one in float32 but for rounding, read at once and in pieces."""
+    logits, state = exact(ids)
+    found = (read(rounded, ids, cuts) for cuts in ([ids.shape[1]], pieces))
+    return widest(g for out, final in found for g in (gap(out, logits, "logits"), state_gap(final, state)))
 
 
 # ---- law 2

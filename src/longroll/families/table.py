@@ -122,7 +122,7 @@ def _exact_float32() -> Iterator[None]:
 def _tolerance(column: str, gpu: str, device: torch.device) -> float:
     """How wide rounding makes the gaps of a column."""
     if column == "bfloat16":
-        return laws.TOLERANCE[torch.bfloat16]
+        return laws.TO_FLOAT32
     if device.type == "cuda":
         return laws.IN_TF32 if gpu.startswith("fla.") else laws.ON_GPU
     return laws.TOLERANCE[torch.float32]
@@ -134,8 +134,9 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
     if name in ON_GPU and device.type != "cuda":
         return []
 
+    experts = every_expert(name) if on_fla and device.type == "cuda" else {}
+
     def model(dtype: torch.dtype = torch.float32) -> Any:
-        experts = {} if dtype == torch.float32 else every_expert(name)
         return build(name, dtype=dtype, **experts).to(device)  # type: ignore[arg-type]
 
     def ids(rows: int, length: int) -> Tensor:
@@ -155,7 +156,11 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
     if family.kind == "attention":
         return trials
     if on_fla and device.type == "cuda":
-        in_16_bits: _Trial = lambda: laws.chunking(RecurrentLM(model(torch.bfloat16)), text[:, 1:], pieces)  # noqa: E731
+
+        def in_16_bits() -> laws.Gap:
+            rounded, exact = (RecurrentLM(model(dtype)) for dtype in (torch.bfloat16, torch.float32))
+            return laws.rounding(rounded, exact, text[:, 1:], pieces)
+
         trials.append(("bfloat16", in_16_bits))
 
     def from_noise() -> laws.Gap:
