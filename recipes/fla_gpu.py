@@ -103,11 +103,9 @@ def run_op(function, arguments: dict, **options: Any) -> dict:
 
 def apart(actual, expected) -> float:
     """Root mean square of the difference over that of what is expected; infinite for NaN."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    size = (
-        (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-9)
-    ).item()
-    return size if size == size else float("inf")
+    from longroll.families.laws import spread
+
+    return spread(actual.cpu(), expected.cpu(), "").size
 
 
 def job_op(op: str, precision: str, device: str) -> dict[str, Any]:

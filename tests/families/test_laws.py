@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from longroll.errors import LongrollError
 from longroll.families import _dispatch, family_of, laws
 from longroll.families._cache import StateCache
+from longroll.families.tiny import every_expert
 from longroll.interventions import INTERVENTIONS
+from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from zoo import (
     CONTROLS,
@@ -62,6 +64,16 @@ def test_any_chunking_is_the_full_forward(name, dtype):
         assert_holds(laws.chunking(lm, tokens(rows, sum(pieces)), pieces), TOLERANCE[dtype])
 
     law()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_bfloat16_is_float32_but_for_rounding(name):
+    rounded, exact = (
+        RecurrentLM(build(name, dtype=dtype, **every_expert(name)))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    pieces = [30, 1, 2, 27]
+    assert_holds(laws.rounding(rounded, exact, tokens(2, sum(pieces)), pieces), laws.TO_FLOAT32)
 
 
 @every_stateful
