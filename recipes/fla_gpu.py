@@ -349,6 +349,8 @@ def main() -> None:
             raise SystemExit(1) from None
         print(json.dumps(result, default=str))
         return
+    from longroll.results import provenance, write_json
+
     began, results = time.perf_counter(), {}
     wanted = tuple(options.only.split(",")) if options.only else ("",)
     for wave in jobs(options.device):
@@ -357,7 +359,9 @@ def main() -> None:
         def one(job: str) -> None:
             results[job] = start(job, options.device, options.limit)
             print(shown(job, results[job]), flush=True)
-            options.output.write_text(json.dumps(results, indent=1))
+            seconds = time.perf_counter() - began
+            made = provenance(seed=0, seconds=seconds, device=options.device)
+            write_json(options.output, {"jobs": results, "provenance": made})
 
         with ThreadPoolExecutor(options.workers) as pool:
             list(pool.map(one, kept))

@@ -21,7 +21,10 @@ from longroll.files import write_whole
 if TYPE_CHECKING:
     from longroll.model import RecurrentLM
 
-_PACKAGES = ("longroll", "torch", "transformers", "accelerate", "peft", "fla", "mamba_ssm", "triton")
+_PACKAGES = (
+    "longroll", "torch", "transformers", "accelerate", "peft",
+    "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
+)  # fmt: skip
 
 
 def provenance(
