@@ -24,6 +24,9 @@ from longroll.families import (
 from longroll.families._cache import clear_handoffs
 from longroll.state import RecurrentState
 
+_FLIPPED = 0.2
+"""How far a state may be from what it should be, after experts that a rounding may change."""
+
 
 @dataclass(frozen=True)
 class RecurrentLayer:
@@ -137,8 +140,8 @@ class RecurrentLM(nn.Module):
         """Refuse to go on with a model whose chunked forward is not its full forward.
 
         Raises:
-            LongrollError: for weights that are not finite, and for a chunked forward (one long chunk, one
-                token, the rest) whose states or logits differ from the full one; it names the layer.
+            LongrollError: for weights that are not finite, and for a chunked forward (two long chunks, one
+                token, two) whose states or logits differ from the full one; it names the layer.
         """
         for parameter_name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -151,18 +154,25 @@ class RecurrentLM(nn.Module):
         ids = torch.randint(self.vocab_size, (2, tokens), generator=generator).to(self.device)
         full, full_state = self(ids)
         pieces, state = [], None
-        for piece in ids.split([tokens // 2, 1, tokens - tokens // 2 - 1], dim=1):
+        half = tokens // 2
+        for piece in ids.split([half, tokens - half - 3, 1, 2], dim=1):  # a state lost last shows most
             hidden, state = self(piece, state, logits=False)
             pieces.append(self.head(hidden))
         assert state is not None
+        limit, flips = self._limit(), self._flips()
         for key in full_state:
-            self._compare(f"layer {key.layer}, {key.part} state", state[key], full_state[key])
-        self._compare("the logits", torch.cat(pieces, dim=1), full)
+            apart = _apart(state[key].flatten(), full_state[key].flatten())
+            at_most = _FLIPPED if flips and key.layer else limit
+            self._hold(f"layer {key.layer}, {key.part} state", apart, at_most)
+        logits = torch.cat(pieces, dim=1)
+        if flips:  # few tokens' experts do
+            self._hold("the logits", _apart(logits, full)[:, half:].median(), limit)
+        else:
+            self._hold("the logits", _apart(logits.flatten(), full.flatten()), limit)
         self.train(was_training)
 
-    def _compare(self, what: str, chunked: Tensor, full: Tensor) -> None:
-        difference = ((chunked - full).float().norm() / full.float().norm().clamp_min(1e-6)).item()
-        dtype, limit = next(self.model.parameters()).dtype, self._limit()
+    def _hold(self, what: str, apart: Tensor, limit: float) -> None:
+        difference, dtype = apart.item(), next(self.model.parameters()).dtype
         if not difference < limit:  # NaN fails too
             raise LongrollError(
                 f"{self.name} fails the self-check at {what}: a chunked forward differs from the full one by "
@@ -172,12 +182,20 @@ class RecurrentLM(nn.Module):
 
     def _limit(self) -> float:
         """How far apart rounding may drive two forwards that should be one."""
-        wide = next(self.model.parameters()).dtype.itemsize >= 4
-        if wide and self.device.type == "cpu":
-            return 1e-3
-        if any("expert" in name for name, _ in self.model.named_modules()):
-            return 0.2  # which experts a token goes to flips on a rounding
-        return 1e-2 if wide else 5e-2  # some of fla's kernels solve triangular systems in tf32
+        if next(self.model.parameters()).dtype.itemsize < 4:
+            return 5e-2
+        allowed = self.family.on_fla or torch.get_float32_matmul_precision() != "highest"
+        return 1e-2 if self.device.type == "cuda" and allowed else 1e-3  # tf32: fla solves in it, always
+
+    def _flips(self) -> bool:
+        """Whether a rounding may send a token to other experts."""
+        exact = next(self.model.parameters()).dtype.itemsize >= 4 and self.device.type == "cpu"
+        return not exact and any("expert" in name for name, _ in self.model.named_modules())
+
+
+def _apart(actual: Tensor, expected: Tensor) -> Tensor:
+    """Norm of the difference of (..., D) over that of what is expected, (...)."""
+    return (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
 
 
 def load(

@@ -119,7 +119,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         if mask.device.type == "cpu":  # one on a GPU would have to be waited for
             if len(mask) == self.batch_size and bool(mask.all()):
                 return self
-            if torch.cuda.is_available():  # pinned, its copy waits for nothing
+            if any(t.is_cuda for t in self.values()):  # pinned, its copy waits for nothing
                 mask = mask.pin_memory()
         return self.map_stacked(choose, *(() if other is None else (other,)))
 

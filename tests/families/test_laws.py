@@ -72,7 +72,7 @@ def test_bfloat16_is_float32_but_for_rounding(name):
         RecurrentLM(build(name, dtype=dtype, **every_expert(name)))
         for dtype in (torch.bfloat16, torch.float32)
     )
-    pieces = [30, 1, 2, 27]
+    pieces = [30, 1, 27, 2]  # a state lost last shows most
     assert_holds(laws.rounding(rounded, exact, tokens(2, sum(pieces)), pieces), laws.TO_FLOAT32)
 
 
@@ -98,6 +98,13 @@ def test_the_past_matters_in_these_models(name):
     full, state = lm(ids)
     assert state.seen == 60
     assert (lm(ids[:, 30:])[0] - full[:, 30:]).abs().mean() > 0.01 * full.abs().mean()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_hold_no_more_memory_than_they_need(name):
+    _, state = lm_of(name)(tokens(2, 60))
+    for key, tensor in state.part("recurrent", "conv").items():
+        assert tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes, key
 
 
 # ---- law 2: segments chained without detach give the full gradient
@@ -390,9 +397,13 @@ def test_self_check_passes_and_leaves_the_mode(name):
         assert lm.training
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "qwen3_5_recurrent"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_self_check_names_the_layer_that_ignores_its_state(name, layer, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layer", "dtype"),
+    [(name, layer, torch.float32) for name in (*RECURRENT, "qwen3_5_recurrent") for layer in (0, 1)]
+    + [(name, layer, torch.bfloat16) for name in ("jamba", "granitemoehybrid") for layer in (0, 2)],
+    ids=str,
+)
+def test_self_check_names_the_layer_that_ignores_its_state(name, layer, dtype, monkeypatch):
     honest = StateCache.__init__
 
     def forgetful(self, config, initial, **options):
@@ -401,7 +412,10 @@ def test_self_check_names_the_layer_that_ignores_its_state(name, layer, monkeypa
             initial = RecurrentState(kept, seen=initial.seen)
         honest(self, config, initial, **options)
 
-    lm = lm_of(name)
+    lm = lm_of(name, dtype=dtype)
+    if dtype == torch.bfloat16:  # where experts may flip, only the loss of much memory is told from it
+        for parameter in [p for n, p in lm.named_parameters() if "A_log" in n]:
+            parameter.data.sub_(4)
     monkeypatch.setattr(StateCache, "__init__", forgetful)
     with pytest.raises(LongrollError, match=f"self-check at layer {layer}, recurrent state"):
         lm.self_check()

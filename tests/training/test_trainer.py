@@ -169,11 +169,13 @@ def test_a_checkpoint_without_the_interventions_memory_is_refused(tmp_path):
 
 
 class Spy(InitialStateTrainer):
-    """Notes what every micro-batch saw: weights, inputs, the state, the loss."""
+    """Notes what every micro-batch saw: weights, inputs, the state, the loss; and the dtype of its logits."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seen = []
+        self.seen, self.dtypes = [], set()
+        head = self.base.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: self.dtypes.add(output.dtype))
         choose = self.intervention.initial_state
         self.intervention.initial_state = lambda batch: self._note(choose(batch))
 
@@ -224,6 +226,7 @@ def test_the_state_enters_the_loss(name, kind, options, lora, tmp_path):
         **options,
     )
     assert len(trainer.seen) == 6
+    assert trainer.dtypes == {torch.bfloat16 if "bf16" in options else torch.float32}
     tolerance = 2e-2 if "bf16" in options else 1e-5
     passed, differences = None, []
     for number, (state_dict, inputs, state, loss, items) in enumerate(trainer.seen):
@@ -250,6 +253,19 @@ def test_the_state_enters_the_loss(name, kind, options, lora, tmp_path):
     assert max(differences[2:]) > 10 and differences[0] < 2  # beyond rounding; the first is the zero state
     trained = [key for key, tensor in weights(model).items() if not torch.equal(tensor, before[key])]
     assert trained and all("lora_" in key for key in trained) == lora
+
+
+def test_hooks_on_the_model_run(tmp_path):
+    """FSDP2 and accelerate's `device_map` gather weights and move inputs in them."""
+    model, called = build("mamba2"), []
+    model.register_forward_pre_hook(lambda *_: called.append(1))
+    train(model, StatePassing(), data_for("sp"), tmp_path, max_steps=3)
+    assert len(called) == 3
+
+
+def test_rwkv4_is_evaluated_in_bfloat16(tmp_path):
+    trainer = train(build("rwkv"), StatePassing(), data_for("sp"), tmp_path, bf16=True)
+    assert trainer.evaluate(data_for("sp"))["eval_loss"] > 0
 
 
 @both_families

@@ -165,13 +165,11 @@ class StateCache(DynamicCache):
         if not conv_states.is_floating_point():  # token ids
             key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
+        self._final[key] = _last(conv_states, tail, width)
         if self.owns_recurrence and state_idx == 0:  # further convolutions are not of the recurrence
-            self._final[key] = _last(conv_states, tail, width)
             conv_handoff.set((tail,))
             return conv_states
-        full = _after(conv_states, tail, width)
-        self._final[key] = full[..., -width:]
-        return full
+        return _after(conv_states, tail, width)
 
     # ---- attention
 

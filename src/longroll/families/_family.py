@@ -19,6 +19,7 @@ from longroll.families._cache import StateCache
 from longroll.families._dispatch import own_recurrence, torch_on_cpu
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
+from longroll.ops._backend import FLA, KERNELS
 from longroll.state import RecurrentState
 
 
@@ -52,6 +53,11 @@ class Family:
     def recurrent(self) -> bool:
         """Whether there is a state for an intervention to choose."""
         return self.kind not in ("attention", "conv")
+
+    @property
+    def on_fla(self) -> bool:
+        """Whether its recurrence runs on fla's kernels, on a GPU that has them."""
+        return KERNELS.get(self.op or "") == FLA or (self.kernel or "").startswith("fla.")
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make `model` ready to take a state: once, after loading."""

@@ -1,4 +1,4 @@
-"""RWKV-4 of transformers: its state travels as a list of five tensors that the model indexes by layer.
+"""RWKV-4 of transformers: its state travels as five tensors that the model indexes by layer.
 
 The recurrence is a weighted mean of all past values: a value comes in with weight `exp(key)`, which decays
 by `exp(-exp(time_decay))` a step (RWKV, arXiv 2305.13048). transformers keeps numerator, denominator and
@@ -26,8 +26,10 @@ from longroll.state import RecurrentState, StateKey
 _FEED_FORWARD_SHIFT, _ATTENTION_SHIFT, _NUMERATOR, _DENOMINATOR, _EXPONENT = range(5)  # transformers' order
 
 
-class Rwkv4State(list):
-    """Transformers' list of five: `[slot][:, :, layer]` reads the initial state, and keeps what is assigned.
+class Rwkv4State:
+    """In place of a list of five: `[slot][:, :, layer]` reads the initial state, and keeps what is assigned.
+
+    No list, which accelerate would take apart to make its tensors float32.
 
     Args:
         initial: the state to start from, or None for the zero state.
@@ -42,7 +44,10 @@ class Rwkv4State(list):
         self.shift_shape = (-1, 1) if tokens == 1 else (-1,)
         self._final: dict[StateKey, Tensor] = {}
         clear_handoffs()
-        super().__init__(_Slot(self, slot) for slot in range(5))
+        self._slots = [_Slot(self, slot) for slot in range(5)]
+
+    def __getitem__(self, slot):
+        return self._slots[slot]  # or a slice of them
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
@@ -62,7 +67,7 @@ class Rwkv4State(list):
     def write(self, slot: int, layer: int, tensor: Tensor) -> None:
         """What the model leaves at the end: of the recurrence, (mean, weight, nothing)."""
         if slot <= _ATTENTION_SHIFT:
-            self._final[StateKey(layer, "conv", slot)] = tensor
+            self._final[StateKey(layer, "conv", slot)] = tensor.clone()  # a view would keep all inputs
         elif slot < _EXPONENT:
             self._final[StateKey(layer, "recurrent", slot - _NUMERATOR)] = tensor
 

@@ -17,7 +17,6 @@ from longroll.families import Family, family_of, laws
 from longroll.families.fla.native import NativeFamily
 from longroll.families.tiny import CONFIGS, ON_GPU, VOCAB, build, every_expert
 from longroll.model import RecurrentLM
-from longroll.ops import _backend
 
 _Trial = Callable[[], laws.Gap]
 
@@ -40,8 +39,7 @@ def paths(family: Family) -> tuple[str, str]:
         return "none", str(family.kernel)
     if family.op is not None:
         name = f"ops.{family.op}" if hasattr(ops, family.op) else family.op
-        on_fla = _backend.KERNELS.get(family.op) == _backend.FLA
-        return name, f"fla.chunk_{family.op} or {name}" if on_fla else name
+        return name, f"fla.chunk_{family.op} or {name}" if family.on_fla else name
     return "transformers", "transformers" if family.kernel is None else f"{family.kernel} or transformers"
 
 
@@ -91,7 +89,7 @@ def _row(
     }
     for column, found in gaps.items():
         widest = laws.widest(found)
-        verdict = _verdict(column, widest, _tolerance(column, gpu, device))
+        verdict = _verdict(column, widest, _tolerance(column, family, device))
         row[f"{column}_gap"] = widest._asdict()
         if verdict == "NO":
             row["problems"].append(f"{model_type}: {column}: {widest.where}, off by {widest.size:.0e}")
@@ -119,22 +117,21 @@ def _exact_float32() -> Iterator[None]:
             os.environ["TRITON_F32_DEFAULT"] = before
 
 
-def _tolerance(column: str, gpu: str, device: torch.device) -> float:
+def _tolerance(column: str, family: Family, device: torch.device) -> float:
     """How wide rounding makes the gaps of a column."""
     if column == "bfloat16":
         return laws.TO_FLOAT32
     if device.type == "cuda":
-        return laws.IN_TF32 if gpu.startswith("fla.") else laws.ON_GPU
+        return laws.IN_TF32 if family.on_fla else laws.ON_GPU
     return laws.TOLERANCE[torch.float32]
 
 
 def _trials(name: str, family: Family, device: torch.device, folder: Path) -> list[tuple[str, _Trial]]:
     """Columns, and the laws that fill them, of one tiny model in float32; fla's kernels also in bfloat16."""
-    on_fla = paths(family)[1].startswith("fla.")
     if name in ON_GPU and device.type != "cuda":
         return []
-
-    experts = every_expert(name) if on_fla and device.type == "cuda" else {}
+    on_fla = family.on_fla and device.type == "cuda"
+    experts = every_expert(name) if on_fla else {}
 
     def model(dtype: torch.dtype = torch.float32) -> Any:
         return build(name, dtype=dtype, **experts).to(device)  # type: ignore[arg-type]
@@ -143,8 +140,8 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
         generator = torch.Generator().manual_seed(0)
         return torch.randint(VOCAB, (rows, length), generator=generator).to(device)
 
-    # on a GPU several chunks of 64, which is also where fla's layers leave their one-step kernels
-    pieces = [70, 1, 2, 77] if on_fla and device.type == "cuda" else [17, 1, 2, 15]
+    # on fla several chunks of 64, where its layers leave their one-step kernels; a state lost last shows most
+    pieces = [70, 1, 77, 2] if on_fla else [17, 1, 15, 2]
     text = ids(2, sum(pieces) + 1)
     trials: list[tuple[str, _Trial]] = [
         ("loads", lambda: laws.round_trip(model(), ids(2, 20), folder)),
@@ -155,7 +152,7 @@ def _trials(name: str, family: Family, device: torch.device, folder: Path) -> li
     ]
     if family.kind == "attention":
         return trials
-    if on_fla and device.type == "cuda":
+    if on_fla:
 
         def in_16_bits() -> laws.Gap:
             rounded, exact = (RecurrentLM(model(dtype)) for dtype in (torch.bfloat16, torch.float32))

@@ -111,7 +111,7 @@ class Task:
         """Tokens left for the haystack."""
         if length < fixed:
             raise LongrollError(
-                f"--lengths {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes "
-                f"at least {fixed} tokens; ask for longer ones."
+                f"length {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes at "
+                f"least {fixed} tokens; ask for longer ones (--lengths, in training --train-length)."
             )
         return length - fixed

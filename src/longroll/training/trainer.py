@@ -73,10 +73,11 @@ class InitialStateTrainer(Trainer):
         args.remove_unused_columns = False  # they hold shift_labels and starts
         if args.gradient_checkpointing:  # a reentrant checkpoint loses the gradient into the state
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        use_cache = self.base.config.use_cache
+        use_cache = getattr(self.base.config, "use_cache", None)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
-        self.base.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+        if use_cache is not None:  # Trainer turns it off, and it would be saved so
+            self.base.config.use_cache = use_cache
         # the loss here is a sum over the tokens of all micro-batches, as transformers' own
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if args.n_gpu > 1:
@@ -141,7 +142,7 @@ class InitialStateTrainer(Trainer):
         """Cross-entropy from the intervention's state; evaluation starts from zero and leaves it alone."""
         intervention = self.intervention if model.training else None
         state = None if intervention is None else intervention.initial_state(inputs)
-        if model is self.base and not return_outputs:  # neither wrapped, as in DDP, nor an adapter's
+        if model is self.base and not (return_outputs or _hooked(model)):  # no wrapper, no adapter
             with self.accelerator.autocast():
                 loss, final = loss_and_state(
                     self.lm, inputs["input_ids"], _shifted(inputs), state, num_items_in_batch
@@ -202,6 +203,11 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if "shift_labels" in batch:
         batch.setdefault("labels", batch["shift_labels"])
     return batch
+
+
+def _hooked(model: torch.nn.Module) -> bool:
+    """Whether calling `model` does more than its forward, as with FSDP2 and accelerate's `device_map`."""
+    return bool(model._forward_pre_hooks or model._forward_hooks or hasattr(model, "_hf_hook"))
 
 
 def _shifted(inputs: dict[str, Any]) -> Tensor:
