@@ -21,7 +21,7 @@ from longroll.families import (
     load_rwkv,
     model_class,
 )
-from longroll.families._cache import clear_handoffs
+from longroll.families._cache import clean_handoffs
 from longroll.state import RecurrentState
 
 _FLIPPED = 0.2
@@ -75,11 +75,8 @@ class RecurrentLM(nn.Module):
             Logits (B, T, V), or hidden states (B, T, d_model), and the final state.
         """
         inputs = self.family.inputs(self.model, input_ids, state)
-        try:
+        with clean_handoffs():
             output = self.model(**inputs) if logits else self.model.base_model(**inputs)
-        except BaseException:
-            clear_handoffs()
-            raise
         final_state = inputs[self.family.cache_argument].final(input_ids.shape[1])
         return (output.logits if logits else output.last_hidden_state), final_state
 
@@ -103,10 +100,12 @@ class RecurrentLM(nn.Module):
     def train_length(self) -> int | None:
         """The length the model was trained at, where its config says so."""
         learned = self.family.learned_positions
+        config = self.model.config
         for entry in ("train_length", learned, "max_position_embeddings", "context_length"):
-            value = getattr(self.model.config, entry, None) if entry else None
-            if value is not None:
-                return int(value)
+            for holder in (config, config.get_text_config()):
+                value = getattr(holder, entry, None) if entry else None
+                if value is not None:
+                    return int(value)
         return None
 
     @property

@@ -333,6 +333,12 @@ def test_a_forward_that_died_leaves_nothing_behind(name, monkeypatch):
         assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba"])
+def test_an_activation_that_the_ops_have_not_is_refused(name):
+    with pytest.raises(LongrollError, match="'gelu' after its short convolution"):
+        lm_of(name, hidden_act="gelu")
+
+
 def test_patching_twice_is_patching_once():
     lm_of("mamba2")
     module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")

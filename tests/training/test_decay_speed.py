@@ -4,10 +4,12 @@ import pytest
 from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
+from longroll.training.posttrain import _with_lora
 from longroll.training.trainer import DECAYS
 from zoo import build
 
 FAMILIES = ["mamba", "mamba2", "bamba", "kimi_linear", "qwen3_next", "gla", "rwkv7", "rwkv6", "rwkv", "xlstm"]
+FAMILIES += ["zamba", "zamba2", "jamba"]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "recurrent_gemma"])
@@ -21,6 +23,13 @@ def test_every_parameter_is_in_one_group_and_only_decays_are_faster(family, tmp_
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == pytest.approx(3e-2 if name.endswith(DECAYS) else 1e-3), name
     assert any(name.endswith(DECAYS) for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(("family", "rank"), [("delta_net", 0), ("minimax", 0), ("mamba2", 2)])
+def test_a_speed_that_nothing_learns_at_is_refused(family, rank, tmp_path):
+    model = _with_lora(build(family), rank)
+    with pytest.raises(LongrollError, match="--decay-speed"):
+        InitialStateTrainer(model, TrainingArguments(output_dir=str(tmp_path)), decay_speed=30.0)
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf")])

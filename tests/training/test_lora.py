@@ -15,8 +15,11 @@ FAMILIES = [
     "minimax",
     "qwen3_next",
     "recurrent_gemma",
+    "rwkv6",
     "rwkv7",
     "xlstm",
+    "zamba",
+    "zamba2",
 ]
 
 

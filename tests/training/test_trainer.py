@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import longroll
 from longroll import (
     TBPTT,
     FittedNoise,
@@ -22,6 +23,7 @@ from longroll import (
     StatePassing,
 )
 from longroll.data import Corpus, Lanes, Windows
+from longroll.families import _dispatch
 from longroll.training import PosttrainOptions, posttrain
 from longroll.training.posttrain import _with_lora
 from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
@@ -263,9 +265,29 @@ def test_hooks_on_the_model_run(tmp_path):
     assert len(called) == 3
 
 
-def test_rwkv4_is_evaluated_in_bfloat16(tmp_path):
-    trainer = train(build("rwkv"), StatePassing(), data_for("sp"), tmp_path, bf16=True)
-    assert trainer.evaluate(data_for("sp"))["eval_loss"] > 0
+@pytest.mark.parametrize("name", ["mamba", "bamba", "gla_hybrid", "rwkv7", "rwkv", "xlstm"])
+def test_evaluation_by_trainer(name, tmp_path):
+    """A family a container, in bfloat16, by our trainer and by transformers' own."""
+    trainer = train(build(name), StatePassing(), data_for("sp"), tmp_path, bf16=True)
+    found = trainer.evaluate(data_for("sp"))["eval_loss"]
+    items = [{"input_ids": item["input_ids"], "labels": item["input_ids"]} for item in data_for("sp")]
+    plain = Trainer(build(name), arguments(tmp_path), eval_dataset=items)
+    assert 0 < found < 10 and 0 < plain.evaluate()["eval_loss"] < 10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_died_leaves_nothing_behind(tmp_path, monkeypatch):
+    """With adapters, which go the way round RecurrentLM."""
+    model, ids = build("jamba"), torch.arange(24)[None]
+    expected = model(ids).logits
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_dispatch.ops, "selective_scan", die)
+        train(_with_lora(build("jamba"), 2), StatePassing(), data_for("sp"), tmp_path)
+    assert torch.equal(model(ids).logits, expected)
 
 
 @both_families
@@ -444,6 +466,12 @@ def test_posttrain_goes_on_where_it_was_killed(kind, tmp_path):
         run(output)
     with pytest.raises(LongrollError, match="already holds a model"):  # done: nothing to go on with
         run(output, resume=True)
+
+
+def test_a_model_trained_in_bfloat16_goes_on_in_its_own_dtype(tmp_path):
+    lm, ids = lm_of("mamba2"), torch.arange(30)[None]
+    posttrain(lm, corpus_of(), StatePassing(), PosttrainOptions(**OPTIONS, bf16=True), tmp_path / "out")
+    assert torch.equal(lm(ids)[0], longroll.load(tmp_path / "out", device="cpu")(ids)[0])
 
 
 def test_plain_training_is_the_control(tmp_path):

@@ -12,6 +12,8 @@ start at a bias) is context: it goes under `attention`, rolls out, and a new seq
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
@@ -43,6 +45,16 @@ def clear_handoffs() -> None:
     conv_handoff.set(())
 
 
+@contextlib.contextmanager
+def clean_handoffs() -> Iterator[None]:
+    """Around a forward: where it dies, what was left is forgotten."""
+    try:
+        yield
+    except BaseException:
+        clear_handoffs()
+        raise
+
+
 def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
     """Inputs (batch, channels, time) after the tail, or after zeros."""
     return F.pad(inputs, (width, 0)) if tail is None else torch.cat([tail.to(inputs.dtype), inputs], dim=-1)
@@ -63,7 +75,8 @@ class StateCache(DynamicCache):
         initial: the state to start from, or None for the zero state.
         owns_recurrence: the mixers' scan and conv functions are longroll's (`families/_dispatch.py`):
             they `take` their state.
-        scans: how many scans a layer runs one after another, each with its share (axis 1) of the state.
+        scans: how many scans a layer runs one after another, each with its share (axis 1) of the state; None
+            is one, with the whole state.
         reads_tail: mixers prepend the conv tail themselves, and read it by `get_conv_state` for that.
         context: what the layers call recurrent state is context.
     """
@@ -74,7 +87,7 @@ class StateCache(DynamicCache):
         initial: RecurrentState | None,
         *,
         owns_recurrence: bool = False,
-        scans: int = 1,
+        scans: int | None = None,
         reads_tail: bool = False,
         context: bool = False,
     ) -> None:
@@ -115,7 +128,7 @@ class StateCache(DynamicCache):
         if not self.owns_recurrence:
             return self._read(key)
         state = self.initial.get(key)
-        if self.scans > 1:
+        if self.scans is not None:
             recurrent_handoff.set((None,) * self.scans if state is None else state.unbind(1))
         else:
             recurrent_handoff.set((state,))
@@ -180,7 +193,8 @@ class StateCache(DynamicCache):
 
         A layer with a sliding window keeps what the next token can see.
         """
-        window = getattr(self.layers[layer_idx], "sliding_window", None)
+        layer = self.layers[layer_idx]
+        window = getattr(layer, "sliding_window", None)
         grown = []
         for slot, new in ((_KEYS, key_states), (_VALUES, value_states)):
             key = StateKey(layer_idx, "attention", slot)
@@ -188,6 +202,7 @@ class StateCache(DynamicCache):
                 new = torch.cat([self.initial[key], new], dim=-2)
             self._final[key] = new if window is None else new[..., max(0, new.shape[-2] - window + 1) :, :]
             grown.append(new)
+        layer.keys, layer.is_initialized = grown[0], True  # GLM-5-Next's indexer counts them
         return grown[0], grown[1]
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:

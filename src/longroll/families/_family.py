@@ -62,6 +62,7 @@ class Family:
     def prepare(self, model: PreTrainedModel) -> None:
         """Make `model` ready to take a state: once, after loading."""
         if self.op is not None:
+            _check_activation(model)
             own_recurrence(_modeling(model))
         torch_on_cpu(_modeling(model))
         fuse_norms(model)
@@ -77,7 +78,7 @@ class Family:
             model.config,
             state,
             owns_recurrence=self.op is not None,
-            scans=getattr(model.config, self.scans) if self.scans else 1,
+            scans=getattr(model.config, self.scans) if self.scans else None,
             reads_tail=self.reads_tail,
             context=not self.recurrent,
         )
@@ -100,6 +101,16 @@ class Family:
             raise LongrollError(
                 f"{model.config.model_type} has embeddings for {limit} positions and was asked for {stop}: "
                 f"evaluate it with --length {limit} or less."
+            )
+
+
+def _check_activation(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        activation = getattr(module, "activation", None) if hasattr(module, "conv1d") else None
+        if isinstance(activation, str) and activation not in ("silu", "swish"):
+            raise LongrollError(
+                f"{model.config.model_type} with {activation!r} after its short convolution cannot run: "
+                "longroll's ops, as mamba-ssm's kernels, compute silu."
             )
 
 

@@ -92,6 +92,7 @@ _KDA = _WIDE | {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
+_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 _MINIMAX = _WIDE | {
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -144,6 +145,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2_groups": ("mamba2", _MAMBA2 | {"n_groups": 2}),
     "jamba": ("jamba", _JAMBA),
     "zamba": ("zamba", _ZAMBA | {"mamba_dt_rank": 4, "n_mamba_heads": 2}),
+    "zamba_one_scan": ("zamba", _ZAMBA | {"mamba_dt_rank": 4, "n_mamba_heads": 1}),
     "bamba": ("bamba", _MAMBA2_HYBRID | {"num_hidden_layers": 3, "attn_layer_indices": [1]}),
     "bamba_recurrent": ("bamba", _MAMBA2_HYBRID | {"attn_layer_indices": []}),
     "falcon_h1": ("falcon_h1", _MAMBA2_HYBRID | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5}),
@@ -190,6 +192,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_group": 2,
             "topk_group": 1,
             "num_mtp_layers": 0,
+        },
+    ),
+    "glm5_next": (
+        "glm5_next",
+        _KDA
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": [_LINEAR, "indexed_attention", _LINEAR],
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+            "indexer_types": ["full", "full", "full"],
+            "qk_rope_head_dim": 0,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "q_lora_rank": 16,
+            "index_n_heads": 16,  # of few all scores are often 0, and pools tie
+            "index_head_dim": 8,
+            "index_topk": 8,
+            "index_kpool": 4,
+            "hc_mult": 2,
+            "vision_config": _EYES,
         },
     ),
     "minimax": ("minimax", _MINIMAX | {"layer_types": [_LINEAR, _FULL]}),

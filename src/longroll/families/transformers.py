@@ -39,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": _GATED_DELTA_HYBRID,
     "kimi_linear": _KDA_HYBRID,
     "bailing_hybrid": _KDA_HYBRID,
+    "glm5_next": _KDA_HYBRID,
     "minimax": Minimax("lightning", op="retention"),
     "recurrent_gemma": RecurrentGemma("rg_lru", op="linear_scan", head=_heads.recurrent_gemma),
     "xlstm": Xlstm("mlstm", "cache_params", head=_heads.xlstm),

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -31,8 +33,8 @@ _FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change
 _FLAGS = {"length": "train_length", "std": "noise_std"}
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
-_READ_BARE = ["dt_proj", "out_proj"]
-"""Projections whose weights Mamba's mixers or their kernels read past any adapter."""
+_READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
+"""Projections whose weights the mixers of Mamba and RWKV-6 or their kernels read past any adapter."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def posttrain(
         write_json(checkpoints / _STARTED, started)
     with _full_disk_is_said(output):
         trainer.train(resume_from_checkpoint=_last_whole(checkpoints) if resume else None)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
         if options.lora_rank:
             lm.model = model.merge_and_unload()
         lm.eval()
@@ -203,7 +206,12 @@ def _with_lora(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=_READ_BARE)
+    linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    uses = Counter(linear.values())
+    shared = [name for name, weight in linear.items() if uses[weight] > 1]  # would merge once for each use
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=_READ_BARE + shared
+    )
     return get_peft_model(model, config)
 
 

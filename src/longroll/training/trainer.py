@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from longroll.data import Lanes, Windows
 from longroll.errors import LongrollError
+from longroll.families._cache import clean_handoffs
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import loss_and_state, next_token_loss
 
 DECAYS = (
-    *("A_log", "dt_bias", "dt_proj.bias"),  # Mamba, Gated DeltaNet, KDA
+    *("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias"),  # Mamba, Zamba, Gated DeltaNet, KDA
     *("gk_proj.1.bias", "w_lora.lora.2.bias", "w_proj.linear.lora.2.bias"),  # GLA, RWKV-7, RWKV-6
     *("time_decay", "recurrent_param", "fgate_preact.bias"),  # RWKV-4, RecurrentGemma, xLSTM
 )
@@ -45,8 +46,8 @@ class InitialStateTrainer(Trainer):
         **kwargs: as for Trainer.
 
     Raises:
-        LongrollError: for a model without recurrent state, nn.DataParallel, lanes that do not fit, and CUDA
-            graphs where there can be none.
+        LongrollError: for a model without recurrent state, a decay speed where no decay is trained,
+            nn.DataParallel, lanes that do not fit, and CUDA graphs where there can be none.
     """
 
     def __init__(
@@ -69,6 +70,11 @@ class InitialStateTrainer(Trainer):
             raise LongrollError(
                 f"{self.base.config.model_type} has no recurrent state, so there is none to intervene on: "
                 "train it without an intervention."
+            )
+        if decay_speed != 1 and not any(p.requires_grad for p in self._decays()):
+            raise LongrollError(
+                f"--decay-speed: no parameter that is trained sets how fast {self.base.config.model_type} "
+                "forgets; LoRA leaves those as they are. Leave it out."
             )
         args.remove_unused_columns = False  # they hold shift_labels and starts
         if args.gradient_checkpointing:  # a reentrant checkpoint loses the gradient into the state
@@ -149,7 +155,8 @@ class InitialStateTrainer(Trainer):
                 )
         else:
             arguments = self.family.inputs(self.base, inputs["input_ids"], state)
-            outputs = model(**arguments)
+            with clean_handoffs():
+                outputs = model(**arguments)
             final = arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1])
             # the loss overwrites logits that it takes a gradient of
             logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
@@ -164,7 +171,7 @@ class InitialStateTrainer(Trainer):
         """Trainer's optimizer, with the decays in groups of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.decay_speed != 1:
-            decays = {id(p) for name, p in self.base.named_parameters() if name.endswith(DECAYS)}
+            decays = {id(p) for p in self._decays()}
             for group in list(optimizer.param_groups):
                 faster = [p for p in group["params"] if id(p) in decays]
                 if faster:
@@ -172,6 +179,9 @@ class InitialStateTrainer(Trainer):
                     rate = group["lr"] * self.decay_speed
                     optimizer.add_param_group({**group, "params": faster, "lr": rate})
         return optimizer
+
+    def _decays(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.base.named_parameters() if name.endswith(DECAYS)]
 
     def _memory_file(self, folder: str) -> Path:
         return Path(folder) / f"intervention_{self.args.process_index}.pt"

@@ -124,6 +124,14 @@ def test_a_state_of_retnet_means_the_same_at_any_position():
         ("gla", {"attnres_block_size": 4}, "attnres_block_size = 4"),
         ("gla", {"hidden_act": "powlu"}, "hidden_act = 'powlu'"),
         ("gla", {"feature_map": "elu"}, "feature_map = 'elu'"),
+        ("gla", {"attn": {}}, "attn = {}"),
+        ("gla", {"attn": [{"layers": [2], "num_heads": 2}]}, "attn = [{'layers': [2], 'num_heads': 2}]"),
+        ("gla", {"attn": {"layers": [0], "num_heads": 3}}, "attn = {'layers': [0], 'num_heads': 3}"),
+        (
+            "retnet",
+            {"attn": {"layers": [0], "num_heads": 2, "window_size": 0}},
+            "attn = {'layers': [0], 'num_heads': 2, 'window_size': 0}",
+        ),
         ("retnet", {"expand_k": 0.3}, "expand_k = 0.3"),
         ("delta_net", {"qk_norm": "l1"}, "qk_norm = 'l1'"),
         ("delta_net", {"qk_activation": "gelu"}, "qk_activation = 'gelu'"),
@@ -142,6 +150,17 @@ def test_options_that_cannot_run_are_named(model_type, options, named, tmp_path)
     with pytest.raises(LongrollError) as error:
         longroll.load(tmp_path)
     assert f"{model_type} with {named} cannot run" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gla", "rwkv7"])
+@torch.no_grad()
+def test_arguments_of_transformers_are_heeded_or_refused(name):
+    model, ids = build(name), tokens(1, 9)
+    logits, *_ = model(ids, return_dict=False, output_hidden_states=False)
+    assert torch.equal(logits, model(ids).logits)
+    for refused in ({"cu_seqlens": torch.tensor([0, 4, 9])}, {"output_hidden_states": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(refused))} is not supported"):
+            model(ids, **refused)
 
 
 def test_a_checkpoint_with_weights_missing_is_refused(tmp_path):

@@ -12,7 +12,10 @@ import importlib
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from longroll.errors import LongrollError
 from longroll.families.fla.cache import FlaCache
@@ -68,9 +71,10 @@ def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
     if model_type in NATIVE:
         return NATIVE[model_type].model_class()
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type or "")
-    if model_type is None or name is None:
+    if name is not None and CONFIG_MAPPING[model_type].__module__.startswith("transformers."):
         return None
-    if CONFIG_MAPPING[model_type].__module__.startswith("transformers."):
+    name = name or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type or "")  # GLM-5-Next has no other
+    if model_type is None or name is None:
         return None
     module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
     return getattr(module, name)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from longroll.families.fla.cache import FlaCache, LayerState
 from longroll.families.fla.layers import Attention, GatedMLP, RMSNorm, unsupported
@@ -20,7 +21,7 @@ class FlaConfig(PreTrainedConfig):
     training adds: they are kept for fla and change nothing here, save that `fuse_norm` names a parameter.
     """
 
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -50,11 +51,32 @@ class FlaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.attnres_block_size is not None:
             raise unsupported(self, "attnres_block_size", "attention residuals are not implemented")
+        for entry in self._attentions():
+            self._check(entry)
 
     def attention(self, layer: int) -> dict | None:
         """What `attn` says of a layer: None where it keeps the family's own mixer."""
-        entries = [self.attn] if isinstance(self.attn, dict) else self.attn or []
-        return next((entry for entry in entries if layer in entry["layers"]), None)
+        return next((entry for entry in self._attentions() if layer in entry["layers"]), None)
+
+    def _attentions(self) -> list:
+        return [] if self.attn is None else self.attn if isinstance(self.attn, list) else [self.attn]
+
+    def _check(self, entry: Any) -> None:
+        """Refuse an entry of `attn` that fla refuses, or that no module can be made of."""
+        known = isinstance(entry, dict) and {"layers", "num_heads"} <= entry.keys()
+        if not known:
+            raise unsupported(self, "attn", "an entry names its layers and num_heads")
+        depth, window = self.num_hidden_layers, entry.get("window_size")
+        if not all(isinstance(layer, int) and 0 <= layer < depth for layer in entry["layers"]):
+            raise unsupported(self, "attn", f"layers go from 0 to {depth - 1}")
+        heads = entry["num_heads"]
+        if heads < 1 or self.hidden_size % heads or heads % (entry.get("num_kv_heads") or heads):
+            raise unsupported(self, "attn", "heads divide hidden_size, and kv heads divide them")
+        if window is not None and window < 1:
+            raise unsupported(self, "attn", "a window has at least one token")
+
+
+_REFUSED = ("cu_seqlens", "seq_idx", "position_ids", "output_hidden_states", "output_attentions")
 
 
 class Block(GradientCheckpointingLayer):
@@ -121,6 +143,7 @@ class Decoder(FlaPreTrainedModel):
             x = layer(x, past_key_values=cache)
         return x
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -128,15 +151,18 @@ class Decoder(FlaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: FlaCache | None = None,
         use_cache: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
         """Read `input_ids` (B, T) or `inputs_embeds` (B, T, hidden) from the cache's initial state.
 
         With `use_cache`, `past_key_values` of the output is a cache that goes on from the final state.
 
         Raises:
-            ValueError: for an attention mask with padding: a recurrence would read it as text.
+            ValueError: for an attention mask with padding, and for packed rows: a recurrence would read on.
         """
+        for name in _REFUSED:
+            if others.get(name) is not None and others[name] is not False:
+                raise ValueError(f"{name} is not supported by longroll's {self.config.model_type}.")
         if attention_mask is not None and not attention_mask.all():
             raise ValueError(
                 "padding is not supported: leave attention_mask out and pad on the right, or not."
@@ -173,6 +199,7 @@ class CausalLM(FlaPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the first forward makes a FlaCache
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
