@@ -111,7 +111,11 @@ class Bench:
     def __init__(self, model: torch.nn.Module, rows: list[Row], *, own: bool, graphs: bool) -> None:
         self.model, self.rows = model, rows
         self.lm = longroll.RecurrentLM(model) if own else None  # type: ignore[arg-type]
-        self.graph = StepGraph(self.lm, dtype=torch.bfloat16) if graphs else None  # type: ignore[arg-type]
+        self.graphs: dict[bool, StepGraph] = {}
+        if graphs:  # what starts from zero is captured without states
+            pool = torch.cuda.graph_pool_handle()
+            for states in (False, True):
+                self.graphs[states] = StepGraph(self.lm, dtype=torch.bfloat16, states=states, pool=pool)  # type: ignore[arg-type]
         cuda = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
 
@@ -133,7 +137,7 @@ class Bench:
         if device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved()
             # a graph's memory is not counted as allocated between its replays
-            peak = reserved if self.graph else torch.cuda.max_memory_allocated()
+            peak = reserved if self.graphs else torch.cuda.max_memory_allocated()
             row.peak, row.reserved = max(row.peak, peak), max(row.reserved, reserved)
 
     def _forward_and_backward(self, row: Row, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -143,8 +147,8 @@ class Bench:
             starts = torch.arange(len(ids), device=ids.device) == 0
             batch = {"input_ids": ids, "starts": starts}
             state = row.intervention.initial_state(batch)
-        if self.graph:
-            loss, final = self.graph(ids, targets, state)
+        if self.graphs:
+            loss, final = self.graphs[row.intervention is not None](ids, targets, state)
         else:
             with torch.autocast(ids.device.type, torch.bfloat16):
                 if self.lm is None:

@@ -9,7 +9,8 @@ all cores; timing waits until all else is done. fla's kernels take one configura
   as in fla's own tests, which ask for 0.002 to 0.015 in 16 bits. `float32` is with IEEE products, `tf32` as
   Triton multiplies by default.
 - `parity`: logits of our six classes against fla's, of the same checkpoint, in one piece and in three.
-- `laws`: the laws of the state on tiny models of all families, in float32; on fla's kernels in bfloat16 too.
+- `laws`: the laws of the state on tiny models of all families, in float32; on fla's kernels in bfloat16 too;
+  and whether their checkpoints open, in float32, bfloat16 and tf32.
 - `speed`: tokens a second, forward and backward, of our ops on fla's kernels and in PyTorch.
 
     PYTHONPATH=src:tests/families/fla python recipes/fla_gpu.py --output fla_gpu.json
@@ -198,7 +199,37 @@ def job_laws(model_type: str, _: str, device: str) -> dict[str, Any]:
 
     row = tabulate([model_type], device=device)[0]
     print(" | ".join(cells(row)), file=sys.stderr)
+    for how in ("float32", "bfloat16", "tf32"):
+        print(json.dumps(row, default=str), flush=True)  # should the next take too long
+        row.setdefault("opens", {})[how] = found = opened(model_type, how, device)
+        if found != "yes":
+            row["problems"].append(f"{model_type} in {how}: {found}")
     return row
+
+
+def opened(model_type: str, how: str, device: str) -> str:
+    """Whether tiny checkpoints of a family open and pass their self-check; in tf32 as a user allows it."""
+    import tempfile
+
+    import torch
+
+    import longroll
+    from longroll.families.tiny import CONFIGS, ON_GPU, build
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if how == "tf32" else before)
+    dtype = "bfloat16" if how == "bfloat16" else "float32"
+    try:
+        for name, (kind, _) in (CONFIGS | ON_GPU).items():
+            if kind == model_type:
+                with tempfile.TemporaryDirectory() as folder:
+                    build(name).save_pretrained(folder)
+                    longroll.load(folder, device=device, dtype=dtype)
+    except longroll.LongrollError as error:
+        return str(error)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return "yes"
 
 
 def job_speed(what: str, _: str, device: str) -> dict[str, Any]:

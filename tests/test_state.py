@@ -77,6 +77,17 @@ def test_where_takes_whole_rows(kept):
     assert mixed.seen == zeroed.seen == state.seen
 
 
+def test_a_stack_is_not_stacked_again():
+    state = make_state().part("recurrent")
+    once = state.where(torch.tensor([True, False, True]))
+    seen = []
+    twice = once.map_stacked(lambda stack: seen.append(stack.data_ptr()) or stack + 1)
+    assert set(seen) == {once[keys[0]].data_ptr() for keys in once.alike()}
+    assert_same_state(twice, once.map(lambda t: t + 1))
+    apart = RecurrentState(dict(reversed(list(once.items()))))  # the same memory in another order
+    assert_same_state(apart.map_stacked(lambda stack: stack + 1), twice)
+
+
 def test_where_keeps_dtypes_and_drops_what_is_not_finite():
     state = make_state(dtype=torch.bfloat16).map(lambda t: t * float("nan") if t.is_floating_point() else t)
     zeroed = state.where(torch.zeros(3, dtype=torch.bool))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -42,6 +44,46 @@ def test_a_slower_path_says_why(op, device, dtype, sizes, reason, installed):
     choice = choose(op, torch.device(device), dtype, sizes)
     assert choice.kernel is None
     assert choice.reason.startswith("chunked PyTorch: ") and reason in choice.reason
+
+
+@pytest.mark.parametrize("op", ["ssd", "mamba2"])
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "room", "reason"),
+    [
+        (torch.bfloat16, (128, 64), 99 << 10, None),
+        (torch.bfloat16, (256, 64), 227 << 10, None),
+        (torch.bfloat16, (256, 64), 99 << 10, "a block has 99"),  # an RTX 4090, an L4
+        (torch.float16, (128, 64), 227 << 10, "float16"),
+        (torch.float32, (64, 64), 227 << 10, None),
+        (torch.float32, (128, 64), 227 << 10, "compile"),
+    ],
+    ids=str,
+)
+def test_heads_that_a_gpu_has_no_room_for_run_in_pytorch(op, dtype, sizes, room, reason, monkeypatch):
+    monkeypatch.setattr(_backend, "_installed", lambda package: True)
+    gpu = SimpleNamespace(shared_memory_per_block_optin=room)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    refusal = _backend._refusal(op, CUDA, dtype, sizes)
+    assert refusal is None if reason is None else reason in refusal
+
+
+def test_a_kernel_runs_on_the_device_of_its_inputs(monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    second = torch.device("cuda", 1)
+    run = _backend._on(second, lambda x, *, y: (x, y, list(entered)))
+    assert run(1, y=2) == (1, 2, [second]) and entered == [second, None]
 
 
 def test_float32_where_it_is_exact_or_need_not_be(installed, monkeypatch):

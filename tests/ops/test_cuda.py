@@ -66,6 +66,8 @@ def test_the_norm_on_a_gpu_is_the_formula(gated, dtype):
         ("ssd", (1, 8, 64, 128)),
         ("ssd", (1, 2, 64, 16)),
         ("ssd", (1, 2, 128, 64)),
+        ("ssd", (1, 4, 128, 128)),
+        ("ssd", (1, 8, 64, 256)),
         ("short_conv", (40, 4)),
     ],
 )
@@ -99,6 +101,17 @@ def test_bfloat16_kernels_stay_near_the_oracle(name, sizes, time, monkeypatch):
     rounded = errors("torch")
     for key, error in errors("triton").items():
         assert error < max(2e-2, 5 * rounded[key]), f"{key}: {error:.1e}, in PyTorch {rounded[key]:.1e}"
+
+
+def test_small_steps_keep_their_digits():
+    """Softplus far below zero, where 1 + exp would lose them: slow channels are what is at stake."""
+    raw = torch.tensor([-3.4, -3.6, -7, -9.2, -12, -16.7], dtype=torch.float64).expand(1, 8, -1)
+    x, A, B = torch.ones_like(raw), -torch.ones(6, 1, dtype=torch.float64), torch.ones(1, 8, 1)
+    arguments = {"x": x, "dt": raw, "A": A, "B": B, "C": B, "dt_softplus": True, "output_final_state": True}
+    exact = test_selective_scan.selective_scan(**arguments)
+    low = {k: v.float().cuda() if torch.is_tensor(v) else v for k, v in arguments.items()}
+    for found, expected in zip(test_selective_scan.selective_scan(**low), exact, strict=True):
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_mamba2_block_at_once_is_the_block(monkeypatch):

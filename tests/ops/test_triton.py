@@ -26,6 +26,10 @@ def scan(**arguments):
     return selective_scan(**arguments)
 
 
+def scan_of(*arguments):
+    return scan(**dict(zip(("x", "dt", "A", "B", "C"), arguments, strict=True)), dt_softplus=True)
+
+
 def ssd(**arguments):
     from longroll.ops.triton.ssd import ssd
 
@@ -47,6 +51,15 @@ def test_scan_agrees_with_the_oracle(size, keep, softplus):
     arguments, options = drawn(test_selective_scan, size, keep, softplus)
     found = run(scan, arguments, options, dtype=torch.float32)
     assert_close(found, run(selective_scan_reference, arguments, options), 3e-6)
+
+
+def test_scan_keeps_the_digits_of_small_steps():
+    raw = torch.tensor([-3.4, -3.6, -7, -9.2, -12, -16.7], dtype=torch.float64).expand(1, 8, -1)
+    ones = torch.ones(1, 8, 1, dtype=torch.float64)
+    arguments = (torch.ones_like(raw), raw, -torch.ones(6, 1, dtype=torch.float64), ones, ones)
+    exact = selective_scan_reference(*arguments, dt_softplus=True)
+    for found, expected in zip(scan_of(*(t.float() for t in arguments)), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_scan_goes_back_part_by_part(monkeypatch):

@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, StatePassing
 from longroll.data import Windows
-from longroll.training.graphs import StepGraph
+from longroll.families import laws
+from longroll.training.graphs import StepGraph, _Layout
 from longroll.training.loss import next_token_loss
 from zoo import VOCAB, assert_close, assert_same_state, lm_of, tokens
 
@@ -17,6 +18,15 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def test_a_cpu_has_none():
     with pytest.raises(LongrollError, match="--cuda-graphs"):
         StepGraph(lm_of("mamba"))
+
+
+def test_stacks_give_the_state_back():
+    state = laws.random_state(lm_of("mamba2"), 2)
+    layout = _Layout(state)
+    assert_same_state(layout.unpack(layout.pack(state), seen=state.seen), state)
+    packs = layout.pack(state)
+    layout.pack(state.map(lambda t: 2 * t), out=packs)
+    assert_same_state(layout.unpack(packs, seen=state.seen), state.map(lambda t: 2 * t))
 
 
 @on_a_gpu
@@ -47,6 +57,20 @@ def test_a_replay_is_the_step(name):
     gradients = {key: p.grad for key, p in graphed.named_parameters()}
     for key, parameter in plain.named_parameters():
         assert_close(gradients[key], parameter.grad, 1e-3, key)
+
+
+@on_a_gpu
+def test_steps_without_states_are_those_from_zero():
+    plain, graphed = (lm_of("mamba2").to("cuda").train() for _ in range(2))
+    graph = StepGraph(graphed, states=False)
+    for seed in range(2):
+        batch = tokens(2, 13, seed=seed).cuda()
+        loss, state = graph(batch[:, :-1], batch[:, 1:])
+        expected = next_token_loss(plain(batch[:, :-1])[0], batch[:, 1:])
+        assert_close(loss, expected, 1e-5)
+        assert not state and state.seen == 12
+    with pytest.raises(LongrollError, match="without states"):
+        graph(batch[:, :-1], batch[:, 1:], plain.zero_state(2))
 
 
 @on_a_gpu

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from longroll.training import loss as module
 from longroll.training.loss import next_token_loss
-from zoo import assert_close
+from zoo import VOCAB, assert_close, assert_same_state, lm_of, tokens
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
@@ -32,6 +32,31 @@ def test_it_is_pytorchs(rows_at_once, dtype, ignored, monkeypatch):
         assert_close(found.grad, exact.grad, 1e-5 if dtype == torch.float32 else 1e-2)
         with torch.no_grad():
             assert_close(next_token_loss((30 * F.linear(found, head)).to(dtype), targets, items), loss, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "recurrent_gemma", "gla", "xlstm"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("tokens_at_once", [1, 5, 1000])
+def test_in_pieces_it_is_the_whole(name, bf16, tokens_at_once, monkeypatch):
+    """Heads that scale, cap and share their weights with the embedding; targets that count not."""
+
+    def measured(pieces: int):
+        monkeypatch.setattr(module, "_LOGITS", pieces * VOCAB)
+        lm, ids = lm_of(name).train(), tokens(2, 14)
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] % 5 == 0, -100)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, state = module.loss_and_state(lm, ids[:, :-1], targets)
+        (3 * loss).backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert_close(module.loss_and_state(lm, ids[:, :-1], targets)[0], loss, 1e-5)
+        return loss, state, {key: p.grad for key, p in lm.named_parameters() if p.grad is not None}
+
+    (loss, state, gradients), (whole, final, expected) = measured(tokens_at_once), measured(10**9)
+    assert_close(loss, whole, 1e-5)
+    assert_same_state(state, final)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        assert_close(gradient, expected[key], 2e-2 if bf16 else 1e-4, key)
 
 
 def test_a_head_that_still_needs_its_logits_says_so():

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,7 @@ class StateCache(DynamicCache):
 
         A layer with a sliding window keeps what the next token can see.
         """
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         window = getattr(layer, "sliding_window", None)
         grown = []
         for slot, new in ((_KEYS, key_states), (_VALUES, value_states)):

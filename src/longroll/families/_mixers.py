@@ -61,7 +61,9 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     projected = mixer.in_proj(hidden)
-    kernel = choose("mamba2", projected.device, state_dtype(projected, mixer.A_log)).kernel
+    wide = state_dtype(projected, mixer.A_log) == torch.float64
+    sizes = (mixer.ssm_state_size, mixer.head_dim)
+    kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel
     if kernel is not None and mixer.activation in ("silu", "swish") and is_fused(mixer.norm):
         return _mamba2_at_once(kernel, mixer, projected, cache)
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size

@@ -98,9 +98,8 @@ def position_loss(
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
     check_ids(lm, tokens)
-    losses = torch.empty(
-        tokens.shape[0], tokens.shape[1] - 1, device=lm.device
-    )  # a GPU need not be waited for
+    tokens = tokens.to(lm.device)
+    losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # a GPU need not be waited for
     for start, hidden, state in roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops):
         stop = start + hidden.shape[1]
         losses[:, start:stop] = token_losses(lm, hidden, tokens[:, start + 1 : stop + 1])

@@ -53,7 +53,7 @@ def roll_out(
 
     Args:
         lm: the model.
-        input_ids: on any device; chunks are moved to the model's.
+        input_ids: on any device; moved to the model's at once, so that no chunk waits for its tokens.
         chunk_size: tokens of a row in one forward; default: as many as make `chunk_tokens` over all rows.
         stops: positions after which a chunk must end, so that the state there can be seen.
         state: the initial state.
@@ -65,11 +65,12 @@ def roll_out(
     check_ids(lm, input_ids)
     if chunk_size is not None and chunk_size < 1:
         raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
+    input_ids = input_ids.to(lm.device)
     chunk_size = chunk_size or max(64, chunk_tokens(lm) // rows)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
     cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
     for start, stop in pairwise(cuts):
-        hidden, state = lm(input_ids[:, start:stop].to(lm.device), state, logits=False)
+        hidden, state = lm(input_ids[:, start:stop], state, logits=False)
         yield Chunk(start, hidden, state)
         del hidden  # else two chunks exist while the next is computed
 

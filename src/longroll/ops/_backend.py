@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ KERNELS = {
 WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256, "kda": 256}
 """Op -> the widest key that fla's kernel takes."""
 
+WIDEST_FLOAT32 = 64 * 64
+"""Numbers in a head's state up to which the SSD's kernels take float32: those products are unrolled."""
+
 SWITCH = "LONGROLL_KERNELS"
 """Environment variable: `torch` keeps the ops in plain PyTorch; else GPU kernels run where they fit."""
 
@@ -51,18 +54,33 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
     Args:
         op: its name.
         device: where its inputs are.
-        dtype: of its arithmetic; for fla's kernels, of q (r) and the output.
-        sizes: of a head's keys and values, for fla's kernels.
+        dtype: of its arithmetic; of ops that multiply matrices (SSD, fla's), of their inputs.
+        sizes: of a head's keys and values, for these.
     """
     slow = _refusal(op, device, dtype, sizes)
     if slow is not None:
         return Choice(None, f"chunked PyTorch: {slow}")
     module = importlib.import_module(KERNELS[op])
-    return Choice(getattr(module, op), "fla's kernel" if KERNELS[op] == FLA else "triton")
+    kernel = _on(device, getattr(module, op))
+    return Choice(kernel, "fla's kernel" if KERNELS[op] == FLA else "triton")
+
+
+def _on(device: torch.device, kernel: Callable) -> Callable:
+    """`kernel` run on `device`: Triton launches on the current one, wherever the tensors are."""
+
+    @functools.wraps(kernel)
+    def run(*args, **kwargs):
+        with torch.cuda.device(device):
+            return kernel(*args, **kwargs)
+
+    return run
 
 
 def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callable | None:
-    """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch."""
+    """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch.
+
+    Products are made in the dtype of q; of Mamba-2 that is x, and v is B.
+    """
     wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
     sizes = (q.shape[-1], v.shape[-1])
     return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
@@ -82,7 +100,23 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
             return f"{package} is not installed"
     if dtype == torch.float64:
         return "the kernel computes in float32"
-    return _refusal_of_fla(op, dtype, sizes) if fla else None
+    if fla:
+        return _refusal_of_fla(op, dtype, sizes)
+    return _refusal_of_ssd(device, dtype, *sizes) if op in ("ssd", "mamba2") and sizes else None
+
+
+def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> str | None:
+    if dtype == torch.float16:
+        return "float16 holds no state above 65,504"
+    if dtype == torch.float32 and keys * values > WIDEST_FLOAT32:
+        return "products of float32 in heads this wide compile for a minute or more"
+    # the most that a kernel keeps at hand: B and C, x and dy, a state and its gradient, and scores of a chunk
+    at_hand = dtype.itemsize * (128 * (keys + values) + 2 * keys * values + 64 * 64)
+    gpu: Any = torch.cuda.get_device_properties(device)
+    room = gpu.shared_memory_per_block_optin
+    if at_hand > room:
+        return f"heads of {values} x {keys} want {at_hand >> 10} KiB at hand, a block has {room >> 10}"
+    return None
 
 
 def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:

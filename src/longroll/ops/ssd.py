@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longroll.ops._backend import choose
+from longroll.ops._backend import kernel_for
 from longroll.ops._common import (
     LOG2_E,
     Scratch,
@@ -76,7 +76,7 @@ def ssd(
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     dtype = state_dtype(*inputs)
-    kernel = choose("ssd", x.device, dtype).kernel
+    kernel = kernel_for("ssd", x, B, *inputs)
     if kernel is not None:
         y, final = kernel(*inputs[:8], dt_softplus, initial_state, dt_limit=dt_limit)
         return (y, final) if output_final_state else y

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
-from longroll.state import RecurrentState
+from longroll.state import RecurrentState, StateKey
 from longroll.training.loss import loss_and_state
 
 _WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
@@ -24,17 +25,23 @@ class StepGraph:
     Args:
         lm: a model on a CUDA device, in training mode, without attention (its KV would change shape).
         dtype: autocast to it; None computes in the weights' precision.
+        states: False for steps that all start from zero and whose final states nobody wants: these are
+            captured without either.
+        pool: `torch.cuda.graph_pool_handle()` of graphs that take turns and share their memory.
 
     Raises:
-        LongrollError: for a model on another device, or with attention.
+        LongrollError: for a model on another device, or with attention; when called with a state that it
+            was made without.
     """
 
-    def __init__(self, lm: RecurrentLM, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, lm: RecurrentLM, *, dtype: torch.dtype | None = None, states: bool = True, pool: Any = None
+    ) -> None:
         if lm.device.type != "cuda":
             raise LongrollError("CUDA graphs (--cuda-graphs) need the model on a CUDA device.")
         if lm.attends:
             raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without --cuda-graphs.")
-        self.lm, self.dtype = lm, dtype
+        self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def fits(self, input_ids: Tensor) -> bool:
@@ -57,8 +64,16 @@ class StepGraph:
             items: what the summed loss is divided by; default: the tokens that count.
 
         Returns:
-            The loss, a scalar, and the final state.
+            The loss, a scalar, and the final state; an empty one without `states`.
         """
+        if state and not self.states:
+            raise LongrollError("These steps were captured without states: StepGraph(states=True) takes one.")
+        with torch.cuda.device(self.lm.device):
+            return self._run(input_ids, targets, state, items)
+
+    def _run(
+        self, input_ids: Tensor, targets: Tensor, state: RecurrentState | None, items: Tensor | int | None
+    ) -> tuple[Tensor, RecurrentState]:
         items = (targets != -100).sum().clamp_min(1) if items is None else items
         earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
         graph = self._graph or self._capture(input_ids)
@@ -73,13 +88,14 @@ class StepGraph:
             if before is not None:
                 gradient.add_(before)
         seen = (0 if state is None else state.seen) + input_ids.shape[1]
-        return self._loss.clone(), self._layout.unpack([t.clone() for t in self._final], seen=seen)
+        final = self._layout.pack(self._final)  # the next replay overwrites the graph's own
+        return self._loss.clone(), self._layout.unpack(final, seen=seen)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.lm.model.parameters() if p.requires_grad]
 
     def _capture(self, input_ids: Tensor) -> torch.cuda.CUDAGraph:
-        self._zero = self.lm.zero_state(len(input_ids))
+        self._zero = self.lm.zero_state(len(input_ids)) if self.states else RecurrentState({})
         self._layout = _Layout(self._zero)
         self._packs = self._layout.pack(self._zero)
         self._ids, self._targets = input_ids.clone(), input_ids.clone()
@@ -92,7 +108,8 @@ class StepGraph:
                 self._clear()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data may load in other threads
+        # data may load in other threads
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             self._loss, self._final = self._step()
         self._gradients: list[Tensor] = [p.grad for p in self._parameters()]  # type: ignore[misc]
         self._graph = graph
@@ -102,12 +119,12 @@ class StepGraph:
         for parameter in self._parameters():
             parameter.grad = None
 
-    def _step(self) -> tuple[Tensor, list[Tensor]]:
+    def _step(self) -> tuple[Tensor, RecurrentState]:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
             initial = self._layout.unpack(self._packs)
             loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._items)
         loss.backward()
-        return loss.detach(), self._layout.pack(final.detach())
+        return loss.detach(), final.detach() if self.states else self._zero
 
 
 class _Layout:
@@ -120,7 +137,13 @@ class _Layout:
     def pack(self, state: RecurrentState, out: Iterable[Tensor | None] | None = None) -> list[Tensor]:
         """The stacks, written into those of `out` where given."""
         pairs = zip(self.groups, out or [None] * len(self.groups), strict=True)
-        return [torch.stack([state[k].to(self.dtypes[k]) for k in keys], out=into) for keys, into in pairs]
+        return [self._stacked([state[k] for k in keys], keys[0], into) for keys, into in pairs]
+
+    def _stacked(self, tensors: list[Tensor], key: StateKey, into: Tensor | None) -> Tensor:
+        if into is None:
+            into = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=self.dtypes[key])
+        torch._foreach_copy_(list(into.unbind()), tensors)  # torch.stack of many is slower than memory
+        return into
 
     def unpack(self, packs: Iterable[Tensor], *, seen: int = 0) -> RecurrentState:
         groups = zip(self.groups, packs, strict=True)

@@ -1,16 +1,20 @@
-"""The loss of training, which takes no more memory than the logits do."""
+"""The loss of training: its memory is that of the logits, and of many tokens that of a part of them."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longroll.model import RecurrentLM
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph
 from longroll.state import RecurrentState
 
+_LOGITS = 1 << 29  # numbers of them that exist at once in training: 1 GiB in 16 bits
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 
 
@@ -24,10 +28,51 @@ def loss_and_state(
     """`next_token_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
 
     Many of transformers' models copy their logits to float32, which under autocast says no more than the
-    logits do and triples their memory; here they stay as the output embedding made them.
+    logits do and triples their memory; here they stay as the output embedding made them. Logits of more
+    tokens than fit into `_LOGITS` never exist at once.
     """
     hidden, final = lm(input_ids, state, logits=False)
-    return next_token_loss(lm.family.head(lm.model, hidden), targets, items), final
+    head = functools.partial(lm.family.head, lm.model)
+    tokens = max(1, _LOGITS // lm.vocab_size)
+    if targets.numel() <= tokens:
+        return next_token_loss(head(hidden), targets, items), final
+    items = (targets != -100).sum().clamp_min(1) if items is None else items
+    pieces = [t.flatten(0, 1)[None].split(tokens, dim=1) for t in (hidden, targets)]
+    if not needs_graph(hidden):
+        losses = [next_token_loss(head(h), y, items) for h, y in zip(*pieces, strict=True)]
+        return torch.stack(losses).sum(), final
+    weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
+    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items, final
+
+
+class _InPieces(torch.autograd.Function):
+    """Sum of the losses of `hidden` (B, T, D), piece by piece, each with its gradient.
+
+    The gradients of the hidden states and of the head's weights are made at once and kept in place of the
+    logits, so that nothing is computed twice (as in Liger-Kernel's fused linear cross-entropy).
+    """
+
+    @staticmethod
+    def forward(ctx, head, weights, targets, hidden, *_):
+        dhidden, dweights = torch.empty_like(hidden), [torch.zeros_like(w) for w in weights]
+        loss = torch.zeros((), device=hidden.device)
+        sizes = [y.shape[1] for y in targets]
+        parts = (t.flatten(0, 1).split(sizes) for t in (hidden.detach(), dhidden))
+        for h, dh, y in zip(*parts, targets, strict=True):
+            with torch.enable_grad():
+                h = h[None].requires_grad_()
+                piece = next_token_loss(head(h), y, 1)
+                found, *others = torch.autograd.grad(piece, [h, *weights])
+            dh.copy_(found[0])
+            torch._foreach_add_(dweights, others)
+            loss += piece.detach()
+        ctx.save_for_backward(dhidden, *dweights)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        return None, None, None, *(g * dloss for g in ctx.saved_tensors)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
@@ -65,6 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         gradient, ctx.gradient = ctx.gradient, None  # there is no second time
         return gradient.mul_(dloss), None

@@ -100,7 +100,8 @@ class InitialStateTrainer(Trainer):
                 "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
                 "leave out --cuda-graphs, or these."
             )
-        return StepGraph(self.lm, dtype=torch.bfloat16 if self.args.bf16 else None)
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)
 
     def _check_lanes(self) -> None:
         if not isinstance(self.intervention, TBPTT) or self.train_dataset is None:
@@ -126,7 +127,7 @@ class InitialStateTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Trainer's step, or its replay, which does not call `compute_loss`."""
-        if self._graph is None or not self._graph.fits(inputs["input_ids"]):
+        if self._graph is None or num_items_in_batch is None or not self._graph.fits(inputs["input_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches

@@ -70,11 +70,13 @@ def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
         return MODELS[model_type]
     if model_type in NATIVE:
         return NATIVE[model_type].model_class()
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type or "")
+    if model_type is None:
+        return None
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if name is not None and CONFIG_MAPPING[model_type].__module__.startswith("transformers."):
         return None
-    name = name or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type or "")  # GLM-5-Next has no other
-    if model_type is None or name is None:
+    name = name or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)  # GLM-5-Next has no other
+    if name is None:
         return None
     module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
     return getattr(module, name)

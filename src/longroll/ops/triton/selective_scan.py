@@ -33,7 +33,10 @@ def _step_size(raw, SOFTPLUS: tl.constexpr):
     slope = tl.full(raw.shape, 1.0, tl.float32)
     if SOFTPLUS:
         slope = 1.0 / (1.0 + tl.exp(-raw))
-        raw = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+        e = tl.exp(tl.minimum(raw, 20.0))
+        series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))  # of log(1 + e)
+        small = tl.where(e < 0.03, series, tl.log(1.0 + e))  # whose digits 1 + e would lose
+        raw = tl.where(raw > 20.0, raw, small)
     return raw, slope
 
 
