@@ -1,12 +1,12 @@
-"""The recurrences with a (K, V) state against a loop over tokens and transformers' fallback, on a CPU.
+"""The recurrences against a loop over tokens and transformers' fallback, on a CPU.
 
     OMP_NUM_THREADS=1 python benchmarks/ops_cpu.py --json ops_cpu.json
 
 Ways take turns within a round; medians over the rounds count, and ratios are those of one run. `loop`: the
-recurrence as written, a step at a time, in float32 (our oracle). `transformers`: Qwen3-Next's
-`torch_chunk_gated_delta_rule` and Kimi-Linear's `chunk_kimi_delta_attention`, what a CPU user gets there.
-`ours`: the op.
-Backward is from both outputs.
+recurrence as written, a step at a time, in float32 (our oracle). `transformers`, what a CPU user gets there:
+Mamba's `mamba_selective_scan`, which takes no state, Mamba-2's `mamba2_chunk_scan`, Qwen3-Next's
+`torch_chunk_gated_delta_rule` and Kimi-Linear's `chunk_kimi_delta_attention`. `ours`: the op. Backward is
+from both outputs. Mamba has H V channels of 16 numbers of state, Mamba-2 H heads of V channels and K numbers.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from longroll import ops
@@ -25,13 +27,31 @@ from longroll.ops import reference
 from longroll.results import provenance, write_json
 
 SIZES = {"one long row": (1, 1024, 8, 64, 64), "many short rows": (8, 128, 4, 32, 32)}  # B, T, H, K, V
-NAMES = ("gla", "retention", "rwkv6", "rwkv7", "delta_rule", "gated_delta_rule", "kda")
+D_STATE = 16
+NAMES = (
+    "selective_scan",
+    "ssd",
+    "gla",
+    "retention",
+    "rwkv6",
+    "rwkv7",
+    "delta_rule",
+    "gated_delta_rule",
+    "kda",
+)
 Way = Callable[..., tuple[Tensor, Tensor]]
 
 
 def inputs(name: str, size: tuple[int, ...]) -> dict[str, Tensor]:
     B, T, H, K, V = size
     torch.manual_seed(0)
+    if name == "selective_scan":
+        b, c = torch.randn(2, B, T, D_STATE)
+        rates = -torch.arange(1.0, D_STATE + 1).repeat(H * V, 1)
+        return mamba_inputs(torch.randn(B, T, H * V), rates, b, c, torch.randn(B, H * V, D_STATE))
+    if name == "ssd":
+        b, c = torch.randn(2, B, T, 1, K)
+        return mamba_inputs(torch.randn(B, T, H, V), -torch.rand(H) * 8, b, c, torch.randn(B, H, V, K))
     q, k, v = torch.randn(B, T, H, K), F.normalize(torch.randn(B, T, H, K), dim=-1), torch.randn(B, T, H, V)
     decay, beta = F.logsigmoid(torch.randn(B, T, H, K) + 3), torch.rand(B, T, H)
     others = {
@@ -46,6 +66,23 @@ def inputs(name: str, size: tuple[int, ...]) -> dict[str, Tensor]:
     return {**others[name], "v": v, "initial_state": torch.randn(B, H, K, V)}
 
 
+def mamba_inputs(x: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> dict[str, Tensor]:
+    dt = F.softplus(torch.randn(x.shape[:3]) - 4)
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": state}
+
+
+def scan_of_transformers(x, dt, A, B, C, initial_state):
+    x, dt, B, C = (t.transpose(1, 2) for t in (x, dt, B, C))
+    return mamba_selective_scan(x, dt, A, B, C, return_last_state=True)
+
+
+def chunks_of_transformers(x, dt, A, B, C, initial_state):
+    return mamba2_chunk_scan(
+        x, dt, A, B, C, 64, initial_states=initial_state, return_final_states=True
+    )  # 64 is faster than the 256 of configs
+
+
+MAMBAS = {"selective_scan": scan_of_transformers, "ssd": chunks_of_transformers}
 FALLBACKS = {"gated_delta_rule": torch_chunk_gated_delta_rule, "kda": chunk_kimi_delta_attention}
 
 
@@ -55,6 +92,8 @@ def ways_of(name: str) -> dict[str, Way]:
         "ours": lambda **a: op(**a, output_final_state=True),
         "loop": getattr(reference, f"{name}_reference"),
     }
+    if name in MAMBAS:
+        ways["transformers"] = MAMBAS[name]
     if name in FALLBACKS:
         ways["transformers"] = lambda **a: FALLBACKS[name](
             a.pop("q"), a.pop("k"), a.pop("v"), **a, output_final_state=True
@@ -73,7 +112,8 @@ def forward_and_backward(way: Way, arguments: dict[str, Tensor]) -> float:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in arguments.items()}
     start = time.perf_counter()
     outputs = way(**leaves)
-    torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
+    ones = [torch.ones_like(o) for o in outputs]
+    torch.autograd.grad(outputs, list(leaves.values()), ones, allow_unused=True)  # a state may be ignored
     return time.perf_counter() - start
 
 
@@ -97,6 +137,7 @@ def measure(name: str, size: tuple[int, ...], rounds: int) -> dict:
 def difference(way: Way, arguments: dict[str, Tensor], exact: Tensor) -> float:
     """Largest error of the outputs against the loop in float64, as a part of the largest output."""
     o, _ = way(**arguments)
+    o = o.mT if o.shape != exact.shape else o  # transformers' scan keeps time last, and leaves the state out
     return ((o - exact).abs().max() / exact.abs().max()).item()
 
 
