@@ -67,6 +67,22 @@ def test_heads_that_a_gpu_has_no_room_for_run_in_pytorch(op, dtype, sizes, room,
     assert refusal is None if reason is None else reason in refusal
 
 
+def test_a_gpu_that_does_not_say_what_a_block_may_opt_in_to(monkeypatch):
+    monkeypatch.setattr(_backend, "_installed", lambda package: True)
+    gpu = SimpleNamespace(shared_memory_per_block=64 << 10)  # AMD's
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert "64" in str(_backend._refusal("ssd", CUDA, torch.bfloat16, (64, 128)))
+
+
+def test_tf32_by_pytorchs_newer_switch(installed):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert choose("gla", CUDA, torch.float32, (64, 64)).kernel is not None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_a_kernel_runs_on_the_device_of_its_inputs(monkeypatch):
     entered = []
 

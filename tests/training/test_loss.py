@@ -36,13 +36,15 @@ def test_it_is_pytorchs(rows_at_once, dtype, ignored, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "recurrent_gemma", "gla", "xlstm"])
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("tokens_at_once", [1, 5, 1000])
-def test_in_pieces_it_is_the_whole(name, bf16, tokens_at_once, monkeypatch):
+def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypatch):
     """Heads that scale, cap and share their weights with the embedding; targets that count not."""
 
     def measured(pieces: int):
         monkeypatch.setattr(module, "_LOGITS", pieces * VOCAB)
         lm, ids = lm_of(name).train(), tokens(2, 14)
+        lm.model.get_output_embeddings().requires_grad_(not frozen)
         targets = ids[:, 1:].masked_fill(ids[:, 1:] % 5 == 0, -100)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, state = module.loss_and_state(lm, ids[:, :-1], targets)
@@ -57,6 +59,15 @@ def test_in_pieces_it_is_the_whole(name, bf16, tokens_at_once, monkeypatch):
     assert gradients.keys() == expected.keys()
     for key, gradient in gradients.items():
         assert_close(gradient, expected[key], 2e-2 if bf16 else 1e-4, key)
+
+
+def test_float16_is_not_taken_to_pieces(monkeypatch):
+    """Its gradients want the scale that comes only with backward."""
+    monkeypatch.setattr(module, "_LOGITS", VOCAB)
+    monkeypatch.setattr(module, "_InPieces", None)
+    lm, ids = lm_of("mamba2").train(), tokens(2, 14)
+    with torch.autocast("cpu", torch.float16):
+        assert module.loss_and_state(lm, ids[:, :-1], ids[:, 1:])[0].isfinite()
 
 
 def test_a_head_that_still_needs_its_logits_says_so():

@@ -25,6 +25,7 @@ from longroll import (
 from longroll.data import Corpus, Lanes, Windows
 from longroll.families import _dispatch
 from longroll.training import PosttrainOptions, posttrain
+from longroll.training.loss import next_token_loss
 from longroll.training.posttrain import _with_lora
 from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
 
@@ -268,11 +269,20 @@ def test_hooks_on_the_model_run(tmp_path):
 @pytest.mark.parametrize("name", ["mamba", "bamba", "gla_hybrid", "rwkv7", "rwkv", "xlstm"])
 def test_evaluation_by_trainer(name, tmp_path):
     """A family a container, in bfloat16, by our trainer and by transformers' own."""
+    items = [data_for("sp")[i] for i in range(8)]  # a batch
     trainer = train(build(name), StatePassing(), data_for("sp"), tmp_path, bf16=True)
-    found = trainer.evaluate(data_for("sp"))["eval_loss"]
-    items = [{"input_ids": item["input_ids"], "labels": item["input_ids"]} for item in data_for("sp")]
-    plain = Trainer(build(name), arguments(tmp_path), eval_dataset=items)
-    assert 0 < found < 10 and 0 < plain.evaluate()["eval_loss"] < 10
+    found = trainer.evaluate(items)["eval_loss"]
+    ids, targets = (
+        torch.stack([torch.as_tensor(i[k]) for i in items]) for k in ("input_ids", "shift_labels")
+    )
+    with torch.no_grad():
+        expected = next_token_loss(RecurrentLM(trainer.base).eval()(ids)[0], targets)
+        again = next_token_loss(lm_of(name)(ids)[0][:, :-1], ids[:, 1:])
+    assert found == pytest.approx(expected.item(), rel=2e-2)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    assert Trainer(build(name), arguments(tmp_path), eval_dataset=rows).evaluate()[
+        "eval_loss"
+    ] == pytest.approx(again.item(), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -285,7 +295,7 @@ def test_a_step_that_died_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_dispatch.ops, "selective_scan", die)
+        patch.setattr(_dispatch.ops, "short_conv", die)
         train(_with_lora(build("jamba"), 2), StatePassing(), data_for("sp"), tmp_path)
     assert torch.equal(model(ids).logits, expected)
 

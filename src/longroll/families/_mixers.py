@@ -62,7 +62,7 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     projected = mixer.in_proj(hidden)
     wide = state_dtype(projected, mixer.A_log) == torch.float64
-    sizes = (mixer.ssm_state_size, mixer.head_dim)
+    sizes = (mixer.head_dim, mixer.ssm_state_size)
     kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel
     if kernel is not None and mixer.activation in ("silu", "swish") and is_fused(mixer.norm):
         return _mamba2_at_once(kernel, mixer, projected, cache)

@@ -55,7 +55,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
         op: its name.
         device: where its inputs are.
         dtype: of its arithmetic; of ops that multiply matrices (SSD, fla's), of their inputs.
-        sizes: of a head's keys and values, for these.
+        sizes: of a head's keys and values, for these; of Mamba-2's, head and state.
     """
     slow = _refusal(op, device, dtype, sizes)
     if slow is not None:
@@ -79,7 +79,7 @@ def _on(device: torch.device, kernel: Callable) -> Callable:
 def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callable | None:
     """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch.
 
-    Products are made in the dtype of q; of Mamba-2 that is x, and v is B.
+    Products are made in the dtype of q; of Mamba-2 q is x, and v is B.
     """
     wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
     sizes = (q.shape[-1], v.shape[-1])
@@ -105,23 +105,23 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
     return _refusal_of_ssd(device, dtype, *sizes) if op in ("ssd", "mamba2") and sizes else None
 
 
-def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> str | None:
+def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, width: int, order: int) -> str | None:
     if dtype == torch.float16:
         return "float16 holds no state above 65,504"
-    if dtype == torch.float32 and keys * values > WIDEST_FLOAT32:
+    if dtype == torch.float32 and width * order > WIDEST_FLOAT32:
         return "products of float32 in heads this wide compile for a minute or more"
     # the most that a kernel keeps at hand: B and C, x and dy, a state and its gradient, and scores of a chunk
-    at_hand = dtype.itemsize * (128 * (keys + values) + 2 * keys * values + 64 * 64)
+    at_hand = dtype.itemsize * (128 * (width + order) + 2 * width * order + 64 * 64)
     gpu: Any = torch.cuda.get_device_properties(device)
-    room = gpu.shared_memory_per_block_optin
+    room = getattr(gpu, "shared_memory_per_block_optin", None) or gpu.shared_memory_per_block
     if at_hand > room:
-        return f"heads of {values} x {keys} want {at_hand >> 10} KiB at hand, a block has {room >> 10}"
+        return f"heads of {width} x {order} want {at_hand >> 10} KiB at hand, a block has {room >> 10}"
     return None
 
 
 def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
     exact = os.environ.get("TRITON_F32_DEFAULT") == "ieee"
-    if dtype == torch.float32 and not exact and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and not exact and not _tf32_is_allowed():
         return "fla's kernels multiply float32 in tf32 (torch.set_float32_matmul_precision('high') allows it)"
     if any(size < 16 or size % 2 for size in sizes):
         return "fla's kernels want even head sizes of at least 16"
@@ -129,6 +129,13 @@ def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str 
     if sizes and widest is not None and sizes[0] > widest:
         return f"fla's kernel takes keys of at most {widest}"
     return None
+
+
+def _tf32_is_allowed() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # PyTorch's newer switch was used, as by transformers
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.cache

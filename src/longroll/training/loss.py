@@ -34,7 +34,7 @@ def loss_and_state(
     hidden, final = lm(input_ids, state, logits=False)
     head = functools.partial(lm.family.head, lm.model)
     tokens = max(1, _LOGITS // lm.vocab_size)
-    if targets.numel() <= tokens:
+    if targets.numel() <= tokens or _dtype(hidden) == torch.float16:  # whose gradients want their scale
         return next_token_loss(head(hidden), targets, items), final
     items = (targets != -100).sum().clamp_min(1) if items is None else items
     pieces = [t.flatten(0, 1)[None].split(tokens, dim=1) for t in (hidden, targets)]
@@ -43,6 +43,12 @@ def loss_and_state(
         return torch.stack(losses).sum(), final
     weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
     return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items, final
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    """What products with `hidden` are made in."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _InPieces(torch.autograd.Function):
@@ -54,7 +60,7 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, head, weights, targets, hidden, *_):
-        dhidden, dweights = torch.empty_like(hidden), [torch.zeros_like(w) for w in weights]
+        dhidden, dweights = hidden.new_empty(hidden.shape), [torch.zeros_like(w) for w in weights]
         loss = torch.zeros((), device=hidden.device)
         sizes = [y.shape[1] for y in targets]
         parts = (t.flatten(0, 1).split(sizes) for t in (hidden.detach(), dhidden))
@@ -64,7 +70,8 @@ class _InPieces(torch.autograd.Function):
                 piece = next_token_loss(head(h), y, 1)
                 found, *others = torch.autograd.grad(piece, [h, *weights])
             dh.copy_(found[0])
-            torch._foreach_add_(dweights, others)
+            if weights:
+                torch._foreach_add_(dweights, others)
             loss += piece.detach()
         ctx.save_for_backward(dhidden, *dweights)
         return loss

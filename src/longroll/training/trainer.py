@@ -82,8 +82,9 @@ class InitialStateTrainer(Trainer):
         use_cache = getattr(self.base.config, "use_cache", None)
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, **kwargs)
-        if use_cache is not None:  # Trainer turns it off, and it would be saved so
-            self.base.config.use_cache = use_cache
+        self.base.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+        if use_cache is None:
+            del self.base.config.use_cache  # of its text model's config, say
         # the loss here is a sum over the tokens of all micro-batches, as transformers' own
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if args.n_gpu > 1:

@@ -63,8 +63,7 @@ class FlaConfig(PreTrainedConfig):
 
     def _check(self, entry: Any) -> None:
         """Refuse an entry of `attn` that fla refuses, or that no module can be made of."""
-        known = isinstance(entry, dict) and {"layers", "num_heads"} <= entry.keys()
-        if not known:
+        if not isinstance(entry, dict) or not {"layers", "num_heads"} <= entry.keys():
             raise unsupported(self, "attn", "an entry names its layers and num_heads")
         depth, window = self.num_hidden_layers, entry.get("window_size")
         if not all(isinstance(layer, int) and 0 <= layer < depth for layer in entry["layers"]):
@@ -76,7 +75,14 @@ class FlaConfig(PreTrainedConfig):
             raise unsupported(self, "attn", "a window has at least one token")
 
 
-_REFUSED = ("cu_seqlens", "seq_idx", "position_ids", "output_hidden_states", "output_attentions")
+_REFUSED = (
+    "cu_seqlens",
+    "cu_seq_lens_q",
+    "seq_idx",
+    "position_ids",
+    "output_hidden_states",
+    "output_attentions",
+)
 
 
 class Block(GradientCheckpointingLayer):
@@ -208,7 +214,7 @@ class CausalLM(FlaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `Decoder.forward`, with logits, and the next-token loss of `labels` (B, T) where given."""
-        outputs = self.model(input_ids, **kwargs)
+        outputs = self.model(input_ids, **kwargs, return_dict=True)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
