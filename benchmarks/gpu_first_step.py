@@ -18,10 +18,10 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import longroll
-from longroll.families import laws, model_class
+from longroll.families import laws
+from longroll.families.tiny import from_config
 from longroll.results import provenance, write_json
 from longroll.training.loss import loss_and_state
 
@@ -44,14 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def steps(family: str, device: str) -> dict[str, float]:
     """Seconds of the first two steps of a model."""
-    found, entries = model_class(family), COMMON | FAMILIES[family]
     torch.manual_seed(0)
     with torch.device(device):
-        if found is None:
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **entries))
-        else:
-            model = found(found.config_class(**entries))  # type: ignore[misc]
-    lm = longroll.RecurrentLM(model).train()
+        lm = longroll.RecurrentLM(from_config(family, COMMON | FAMILIES[family])).train()
     ids = torch.randint(lm.vocab_size, (4, 2049) if device == "cuda" else (1, 65)).to(device)
     state = laws.random_state(lm, len(ids), scale=0.1)
     taken = []

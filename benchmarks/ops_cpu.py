@@ -83,8 +83,17 @@ def chunks_of_transformers(x, dt, A, B, C, initial_state):
     )  # 64 is faster than the 256 of configs
 
 
-MAMBAS = {"selective_scan": scan_of_transformers, "ssd": chunks_of_transformers}
-FALLBACKS = {"gated_delta_rule": torch_chunk_gated_delta_rule, "kda": chunk_kimi_delta_attention}
+def by_place(function: Callable) -> Way:
+    """Give q, k and v by their places: transformers has other names for them."""
+    return lambda q, k, v, **others: function(q, k, v, **others, output_final_state=True)
+
+
+FALLBACKS: dict[str, Way] = {
+    "selective_scan": scan_of_transformers,
+    "ssd": chunks_of_transformers,
+    "gated_delta_rule": by_place(torch_chunk_gated_delta_rule),
+    "kda": by_place(chunk_kimi_delta_attention),
+}
 
 
 def ways_of(name: str) -> dict[str, Way]:
@@ -93,12 +102,8 @@ def ways_of(name: str) -> dict[str, Way]:
         "ours": lambda **a: op(**a, output_final_state=True),
         "loop": getattr(reference, f"{name}_reference"),
     }
-    if name in MAMBAS:
-        ways["transformers"] = MAMBAS[name]
     if name in FALLBACKS:
-        ways["transformers"] = lambda **a: FALLBACKS[name](
-            a.pop("q"), a.pop("k"), a.pop("v"), **a, output_final_state=True
-        )
+        ways["transformers"] = FALLBACKS[name]
     return ways
 
 

@@ -20,9 +20,9 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from longroll import ops
 from longroll.families._cache import StateCache
-from longroll.families._norms import is_fused, result_dtype
+from longroll.families._norms import is_fused
 from longroll.ops._backend import choose
-from longroll.ops._common import state_dtype
+from longroll.ops._common import product_dtype, state_dtype
 from longroll.ops.short_conv import last_inputs
 
 
@@ -64,7 +64,7 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     wide = state_dtype(projected, mixer.A_log) == torch.float64
     sizes = (mixer.head_dim, mixer.ssm_state_size)
     kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel
-    if kernel is not None and mixer.activation in ("silu", "swish") and is_fused(mixer.norm):
+    if kernel is not None and is_fused(mixer.norm):
         return _mamba2_at_once(kernel, mixer, projected, cache)
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
     gate, xBC, dt = projected.split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
@@ -89,7 +89,7 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     past, state = cache.start(layer, "conv"), cache.start(layer, "recurrent")
     shape = Shape(
         mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
-        norm.variance_epsilon, norm.group_size, result_dtype(norm.weight, projected),
+        norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
     bias = None if conv.bias is None else conv.bias.float()
     y, final_state = kernel(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm, MambaRMSNormGated
 
 from longroll.ops._backend import choose
-from longroll.ops._common import state_dtype
+from longroll.ops._common import product_dtype, state_dtype
 
 _WIDEST = 8192  # numbers that share a mean, which one program of the kernel holds
 
@@ -42,14 +41,7 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
     kernel = choose("rms_norm", x.device, state_dtype(x, weight, gate)).kernel
     if kernel is None or size > _WIDEST:
         return original(x) if gate is None else original(x, gate)
-    return kernel(x, weight, module.variance_epsilon, gate, size, result_dtype(weight, x))
-
-
-def result_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
-    """What a norm's result is rounded to: under autocast, what the projection after it would make of it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return torch.result_type(weight, x)
+    return kernel(x, weight, module.variance_epsilon, gate, size, product_dtype(weight, x))
 
 
 def is_fused(module: nn.Module) -> bool:

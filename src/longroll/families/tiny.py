@@ -257,16 +257,20 @@ def every_expert(name: str) -> dict[str, Any]:
     return {"num_experts_per_tok": experts, **groups} if experts else {}
 
 
+def from_config(model_type: str, entries: dict[str, Any]) -> PreTrainedModel:
+    """A model of a family with these entries in its config, initialised as upstream does."""
+    found = model_class(model_type)
+    if found is None:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **entries))
+    assert found.config_class is not None
+    return found(found.config_class(**entries))
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A model in eval mode; larger projections and slower decays than at initialisation, so state counts."""
     model_type, entries = (CONFIGS | ON_GPU)[name]
-    found = model_class(model_type)
     torch.manual_seed(seed)
-    if found is None:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(entries | config)))
-    else:
-        assert found.config_class is not None
-        model = found(found.config_class(**(entries | config)))
+    model: Any = from_config(model_type, entries | config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(".temp"):  # zaya's keys are scaled by it, from 0 on

@@ -94,3 +94,10 @@ def room_for(*tensors: Tensor | None) -> Any:
 def zeros_for(*tensors: Tensor | None) -> Any:
     """Return zero gradients, one for each tensor; None for an absent one."""
     return tuple(None if t is None else t.new_zeros(t.shape) for t in tensors)
+
+
+def product_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
+    """What a product of them is made in: under autocast its dtype, else the wider of theirs."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.result_type(weight, x)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longroll.model import RecurrentLM
 from longroll.ops._backend import choose
-from longroll.ops._common import needs_graph
+from longroll.ops._common import needs_graph, product_dtype
 from longroll.state import RecurrentState
 
 _LOGITS = 1 << 29  # numbers of them that exist at once in training: 1 GiB in 16 bits
@@ -34,7 +34,8 @@ def loss_and_state(
     hidden, final = lm(input_ids, state, logits=False)
     head = functools.partial(lm.family.head, lm.model)
     tokens = max(1, _LOGITS // lm.vocab_size)
-    if targets.numel() <= tokens or _dtype(hidden) == torch.float16:  # whose gradients want their scale
+    # gradients in float16 want their scale, which comes only with backward
+    if targets.numel() <= tokens or product_dtype(hidden, hidden) == torch.float16:
         return next_token_loss(head(hidden), targets, items), final
     items = (targets != -100).sum().clamp_min(1) if items is None else items
     pieces = [t.flatten(0, 1)[None].split(tokens, dim=1) for t in (hidden, targets)]
@@ -43,12 +44,6 @@ def loss_and_state(
         return torch.stack(losses).sum(), final
     weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
     return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items, final
-
-
-def _dtype(hidden: Tensor) -> torch.dtype:
-    """What products with `hidden` are made in."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _InPieces(torch.autograd.Function):
