@@ -6,9 +6,9 @@
 
 Random weights, the same in every row, on the same batches; AdamW; autocast to bf16; medians. `transformers`,
 `mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at
-one model, a few steps each, so that a drift of the machine falls on all of them: overheads are medians over
-the turns of a row's time to that of the zero state's. Within a turn nothing waits for the GPU, as in
-training. MFU counts 6 flops a parameter and token, no recurrence.
+one model, so that a drift of the machine falls on all of them: overheads are medians over the turns of a
+row's time to that of the zero state's. Within a turn of ten steps nothing waits for the GPU, as in training,
+which waits where it logs. MFU counts 6 flops a parameter and token, no recurrence.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mamba2-370m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="of a turn; one before the turns compiles")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="of a turn; one before the turns compiles")
     parser.add_argument("--only", nargs="+", help="implementations, of those that can run here")
     hidden = (
         "folders of mamba_ssm and its extensions, hidden from the row of transformers, which would use them"

@@ -44,6 +44,8 @@ def module(name: str) -> types.ModuleType:
 
 def _mamba_ssm(config, second: bool) -> nn.Module:
     models = module("mamba_ssm.models.mixer_seq_simple")
+    if sys.modules["mamba_ssm.modules.mamba2"].causal_conv1d_fn is None:
+        raise RuntimeError("mamba-ssm is slow without causal_conv1d, which is not installed")
     sizes = {"layer": "Mamba2" if second else "Mamba1", "d_state": config.state_size, "expand": config.expand}
     if second:
         sizes |= {"headdim": config.head_dim, "ngroups": config.n_groups}

@@ -11,7 +11,7 @@ from longroll.families import laws
 from longroll.families.tiny import VOCAB, build
 from longroll.model import RecurrentLM
 from longroll.ops._backend import SWITCH
-from longroll.training.loss import next_token_loss
+from longroll.training.loss import loss_and_state, next_token_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CASES = {
@@ -38,6 +38,20 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(name, dtype, kernels, monkeypatch):
     assert_close(
         run(on_gpu, arguments, options, dtype=dtype), run(module.fast, arguments, options), tolerance
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_kernels_run_on_the_gpu_of_their_inputs(name):
+    """Forward and backward on the second GPU while the first is the current one."""
+    ids = torch.randint(VOCAB, (2, 301), generator=torch.Generator().manual_seed(0))
+
+    def gradients(device):
+        found = laws.gradients(RecurrentLM(build(name).to(device)).train(), ids.to(device), [100, 1, 199])
+        weights = {key: gradient.cpu() for key, gradient in found.weights.items()}
+        return laws.Gradients(found.loss.cpu(), weights, found.embeddings.cpu())
+
+    assert laws.gradient_gap(gradients("cuda:1"), gradients("cpu")).size < 1e-4
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -138,3 +152,21 @@ def test_cross_entropy_on_a_gpu_is_pytorchs(dtype):
     assert (found.grad.double() - exact.grad).norm() < (
         1e-5 if dtype == torch.float32 else 4e-3
     ) * exact.grad.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_loss_in_pieces_is_the_whole_on_a_gpu(bf16, monkeypatch):
+    ids = torch.randint(VOCAB, (2, 301), generator=torch.Generator().manual_seed(0)).cuda()
+    losses, gradients = [], []
+    for tokens_at_once in (10_000, 70):
+        lm = RecurrentLM(build("mamba2").cuda()).train()
+        monkeypatch.setattr("longroll.training.loss._LOGITS", tokens_at_once * lm.vocab_size)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss, _ = loss_and_state(lm, ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({k: p.grad for k, p in lm.model.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    for key, whole in gradients[0].items():
+        error = (gradients[1][key] - whole).norm() / whole.norm()
+        assert error < (2e-2 if bf16 else 1e-5), f"{key}: {error:.1e}"

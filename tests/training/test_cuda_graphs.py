@@ -81,6 +81,7 @@ def test_trainer_learns_the_same(tmp_path):
             output_dir=str(tmp_path / str(graphs)), max_steps=4, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, learning_rate=1e-3, report_to=[], save_strategy="no",
         )  # fmt: skip
+        arguments._n_gpu = 1  # of several
         data = Windows(corpus_of(vocab=VOCAB), 8, num_items=16)
         trainer = InitialStateTrainer(
             lm, arguments, intervention=StatePassing(), cuda_graphs=graphs, train_dataset=data

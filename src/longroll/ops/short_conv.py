@@ -59,16 +59,16 @@ def short_conv(
 
 def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> Tensor:
     """The final state of `short_conv`: (B, D, width) in float32 (float64)."""
-    final = x[:, -width:].to(state_dtype(x, initial_state)).mT
-    if final.shape[2] < width:
-        missing = width - final.shape[2]
+    final, dtype = x[:, -width:].mT, state_dtype(x, initial_state)
+    missing = width - final.shape[2]
+    if missing > 0:
         older = (
             final.new_zeros(*final.shape[:2], missing)
             if initial_state is None
             else initial_state[..., -missing:]
         )
-        final = torch.cat([older.to(final.dtype), final], 2)
-    return final.clone(memory_format=torch.contiguous_format)
+        final = torch.cat([older.to(dtype), final.to(dtype)], 2)
+    return final.to(dtype, copy=True, memory_format=torch.contiguous_format)  # in memory of its own
 
 
 class _Conv(torch.autograd.Function):

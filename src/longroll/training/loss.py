@@ -25,25 +25,31 @@ def loss_and_state(
     state: RecurrentState | None = None,
     items: Tensor | int | None = None,
 ) -> tuple[Tensor, RecurrentState]:
-    """`next_token_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
+    """`hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph."""
+    hidden, final = lm(input_ids, state, logits=False)
+    return hidden_loss(lm, hidden, targets, items), final
+
+
+def hidden_loss(
+    lm: RecurrentLM, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None
+) -> Tensor:
+    """`next_token_loss` of the logits that `lm` gives of its last hidden states (B, T, D).
 
     Many of transformers' models copy their logits to float32, which under autocast says no more than the
     logits do and triples their memory; here they stay as the output embedding made them. Logits of more
     tokens than fit into `_LOGITS` never exist at once.
     """
-    hidden, final = lm(input_ids, state, logits=False)
     head = functools.partial(lm.family.head, lm.model)
     tokens = max(1, _LOGITS // lm.vocab_size)
     # gradients in float16 want their scale, which comes only with backward
     if targets.numel() <= tokens or product_dtype(hidden, hidden) == torch.float16:
-        return next_token_loss(head(hidden), targets, items), final
+        return next_token_loss(head(hidden), targets, items)
     items = (targets != -100).sum().clamp_min(1) if items is None else items
     pieces = [t.flatten(0, 1)[None].split(tokens, dim=1) for t in (hidden, targets)]
     if not needs_graph(hidden):
-        losses = [next_token_loss(head(h), y, items) for h, y in zip(*pieces, strict=True)]
-        return torch.stack(losses).sum(), final
+        return torch.stack([next_token_loss(head(h), y, items) for h, y in zip(*pieces, strict=True)]).sum()
     weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
-    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items, final
+    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items
 
 
 class _InPieces(torch.autograd.Function):

@@ -3,8 +3,9 @@
 A program reads `SPAN` steps of one row one after another, for `BLOCK` channels side by side, their states in
 registers. Spans run side by side: a first pass finds what each makes of a zero state, `_scan_pass_on` hands
 the true states from span to span, a second pass starts from them. Backward keeps the states at the starts of
-spans, walks again to write one down every `TILE` steps, and goes through the tiles in reverse with the states
-of one tile in registers. Softplus, dt bias, D and the gate are fused.
+spans and walks again, to write a state down every `TILE` steps and to find what each span's outputs ask of
+the state before it; handed on in reverse, these start the walk back through the tiles, with the states of one
+tile in registers. Softplus, dt bias, D and the gate are fused.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ def _step_size(raw, SOFTPLUS: tl.constexpr):
     """dt after softplus, and its derivative."""
     slope = tl.full(raw.shape, 1.0, tl.float32)
     if SOFTPLUS:
-        slope = 1.0 / (1.0 + tl.exp(-raw))
-        e = tl.exp(tl.minimum(raw, 20.0))
-        series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))  # of log(1 + e)
-        small = tl.where(e < 0.03, series, tl.log(1.0 + e))  # whose digits 1 + e would lose
-        raw = tl.where(raw > 20.0, raw, small)
+        e = tl.exp(-tl.abs(raw))
+        slope = tl.where(raw > 0.0, 1.0, e) / (1.0 + e)
+        # log(1 + e), its digits kept where e is small: minimax on [0, 1], to 4e-7 of it in float32
+        log = -0.10902292 + e * (0.044986654 - e * 0.0087789586)
+        log = -0.49998179 + e * (0.33284065 + e * (-0.24536866 + e * (0.17847209 + e * log)))
+        raw = tl.maximum(raw, 0.0) + e * (1.0 + e * log)
     return raw, slope
 
 
@@ -59,10 +61,11 @@ def _scan_forward(
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr,
+    LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr, ASK: tl.constexpr,
     SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Read one span. LOCAL: from zero, for its end and the sum of its steps. SAVE: tiles' states. WRITE: y.
+    ASK: `y_ptr` holds dy; what it asks of the state before the span.
 
     States are (N, D) within the internal buffers, as A is, which decays in powers of 2. Strides of time are
     compiled in: as arguments they cost a third of the forward's instructions in addresses.
@@ -74,6 +77,7 @@ def _scan_forward(
     nd = n[:, None] * D_SIZE + d[None, :]
     state_at = (row * SPANS + span) * N_SIZE * D_SIZE + nd
     h, total = tl.zeros((N, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    left_of_first, asked = h + 1.0, h
     if not LOCAL:
         h = tl.load(starts_ptr + state_at, mask=in_nd, other=0.0)
     skip = tl.zeros((BLOCK,), tl.float32)
@@ -100,15 +104,24 @@ def _scan_forward(
             size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
-            h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
+            decay = tl.exp2(size[None, :] * A)
+            h = h * decay + (size * x)[None, :] * B
             total += size
-            if WRITE:
+            gate = 1.0 + zero
+            if WRITE or ASK:
                 C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
-                y = tl.sum(h * C, axis=0) + skip * x
                 if HAS_Z:
                     z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
-                    y = y * z / (1.0 + tl.exp(-z))
-                tl.store(y_ptr + t * yt + d * yd, y.to(y_ptr.dtype.element_ty), mask=inside)
+                    gate = z / (1.0 + tl.exp(-z))
+            if WRITE:
+                y = tl.sum(h * C, axis=0) + skip * x
+                tl.store(y_ptr + t * yt + d * yd, (y * gate).to(y_ptr.dtype.element_ty), mask=inside)
+            if ASK:
+                dy = tl.load(y_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+                left_of_first *= decay
+                asked += left_of_first * C * (dy * gate)[None, :]
+    if ASK:
+        tl.store(ends_ptr + state_at, asked, mask=in_nd)
     if LOCAL:
         tl.store(ends_ptr + state_at, h, mask=in_nd)
         tl.store(total_ptr + (row * SPANS + span) * D_SIZE + d, total, mask=in_d)
@@ -137,43 +150,6 @@ def _scan_pass_on(
         local = tl.load(local_ptr + at, mask=in_nd, other=0.0)
         state = state * tl.exp2(total[None, :] * A) + local
     tl.store(last_ptr + row * N_SIZE * D_SIZE + dn, state, mask=in_nd)
-
-
-@triton.jit
-def _scan_backward_local(
-    dt_ptr, A_ptr, C_ptr, z_ptr, bias_ptr, dy_ptr, local_ptr,
-    T, D_SIZE: tl.constexpr, N_SIZE: tl.constexpr, SPANS,
-    dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
-    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """What the outputs of one span ask of the state before it."""
-    row, span = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
-    A = tl.load(A_ptr + n[:, None] * D_SIZE + d[None, :], mask=in_nd, other=0.0)
-    carry = tl.zeros((N, BLOCK), tl.float32)
-    first = span * SPAN
-    dt_ptr += row * dtb + first * dtt
-    z_ptr += row * zb + first * zt
-    C_ptr += row * Cb + first * Ct
-    dy_ptr += row * yb + first * yt
-    zero, left = d * 0, T - first
-    for i in range(0, SPAN // TILE):
-        for j in tl.static_range(TILE):
-            t = SPAN - 1 - i * TILE - j
-            inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + 0 * n[:, None] < left)
-            raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-            size, _ = _step_size(raw, SOFTPLUS)
-            size = tl.where(inside, size, 0.0)
-            dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
-            if HAS_Z:
-                z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
-                dy *= z / (1.0 + tl.exp(-z))
-            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
-            carry = (carry + C * dy[None, :]) * tl.exp2(size[None, :] * A)
-    at = (row * SPANS + span) * N_SIZE * D_SIZE + n[:, None] * D_SIZE + d[None, :]
-    tl.store(local_ptr + at, carry, mask=in_nd)
 
 
 @triton.jit
@@ -286,7 +262,7 @@ def selective_scan(
     if needs_graph(*inputs):
         return _Scan.apply(dt_softplus, *inputs)
     with no_autocast(x):
-        y, final, _, _ = _Call(dt_softplus, *inputs).forward()
+        y, final, *_ = _Call(dt_softplus, *inputs).forward()
     return y, final
 
 
@@ -329,20 +305,33 @@ class _Call:
         return self.A.new_empty(self.batch, count, self.order, self.width)
 
     def read(
-        self, starts: Tensor | None, y: Tensor | None, tiles: Tensor | None, spans: range
+        self,
+        starts: Tensor | None,
+        spans: range,
+        *,
+        tiles: Tensor | None = None,
+        y: Tensor | None = None,
+        dy: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Read `spans` from `starts`; or from zero, for the states at their ends and their sums of steps."""
+        """Read `spans` from `starts`, and write what is given; with `dy`, what it asks of the spans' starts.
+
+        Without `starts`: from zero, for the states at the spans' ends and their sums of steps.
+        """
         local = starts is None
-        sums = (self.batch, self.spans, self.width)
-        left = self._given(*((self.states(self.spans), self.A.new_empty(sums)) if local else (None, None)))
+        ends = self.states(self.spans) if local or dy is not None else None
+        total = self.A.new_empty(self.batch, self.spans, self.width) if local else None
+        given = y if dy is None else dy
         _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-            *self._given(starts), *left, *self._given(tiles, y), *self.sizes, spans.start,
-            *self._strides(self.x, self.dt, self.z, self.B, self.C, y),
-            LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, HAS_D=self.D is not None,
-            **self.options,
+            *self._given(starts, ends, total, tiles, given), *self.sizes, spans.start,
+            *self._strides(self.x, self.dt, self.z, self.B, self.C, given),
+            LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, ASK=dy is not None,
+            HAS_D=self.D is not None, **self.options,
         )  # fmt: skip
-        return left
+        return self._given(ends, total)
+
+    def _tiles(self, spans: range) -> Tensor:
+        return self.states(len(spans) * (SPAN // TILE))
 
     def pass_on(self, local: Tensor, total: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
@@ -354,34 +343,33 @@ class _Call:
 
     def forward(self) -> tuple[Tensor, ...]:
         """y, the final state, the states at the starts of spans, and the sums of their steps."""
+        everything = range(self.spans)
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        local, total = self.read(None, None, None, range(self.spans))
+        local, total = self.read(None, everything)
         starts, final = self.pass_on(local, total, self.state, reverse=False)
-        self.read(starts, y, None, range(self.spans))
+        self.read(starts, everything, y=y)
         return y, final, starts, total
 
     def backward(self, starts: Tensor, total: Tensor, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         """Gradients of all arguments, in their order."""
-        local = self.states(self.spans)
-        _scan_backward_local[self.grid](
-            *self._given(self.dt, self.A, self.C, self.z, self.bias, dy), local, *self.sizes,
-            *self._strides(self.dt, self.z, self.C, dy), **self.options,
-        )  # fmt: skip
-        carries, dstate = self.pass_on(local, total, dfinal.contiguous(), reverse=True)
+        at_once = max(1, ROOM // (self.batch * SPAN // TILE * self.state[0].numel()))
+        parts = [range(i, min(i + at_once, self.spans)) for i in range(0, self.spans, at_once)]
+        tiles = self._tiles(parts[0]) if len(parts) == 1 else None
+        asked, _ = self.read(starts, range(self.spans), tiles=tiles, dy=dy)
+        carries, dstate = self.pass_on(asked, total, dfinal.contiguous(), reverse=True)
         dx, ddt, dz = (
             torch.empty(self.x.shape, dtype=t.dtype, device=dy.device) for t in (self.x, self.dt, self.x)
         )
         dA, dD = torch.zeros_like(self.A), self.A.new_zeros(self.width)
         dB, dC = (self.A.new_zeros(self.batch, self.time, self.order) for _ in range(2))
         dbias = torch.zeros_like(dD)
-        at_once = max(1, ROOM // (self.batch * SPAN // TILE * self.state[0].numel()))
-        for first in range(0, self.spans, at_once):
-            spans = range(first, min(first + at_once, self.spans))
-            tiles = self.states(len(spans) * (SPAN // TILE))
-            self.read(starts, None, tiles, spans)
+        for spans in parts:
+            if len(parts) > 1:
+                tiles = self._tiles(spans)
+                self.read(starts, spans, tiles=tiles)
             _scan_backward[*self.grid[:2], len(spans)](
                 *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-                tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, first,
+                tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, spans.start,
                 *self._strides(self.x, self.dt, self.z, self.B, self.C, dy),
                 HAS_D=self.D is not None, **self.options, **(REGISTERS if self.order <= 16 else {}),
             )  # fmt: skip

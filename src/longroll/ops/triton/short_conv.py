@@ -20,7 +20,7 @@ BACKWARD = {"STEPS": 64, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
 
 
 @triton.jit
-def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd,
+def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, xt, xd, pt, pd,
           W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr):  # fmt: skip
     """The W - 1 inputs before x_ptr's (step `first`), oldest first, the weights in order, and the bias."""
     inputs, weights = (), ()
@@ -29,7 +29,7 @@ def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt
         x_at = x_ptr + (w - (W - 1)) * xt + d * xd
         x = tl.load(x_at, mask=in_d & (t + 0 * d >= 0), other=0.0).to(tl.float32)
         if HAS_PAST:
-            x += tl.load(past_ptr + (t + W - 1) * D_SIZE + d, mask=in_d & (t + 0 * d < 0), other=0.0)
+            x += tl.load(past_ptr + (t + W - 1) * pt + d * pd, mask=in_d & (t + 0 * d < 0), other=0.0)
         inputs = inputs + (x,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
     for w in tl.static_range(W):
         weights = weights + (tl.load(weight_ptr + d * W + w, mask=in_d, other=0.0),)  # type: ignore  # noqa: RUF005
@@ -41,7 +41,7 @@ def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt
 
 @triton.jit
 def _conv_forward(
-    x_ptr, past_ptr, weight_ptr, bias_ptr, y_ptr, T, D_SIZE, xb, xt, xd,
+    x_ptr, past_ptr, weight_ptr, bias_ptr, y_ptr, T, D_SIZE, xb, xt, xd, pb, pt, pd,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -51,9 +51,9 @@ def _conv_forward(
     in_d = d < D_SIZE
     x_ptr += row * xb + far * xt
     y_ptr += (row * T + far) * D_SIZE
-    past_ptr += row * (W - 1) * D_SIZE
+    past_ptr += row * pb
     x, weight, bias = _conv_tail(
-        x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
+        x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, xt, xd, pt, pd, W, HAS_BIAS, HAS_PAST
     )
     for i in range(0, STEPS // TILE):
         for j in tl.static_range(TILE):
@@ -73,7 +73,7 @@ def _conv_forward(
 @triton.jit
 def _conv_backward(
     x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, dweight_ptr, dbias_ptr,
-    T, D_SIZE, xb, xt, xd, yb, yt, yd, dxb, dxt,
+    T, D_SIZE, xb, xt, xd, pb, pt, pd, yb, yt, yd, dxb, dxt,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -89,10 +89,10 @@ def _conv_backward(
     x_ptr += row * xb + far * xt
     dy_ptr += row * yb + far * yt
     dx_ptr += row * dxb + far * dxt
-    past_ptr += row * (W - 1) * D_SIZE
+    past_ptr += row * pb
     dpast_ptr += row * (W - 1) * D_SIZE
     x, weight, bias = _conv_tail(
-        x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, D_SIZE, xt, xd, W, HAS_BIAS, HAS_PAST
+        x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, xt, xd, pt, pd, W, HAS_BIAS, HAS_PAST
     )
     zero = tl.zeros((CHANNELS,), tl.float32)
     dsum, dweight, dbias = (), (), zero  # of the last W - 1 sums; of the weights
@@ -147,8 +147,11 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | No
 def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tuple[Tensor, ...]:
     """past, weight and bias; an absent one by any pointer, which is not read."""
     weight = weight.contiguous()
-    past, bias = (weight if t is None else t.contiguous() for t in (past, bias))
-    return past, weight, bias
+    return weight if past is None else past, weight, weight if bias is None else bias.contiguous()
+
+
+def _strides(x: Tensor, past: Tensor | None) -> tuple[int, ...]:
+    return *x.stride(), *((0, 0, 0) if past is None else past.stride())
 
 
 def _grid(batch: int, time: int, channels: int, steps: int) -> tuple[int, int, int]:
@@ -166,7 +169,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     batch, time, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _conv_forward[_grid(batch, time, channels, FORWARD["STEPS"])](
-        x, *_arguments(weight, bias, past), y, time, channels, *x.stride(),
+        x, *_arguments(weight, bias, past), y, time, channels, *_strides(x, past),
         **_options(weight, bias, past, silu), **FORWARD,
     )  # fmt: skip
     return y
@@ -182,7 +185,7 @@ def backward(
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
     _conv_backward[_grid(batch, time, channels, BACKWARD["STEPS"] - tail)](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
-        time, channels, *x.stride(), *dy.stride(), *dx.stride()[:2],
+        time, channels, *_strides(x, past), *dy.stride(), *dx.stride()[:2],
         **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
     return dweight, None if bias is None else dbias, dpast
