@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import test_matrix_states
 import test_rms_norm
@@ -128,6 +130,28 @@ def test_small_steps_keep_their_digits():
         torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
 
 
+def test_a_rehearsed_call_compiles_nothing(monkeypatch):
+    from triton import knobs
+
+    from longroll.ops._ahead import compile_ahead
+    from longroll.ops.triton.selective_scan import selective_scan
+
+    call = functools.partial(selective_scan, dt_softplus=True)
+    arguments = test_selective_scan.inputs((2, 100, 40, 5))  # an order that no other test compiles
+    low = {k: v.float().cuda().requires_grad_() for k, v in arguments.items()}
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **k: compiled.append(k["fn"].name))
+    compile_ahead(call, low)
+    assert len(compiled) >= 5
+    compiled.clear()
+    y, state = call(**low)
+    torch.autograd.grad((y, state), list(low.values()), (y, state))
+    assert not compiled
+    expected = test_selective_scan.selective_scan(**arguments, dt_softplus=True, output_final_state=True)
+    for found, exact in zip((y, state), expected, strict=True):
+        assert (found.double().cpu() - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_a_mamba2_block_at_once_is_the_block(monkeypatch):
     ids = torch.randint(VOCAB, (2, 1301), generator=torch.Generator().manual_seed(0)).cuda()
     lm = RecurrentLM(build("mamba2").cuda()).train()
@@ -161,6 +185,7 @@ def test_a_loss_in_pieces_is_the_whole_on_a_gpu(bf16, monkeypatch):
     for tokens_at_once in (10_000, 70):
         lm = RecurrentLM(build("mamba2").cuda()).train()
         monkeypatch.setattr("longroll.training.loss._LOGITS", tokens_at_once * lm.vocab_size)
+        monkeypatch.setattr("longroll.training.loss._WIDTHS", 0)
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             loss, _ = loss_and_state(lm, ids[:, :-1], ids[:, 1:])
         loss.backward()

@@ -43,6 +43,7 @@ def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypat
 
     def measured(pieces: int):
         monkeypatch.setattr(module, "_LOGITS", pieces * VOCAB)
+        monkeypatch.setattr(module, "_WIDTHS", 0)
         lm, ids = lm_of(name).train(), tokens(2, 14)
         lm.model.get_output_embeddings().requires_grad_(not frozen)
         targets = ids[:, 1:].masked_fill(ids[:, 1:] % 5 == 0, -100)
@@ -64,6 +65,7 @@ def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypat
 def test_float16_is_not_taken_to_pieces(monkeypatch):
     """Its gradients want the scale that comes only with backward."""
     monkeypatch.setattr(module, "_LOGITS", VOCAB)
+    monkeypatch.setattr(module, "_WIDTHS", 0)
     monkeypatch.setattr(module, "_InPieces", None)
     lm, ids = lm_of("mamba2").train(), tokens(2, 14)
     with torch.autocast("cpu", torch.float16):

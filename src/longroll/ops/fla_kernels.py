@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longroll.ops._ahead import compile_ahead
 from longroll.ops.fla_hopper import WARP_GROUP, keep_to_warps, register_if_needed
 
 AUTOTUNE = "LONGROLL_AUTOTUNE"
@@ -31,9 +32,10 @@ _Result = tuple[Tensor, Tensor | None]
 
 # Large enough to fill tensor cores, small enough for the shared memory of any recent GPU.
 _MIDDLE = {"BK": 64, "BV": 64, "BS": 32, "BT": 16, "BD": 32, "B": 2048, "num_warps": 4, "num_stages": 2}
-# Products in IEEE float32 run unrolled: in larger tiles a kernel of KDA compiles for minutes. Nor do the
-# registers of two warps hold more: of the gated delta rule's, heads of 256 spilled 22 KiB a thread.
+# Products in IEEE float32 run unrolled: in larger tiles a kernel of KDA compiles for minutes. And two warps,
+# to which Hopper keeps some, hold no more: KDA's spilled 9 KiB a thread, the walk over heads of 256 22 KiB.
 _SMALL = _MIDDLE | {"BK": 32, "BV": 32}
+_WIDE = 128  # keys up to which two warps hold 64 columns of a whole state
 
 
 def gla(q, k, v, g, scale, initial_state, output_final_state: bool) -> _Result:
@@ -136,14 +138,28 @@ def _run(
     """Call a kernel with `timed` in the dtype of the first of them and `wide` in float32."""
     make_ready()
     dtype = next(iter(timed.values())).dtype
-    return kernel(
+    arguments = {
         **{name: t.to(dtype) for name, t in timed.items()},
         **{name: t.float() for name, t in wide.items()},
-        scale=scale,
-        initial_state=None if initial_state is None else initial_state.float(),
-        output_final_state=output_final_state,
-        **options,
+        "initial_state": None if initial_state is None else initial_state.float(),
+    }
+    options |= {"scale": scale, "output_final_state": output_final_state}
+    if os.environ.get(AUTOTUNE) != "1" and _is_new(kernel, dtype, arguments, output_final_state):
+        compile_ahead(kernel, arguments | options)
+    return kernel(**arguments, **options)
+
+
+_called: set[tuple] = set()
+
+
+def _is_new(kernel: Callable, dtype: torch.dtype, arguments: dict[str, Any], final: bool) -> bool:
+    """Whether a call may find kernels that are not compiled, by what they are compiled for."""
+    given = tuple(
+        None if t is None else (t.shape[2:], t.requires_grad and torch.is_grad_enabled())
+        for t in arguments.values()
     )
+    call = (kernel, dtype, given, final)
+    return call not in _called and not _called.add(call)  # type: ignore[func-returns-value]
 
 
 @functools.cache
@@ -179,14 +195,17 @@ def _pin(tuner: Any) -> None:
     from triton.compiler.errors import CompileTimeAssertionFailure
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    groups = any(config.num_warps >= WARP_GROUP for config in tuner.configs)
-    middles = (_MIDDLE if groups else _SMALL, _SMALL)
-    orders = [sorted(tuner.configs, key=functools.partial(_distance, m)) for m in middles]
+    orders = [sorted(tuner.configs, key=functools.partial(_distance, m)) for m in (_MIDDLE, _SMALL)]
+    two_warps = all(config.num_warps < WARP_GROUP for config in tuner.configs)
+    spills = two_warps and tuner.base_fn.__module__.startswith("fla.ops.kda")
+    whole_keys = two_warps and all("BK" not in config.kwargs for config in tuner.configs)
     prune, run = tuner.early_config_prune, tuner.run
 
     def pinned(*args, **kwargs):
-        ranked = orders[_unrolls((*args, *kwargs.values()))]
-        allowed = ranked if prune is None else prune(ranked, dict(zip(tuner.arg_names, args)), **kwargs)  # noqa: B905
+        named = dict(zip(tuner.arg_names, args))  # noqa: B905
+        wide = whole_keys and int(kwargs.get("K", named.get("K")) or 0) > _WIDE
+        ranked = orders[spills or wide or _unrolls((*args, *kwargs.values()))]
+        allowed = ranked if prune is None else prune(ranked, named, **kwargs)
         for config in list(allowed):
             tuner.configs = [config]
             try:

@@ -15,6 +15,7 @@ from longroll.ops._common import needs_graph, product_dtype
 from longroll.state import RecurrentState
 
 _LOGITS = 1 << 29  # numbers of them that exist at once in training: 1 GiB in 16 bits
+_WIDTHS = 4  # tokens of a piece at least, in widths of the model: each piece adds to the head's whole gradient
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 
 
@@ -40,7 +41,7 @@ def hidden_loss(
     tokens than fit into `_LOGITS` never exist at once.
     """
     head = functools.partial(lm.family.head, lm.model)
-    tokens = max(1, _LOGITS // lm.vocab_size)
+    tokens = max(1, _LOGITS // lm.vocab_size, _WIDTHS * hidden.shape[-1] if needs_graph(hidden) else 0)
     # gradients in float16 want their scale, which comes only with backward
     if targets.numel() <= tokens or product_dtype(hidden, hidden) == torch.float16:
         return next_token_loss(head(hidden), targets, items)

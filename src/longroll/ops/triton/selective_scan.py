@@ -192,7 +192,7 @@ def _scan_backward(
         tile = SPAN // TILE - 1 - i
         at = (part * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
         h = tl.load(tiles_ptr + at, mask=in_nd, other=0.0)
-        states = (h,)
+        states, Cs, dys, zs = (h,), (), (), ()
         for j in tl.static_range(TILE):
             t = tile * TILE + j
             inside = in_d & (t + zero < left)
@@ -204,6 +204,14 @@ def _scan_backward(
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
             h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
             states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
+            # read before the walk back begins to store, so that it need not wait between its stores
+            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+            Cs = Cs + (C,)  # type: ignore  # noqa: RUF005
+            dys = dys + (dy,)  # type: ignore  # noqa: RUF005
+            if HAS_Z:
+                z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
+                zs = zs + (z,)  # type: ignore  # noqa: RUF005
         for j in tl.static_range(TILE):
             t = tile * TILE + TILE - 1 - j
             inside = in_d & (t + zero < left)
@@ -214,11 +222,10 @@ def _scan_backward(
             size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+            C, dy = Cs[TILE - 1 - j], dys[TILE - 1 - j]
             after = states[TILE - j]
             if HAS_Z:
-                z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
+                z = zs[TILE - 1 - j]
                 gate = 1.0 / (1.0 + tl.exp(-z))
                 y = tl.sum(after * C, axis=0) + skip * x
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
