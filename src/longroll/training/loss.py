@@ -15,7 +15,7 @@ from longroll.ops._common import needs_graph, product_dtype
 from longroll.state import RecurrentState
 
 _LOGITS = 1 << 29  # numbers of them that exist at once in training: 1 GiB in 16 bits
-_WIDTHS = 4  # tokens of a piece at least, in widths of the model: each piece adds to the head's whole gradient
+_WIDTHS = 4  # tokens of a piece at least, in widths of the model: each adds to the head's whole gradient
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 
 
