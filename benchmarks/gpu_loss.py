@@ -1,7 +1,7 @@
 """The loss of training on a GPU, from last hidden states to their gradients and the head's: time and memory.
 
     python benchmarks/gpu_loss.py --json gpu_loss.json
-    python benchmarks/gpu_loss.py --device cpu --shapes 64x16x256       # checks the script
+    python benchmarks/gpu_loss.py --device cpu --shapes 64x64x256       # checks the script
 
 Peers: PyTorch's cross-entropy of float32 logits, which is what a Trainer does under autocast, and the losses
 of fla and Liger-Kernel that fuse it with the head. bf16 by autocast from float32 weights; `whole` keeps

@@ -62,6 +62,23 @@ def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypat
         assert_close(gradient, expected[key], 2e-2 if bf16 else 1e-4, key)
 
 
+@pytest.mark.parametrize(("gradient", "pieces"), [(True, 3), (False, 12)])
+def test_pieces_are_of_some_widths_of_the_model_where_there_is_a_gradient(gradient, pieces, monkeypatch):
+    """Of 24 tokens: two at once, or four times as many where a piece adds to the head's gradient."""
+    monkeypatch.setattr(module, "_LOGITS", 2 * VOCAB)
+    lm, ids = lm_of("mamba2").train(), tokens(2, 13)
+    heads = []
+    lm.model.get_output_embeddings().register_forward_hook(lambda *_: heads.append(1))
+    with torch.set_grad_enabled(gradient):
+        module.loss_and_state(lm, ids[:, :-1], ids[:, 1:])
+    assert len(heads) == pieces
+    if gradient:
+        monkeypatch.setattr(module, "_WIDTHS", 0)
+        heads.clear()
+        module.loss_and_state(lm, ids[:, :-1], ids[:, 1:])
+        assert len(heads) == 12
+
+
 def test_float16_is_not_taken_to_pieces(monkeypatch):
     """Its gradients want the scale that comes only with backward."""
     monkeypatch.setattr(module, "_LOGITS", VOCAB)

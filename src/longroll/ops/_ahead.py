@@ -7,16 +7,18 @@ nothing. It then finds them in Triton's cache.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_rehearsing: ContextVar[bool] = ContextVar("longroll_rehearsing", default=False)
+_rehearsing: contextvars.ContextVar[bool] = contextvars.ContextVar("longroll_rehearsing", default=False)
+_one_at_a_time = threading.Lock()
 
 
 def compile_ahead(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
@@ -25,7 +27,7 @@ def compile_ahead(call: Callable[..., tuple], arguments: dict[str, Any]) -> None
     A rehearsal that fails changes nothing: the call itself compiles what it needs, or says what is wrong.
 
     Args:
-        call: returns tensors made by one `torch.autograd.Function`, or None among them.
+        call: returns what one `torch.autograd.Function` makes: tensors, or None among them.
         arguments: its tensors are only read.
     """
     try:
@@ -33,31 +35,37 @@ def compile_ahead(call: Callable[..., tuple], arguments: dict[str, Any]) -> None
         from triton.runtime.jit import JITFunction
     except ImportError:  # before Triton 3.5
         return
-    run = JITFunction.run
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has its own
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // ranks))
 
-    def run_or_compile(self, *args, grid, warmup, **kwargs):
+    def rehearse() -> None:
+        _rehearsing.set(True)
+        with AsyncCompileMode(pool, ignore_errors=True):
+            _forward_and_backward(call, arguments)
+
+    def run_or_compile(self, *args, grid, warmup, **kwargs):  # other threads launch as ever
         return run(self, *args, grid=grid, warmup=warmup or _rehearsing.get(), **kwargs)
 
-    token = _rehearsing.set(True)  # in this thread only: others launch as ever
-    JITFunction.run = run_or_compile
-    try:
-        with contextlib.suppress(Exception), ThreadPoolExecutor(os.cpu_count()) as pool:  # noqa: SIM117
-            with AsyncCompileMode(pool, ignore_errors=True):
-                _forward_and_backward(call, arguments)
-    finally:
-        JITFunction.run = run
-        _rehearsing.reset(token)
+    with _one_at_a_time:
+        run, JITFunction.run = JITFunction.run, run_or_compile
+        try:
+            with contextlib.suppress(Exception):
+                contextvars.copy_context().run(rehearse)  # leaves nothing set, however it ends
+        finally:
+            JITFunction.run = run
+            pool.shutdown(cancel_futures=True)
 
 
 def _forward_and_backward(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
     """Both in this thread, where autograd would run backward in its own."""
-    outputs = call(
-        **{
-            name: a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-            for name, a in arguments.items()
-        }
-    )
-    made = [o for o in outputs if o is not None]
-    if made[0].grad_fn is not None:
-        with torch.no_grad():
-            made[0].grad_fn.apply(*(torch.empty_like(o) for o in made))
+    alone = {
+        name: a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for name, a in arguments.items()
+    }
+    # gradient checkpointing counts what a block saves, and must not count this
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        outputs = call(**alone)
+        graph = next(o.grad_fn for o in outputs if o is not None)
+        if graph is not None:
+            with torch.no_grad():
+                graph.apply(*(None if o is None else torch.empty_like(o) for o in outputs))

@@ -144,22 +144,26 @@ def _run(
         "initial_state": None if initial_state is None else initial_state.float(),
     }
     options |= {"scale": scale, "output_final_state": output_final_state}
-    if os.environ.get(AUTOTUNE) != "1" and _is_new(kernel, dtype, arguments, output_final_state):
-        compile_ahead(kernel, arguments | options)
+    _compile_if_new(kernel, dtype, arguments, options)
     return kernel(**arguments, **options)
 
 
 _called: set[tuple] = set()
 
 
-def _is_new(kernel: Callable, dtype: torch.dtype, arguments: dict[str, Any], final: bool) -> bool:
-    """Whether a call may find kernels that are not compiled, by what they are compiled for."""
+@torch.compiler.disable
+def _compile_if_new(
+    kernel: Callable, dtype: torch.dtype, arguments: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Compile ahead for heads of these shapes; a text of other length may still compile a kernel."""
     given = tuple(
         None if t is None else (t.shape[2:], t.requires_grad and torch.is_grad_enabled())
         for t in arguments.values()
     )
-    call = (kernel, dtype, given, final)
-    return call not in _called and not _called.add(call)  # type: ignore[func-returns-value]
+    called = (kernel, dtype, given, *options.items())
+    if called not in _called and os.environ.get(AUTOTUNE) != "1":  # whose trials want to run
+        _called.add(called)
+        compile_ahead(kernel, arguments | options)
 
 
 @functools.cache

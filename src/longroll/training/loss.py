@@ -14,8 +14,8 @@ from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype
 from longroll.state import RecurrentState
 
-_LOGITS = 1 << 29  # numbers of them that exist at once in training: 1 GiB in 16 bits
-_WIDTHS = 4  # tokens of a piece at least, in widths of the model: each adds to the head's whole gradient
+_LOGITS = 1 << 29  # numbers of them that exist at once: 1 GiB in 16 bits
+_WIDTHS = 4  # of the model, in tokens: what a piece with a gradient has, up to four times the logits
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 
 
@@ -37,11 +37,13 @@ def hidden_loss(
     """`next_token_loss` of the logits that `lm` gives of its last hidden states (B, T, D).
 
     Many of transformers' models copy their logits to float32, which under autocast says no more than the
-    logits do and triples their memory; here they stay as the output embedding made them. Logits of more
-    tokens than fit into `_LOGITS` never exist at once.
+    logits do and triples their memory; here they stay as the output embedding made them. Many tokens are
+    taken in pieces, none so small that the head's gradient, which each adds to, outweighs its logits.
     """
     head = functools.partial(lm.family.head, lm.model)
-    tokens = max(1, _LOGITS // lm.vocab_size, _WIDTHS * hidden.shape[-1] if needs_graph(hidden) else 0)
+    tokens = max(1, _LOGITS // lm.vocab_size)
+    if needs_graph(hidden):
+        tokens = max(tokens, min(_WIDTHS * hidden.shape[-1], 4 * tokens))
     # gradients in float16 want their scale, which comes only with backward
     if targets.numel() <= tokens or product_dtype(hidden, hidden) == torch.float16:
         return next_token_loss(head(hidden), targets, items)
