@@ -1,6 +1,7 @@
 """A rehearsal leaves nothing behind: not in a checkpoint, not in Triton, not in other threads."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -97,3 +98,28 @@ def test_a_rehearsal_compiles_and_other_threads_launch(monkeypatch):
     compile_ahead(call, {})
     launch("after")
     assert warm == {"other thread": False, "rehearsal": True, "after": False}
+
+
+def test_two_rehearsals_at_a_time_both_only_compile(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    warm = []
+
+    def run(self, *, grid, warmup):
+        warm.append(warmup)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+
+    def call(seconds):
+        for _ in range(3):
+            time.sleep(seconds)
+            JITFunction.run(None, grid=(1,), warmup=False)
+        return (torch.zeros(()),)
+
+    threads = [threading.Thread(target=compile_ahead, args=(call, {"seconds": s})) for s in (0.01, 0.03)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warm == [True] * 6 and JITFunction.run is run
