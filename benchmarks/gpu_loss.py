@@ -25,8 +25,6 @@ from longroll.results import provenance, write_json
 from longroll.training import loss as losses
 
 SHAPES = ["8192x1024x50288", "32768x1024x50288", "8192x2048x128256", "32768x2048x128256"]
-
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

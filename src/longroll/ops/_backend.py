@@ -65,6 +65,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
     return Choice(kernel, "fla's kernel" if KERNELS[op] == FLA else "triton")
 
 
+@functools.cache
 def _on(device: torch.device, kernel: Callable) -> Callable:
     """`kernel` run on `device`: Triton launches on the current one, wherever the tensors are."""
 

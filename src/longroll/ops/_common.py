@@ -96,6 +96,11 @@ def zeros_for(*tensors: Tensor | None) -> Any:
     return tuple(None if t is None else t.new_zeros(t.shape) for t in tensors)
 
 
+def strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Strides of tensors with three axes, one after another; zeros for an absent one."""
+    return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()))
+
+
 def product_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
     """What a product of them is made in: under autocast its dtype, else the wider of theirs."""
     if torch.is_autocast_enabled(x.device.type):

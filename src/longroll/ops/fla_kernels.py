@@ -207,7 +207,7 @@ def _pin(tuner: Any) -> None:
 
     def pinned(*args, **kwargs):
         named = dict(zip(tuner.arg_names, args))  # noqa: B905
-        wide = whole_keys and int(kwargs.get("K", named.get("K")) or 0) > _WIDE
+        wide = whole_keys and (named | kwargs).get("K", 0) > _WIDE
         ranked = orders[spills or wide or _unrolls((*args, *kwargs.values()))]
         allowed = ranked if prune is None else prune(ranked, named, **kwargs)
         for config in list(allowed):

@@ -61,14 +61,12 @@ def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> T
     """The final state of `short_conv`: (B, D, width) in float32 (float64)."""
     final, dtype = x[:, -width:].mT, state_dtype(x, initial_state)
     missing = width - final.shape[2]
-    if missing > 0:
-        older = (
-            final.new_zeros(*final.shape[:2], missing)
-            if initial_state is None
-            else initial_state[..., -missing:]
-        )
-        final = torch.cat([older.to(dtype), final.to(dtype)], 2)
-    return final.to(dtype, copy=True, memory_format=torch.contiguous_format)  # in memory of its own
+    if missing == 0:
+        return final.to(dtype, copy=True, memory_format=torch.contiguous_format)  # in memory of its own
+    older = (
+        final.new_zeros(*final.shape[:2], missing) if initial_state is None else initial_state[..., -missing:]
+    )
+    return torch.cat([older.to(dtype), final.to(dtype)], 2)
 
 
 class _Conv(torch.autograd.Function):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._common import LOG2_E, needs_graph, no_autocast
+from longroll.ops._common import LOG2_E, needs_graph, no_autocast, strides
 
 SPAN, TILE = 64, 2
 BLOCK, WARPS = 32, 1
@@ -269,7 +269,7 @@ def selective_scan(
     if needs_graph(*inputs):
         return _Scan.apply(dt_softplus, *inputs)
     with no_autocast(x):
-        y, final, *_ = _Call(dt_softplus, *inputs).forward()
+        y, final, _, _ = _Call(dt_softplus, *inputs).forward()
     return y, final
 
 
@@ -304,9 +304,6 @@ class _Call:
         """An absent tensor by any pointer, which is not read."""
         return tuple(self.A if t is None else t for t in tensors)
 
-    def _strides(self, *tensors: Tensor | None) -> tuple[int, ...]:
-        return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()))
-
     def states(self, count: int) -> Tensor:
         """Room for states, (B, count, N, D) float32."""
         return self.A.new_empty(self.batch, count, self.order, self.width)
@@ -331,7 +328,7 @@ class _Call:
         _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
             *self._given(starts, ends, total, tiles, given), *self.sizes, spans.start,
-            *self._strides(self.x, self.dt, self.z, self.B, self.C, given),
+            *strides(self.x, self.dt, self.z, self.B, self.C, given),
             LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, ASK=dy is not None,
             HAS_D=self.D is not None, **self.options,
         )  # fmt: skip
@@ -377,7 +374,7 @@ class _Call:
             _scan_backward[*self.grid[:2], len(spans)](
                 *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
                 tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, spans.start,
-                *self._strides(self.x, self.dt, self.z, self.B, self.C, dy),
+                *strides(self.x, self.dt, self.z, self.B, self.C, dy),
                 HAS_D=self.D is not None, **self.options, **(REGISTERS if self.order <= 16 else {}),
             )  # fmt: skip
         return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longroll.ops._common import strides
+
 TILE, CHANNELS = 8, 256
 FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
 BACKWARD = {"STEPS": 64, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
@@ -150,10 +152,6 @@ def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tupl
     return weight if past is None else past, weight, weight if bias is None else bias.contiguous()
 
 
-def _strides(x: Tensor, past: Tensor | None) -> tuple[int, ...]:
-    return *x.stride(), *((0, 0, 0) if past is None else past.stride())
-
-
 def _grid(batch: int, time: int, channels: int, steps: int) -> tuple[int, int, int]:
     return triton.cdiv(time, steps), batch, triton.cdiv(channels, CHANNELS)  # only the first may be large
 
@@ -169,7 +167,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     batch, time, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _conv_forward[_grid(batch, time, channels, FORWARD["STEPS"])](
-        x, *_arguments(weight, bias, past), y, time, channels, *_strides(x, past),
+        x, *_arguments(weight, bias, past), y, time, channels, *strides(x, past),
         **_options(weight, bias, past, silu), **FORWARD,
     )  # fmt: skip
     return y
@@ -185,7 +183,7 @@ def backward(
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
     _conv_backward[_grid(batch, time, channels, BACKWARD["STEPS"] - tail)](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
-        time, channels, *_strides(x, past), *dy.stride(), *dx.stride()[:2],
+        time, channels, *strides(x, past), *dy.stride(), *dx.stride()[:2],
         **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
     return dweight, None if bias is None else dbias, dpast
