@@ -4,10 +4,12 @@
 
 bf16, the shapes of the 130m Mamba (8 x 2048) and the 370m Mamba-2 (4 x 2048). Ours start from a state, take
 gradients through the final one and give that of the initial one; mamba-ssm's scan can do none of that and is
-timed without. Medians of `triton.testing.do_bench`.
+timed without. They take turns at `triton.testing.do_bench`: medians of turns, and their spread.
 """
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 
 import peers
@@ -18,6 +20,8 @@ from triton.testing import do_bench
 from longroll.ops.triton.selective_scan import selective_scan
 from longroll.ops.triton.ssd import ssd
 from longroll.results import provenance, write_json
+
+TURNS = 7
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -88,24 +92,51 @@ def ssds() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     return ways
 
 
-def measure(forward: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:
-    """Milliseconds and peak memory."""
+def both_ways(forward: Callable, leaves: list[torch.Tensor]) -> Callable[[], None]:
+    """Forward, then the gradients of all leaves."""
 
     def both() -> None:
         outputs = forward()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
+    return both
+
+
+def peak_gib(both: Callable[[], None]) -> float:
+    """Peak memory above what is there, GiB; the first call compiles."""
     both()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both()
-    peak = torch.cuda.max_memory_allocated() - before
-    with torch.no_grad():
-        alone = do_bench(forward, warmup=20, rep=100, return_mode="median")
-    together = do_bench(both, warmup=20, rep=200, return_mode="median")
-    return {"forward_ms": alone, "forward_backward_ms": together, "peak_gib": peak / 2**30}
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def measured(ways: dict[str, tuple[Callable, list[torch.Tensor]]]) -> dict[str, dict]:
+    """Name -> medians of turns, their spread, and peak memory; a peer that does not run here has no row."""
+    rows: dict[str, dict] = {}
+    for name, (forward, leaves) in ways.items():
+        try:
+            rows[name] = {
+                "peak_gib": peak_gib(both_ways(forward, leaves)),
+                "forward": [],
+                "forward_backward": [],
+            }
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+    for _ in range(TURNS):  # the clock of a GPU drifts, for all alike
+        for name, row in rows.items():
+            forward, leaves = ways[name]
+            with torch.no_grad():
+                row["forward"].append(do_bench(forward, warmup=20, rep=100, return_mode="median"))
+            both = both_ways(forward, leaves)
+            row["forward_backward"].append(do_bench(both, warmup=20, rep=200, return_mode="median"))
+    for row in rows.values():
+        for what in ("forward", "forward_backward"):
+            turns = row.pop(what)
+            row[f"{what}_ms"], row[f"{what}_spread_ms"] = statistics.median(turns), [min(turns), max(turns)]
+    return rows
 
 
 def main() -> None:
@@ -113,26 +144,21 @@ def main() -> None:
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
     torch.manual_seed(0)
-    table: dict[str, dict] = {}
+    began, table = time.perf_counter(), {}
     for op, ways in (("selective_scan", scans), ("ssd", ssds)):
-        for name, (forward, leaves) in ways().items():
-            try:
-                found = measure(forward, leaves)
-            except Exception as error:  # a peer that does not run here must not end the table
-                print(f"{op}, {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-                continue
-            table.setdefault(op, {})[name] = found
-            ratio = table[op]["longroll, with states"]["forward_backward_ms"] / found["forward_backward_ms"]
+        table[op] = measured(ways())
+        ours = table[op]["longroll, with states"]["forward_backward_ms"]
+        for name, row in table[op].items():
+            low, high = row["forward_backward_spread_ms"]
             print(
-                f"{op:15} {name:36} forward {found['forward_ms']:.3f} ms, with backward "
-                f"{found['forward_backward_ms']:.3f} ms, {found['peak_gib']:.2f} GiB; "
-                f"ours takes {ratio:.2f}x its time",
+                f"{op:15} {name:36} forward {row['forward_ms']:.3f} ms, with backward "
+                f"{row['forward_backward_ms']:.3f} ({low:.3f} to {high:.3f}) ms, {row['peak_gib']:.2f} GiB; "
+                f"ours takes {ours / row['forward_backward_ms']:.3f}x its time",
                 flush=True,
             )
         if options.json:
-            write_json(
-                options.json, {"ops": table, "provenance": provenance(seed=0, seconds=0.0, device="cuda")}
-            )
+            made = provenance(seed=0, seconds=time.perf_counter() - began, device="cuda")
+            write_json(options.json, {"ops": table, "provenance": made})
 
 
 if __name__ == "__main__":
