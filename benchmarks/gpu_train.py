@@ -8,7 +8,8 @@ Random weights, the same in every row, on the same batches; AdamW; autocast to b
 `mamba-ssm` and `fla` are what users have without longroll, from the zero state; longroll's rows take turns at
 one model, so that a drift of the machine falls on all of them: overheads are medians over the turns of a
 row's time to that of the zero state's. Within a turn of ten steps nothing waits for the GPU, as in training,
-which waits where it logs. MFU counts 6 flops a parameter and token, no recurrence.
+which waits where it logs. The graph of `graphs zero` is captured without states. MFU counts 6 flops a
+parameter and token, no recurrence.
 """
 
 from __future__ import annotations
