@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
+    began = time.perf_counter()
     table: list[dict] = []
     for shape in options.shapes:
         for row in rows_of(shape, options.device):
@@ -141,7 +142,7 @@ def main() -> None:
                 flush=True,
             )
         if options.json:
-            made = provenance(seed=0, seconds=0.0, device=options.device)
+            made = provenance(seed=0, seconds=time.perf_counter() - began, device=options.device)
             write_json(options.json, {"rows": table, "provenance": made})
 
 

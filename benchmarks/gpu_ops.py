@@ -113,29 +113,24 @@ def peak_gib(both: Callable[[], None]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def measured(ways: dict[str, tuple[Callable, list[torch.Tensor]]]) -> dict[str, dict]:
+def measured(op: str, ways: dict[str, tuple[Callable, list[torch.Tensor]]]) -> dict[str, dict]:
     """Name -> medians of turns, their spread, and peak memory; a peer that does not run here has no row."""
     rows: dict[str, dict] = {}
+    turns: dict[tuple[str, str], tuple[Callable, int, list[float]]] = {}
     for name, (forward, leaves) in ways.items():
+        both = both_ways(forward, leaves)
         try:
-            rows[name] = {
-                "peak_gib": peak_gib(both_ways(forward, leaves)),
-                "forward": [],
-                "forward_backward": [],
-            }
+            rows[name] = {"peak_gib": peak_gib(both)}
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+            print(f"{op}, {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+            continue
+        turns[name, "forward"] = torch.no_grad()(forward), 100, []
+        turns[name, "forward_backward"] = both, 200, []
     for _ in range(TURNS):  # the clock of a GPU drifts, for all alike
-        for name, row in rows.items():
-            forward, leaves = ways[name]
-            with torch.no_grad():
-                row["forward"].append(do_bench(forward, warmup=20, rep=100, return_mode="median"))
-            both = both_ways(forward, leaves)
-            row["forward_backward"].append(do_bench(both, warmup=20, rep=200, return_mode="median"))
-    for row in rows.values():
-        for what in ("forward", "forward_backward"):
-            turns = row.pop(what)
-            row[f"{what}_ms"], row[f"{what}_spread_ms"] = statistics.median(turns), [min(turns), max(turns)]
+        for call, rep, ms in turns.values():
+            ms.append(do_bench(call, warmup=20, rep=rep, return_mode="median"))
+    for (name, what), (_, _, ms) in turns.items():
+        rows[name] |= {f"{what}_ms": statistics.median(ms), f"{what}_spread_ms": [min(ms), max(ms)]}
     return rows
 
 
@@ -146,7 +141,7 @@ def main() -> None:
     torch.manual_seed(0)
     began, table = time.perf_counter(), {}
     for op, ways in (("selective_scan", scans), ("ssd", ssds)):
-        table[op] = measured(ways())
+        table[op] = measured(op, ways())
         ours = table[op]["longroll, with states"]["forward_backward_ms"]
         for name, row in table[op].items():
             low, high = row["forward_backward_spread_ms"]

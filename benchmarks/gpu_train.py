@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
+    began = time.perf_counter()
     config, kind, sizes = SHAPES[options.shape]
 
     def make() -> torch.nn.Module:
@@ -239,7 +240,7 @@ def main() -> None:
                 flush=True,
             )
         if options.json:
-            made = provenance(seed=0, seconds=0.0, device=options.device)
+            made = provenance(seed=0, seconds=time.perf_counter() - began, device=options.device)
             arguments = vars(options) | {"parameters": parameters}
             write_json(options.json, {"options": arguments, "rows": table, "provenance": made})
 

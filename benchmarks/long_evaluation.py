@@ -64,6 +64,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.lm_eval)))
         return
+    began = time.perf_counter()
     medians = {}
     for length in LENGTHS:
         runs = []
@@ -87,7 +88,7 @@ def main() -> None:
     if arguments.json:
         from longroll.results import provenance, write_json
 
-        made = provenance(seed=0, seconds=0.0)
+        made = provenance(seed=0, seconds=time.perf_counter() - began)
         write_json(arguments.json, {"medians": medians, "ratios": ratios, "provenance": made})
 
 
