@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import longroll
-from longroll.families import laws
-from longroll.families.tiny import from_config
+from longroll.conformance import laws
+from longroll.conformance.tiny import from_config
 from longroll.results import provenance, write_json
 from longroll.training.loss import loss_and_state
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longroll
-from longroll.families.tiny import from_config
+from longroll.conformance.tiny import from_config
 from longroll.results import provenance, write_json
 from longroll.training import loss as losses
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from longroll.ops.triton.selective_scan import selective_scan
-from longroll.ops.triton.ssd import ssd
+from longroll.ops.gpu.selective_scan import selective_scan
+from longroll.ops.gpu.ssd import ssd
 from longroll.results import provenance, write_json
 
 TURNS = 7

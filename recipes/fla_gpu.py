@@ -13,7 +13,7 @@ all cores; timing waits until all else is done. fla's kernels take one configura
   and whether their checkpoints open, in float32, bfloat16 and tf32.
 - `speed`: tokens a second, forward and backward, of our ops on fla's kernels and in PyTorch.
 
-    PYTHONPATH=src:tests/families/fla python recipes/fla_gpu.py --output fla_gpu.json
+    PYTHONPATH=src:tests/families/fla_models python recipes/fla_gpu.py --output fla_gpu.json
 
 `--device cpu` tries what can run there: our PyTorch ops against the oracle, and small timings.
 """
@@ -104,7 +104,7 @@ def run_op(function, arguments: dict, **options: Any) -> dict:
 
 def apart(actual, expected) -> float:
     """Root mean square of the difference over that of what is expected; infinite for NaN."""
-    from longroll.families.laws import spread
+    from longroll.conformance.laws import spread
 
     return spread(actual.cpu(), expected.cpu(), "").size
 
@@ -195,7 +195,7 @@ def job_parity(model_type: str, precision: str, device: str) -> dict[str, Any]:
 
 def job_laws(model_type: str, _: str, device: str) -> dict[str, Any]:
     """A row of the table of families."""
-    from longroll.families.table import cells, tabulate
+    from longroll.conformance.table import cells, tabulate
 
     row = tabulate([model_type], device=device)[0]
     print(" | ".join(cells(row)), file=sys.stderr)
@@ -214,7 +214,7 @@ def opened(model_type: str, how: str, device: str) -> str:
     import torch
 
     import longroll
-    from longroll.families.tiny import CONFIGS, ON_GPU, build
+    from longroll.conformance.tiny import CONFIGS, ON_GPU, build
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if how == "tf32" else before)
@@ -299,7 +299,7 @@ def jobs(device: str) -> list[list[str]]:
     """Jobs by wave: `kind:what:precision`; the waves run one after another, the jobs of one side by side."""
     if device == "cpu":
         return [[f"op:{op}:float64" for op in OPS], ["speed:all:-"]]
-    from longroll.families.tiny import CONFIGS, ON_GPU
+    from longroll.conformance.tiny import CONFIGS, ON_GPU
 
     ops = [f"op:{op}:{precision}" for precision in ("bfloat16", "float32") for op in OPS]
     families = dict.fromkeys(model_type for model_type, _ in (ON_GPU | CONFIGS).values())

@@ -9,10 +9,10 @@ and cache stay fla's. Of a GPU, recipes/fla_gpu.py asks the same in less time.
 
     python -m venv venv && venv/bin/pip install torch==2.13.0 triton==3.9.0 transformers==5.23.0 einops
     venv/bin/pip install --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0
-    PYTHONPATH=src:tests/families/fla venv/bin/python recipes/fla_parity.py
+    PYTHONPATH=src:tests/families/fla_models venv/bin/python recipes/fla_parity.py
 
-`--layouts tests/families/fla/layouts.json` writes what the tests hold ours to without fla: parameter names
-and shapes, configs' defaults and, for planted weights, some of fla's logits.
+`--layouts tests/families/fla_models/layouts.json` writes what the tests hold ours to without fla: parameter
+names and shapes, configs' defaults and, for planted weights, some of fla's logits.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from planted import plant, text  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import longroll  # noqa: E402
-from longroll.families.fla import MODELS  # noqa: E402
+from longroll.families.fla_models import MODELS  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

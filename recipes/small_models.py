@@ -34,7 +34,7 @@ from transformers import (
 
 from longroll import RecurrentLM, StatePassing, diagnose, load
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences, read_documents
-from longroll.families.fla.gla import GLAConfig, GLAForCausalLM
+from longroll.families.fla_models.gla import GLAConfig, GLAForCausalLM
 from longroll.results import write_json
 
 _TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -1,4 +1,4 @@
-"""What many tests need: tiny random models (`longroll.families.tiny`), random tokens, and comparisons."""
+"""What many tests need: tiny random models (`longroll.conformance.tiny`), random tokens, and comparisons."""
 
 import os
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longroll.families.tiny import CONFIGS as EVERY
-from longroll.families.tiny import VOCAB, build
+from longroll.conformance.tiny import CONFIGS as EVERY
+from longroll.conformance.tiny import VOCAB, build
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 

@@ -7,15 +7,15 @@ if TYPE_CHECKING:
     from longroll import ops
     from longroll.errors import LongrollError
     from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
-    from longroll.measure.causal import causal
-    from longroll.measure.coverage import coverage
-    from longroll.measure.diagnose import Diagnosis, diagnose
-    from longroll.measure.position_loss import PositionLoss, position_loss
+    from longroll.measure._coverage import coverage
+    from longroll.measure._diagnose import Diagnosis, diagnose
+    from longroll.measure._position_loss import PositionLoss, position_loss
+    from longroll.measure._state_ablation import causal
+    from longroll.measure._state_statistics import state_statistics
     from longroll.measure.remembrance import effective_remembrance, remembrance_map
-    from longroll.measure.state_statistics import state_statistics
     from longroll.model import RecurrentLM, load
     from longroll.state import RecurrentState, StateKey
-    from longroll.training.posttrain import PosttrainOptions, posttrain
+    from longroll.training._posttrain import PosttrainOptions, posttrain
     from longroll.training.trainer import InitialStateTrainer
 
 _HOME = {

@@ -26,7 +26,7 @@ from longroll.errors import LongrollError
 from longroll.measure.roll_out import roll_out
 from longroll.model import load
 from longroll.state import RecurrentState
-from longroll.tasks.generate import Read, read_prompts, write
+from longroll.tasks.generate import Prefilled, greedy_decode, prefill
 
 SHARED = 128
 """Tokens that prompts must have in common to be worth a state of their own."""
@@ -67,8 +67,8 @@ class LongrollLM(TemplateLM):
             device = None  # lm_eval's default, which `hf` too takes for the best there is
         self.lm = load(pretrained, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         path = None if pretrained == "specimen" else pretrained
-        self.words = load_tokenizer(tokenizer, model_path=path, vocab_size=self.lm.vocab_size)
-        self.tokenizer = self.words.tokenizer if isinstance(self.words, HFTokenizer) else None
+        self._tokenizer = load_tokenizer(tokenizer, model_path=path, vocab_size=self.lm.vocab_size)
+        self.tokenizer = self._tokenizer.tokenizer if isinstance(self._tokenizer, HFTokenizer) else None
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH_SIZE
         self.add_bos_token = add_bos_token
         self._device = self.lm.device
@@ -76,7 +76,7 @@ class LongrollLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return LINE_END if self.words.separator_id is None else self.words.separator_id
+        return LINE_END if self._tokenizer.separator_id is None else self._tokenizer.separator_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -87,12 +87,12 @@ class LongrollLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """For lm_eval's caches."""
-        return self.words.name.replace("/", "__")
+        return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, with the tokenizer's special tokens unless told otherwise, as `hf` does."""
         if self.tokenizer is None:
-            return self.words.encode(string).tolist()
+            return self._tokenizer.encode(string).tolist()
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             special = False
@@ -103,7 +103,7 @@ class LongrollLM(TemplateLM):
     def tok_decode(self, ids: Ids) -> str:
         """The text of ids without special tokens."""
         if self.tokenizer is None:
-            return self.words.decode(ids)
+            return self._tokenizer.decode(ids)
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
     def apply_chat_template(
@@ -141,14 +141,14 @@ class LongrollLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood")
 
-        def score(read: Read, rows: list[int]) -> None:
+        def score(read: Prefilled, rows: list[int]) -> None:
             # each continuation from a copy of the state of its context; those of like length together
             pairs = [(i, number) for i, row in enumerate(rows) for number in asked[contexts[row]]]
             pairs.sort(key=lambda pair: len(requests[pair[1]][2]))
             for start in range(0, len(pairs), self.batch_size):
                 some = pairs[start : start + self.batch_size]
                 places = [i for i, _ in some]
-                copies = Read(places, read.hidden[places], read.state.rows(places))
+                copies = Prefilled(places, read.hidden[places], read.state.rows(places))
                 found = self._continue(copies, [requests[number][2] for _, number in some])
                 for (_, number), answer in zip(some, found, strict=True):
                     answers[number] = answer
@@ -176,7 +176,7 @@ class LongrollLM(TemplateLM):
                 raise LongrollError(
                     "longroll decodes greedily: ask for do_sample = false and temperature = 0."
                 )
-            end = self.words.separator_id
+            end = self._tokenizer.separator_id
             until = handle_stop_sequences(
                 options["until"], eos=None if self.tokenizer is None else self.tokenizer.decode(end)
             )
@@ -184,9 +184,11 @@ class LongrollLM(TemplateLM):
             def stop(ids: np.ndarray, until: list[str] = until, end: int | None = end) -> bool:
                 return bool(ids[-1] == end) or any(part in self.tok_decode(ids) for part in until if part)
 
-            def generate(read: Read, rows: list[int], numbers=numbers, until=until, end=end, options=options):
+            def generate(
+                read: Prefilled, rows: list[int], numbers=numbers, until=until, end=end, options=options
+            ):
                 for row, ids in zip(
-                    rows, write(self.lm, read, options["max_gen_toks"], stop=stop), strict=True
+                    rows, greedy_decode(self.lm, read, options["max_gen_toks"], stop=stop), strict=True
                 ):
                     ids = ids[: ids.tolist().index(end)] if end in ids else ids
                     text = postprocess_generated_text(self.tok_decode(ids), until, None)
@@ -202,7 +204,7 @@ class LongrollLM(TemplateLM):
         return written
 
     def _read_shared(
-        self, prompts: Sequence[tuple[int, ...]], use: Callable[[Read, list[int]], None]
+        self, prompts: Sequence[tuple[int, ...]], use: Callable[[Prefilled, list[int]], None]
     ) -> None:
         """Read every prompt, common beginnings once; `use` gets groups of rows and their numbers."""
 
@@ -211,7 +213,7 @@ class LongrollLM(TemplateLM):
             first, last = prompts[numbers[0]], prompts[numbers[-1]]
             alike = _alike(first, last, min(len(prompts[number]) for number in numbers) - 1)
             if len(numbers) > 1 and alike - start >= SHARED:
-                (read,) = read_prompts(self.lm, [np.array(first[start:alike])], state=state)
+                (read,) = prefill(self.lm, [np.array(first[start:alike])], state=state)
                 start, state = alike, read.state
             families: dict[tuple[int, ...], list[int]] = defaultdict(list)
             for number in numbers:
@@ -230,14 +232,14 @@ class LongrollLM(TemplateLM):
             for at in range(0, len(single), self.batch_size):
                 some = single[at : at + self.batch_size]
                 rest = [np.array(prompts[number][start:]) for number in some]
-                for read in read_prompts(self.lm, rest, state=state):
+                for read in prefill(self.lm, rest, state=state):
                     use(read, [some[row] for row in read.rows])
 
         if prompts:
             visit(sorted(range(len(prompts)), key=lambda number: prompts[number]), 0, None)
 
     @torch.no_grad()
-    def _continue(self, read: Read, continuations: Sequence[Ids]) -> list[tuple[float, bool]]:
+    def _continue(self, read: Prefilled, continuations: Sequence[Ids]) -> list[tuple[float, bool]]:
         """Log-likelihood of a continuation of each row, and whether it is greedy, in constant memory."""
         longest = max(map(len, continuations))
         # filled up at the end, where nothing is read any more

@@ -21,7 +21,6 @@ from longroll.families import (
     load_rwkv,
     model_class,
 )
-from longroll.families._cache import clean_handoffs
 from longroll.state import RecurrentState
 
 _FLIPPED = 0.2
@@ -61,7 +60,13 @@ class RecurrentLM(nn.Module):
         self.train(model.training)
 
     def forward(
-        self, input_ids: Tensor, state: RecurrentState | None = None, *, logits: bool = True
+        self,
+        input_ids: Tensor,
+        state: RecurrentState | None = None,
+        *,
+        logits: bool = True,
+        attention_mask: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentState]:
         """Read tokens from a state.
 
@@ -70,14 +75,16 @@ class RecurrentLM(nn.Module):
             state: the initial state; None is the zero state.
             logits: False returns the hidden states that `head` maps to logits, so that the logits of a
                 long sequence need never exist at once.
+            attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+            starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
+                document.
 
         Returns:
             Logits (B, T, V), or hidden states (B, T, d_model), and the final state.
         """
-        inputs = self.family.inputs(self.model, input_ids, state)
-        with clean_handoffs():
-            output = self.model(**inputs) if logits else self.model.base_model(**inputs)
-        final_state = inputs[self.family.cache_argument].final(input_ids.shape[1])
+        output, final_state = self.family.run(
+            self.model, input_ids, state, attention_mask=attention_mask, starts=starts, logits=logits
+        )
         return (output.logits if logits else output.last_hidden_state), final_state
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -121,7 +128,7 @@ class RecurrentLM(nn.Module):
 
     @cached_property
     @torch.no_grad()
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         """Whether layers look back at keys and values of earlier tokens."""
         _, state = self(torch.zeros(1, 1, dtype=torch.long, device=self.device), logits=False)
         return any(key.part == "attention" for key in state)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longroll.families import laws
+from longroll.conformance import laws
 from longroll.families.recurrent_gemma import linear_scan
 from longroll.families.rwkv4 import wkv
 from longroll.model import RecurrentLM

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from longroll.families import family_of, laws
+from longroll.conformance import laws
+from longroll.families import family_of
 from longroll.families._cache import StateCache
 from longroll.model import RecurrentLM
 from zoo import EVERY, build, lm_of, tokens
@@ -157,7 +158,7 @@ def test_experts_multiply_no_float64():
     except RuntimeError as error:
         assert "Double" in str(error)
     else:
-        fault(False, "set_experts_implementation in families/tiny.py.")
+        fault(False, "set_experts_implementation in conformance/tiny.py.")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "qwen4_exp"])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from longroll.measure.coverage import Head
+from longroll.measure._coverage import Head
 from longroll.model import RecurrentLM
 
 TRAIN_LENGTH = 16

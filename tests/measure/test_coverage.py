@@ -8,11 +8,11 @@ from planted import PLANTED, TRAIN_LENGTH, planted_lm, texts_of_twin
 
 import zoo
 from longroll.errors import LongrollError
-from longroll.measure.coverage import CoverageRecorder, Head, coverage, far_positions, in_range_positions
+from longroll.measure._coverage import CoverageRecorder, Head, coverage, far_positions, in_range_positions
 from longroll.report.figures import coverage_map
 from longroll.state import RecurrentState, StateKey
 
-module = importlib.import_module("longroll.measure.coverage")  # the package gives the function this name
+module = importlib.import_module("longroll.measure._coverage")  # the package gives the function this name
 
 KEYS = [StateKey(0, "recurrent"), StateKey(2, "recurrent")]
 

@@ -10,8 +10,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 import zoo
 from longroll import RecurrentLM, diagnose
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
+from longroll.measure._diagnose import TOLERANCE
 from longroll.measure.advice import advise
-from longroll.measure.diagnose import TOLERANCE
 from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
 from longroll.state import StateKey

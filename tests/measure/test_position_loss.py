@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longroll import LongrollError, diagnose, position_loss, state_statistics
-from longroll.measure.position_loss import PositionLoss, log_spaced
+from longroll.measure._position_loss import PositionLoss, log_spaced
 from longroll.measure.roll_out import roll_out
 from zoo import CONFIGS, RECURRENT, VOCAB, assert_close, assert_same_state, lm_of, tokens
 

@@ -7,9 +7,9 @@ import torch
 
 import zoo
 from longroll.errors import LongrollError
+from longroll.measure._state_statistics import head_rank, state_statistics
 from longroll.measure.distances import head_distance, logit_distance
 from longroll.measure.remembrance import effective_remembrance, remembrance_map, spread_starts
-from longroll.measure.state_statistics import head_rank, state_statistics
 from longroll.report.figures import remembrance_curves
 from longroll.report.figures import remembrance_map as draw_map
 

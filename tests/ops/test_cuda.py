@@ -9,8 +9,8 @@ import test_ssd
 import torch
 from agreement import assert_close, drop, run
 
-from longroll.families import laws
-from longroll.families.tiny import VOCAB, build
+from longroll.conformance import laws
+from longroll.conformance.tiny import VOCAB, build
 from longroll.model import RecurrentLM
 from longroll.ops._backend import SWITCH
 from longroll.training.loss import loss_and_state, next_token_loss
@@ -59,7 +59,7 @@ def test_kernels_run_on_the_gpu_of_their_inputs(name):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_on_a_gpu_is_the_formula(gated, dtype):
-    from longroll.ops.triton.rms_norm import rms_norm
+    from longroll.ops.gpu.rms_norm import rms_norm
 
     def on_gpu(**a):
         on = {k: v.cuda() if torch.is_tensor(v) else v for k, v in a.items()}
@@ -130,18 +130,18 @@ def test_small_steps_keep_their_digits():
         torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=0)
 
 
-def test_a_rehearsed_call_compiles_nothing(monkeypatch):
+def test_a_precompiled_call_compiles_nothing(monkeypatch):
     from triton import knobs
 
-    from longroll.ops._ahead import compile_ahead
-    from longroll.ops.triton.selective_scan import selective_scan
+    from longroll.ops._precompile import precompile
+    from longroll.ops.gpu.selective_scan import selective_scan
 
     call = functools.partial(selective_scan, dt_softplus=True)
     arguments = test_selective_scan.inputs((2, 100, 40, 5))  # an order that no other test compiles
     low = {k: v.float().cuda().requires_grad_() for k, v in arguments.items()}
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **k: compiled.append(k["fn"].name))
-    compile_ahead(call, low)
+    precompile(call, low)
     assert len(compiled) >= 5
     compiled.clear()
     y, state = call(**low)

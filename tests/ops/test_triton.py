@@ -11,7 +11,7 @@ import test_ssd
 import torch
 from agreement import assert_close, drop, run
 
-from longroll.families.tiny import VOCAB, build
+from longroll.conformance.tiny import VOCAB, build
 from longroll.model import RecurrentLM
 from longroll.ops import short_conv
 from longroll.ops.reference import selective_scan_reference, ssd_reference
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py 
 
 
 def scan(**arguments):
-    from longroll.ops.triton.selective_scan import selective_scan
+    from longroll.ops.gpu.selective_scan import selective_scan
 
     return selective_scan(**arguments)
 
@@ -31,7 +31,7 @@ def scan_of(*arguments):
 
 
 def ssd(**arguments):
-    from longroll.ops.triton.ssd import ssd
+    from longroll.ops.gpu.ssd import ssd
 
     return ssd(**arguments)
 
@@ -63,7 +63,7 @@ def test_scan_keeps_the_digits_of_small_steps():
 
 
 def test_scan_goes_back_part_by_part(monkeypatch):
-    from longroll.ops.triton import selective_scan as kernels
+    from longroll.ops.gpu import selective_scan as kernels
 
     arguments, options = drawn(test_selective_scan, (2, 200, 3, 4), (True,) * 4, True)
     expected = run(selective_scan_reference, arguments, options)
@@ -100,7 +100,7 @@ def test_ssd_agrees_with_the_oracle(size, keep, softplus, limit):
     ],
 )
 def test_conv_agrees_with_pytorch(size, keep, activation, monkeypatch):
-    from longroll.ops.triton import short_conv as kernels
+    from longroll.ops.gpu import short_conv as kernels
 
     arguments = drop(keep, test_short_conv.inputs(size), ("bias", "initial_state"))
     options = {"activation": activation, "output_final_state": True}
@@ -115,7 +115,7 @@ def test_conv_agrees_with_pytorch(size, keep, activation, monkeypatch):
     ("size", "gated"), [((3, 50, 48, 48), True), ((2, 7, 40, 20), True), ((1, 1100, 33, 33), False)]
 )
 def test_norm_agrees_with_transformers(size, gated):
-    from longroll.ops.triton.rms_norm import rms_norm
+    from longroll.ops.gpu.rms_norm import rms_norm
 
     def kernel(**arguments):
         return rms_norm(**arguments), torch.zeros(())
@@ -128,8 +128,9 @@ def test_norm_agrees_with_transformers(size, gated):
 
 @pytest.mark.parametrize("limit", [(0.0, float("inf")), [0.0, float("inf")], (0.05, 0.3)])
 def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
-    from longroll.families import _mixers, laws
-    from longroll.ops.triton.mamba2 import mamba2
+    from longroll.conformance import laws
+    from longroll.families import _mixers
+    from longroll.ops.gpu.mamba2 import mamba2
 
     lm = RecurrentLM(build("mamba2")).train()
     for block in lm.model.modules():
@@ -145,7 +146,7 @@ def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(7, 11), (3, 9001)])
 def test_cross_entropy_is_pytorchs(dtype, rows, vocabulary):
-    from longroll.ops.triton.cross_entropy import cross_entropy
+    from longroll.ops.gpu.cross_entropy import cross_entropy
 
     generator = torch.Generator().manual_seed(0)
     numbers = (20 * torch.randn(rows, vocabulary, generator=generator)).to(dtype)
@@ -170,7 +171,7 @@ def test_cross_entropy_is_pytorchs(dtype, rows, vocabulary):
 
 @pytest.mark.parametrize("cut", [(slice(None), slice(-1, None)), (slice(1), slice(None, None, 2))])
 def test_the_loss_takes_targets_of_any_strides(cut, monkeypatch):
-    from longroll.ops.triton.cross_entropy import cross_entropy
+    from longroll.ops.gpu.cross_entropy import cross_entropy
     from longroll.training import loss
 
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import zoo
 from longroll.errors import LongrollError
 from longroll.tasks import Sample
 from longroll.tasks.baselines import _head_norms, best_chunk, clipped, decayed, last_window, state_limits
-from longroll.tasks.generate import read_samples
+from longroll.tasks.generate import prefill_samples
 
 FAMILIES = ["mamba", "mamba2"]
 
@@ -34,7 +34,7 @@ def test_a_window_is_all_that_is_read(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decay_of_one_changes_nothing_and_of_zero_forgets(name):
     lm, given = zoo.lm_of(name, dtype=torch.float64), [sample(0)]
-    (plain,), (same,) = read_samples(lm, given), decayed(1.0, after=0)(lm, given)
+    (plain,), (same,) = prefill_samples(lm, given), decayed(1.0, after=0)(lm, given)
     zoo.assert_same_state(same.state, plain.state, 1e-10)
     length = len(given[0].prompt)
     (gone,) = decayed(0.0, after=0, stride=length - 20)(lm, given)
@@ -56,7 +56,7 @@ def test_clipping_keeps_every_head_within_its_limit(name):
     for key, norms in _head_norms(read.state).items():
         assert (norms <= low[key] * (1 + 1e-5)).all()
         assert (norms > low[key] * (1 - 1e-5)).any()  # some were clipped
-    (plain,) = read_samples(lm, given)
+    (plain,) = prefill_samples(lm, given)
     loose = {key: limit * 1e6 for key, limit in limits.items()}
     zoo.assert_same_state(clipped(loose, stride=100)(lm, given)[0].state, plain.state, 1e-4)
 

@@ -6,7 +6,7 @@ import torch
 
 import zoo
 from longroll.tasks import Sample, answer
-from longroll.tasks.generate import read_prompts
+from longroll.tasks.generate import prefill
 
 FAMILIES = ["mamba", "mamba2", "mamba2_groups", "gpt2", "llama"]
 SHAPES = [[7], [5, 5, 5], [3, 80, 41, 3, 17], [1, 2, 130]]
@@ -28,7 +28,7 @@ def samples(lengths: list[int], seed: int) -> list[Sample]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_states_are_those_of_each_prompt_alone(name, seed):
     lm, given = zoo.lm_of(name, seed, dtype=torch.float64), prompts(SHAPES[seed], seed)
-    reads = read_prompts(lm, given)
+    reads = prefill(lm, given)
     assert sorted(row for read in reads for row in read.rows) == list(range(len(given)))
     for read in reads:
         for i, row in enumerate(read.rows):
@@ -58,7 +58,7 @@ def test_answers_are_those_of_the_full_forward(name, seed):
 def test_every_family_goes_on_from_states_side_by_side(name):
     """The logits after one more token too: a state that depends on its position would show there."""
     lm, given, more = zoo.lm_of(name), prompts([30, 11, 11], 4), zoo.tokens(3, 1)
-    for read in read_prompts(lm, given):
+    for read in prefill(lm, given):
         logits, _ = lm(more[read.rows], read.state)
         for i, row in enumerate(read.rows):
             whole = torch.cat([torch.from_numpy(given[row].astype(np.int64)), more[row]])
@@ -70,8 +70,8 @@ def test_a_shared_state_is_the_prefix_read_again():
     lm, given = zoo.lm_of("mamba2", dtype=torch.float64), prompts([9, 4], 1)
     prefix = prompts([21], 2)[0]
     _, state = lm(torch.from_numpy(prefix.astype(np.int64))[None])
-    (after,) = read_prompts(lm, given, state=state)
-    (whole,) = read_prompts(lm, [np.concatenate([prefix, rest]) for rest in given])
+    (after,) = prefill(lm, given, state=state)
+    (whole,) = prefill(lm, [np.concatenate([prefix, rest]) for rest in given])
     assert after.rows == whole.rows
     zoo.assert_close(after.hidden, whole.hidden, 1e-10)
 
@@ -91,6 +91,6 @@ def test_memory_does_not_grow_with_the_prompt():
     lm.forward = lambda ids, *args, **more: (largest.append(ids.numel()), forward(ids, *args, **more))[1]
     sizes = set()
     for length in (5_000, 20_000):
-        (read,) = read_prompts(lm, prompts([length, length - 1], 0))
+        (read,) = prefill(lm, prompts([length, length - 1], 0))
         sizes.add(sum(t.numel() for t in read.state.values()))
     assert max(largest) <= 4096 and len(sizes) == 1

@@ -6,8 +6,8 @@ from test_trainer import corpus_of
 from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, StatePassing
+from longroll.conformance import laws
 from longroll.data import Windows
-from longroll.families import laws
 from longroll.training.graphs import StepGraph, _Layout
 from longroll.training.loss import next_token_loss
 from zoo import VOCAB, assert_close, assert_same_state, lm_of, tokens

@@ -4,7 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
-from longroll.training.posttrain import _with_lora
+from longroll.training._posttrain import _with_lora
 from longroll.training.trainer import DECAYS
 from zoo import build
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longroll.model import RecurrentLM
-from longroll.training.posttrain import _with_lora
+from longroll.training._posttrain import _with_lora
 from zoo import assert_close, build, tokens
 
 FAMILIES = [

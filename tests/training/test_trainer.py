@@ -25,8 +25,8 @@ from longroll import (
 from longroll.data import Corpus, Lanes, Windows
 from longroll.families import _dispatch
 from longroll.training import PosttrainOptions, posttrain
+from longroll.training._posttrain import _with_lora
 from longroll.training.loss import next_token_loss
-from longroll.training.posttrain import _with_lora
 from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
 
 T, ROWS = 8, 2

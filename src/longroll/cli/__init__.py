@@ -6,7 +6,13 @@ import sys
 
 import typer
 
-from longroll.cli import diagnose, doctor, evaluate, lm_eval, posttrain, quickstart, report
+from longroll.cli._diagnose import diagnose
+from longroll.cli._doctor import doctor
+from longroll.cli._evaluate import app as evaluate
+from longroll.cli._lm_eval import lm_eval
+from longroll.cli._posttrain import posttrain
+from longroll.cli._quickstart import quickstart
+from longroll.cli._report import report
 from longroll.errors import LongrollError
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
@@ -17,17 +23,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Keep recurrent language models working far past the length they were trained on.",
 )
-app.command("quickstart")(quickstart.quickstart)
-app.command("diagnose")(diagnose.diagnose)
-app.command("posttrain")(posttrain.posttrain)
-app.add_typer(evaluate.app, name="evaluate")
+app.command("quickstart")(quickstart)
+app.command("diagnose")(diagnose)
+app.command("posttrain")(posttrain)
+app.add_typer(evaluate, name="evaluate")
 app.command(
     "lm-eval",
     add_help_option=False,  # lm_eval's own answers --help
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(lm_eval.lm_eval)
-app.command("report")(report.report)
-app.command("doctor")(doctor.doctor)
+)(lm_eval)
+app.command("report")(report)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

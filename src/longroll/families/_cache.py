@@ -12,9 +12,6 @@ start at a bias) is context: it goes under `attention`, rolls out, and a new seq
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,38 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
+from longroll.families._dispatch import clear_handoffs, conv_handoff, recurrent_handoff
 from longroll.state import Part, RecurrentState, StateKey
 
-# The states that the recurrences about to run start from, in the order they run in: mixers read one from the
-# cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
-Handoff = ContextVar[tuple[Tensor | None, ...]]
-recurrent_handoff: Handoff = ContextVar("longroll_recurrent_state", default=())
-conv_handoff: Handoff = ContextVar("longroll_conv_state", default=())
-
 _KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _OTHER and above: + state_idx
-
-
-def take(handoff: Handoff) -> tuple[Tensor | None] | None:
-    """The initial state left for the op that is about to run, once; None outside a longroll forward."""
-    left = handoff.get()
-    handoff.set(left[1:])
-    return left[:1] or None  # type: ignore[return-value]
-
-
-def clear_handoffs() -> None:
-    """Forget what was left: a forward that died must not hand its state to another model's."""
-    recurrent_handoff.set(())
-    conv_handoff.set(())
-
-
-@contextlib.contextmanager
-def clean_handoffs() -> Iterator[None]:
-    """Around a forward: where it dies, what was left is forgotten."""
-    try:
-        yield
-    except BaseException:
-        clear_handoffs()
-        raise
 
 
 def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:

@@ -8,16 +8,46 @@ opened by longroll compute exactly what they did before.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import cast
 
 from torch import Tensor
 
 from longroll import ops
-from longroll.families._cache import Handoff, conv_handoff, recurrent_handoff, take
+
+# The states that the recurrences about to run start from, in the order they run in: mixers read one from the
+# cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
+Handoff = ContextVar[tuple[Tensor | None, ...]]
+recurrent_handoff: Handoff = ContextVar("longroll_recurrent_state", default=())
+conv_handoff: Handoff = ContextVar("longroll_conv_state", default=())
+
+
+def take(handoff: Handoff) -> tuple[Tensor | None] | None:
+    """The initial state left for the op that is about to run, once; None outside a longroll forward."""
+    left = handoff.get()
+    handoff.set(left[1:])
+    return left[:1] or None  # type: ignore[return-value]
+
+
+def clear_handoffs() -> None:
+    """Forget what was left: a forward that died must not hand its state to another model's."""
+    recurrent_handoff.set(())
+    conv_handoff.set(())
+
+
+@contextlib.contextmanager
+def clean_handoffs() -> Iterator[None]:
+    """Around a forward: where it dies, what was left is forgotten."""
+    try:
+        yield
+    except BaseException:
+        clear_handoffs()
+        raise
 
 
 def own_recurrence(modeling: ModuleType) -> None:

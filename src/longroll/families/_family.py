@@ -10,13 +10,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._cache import StateCache
-from longroll.families._dispatch import own_recurrence, torch_on_cpu
+from longroll.families._dispatch import clean_handoffs, own_recurrence, torch_on_cpu
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
 from longroll.ops._backend import FLA, KERNELS
@@ -72,6 +74,39 @@ class Family:
                 # StateCache is idempotent: a recompute reads what the forward read
                 module._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
+    def run(
+        self,
+        module: nn.Module,
+        input_ids: Tensor,
+        state: RecurrentState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        logits: bool = True,
+    ) -> tuple[Any, RecurrentState]:
+        """Read tokens from an initial state: the one forward through which every state enters and leaves.
+
+        Args:
+            module: the model, or DDP's, FSDP's, peft's or torch.compile's wrapper of it.
+            input_ids: (B, T) token ids, T >= 1.
+            state: the initial state; None is the zero state.
+            attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+            starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
+                document, which goes on from `state`.
+            logits: False runs the model without its head; `module` is then the model itself.
+
+        Returns:
+            The model's output (`.logits` or `.last_hidden_state`), and the final state on the graph.
+
+        Raises:
+            LongrollError: for positions that the model has no embeddings for.
+        """
+        model = unwrapped(module)
+        inputs = self._inputs(model, input_ids, state)
+        with clean_handoffs():
+            output = module(**inputs) if logits else model.base_model(**inputs)
+        return output, inputs[self.cache_argument].final(input_ids.shape[1])
+
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
         """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""
         return StateCache(
@@ -83,7 +118,7 @@ class Family:
             context=not self.recurrent,
         )
 
-    def inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
+    def _inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
         """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
         cache = self.cache(model, input_ids, state)
         # use_cache stays False: the cache is written all the same, and gradient checkpointing lets it be
@@ -102,6 +137,19 @@ class Family:
                 f"{model.config.model_type} has embeddings for {limit} positions and was asked for {stop}: "
                 f"evaluate it with --length {limit} or less."
             )
+
+
+def unwrapped(module: Any) -> Any:
+    """The model inside the wrappers of torch.compile, DDP, FSDP and peft; FSDP2 wraps in place."""
+    while True:
+        if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif hasattr(module, "get_base_model"):
+            module = module.get_base_model()
+        else:
+            return module
 
 
 def _check_activation(model: PreTrainedModel) -> None:

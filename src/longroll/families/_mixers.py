@@ -23,7 +23,7 @@ from longroll.families._cache import StateCache
 from longroll.families._norms import is_fused
 from longroll.ops._backend import choose
 from longroll.ops._common import product_dtype, state_dtype
-from longroll.ops.short_conv import last_inputs
+from longroll.ops._short_conv import last_inputs
 
 
 def own_mixers(model: PreTrainedModel) -> None:
@@ -83,7 +83,7 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: StateCache) -> Tensor:
     """The same in one step of autograd; hooks on the convolution and the norm are not called."""
-    from longroll.ops.triton.mamba2 import Shape
+    from longroll.ops.gpu.mamba2 import Shape
 
     conv, norm, layer = mixer.conv1d, mixer.norm, mixer.layer_idx
     past, state = cache.start(layer, "conv"), cache.start(layer, "recurrent")

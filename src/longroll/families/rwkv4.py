@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.rwkv import modeling_rwkv
 
-from longroll.families._cache import clear_handoffs, recurrent_handoff
-from longroll.families._dispatch import install
+from longroll.families._dispatch import clear_handoffs, install, recurrent_handoff
 from longroll.families._family import Family
 from longroll.state import RecurrentState, StateKey
 

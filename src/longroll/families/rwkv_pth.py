@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from longroll.errors import LongrollError
-from longroll.families.fla.rwkv6 import RWKV6Config, RWKV6ForCausalLM
-from longroll.families.fla.rwkv7 import RWKV7Config, RWKV7ForCausalLM
-from longroll.families.mamba_ssm import read_weights
+from longroll.families.fla_models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
+from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from longroll.families.original_mamba import read_weights
 
 _RENAMES = [
     (r"^emb\.", "model.embeddings."),

@@ -1,11 +1,11 @@
 """Measures: roll a model out, without gradients, and look."""
 
-from longroll.measure.causal import CausalTest, causal
-from longroll.measure.coverage import Coverage, coverage
-from longroll.measure.diagnose import Diagnosis, diagnose
-from longroll.measure.position_loss import PositionLoss, position_loss
+from longroll.measure._coverage import Coverage, coverage
+from longroll.measure._diagnose import Diagnosis, diagnose
+from longroll.measure._position_loss import PositionLoss, position_loss
+from longroll.measure._state_ablation import CausalTest, causal
+from longroll.measure._state_statistics import StateStatistics, state_statistics
 from longroll.measure.remembrance import Remembrance, effective_remembrance, remembrance_map
-from longroll.measure.state_statistics import StateStatistics, state_statistics
 
 __all__ = [
     "CausalTest",

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from longroll.measure.causal import causal
-from longroll.measure.coverage import CoverageRecorder, far_positions, in_range_positions
+from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
+from longroll.measure._position_loss import PositionLoss, log_spaced
+from longroll.measure._state_ablation import causal
+from longroll.measure._state_statistics import StateRecorder
 from longroll.measure.iid import ROWS, IIDTest, iid_test
-from longroll.measure.position_loss import PositionLoss, log_spaced
 from longroll.measure.remembrance import remembrance_map, spread_starts
-from longroll.measure.state_statistics import StateRecorder
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
@@ -39,7 +39,7 @@ class StateWatch:
         self.stops = [*self.statistics.positions, *self.coverage.stops]
         self._train_length, self._seed = train_length, seed
         self._at_edge = RecurrentState({})
-        self.attends = False
+        self.has_attention = False
         """Whether the model has a memory besides its recurrent state: the KV of a hybrid."""
 
     def __call__(self, position: int, state: RecurrentState) -> None:
@@ -47,7 +47,7 @@ class StateWatch:
         self.statistics(position, state)
         self.coverage(position, state)
         if position == self._train_length:
-            self.attends = any(key.part == "attention" for key in state)
+            self.has_attention = any(key.part == "attention" for key in state)
             self._at_edge = state.part("recurrent").rows(slice(0, ROWS))
 
     def iid(self) -> IIDTest:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longroll.interventions import FittedNoise
-from longroll.measure.state_statistics import head_rank
+from longroll.measure._state_statistics import head_rank
 from longroll.state import RecurrentState, StateKey
 
 LEAST_RATIO = 0.8

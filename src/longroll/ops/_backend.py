@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TRITON = "longroll.ops.triton"
+TRITON = "longroll.ops.gpu"
 FLA = "longroll.ops.fla_kernels"
 KERNELS = {
     "selective_scan": f"{TRITON}.selective_scan",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longroll.ops._ahead import compile_ahead
+from longroll.ops._precompile import precompile
 from longroll.ops.fla_hopper import WARP_GROUP, keep_to_warps, register_if_needed
 
 AUTOTUNE = "LONGROLL_AUTOTUNE"
@@ -163,7 +163,7 @@ def _compile_if_new(
     called = (kernel, dtype, given, *options.items())
     if called not in _called and os.environ.get(AUTOTUNE) != "1":  # whose trials want to run
         _called.add(called)
-        compile_ahead(kernel, arguments | options)
+        precompile(kernel, arguments | options)
 
 
 @functools.cache

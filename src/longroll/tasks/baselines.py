@@ -20,7 +20,7 @@ from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
 from longroll.tasks._task import TRAINING, Sample, random_of
 from longroll.tasks.evaluate import Row
-from longroll.tasks.generate import Read, Reading, read_prompts, read_samples
+from longroll.tasks.generate import Prefilled, Reading, prefill, prefill_samples
 
 READINGS = ("plain", "reset", "decay", "clip", "chunk")
 
@@ -31,8 +31,8 @@ STRIDE = 64
 def last_window(window: int) -> Reading:
     """Read only the last `window` tokens, from the zero state: a sliding window, by a reset before it."""
 
-    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
-        return read_prompts(lm, [sample.prompt[-window:] for sample in samples])
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
+        return prefill(lm, [sample.prompt[-window:] for sample in samples])
 
     return reading
 
@@ -50,8 +50,8 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
         factor = torch.tensor(per_token ** min(stride, max(0, read - after)))
         return _recurrent(state, dict.fromkeys(state, factor))
 
-    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
-        return read_prompts(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
+        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
 
     return reading
 
@@ -83,8 +83,8 @@ def clipped(limits: dict[StateKey, torch.Tensor], *, stride: int = STRIDE) -> Re
             state, {key: (limits[key] / norm.clamp_min(1e-30)).clamp_max(1) for key, norm in norms.items()}
         )
 
-    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
-        return read_prompts(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
+        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
 
     return reading
 
@@ -107,7 +107,7 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
     """
 
     @torch.no_grad()
-    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
         prompts, owner = [], []
         for row, sample in enumerate(samples):
             start, stop = sample.context
@@ -121,20 +121,20 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
             for at in range(0, max(1, len(context)), room):
                 prompts.append(np.concatenate([head, context[at : at + room], tail]))
                 owner.append(row)
-        chosen: dict[int, tuple[float, Read]] = {}
+        chosen: dict[int, tuple[float, Prefilled]] = {}
         for at in range(0, len(prompts), _TOGETHER):
-            for read in read_prompts(lm, prompts[at : at + _TOGETHER]):
+            for read in prefill(lm, prompts[at : at + _TOGETHER]):
                 for i, entropy in enumerate(_entropies(lm, read, tokens)):
                     row = owner[at + read.rows[i]]
                     if row not in chosen or entropy < chosen[row][0]:
-                        one = Read([row], read.hidden[i : i + 1], read.state.rows([i]))
+                        one = Prefilled([row], read.hidden[i : i + 1], read.state.rows([i]))
                         chosen[row] = (entropy, one)
         return [read for _, read in chosen.values()]
 
     return reading
 
 
-def _entropies(lm: RecurrentLM, read: Read, tokens: int) -> list[float]:
+def _entropies(lm: RecurrentLM, read: Prefilled, tokens: int) -> list[float]:
     """Of each row, summed over the first tokens that it would write."""
     hidden, state, total = read.hidden, read.state, torch.zeros(len(read.rows))
     for left in reversed(range(tokens)):
@@ -182,7 +182,7 @@ def make_reading(
     if name not in READINGS:
         raise LongrollError(f"--reading {name} is not one of {', '.join(READINGS)}.")
     if name == "plain":
-        return read_samples
+        return prefill_samples
     if window is None:
         raise LongrollError(
             f"--reading {name} needs --window: the model does not say how long it was trained."

@@ -15,7 +15,7 @@ from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
 from longroll.results import provenance
 from longroll.tasks._task import EVALUATION, Task, random_of
-from longroll.tasks.generate import Reading, answer, read_samples
+from longroll.tasks.generate import Reading, answer, prefill_samples
 
 Cell = dict[str, Any]
 """`length`, `row`, `samples`, `prompt_tokens`, `seconds`, `scores` {name: {mean, low, high}} and some
@@ -42,7 +42,7 @@ def evaluate_grid(
     samples: int,
     batch_size: int = 16,
     seed: int = 0,
-    reading: Reading = read_samples,
+    reading: Reading = prefill_samples,
     finished: Sequence[Cell] = (),
     save: Callable[[list[Cell]], object] | None = None,
     progress: Callable[[int], None] | None = None,

@@ -23,7 +23,7 @@ from longroll.state import RecurrentState
 from longroll.tasks._task import Sample
 
 
-class Read(NamedTuple):
+class Prefilled(NamedTuple):
     """Prompts that were read: which, the last hidden state of each (B, d_model), and the states after
     them."""
 
@@ -32,8 +32,8 @@ class Read(NamedTuple):
     state: RecurrentState
 
 
-Reading = Callable[[RecurrentLM, Sequence[Sample]], list[Read]]
-"""A way to read prompts; `longroll.tasks.baselines` has others than `read_samples`."""
+Reading = Callable[[RecurrentLM, Sequence[Sample]], list[Prefilled]]
+"""A way to read prompts; `longroll.tasks.baselines` has others than `prefill_samples`."""
 
 
 class Answers(NamedTuple):
@@ -45,7 +45,7 @@ class Answers(NamedTuple):
     """Its argmax at each place of the right answer, given the right tokens before, (A,)."""
 
 
-def read_prompts(
+def prefill(
     lm: RecurrentLM,
     prompts: Sequence[np.ndarray],
     *,
@@ -53,7 +53,7 @@ def read_prompts(
     chunk_size: int | None = None,
     stops: int | None = None,
     watch: Callable[[int, RecurrentState], RecurrentState] | None = None,
-) -> list[Read]:
+) -> list[Prefilled]:
     """Read prompts of token ids, each (T,), T >= 1, in memory that does not grow with T (but for KV).
 
     Args:
@@ -78,7 +78,7 @@ def read_prompts(
     ends = sorted({*lengths.tolist(), *(range(stops, int(lengths.max()), stops) if stops else ())})
     if state is not None:
         state = state.rows([0] * len(prompts))
-    done: list[Read] = []
+    done: list[Prefilled] = []
     for start, stop in pairwise([0, *ends]):
         going = order[: int((lengths >= stop).sum())]
         ids = torch.from_numpy(np.stack([prompts[row][start:stop] for row in going]).astype(np.int64))
@@ -91,26 +91,28 @@ def read_prompts(
         finished = int((lengths == stop).sum())
         if finished:
             last = slice(len(going) - finished, len(going))
-            done.append(Read(order[last].tolist(), hidden[last], state.rows(last)))
+            done.append(Prefilled(order[last].tolist(), hidden[last], state.rows(last)))
     return done if any(key.part == "attention" for key in done[0].state) else [_side_by_side(done)]
 
 
-def _side_by_side(reads: list[Read]) -> Read:
+def _side_by_side(reads: list[Prefilled]) -> Prefilled:
     """One group of several whose states do not depend on the position."""
     states = [read.state for read in reads]
     joined = {key: torch.cat([state[key] for state in states]) for key in states[0]}
     rows = [row for read in reads for row in read.rows]
-    return Read(rows, torch.cat([read.hidden for read in reads]), RecurrentState(joined, seen=states[0].seen))
+    return Prefilled(
+        rows, torch.cat([read.hidden for read in reads]), RecurrentState(joined, seen=states[0].seen)
+    )
 
 
-def read_samples(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Read]:
+def prefill_samples(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
     """The ordinary way: every prompt from its beginning, the state carried all along."""
-    return read_prompts(lm, [sample.prompt for sample in samples])
+    return prefill(lm, [sample.prompt for sample in samples])
 
 
 @torch.no_grad()
-def write(
-    lm: RecurrentLM, read: Read, new_tokens: int, *, stop: Callable[[np.ndarray], bool] | None = None
+def greedy_decode(
+    lm: RecurrentLM, read: Prefilled, new_tokens: int, *, stop: Callable[[np.ndarray], bool] | None = None
 ) -> np.ndarray:
     """The greedy continuation of each row, (B, new_tokens), or fewer once `stop` holds for each."""
     hidden, state, stopped = read.hidden, read.state, np.zeros(len(read.rows), dtype=bool)
@@ -129,7 +131,7 @@ def write(
 
 
 @torch.no_grad()
-def force(lm: RecurrentLM, read: Read, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
+def teacher_forced(lm: RecurrentLM, read: Prefilled, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The argmax at each place of the right answers, given the right tokens before."""
     longest = max(map(len, answers))
     # filled up at the end: the states after it are not used
@@ -149,7 +151,7 @@ def answer(
     new_tokens: int | None = None,
     stop_id: int | None = None,
     forced: bool = False,
-    reading: Reading = read_samples,
+    reading: Reading = prefill_samples,
 ) -> list[Answers]:
     """Read the prompts of `samples`, let the model write; the answers come in their order.
 
@@ -165,8 +167,8 @@ def answer(
     for read in reading(lm, samples):
         right = [samples[row].answer for row in read.rows]
         tokens = new_tokens or max(map(len, right))
-        written = write(lm, read, tokens, stop=lambda ids: bool(ids[-1] == stop_id))
-        argmax = force(lm, read, right) if forced else [None] * len(right)
+        written = greedy_decode(lm, read, tokens, stop=lambda ids: bool(ids[-1] == stop_id))
+        argmax = teacher_forced(lm, read, right) if forced else [None] * len(right)
         for row, ids, best in zip(read.rows, written, argmax, strict=True):
             end = ids.tolist().index(stop_id) if stop_id in ids else len(ids)
             answers[row] = Answers(ids[:end], best)

@@ -1,6 +1,6 @@
 """Training under an intervention: HF Trainer plus a state."""
 
-from longroll.training.posttrain import PosttrainOptions, posttrain
+from longroll.training._posttrain import PosttrainOptions, posttrain
 from longroll.training.trainer import InitialStateTrainer
 
 __all__ = ["InitialStateTrainer", "PosttrainOptions", "posttrain"]

@@ -39,7 +39,7 @@ class StepGraph:
     ) -> None:
         if lm.device.type != "cuda":
             raise LongrollError("CUDA graphs (--cuda-graphs) need the model on a CUDA device.")
-        if lm.attends:
+        if lm.has_attention:
             raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without --cuda-graphs.")
         self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -53,15 +53,15 @@ class StepGraph:
         input_ids: Tensor,
         targets: Tensor,
         state: RecurrentState | None = None,
-        items: Tensor | int | None = None,
+        num_items: Tensor | int | None = None,
     ) -> tuple[Tensor, RecurrentState]:
         """Run a step.
 
         Args:
             input_ids: (B, T), of one shape in all calls.
-            targets: (B, T), the token after each input; -100 counts not.
+            targets: (B, T), the token after each input; -100 is ignored.
             state: the initial state; None is the zero state.
-            items: what the summed loss is divided by; default: the tokens that count.
+            num_items: what the summed loss is divided by; default: the tokens that count.
 
         Returns:
             The loss, a scalar, and the final state; an empty one without `states`.
@@ -69,17 +69,19 @@ class StepGraph:
         if state and not self.states:
             raise LongrollError("These steps were captured without states: StepGraph(states=True) takes one.")
         with torch.cuda.device(self.lm.device):
-            return self._run(input_ids, targets, state, items)
+            return self._run(input_ids, targets, state, num_items)
 
     def _run(
-        self, input_ids: Tensor, targets: Tensor, state: RecurrentState | None, items: Tensor | int | None
+        self, input_ids: Tensor, targets: Tensor, state: RecurrentState | None, num_items: Tensor | int | None
     ) -> tuple[Tensor, RecurrentState]:
-        items = (targets != -100).sum().clamp_min(1) if items is None else items
+        num_items = (targets != -100).sum().clamp_min(1) if num_items is None else num_items
         earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
         graph = self._graph or self._capture(input_ids)
         self._ids.copy_(input_ids)
         self._targets.copy_(targets)
-        self._items.copy_(items) if isinstance(items, Tensor) else self._items.fill_(items)
+        self._num_items.copy_(num_items) if isinstance(num_items, Tensor) else self._num_items.fill_(
+            num_items
+        )
         full = RecurrentState({**self._zero, **(state or {})})  # an intervention may leave parts at zero
         self._layout.pack(full, out=self._packs)
         graph.replay()
@@ -99,7 +101,7 @@ class StepGraph:
         self._layout = _Layout(self._zero)
         self._packs = self._layout.pack(self._zero)
         self._ids, self._targets = input_ids.clone(), input_ids.clone()
-        self._items = torch.ones((), device=input_ids.device)
+        self._num_items = torch.ones((), device=input_ids.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -122,7 +124,7 @@ class StepGraph:
     def _step(self) -> tuple[Tensor, RecurrentState]:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
             initial = self._layout.unpack(self._packs)
-            loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._items)
+            loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._num_items)
         loss.backward()
         return loss.detach(), final.detach() if self.states else self._zero
 

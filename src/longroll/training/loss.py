@@ -24,15 +24,15 @@ def loss_and_state(
     input_ids: Tensor,
     targets: Tensor,
     state: RecurrentState | None = None,
-    items: Tensor | int | None = None,
+    num_items: Tensor | int | None = None,
 ) -> tuple[Tensor, RecurrentState]:
     """`hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph."""
     hidden, final = lm(input_ids, state, logits=False)
-    return hidden_loss(lm, hidden, targets, items), final
+    return hidden_loss(lm, hidden, targets, num_items), final
 
 
 def hidden_loss(
-    lm: RecurrentLM, hidden: Tensor, targets: Tensor, items: Tensor | int | None = None
+    lm: RecurrentLM, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
     """`next_token_loss` of the logits that `lm` gives of its last hidden states (B, T, D).
 
@@ -46,13 +46,15 @@ def hidden_loss(
         tokens = max(tokens, min(_WIDTHS * hidden.shape[-1], 4 * tokens))
     # gradients in float16 want their scale, which comes only with backward
     if targets.numel() <= tokens or product_dtype(hidden, hidden) == torch.float16:
-        return next_token_loss(head(hidden), targets, items)
-    items = (targets != -100).sum().clamp_min(1) if items is None else items
+        return next_token_loss(head(hidden), targets, num_items)
+    num_items = (targets != -100).sum().clamp_min(1) if num_items is None else num_items
     pieces = [t.flatten(0, 1)[None].split(tokens, dim=1) for t in (hidden, targets)]
     if not needs_graph(hidden):
-        return torch.stack([next_token_loss(head(h), y, items) for h, y in zip(*pieces, strict=True)]).sum()
+        return torch.stack(
+            [next_token_loss(head(h), y, num_items) for h, y in zip(*pieces, strict=True)]
+        ).sum()
     weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
-    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / items
+    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / num_items
 
 
 class _InPieces(torch.autograd.Function):
@@ -86,11 +88,11 @@ class _InPieces(torch.autograd.Function):
         return None, None, None, *(g * dloss for g in ctx.saved_tensors)
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of `targets` (B, T; -100 counts not) by logits (B, T, V), summed, divided by `items`.
+def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of `targets` (B, T; -100 is ignored) by logits (B, T, V), summed, divided by `num_items`.
 
-    By default the mean: `items` are the tokens that count. Where a gradient is asked for, the logits may be
-    overwritten: on a GPU they, their softmax and its gradients outweigh all else in the model.
+    The default is the mean: `num_items` is the number of targets that are not -100. Where a gradient is asked
+    for, the logits may be overwritten: on a GPU they, their softmax and its gradients outweigh all else.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()
     if not needs_graph(logits):
@@ -99,7 +101,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None 
         loss = kernel(logits.contiguous(), targets.contiguous())
     else:
         loss = _CrossEntropy.apply(logits.float(), targets)
-    return loss / ((targets != -100).sum().clamp_min(1) if items is None else items)
+    return loss / ((targets != -100).sum().clamp_min(1) if num_items is None else num_items)
 
 
 class _CrossEntropy(torch.autograd.Function):

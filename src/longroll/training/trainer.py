@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from longroll.data import Lanes, Windows
 from longroll.errors import LongrollError
-from longroll.families._cache import clean_handoffs
+from longroll.families._family import unwrapped
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.training.graphs import StepGraph
@@ -61,7 +61,7 @@ class InitialStateTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         model = model.model if isinstance(model, RecurrentLM) else model
-        self.base = _base_model(model)
+        self.base: PreTrainedModel = unwrapped(model)
         self.lm = RecurrentLM(self.base)
         self.family = self.lm.family
         self.intervention = intervention
@@ -156,10 +156,7 @@ class InitialStateTrainer(Trainer):
                     self.lm, inputs["input_ids"], _shifted(inputs), state, num_items_in_batch
                 )
         else:
-            arguments = self.family.inputs(self.base, inputs["input_ids"], state)
-            with clean_handoffs():
-                outputs = model(**arguments)
-            final = arguments[self.family.cache_argument].final(inputs["input_ids"].shape[1])
+            outputs, final = self.family.run(model, inputs["input_ids"], state)
             # the loss overwrites logits that it takes a gradient of
             logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
             loss = next_token_loss(logits, _shifted(inputs), num_items_in_batch)
@@ -226,7 +223,3 @@ def _shifted(inputs: dict[str, Any]) -> Tensor:
     if "shift_labels" in inputs:
         return inputs["shift_labels"]
     return F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-
-
-def _base_model(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

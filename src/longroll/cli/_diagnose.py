@@ -1,0 +1,84 @@
+"""`longroll diagnose`: where a model breaks, and how badly."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longroll.cli import _options as o
+
+
+def diagnose(
+    model: o.Model,
+    text: o.Text = "stdlib",
+    text_column: o.TextColumn = None,
+    tokenizer: o.TokenizerName = None,
+    train_length: o.TrainLength = None,
+    length: o.Length = 16_384,
+    sequences: o.Sequences = 16,
+    concatenate: o.Concatenate = False,
+    chunk_size: o.ChunkSize = None,
+    explain: Annotated[
+        bool, typer.Option(help="Look for the causes too: about three times the work.")
+    ] = True,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    label: str = "base",
+    json: o.Json = None,
+    output: o.Output = None,
+) -> None:
+    """Measure a model at every position up to --length and say whether, and where, it breaks."""
+    from longroll.cli._console import levels_table, out
+    from longroll.report import write_report
+    from longroll.report.export import slug
+    from longroll.results import write_json
+
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    own_tokenizer = o.open_tokenizer(lm, model, tokenizer)
+    tokens, bytes_per_token = o.read_sequences(
+        text,
+        own_tokenizer,
+        length=length,
+        sequences=sequences,
+        column=text_column,
+        concatenate=concatenate,
+        seed=seed,
+    )
+    found = run_diagnosis(
+        lm,
+        tokens,
+        label=label,
+        train_length=train_length,
+        bytes_per_token=bytes_per_token,
+        chunk_size=chunk_size,
+        explain=explain,
+        seed=seed,
+    )
+    out.print(levels_table([found]))
+    for line in findings(found):
+        out.print(line, soft_wrap=True)
+    if json:
+        write_json(json, found)
+    if output:
+        write_json(output / f"{slug(label) or 'diagnosis'}.json", found)
+        write_report([found], output / "report.html")
+
+
+def run_diagnosis(lm, tokens, *, label: str, **options) -> dict:
+    """`longroll.diagnose` with a progress bar; its JSON."""
+    from longroll.cli._console import stages
+    from longroll.measure import diagnose
+
+    with stages(label) as advance:
+        return diagnose(lm, tokens, label=label, progress=advance, **options).to_json()
+
+
+def findings(found: dict) -> list[str]:
+    """What a diagnosis says in words: the verdict, the heads that do the damage, what to do, and how."""
+    causal = (found.get("coverage") or {}).get("causal_sentence")
+    advice = found["advice"]
+    lines = [found["sentence"], causal, advice["sentence"], advice["command"] and f"  {advice['command']}"]
+    return [line for line in lines if line]

@@ -1,0 +1,158 @@
+"""`longroll doctor`: what this machine can run, and which kernels are in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longroll.cli import _options as o
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from longroll.families import Family
+
+Families = Annotated[
+    bool, typer.Option("--families", help="Try the laws on tiny models of every family: a minute.")
+]
+Markdown = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --families: write the table to this file, between its lines <!-- families --> and "
+        "<!-- /families --> where it has them."
+    ),
+]
+
+
+def doctor(families: Families = False, markdown: Markdown = None, json: o.Json = None) -> None:
+    """Say what this machine can run and which kernels are in use, with the reason."""
+    from longroll.cli._console import out, quiet
+    from longroll.errors import LongrollError
+    from longroll.results import write_json
+
+    if markdown is not None and not families:
+        raise LongrollError("--markdown writes the table that --families makes: give both.")
+    quiet()
+    found = examine()
+    if families:
+        found["families"] = try_families()
+        found["problems"] += [problem for row in found["families"] for problem in row["problems"]]
+    out.print(f"{found['device']}; torch {found['versions']['torch']}, {found['threads']} threads")
+    for name, value in found["versions"].items():
+        out.print(f"  {name} {value}", highlight=False)
+    out.print(_tried(found["families"], out.width) if families else _known(found["families"]))
+    for problem in found["problems"]:
+        out.print(f"! {problem}")
+    out.print(found["specimen"])
+    if markdown is not None:
+        write_markdown(markdown, found["families"])
+    if json:
+        write_json(json, found)
+
+
+def examine() -> dict[str, Any]:
+    """What `doctor` prints, as data."""
+    import torch
+
+    from longroll.errors import LongrollError
+    from longroll.families import FAMILIES
+    from longroll.model import load
+    from longroll.results import provenance
+
+    made = provenance(seed=0, seconds=0.0)
+    gpu = torch.cuda.is_available()
+    rows = [
+        {
+            "family": name,
+            "kind": family.kind,
+            "state": "in, out, gradients" if family.recurrent else "rolls out; evaluation only",
+            "kernel": in_use(family, gpu),
+        }
+        for name, family in FAMILIES.items()
+    ]
+    problems = [] if gpu else ["no GPU: fine for small models; a 370m model takes hours here"]
+    try:
+        load("specimen")
+        specimen = "specimen: loads, self-check passed"
+    except LongrollError as error:
+        specimen = f"specimen: {error}"
+    return {
+        "kind": "doctor",
+        "device": torch.cuda.get_device_name() if gpu else made["device"],
+        "threads": made["threads"],
+        "versions": made["versions"],
+        "families": rows,
+        "problems": problems,
+        "specimen": specimen,
+    }
+
+
+def in_use(family: Family, gpu: bool) -> str:
+    """What computes a family's recurrence on this machine, and why."""
+    import torch
+
+    from longroll import ops
+    from longroll.conformance.table import paths
+    from longroll.ops._backend import choose
+
+    path = paths(family)[gpu]
+    if family.op is None or not hasattr(ops, family.op):
+        return path
+    device = torch.device("cuda" if gpu else "cpu")
+    return f"{path.split(',')[0]}, {choose(family.op, device, torch.bfloat16).reason}"
+
+
+def try_families() -> list[dict[str, Any]]:
+    """The laws, tried on this machine's GPU or else its CPU."""
+    import torch
+
+    from longroll.cli._console import progress
+    from longroll.conformance.table import tabulate
+    from longroll.conformance.tiny import CONFIGS, ON_GPU
+
+    with progress("families", total=len(CONFIGS | ON_GPU)) as advance:
+        done = iter(range(1, len(CONFIGS | ON_GPU) + 1))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return tabulate(device=device, advance=lambda: advance(next(done)))
+
+
+def write_markdown(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the table into a file: in the place of the one it has, or as the whole of it."""
+    from longroll.conformance.table import markdown
+    from longroll.files import write_whole
+
+    table, begin, end = markdown(rows), "<!-- families -->\n", "<!-- /families -->"
+    text = file.read_text() if file.exists() else begin + end + "\n"
+    if begin not in text or end not in text:
+        text = begin + end + "\n"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    write_whole(file, f"{before}{begin}{table}{end}{after}".encode())
+
+
+def _known(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Column, Table
+
+    table = Table("family", "kind", "state", Column("recurrence in use", overflow="fold"))
+    for row in rows:
+        table.add_row(row["family"], row["kind"], row["state"], row["kernel"])
+    return table
+
+
+def _tried(rows: list[dict[str, Any]], width: int) -> Table:
+    """The table; on a narrow terminal without what computes and what it is checked against elsewhere."""
+    from rich.table import Column, Table
+
+    from longroll.conformance.table import COLUMNS, cells
+
+    here = "gpu" if rows[0]["gpu_tried"] else "cpu"
+    shown = [key for key in COLUMNS if width >= 140 or key in ("family", "loads", "state", "gradient", here)]
+    wrapped = ("cpu", "gpu", "reference")
+    headings = (Column(COLUMNS[key], no_wrap=key not in wrapped, overflow="fold") for key in shown)
+    more = "*: not tried on this machine" if width >= 140 else "from 140 columns on, and by --markdown: more"
+    table = Table(*headings, caption=f"yes: bit for bit; to 1e-06: rounding; {more}")
+    for row in rows:
+        cell_of = dict(zip(COLUMNS, cells(row), strict=True))
+        table.add_row(*(cell_of[key] for key in shown))
+    return table

@@ -1,0 +1,188 @@
+"""`longroll posttrain`: repair a model by training from other initial states."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longroll.cli import _options as o
+from longroll.cli import _tasks as t
+
+if TYPE_CHECKING:
+    from longroll.interventions import Intervention
+
+
+class Choice(StrEnum):
+    """The interventions by their short names; `none` is the control."""
+
+    sp = "sp"
+    tbptt = "tbptt"
+    fitted = "fitted"
+    random = "random"
+    none = "none"
+
+
+class TaskName(StrEnum):
+    """The tasks one can train on."""
+
+    passkey = "passkey"
+    niah = "niah"
+    copying = "copying"
+    babilong = "babilong"
+
+
+def posttrain(
+    model: o.Model,
+    output: Annotated[Path, typer.Option(help="Folder for the repaired model.")],
+    intervention: Annotated[Choice, typer.Option(help="Which state sequences start from.")] = Choice.sp,
+    text: o.Text = "stdlib",
+    text_column: o.TextColumn = None,
+    tokenizer: o.TokenizerName = None,
+    task: Annotated[
+        TaskName | None, typer.Option(help="Train on a task, loss on its answers, rather than on --text.")
+    ] = None,
+    haystack: t.HaystackText = "noise",
+    instruction: t.Instruction = True,
+    facts: Annotated[
+        str | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
+    ] = None,
+    qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
+    windows: Annotated[int, typer.Option(help="Rows that a sample of a task stretches over.", min=1)] = 1,
+    train_length: o.TrainLength = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    decay_speed: Annotated[
+        float, typer.Option(help="Learning rate of A_log, dt_bias, times the others'.")
+    ] = 1.0,
+    schedule: Annotated[str, typer.Option(help="transformers' name of the schedule.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps to warm up over.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    zero_probability: Annotated[float, typer.Option(help="How often a row starts from zero anyway.")] = 0.0,
+    conv: Annotated[
+        bool | None, typer.Option(help="Set the conv state too. Default: all but random.")
+    ] = None,
+    noise_std: Annotated[float, typer.Option(help="Std of random noise.")] = 1.0,
+    momentum: Annotated[float, typer.Option(help="Of the moments that fitted noise fits.")] = 0.9,
+    lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Steps as one CUDA graph: faster where a model is small.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
+    """Train a model for a few hundred steps whose sequences start from other states than zero."""
+    from longroll.cli._console import out
+    from longroll.errors import LongrollError
+    from longroll.results import provenance, write_json
+    from longroll.training import PosttrainOptions
+
+    chosen = make_intervention(
+        intervention,
+        zero_probability=zero_probability,
+        conv=conv,
+        seed=seed,
+        noise_std=noise_std,
+        momentum=momentum,
+    )
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    length = train_length or lm.train_length
+    if length is None:
+        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+    options = PosttrainOptions(
+        length=length,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        decay_speed=decay_speed,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        cuda_graphs=cuda_graphs,
+        lora_rank=lora_rank,
+        save_steps=save_steps,
+        seed=seed,
+    )
+    tok = o.open_tokenizer(lm, model, tokenizer)
+    data: Any
+    if task is None:
+        data = o.read_corpus(
+            text, tok, split="train", column=text_column, max_tokens=options.tokens + 1, seed=seed
+        )
+    else:
+        data = t.training_rows(
+            task, tok, options, intervention=intervention, haystack=haystack, instruction=instruction,
+            facts=facts, books=text, kinds=qa, windows=windows,
+        )  # fmt: skip
+    log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume)
+    if hasattr(tok, "tokenizer"):
+        tok.tokenizer.save_pretrained(output)
+    if json:
+        made = provenance(lm, seed=seed, seconds=seconds)
+        result = {
+            "intervention": intervention.value,
+            "task": task,
+            "options": vars(options),
+            "log": log,
+            "provenance": made,
+        }
+        write_json(json, {"kind": "posttrain", "model": lm.name, "output": str(output), **result})
+    rate = "" if resume else f" ({options.tokens / seconds:,.0f} tokens/s)"
+    out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
+
+
+def make_intervention(
+    choice: str,
+    *,
+    zero_probability: float = 0.0,
+    conv: bool | None = None,
+    seed: int = 0,
+    noise_std: float = 1.0,
+    momentum: float = 0.9,
+) -> Intervention | None:
+    """Build an intervention from flags; None for the control."""
+    from longroll.interventions import INTERVENTIONS
+
+    if choice == "none":
+        return None
+    options: dict[str, Any] = {"zero_probability": zero_probability, "seed": seed}
+    if conv is not None:
+        options["conv"] = conv
+    if choice == "random":
+        options["std"] = noise_std
+    if choice == "fitted":
+        options["momentum"] = momentum
+    return INTERVENTIONS[choice](**options)
+
+
+def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = False):
+    """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
+    import time
+
+    from longroll.cli._console import progress, stops_between_steps, training_progress
+    from longroll.training import posttrain
+
+    began = time.perf_counter()
+    name = "zero states" if intervention is None else type(intervention).__name__
+    with progress(f"training from {name}", total=options.steps) as advance, stops_between_steps() as stop:
+        callbacks = [training_progress(advance), stop]
+        log = posttrain(lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks)
+    return log, time.perf_counter() - began

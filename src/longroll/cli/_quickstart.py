@@ -1,0 +1,96 @@
+"""`longroll quickstart`: break a model, repair it, prove the repair; minutes on a CPU, no network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longroll.cli import _options as o
+from longroll.cli._diagnose import findings, run_diagnosis
+from longroll.cli._posttrain import make_intervention, run_posttrain
+
+# of the specimen, measured: recipes/README.md
+STEPS, BATCH_SIZE, LEARNING_RATE, DECAY_SPEED, ZERO_PROBABILITY = 200, 16, 1e-3, 30.0, 0.1
+
+
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the report and the model.")] = Path("longroll-out"),
+    length: Annotated[int, typer.Option(help="Positions to measure.", min=1024)] = 16_384,
+    sequences: Annotated[int, typer.Option(help="Texts to measure.", min=4)] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of repair.", min=1)] = STEPS,
+    device: o.Device = None,
+    seed: o.Seed = 0,
+    json: o.Json = None,
+) -> None:
+    """Diagnose the specimen, repair it by State Passing, diagnose again, and write a report."""
+    from longroll.cli._console import levels_table, out
+    from longroll.report import write_report
+    from longroll.results import write_json
+    from longroll.training import PosttrainOptions
+
+    began = time.perf_counter()
+    lm = o.open_model("specimen", device=device, dtype=None)
+    tok = o.open_tokenizer(lm, "specimen", None)
+    tokens, bytes_per_token = o.read_sequences("stdlib", tok, length=length, sequences=sequences, seed=seed)
+    measured = {"bytes_per_token": bytes_per_token, "seed": seed}
+    before = run_diagnosis(lm, tokens, label="base", **measured)
+    write_json(output / "base.json", before)
+
+    assert lm.train_length is not None
+    options = PosttrainOptions(
+        length=lm.train_length,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        decay_speed=DECAY_SPEED,
+        seed=seed,
+    )
+    corpus = o.read_corpus(
+        "stdlib", tok, split="train", column=None, max_tokens=options.tokens + 1, seed=seed
+    )
+    intervention = make_intervention("sp", zero_probability=ZERO_PROBABILITY, seed=seed)
+    repaired = _free(output / "repaired")
+    run_posttrain(lm, corpus, intervention, options, repaired)
+
+    after = run_diagnosis(
+        o.open_model(str(repaired), device=device, dtype=None), tokens, label="State Passing", **measured
+    )
+    write_json(output / "state_passing.json", after)
+    report = write_report([before, after], output / "report.html")
+    seconds = time.perf_counter() - began
+    out.print(levels_table([before, after]))
+    out.print(f"Before: {' '.join(findings(before)[:2])}")
+    out.print(f"After:  {after['sentence']}")
+    out.print(f"{seconds:.0f} s. Report: {report}   Repaired model: {repaired}")
+    if json:
+        write_json(json, _summary(before, after, seconds, report, repaired))
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or with a number behind if an earlier run's model is there: nothing is overwritten."""
+    names = (folder.with_name(f"{folder.name}{'' if i == 1 else f'-{i}'}") for i in range(1, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def _summary(before: dict, after: dict, seconds: float, report: Path, repaired: Path) -> dict:
+    return {
+        "kind": "quickstart",
+        "verdict_before": before["verdict"],
+        "verdict_after": after["verdict"],
+        "sentence_before": before["sentence"],
+        "sentence_after": after["sentence"],
+        "train_length": before["train_length"],
+        "edge_before": before["edge"],
+        "loss_in_range_before": before["levels"]["in_range"],
+        "loss_in_range_after": after["levels"]["in_range"],
+        "loss_far_before": before["levels"]["far"],
+        "loss_far_after": after["levels"]["far"],
+        "max_position": before["max_position"],
+        "seconds": seconds,
+        "report": str(report),
+        "model": str(repaired),
+        "provenance": after["provenance"],
+    }

@@ -1,0 +1,75 @@
+"""The architectures of transformers that longroll opens: one row each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from longroll.errors import LongrollError
+from longroll.families import _heads
+from longroll.families._family import Family
+from longroll.families.minimax import Minimax
+from longroll.families.mlstm import Xlstm
+from longroll.families.recurrent_gemma import RecurrentGemma
+from longroll.families.rwkv4 import Rwkv4
+
+_CONTROL = Family("attention")
+_MAMBA2_HYBRID = Family("mamba2", op="ssd")
+_GATED_DELTA_HYBRID = Family("gated_delta_rule", op="gated_delta_rule")
+_KDA_HYBRID = Family("kda", op="kda")
+_CONV_HYBRID = Family("conv", kernel="causal_conv1d.causal_conv1d_fn")
+
+FAMILIES: dict[str, Family] = {
+    "mamba": Family("mamba", "cache_params", op="selective_scan"),
+    "falcon_mamba": Family("mamba", "cache_params", op="selective_scan"),
+    "mamba2": Family("mamba2", "cache_params", op="ssd"),
+    "jamba": Family("mamba", op="selective_scan"),
+    "zamba": Family("mamba", op="selective_scan", scans="n_mamba_heads"),
+    "bamba": _MAMBA2_HYBRID,
+    "falcon_h1": replace(_MAMBA2_HYBRID, head=_heads.falcon_h1),
+    "granitemoehybrid": replace(_MAMBA2_HYBRID, head=_heads.granite),
+    "nemotron_h": _MAMBA2_HYBRID,
+    "zamba2": _MAMBA2_HYBRID,
+    "qwen3_next": _GATED_DELTA_HYBRID,
+    "qwen3_5": _GATED_DELTA_HYBRID,
+    "qwen3_5_text": _GATED_DELTA_HYBRID,
+    "qwen3_5_moe": _GATED_DELTA_HYBRID,
+    "qwen3_5_moe_text": _GATED_DELTA_HYBRID,
+    "qwen4_exp": replace(_GATED_DELTA_HYBRID, reads_tail=True),
+    "qwen4_exp_text": replace(_GATED_DELTA_HYBRID, reads_tail=True),
+    "olmo_hybrid": _GATED_DELTA_HYBRID,
+    "kimi_linear": _KDA_HYBRID,
+    "bailing_hybrid": _KDA_HYBRID,
+    "glm5_next": _KDA_HYBRID,
+    "minimax": Minimax("lightning", op="retention"),
+    "recurrent_gemma": RecurrentGemma("rg_lru", op="linear_scan", head=_heads.recurrent_gemma),
+    "xlstm": Xlstm("mlstm", "cache_params", head=_heads.xlstm),
+    "rwkv": Rwkv4("rwkv4", "state", op="wkv"),
+    "zaya": Family("conv", reads_tail=True),
+    "lfm2": _CONV_HYBRID,
+    "lfm2_moe": _CONV_HYBRID,
+    "lfm3": _CONV_HYBRID,
+    "inkling_text": replace(_CONV_HYBRID, head=_heads.inkling),
+    "inkling2_text": replace(_CONV_HYBRID, head=_heads.inkling2),
+    "gpt2": replace(_CONTROL, learned_positions="n_positions"),
+    "gpt_neox": _CONTROL,
+    "llama": _CONTROL,
+    "qwen2": _CONTROL,
+    "qwen3": _CONTROL,
+}
+
+
+def family_of(model_type: str | None) -> Family:
+    """The row for a `model_type`.
+
+    Raises:
+        LongrollError: for an architecture that is not in the table.
+    """
+    if model_type not in FAMILIES:
+        raise LongrollError(
+            f"model_type {model_type!r} is not one longroll can open yet; it opens: {', '.join(FAMILIES)}, "
+            "and original state-spaces checkpoints."
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

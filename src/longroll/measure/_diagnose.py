@@ -1,0 +1,208 @@
+"""One call that says whether a model holds past its training length, where it breaks, why, and what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure._position_loss import PositionLoss, position_loss
+from longroll.measure.advice import LEAVE_ALONE, NO_STATE, NOT_THE_STATE, advise
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.excess_loss import excess_loss, probe_losses
+from longroll.measure.explain import Progress, StateWatch, explain_coverage, explain_remembrance, stage
+from longroll.measure.stationarity import end_drift
+from longroll.model import RecurrentLM
+from longroll.results import provenance
+
+Verdict = Literal["healthy", "fades", "explodes"]
+
+TOLERANCE = 0.05
+"""Nats: a loss above that of a fresh start by less than this is not called a break."""
+EXPLOSION = 1.0
+"""Nats above a fresh start from which a model that breaks is said to explode rather than fade."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; `to_json` is what reports are drawn from."""
+
+    verdict: Verdict
+    edge: int | None
+    """Where the loss first exceeds its level in range, and a fresh start's, beyond the intervals; or None."""
+    severity: float
+    """Nats above a fresh start over the last octave of positions."""
+    levels: dict[str, float | None]
+    """Mean loss in nats: `in_range` over [0, T); `2x`, `8x`, `64x` over the octave up to there; `far`."""
+    sentence: str
+    advice: str
+    """What to do: an intervention, with its reasons and its price, or to leave the model alone."""
+    details: dict[str, Any] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers that are not finite become null."""
+        data = {
+            "kind": "diagnosis",
+            **self.details,
+            "levels": self.levels,
+            "edge": self.edge,
+            "severity": self.severity,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+        }
+        return json.loads(json.dumps(data, default=float), parse_constant=lambda _: None)
+
+
+def diagnose(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    *,
+    train_length: int | None = None,
+    label: str = "base",
+    bytes_per_token: float | None = None,
+    chunk_size: int | None = None,
+    explain: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Roll a model out over `tokens` and say how it does past its training length.
+
+    A model breaks where its loss is above its level in range and also above that of the same model restarted
+    within its training length on the same tokens (`excess_loss`), so that a text whose later parts
+    are harder is not taken for a fault.
+
+    Args:
+        lm: the model.
+        tokens: (B, L + 1), L above the training length and at least 4 sequences; 8 or more to tell which
+            heads have left their range.
+        train_length: T; default: what the model's config says.
+        label: what to call this run in a report.
+        bytes_per_token: of the text, for bits per byte.
+        chunk_size: tokens of a row in one forward.
+        explain: measure remembrance too, which states left their range, and which of them do the damage:
+            about three times the work.
+        seed: of the bootstrap, the permutations and the noise that states are compared with.
+        progress: see `Progress`.
+
+    Raises:
+        LongrollError: for an unknown training length, too few sequences, or too short ones.
+    """
+    began = time.perf_counter()
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    train_length = train_length or lm.train_length
+    if train_length is None:
+        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+    if length <= train_length:
+        raise LongrollError(
+            f"{length} positions do not go past the training length {train_length}: raise --length."
+        )
+    if rows < 4:
+        raise LongrollError(f"{rows} sequences are too few for an interval: give at least 4 (--sequences).")
+    watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
+    rolled = time.perf_counter()
+    carried = position_loss(
+        lm,
+        tokens,
+        chunk_size=chunk_size,
+        stops=watch.stops if watch else (),
+        watch=watch,
+        progress=stage(progress, "reading on", length),
+    )
+    speed = rows * length / (time.perf_counter() - rolled)
+    ends, excess = excess_loss(lm, tokens, carried, train_length)
+    mean, low, high = bootstrap_mean(excess, seed=seed)
+    level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
+    _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
+    # `not <=`, not `>`: a NaN loss is damage
+    above = ~((low <= 0) | (mean <= TOLERANCE) | (low_rise <= 0))
+    edge = _edge(ends, above.tolist(), train_length)
+    far = [i for i, end in enumerate(ends) if end > length // 2]
+    severity = mean[far].mean().item()
+    verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
+    details: dict[str, Any] = {
+        "label": label,
+        "model": lm.name,
+        "architecture": lm.model.config.model_type,
+        "parameters": sum(p.numel() for p in lm.parameters()),
+        "train_length": train_length,
+        "sequences": rows,
+        "max_position": length,
+        "bytes_per_token": bytes_per_token,
+        "curve": carried.curve(),
+        "excess": {
+            "position": ends,
+            "mean": mean.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+        },
+        "states": None,
+    }
+    _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)
+    breaks = edge is not None
+    # it may hold its level only because the text gets easier: then a fresh start tells
+    suffers = breaks or (severity > TOLERANCE and far_low.item() > 0)
+    advice = NO_STATE if suffers else LEAVE_ALONE
+    if watch is not None:
+        iid, drift = watch.iid(), end_drift(tokens, max(16, train_length // 8), seed=seed)
+        if suffers:
+            advice = advise(
+                lm.name, train_length, breaks=breaks, iid=iid, ends=drift, tokens_per_second=speed
+            )
+        details |= {
+            "states": watch.statistics.statistics().to_json(),
+            "iid": iid.to_json(),
+            "stationarity": drift.to_json(),
+        }
+        if explain:
+            details["coverage"] = explain_coverage(
+                lm, tokens, carried, watch, train_length, healthy=not suffers, progress=progress
+            )
+            if watch.has_attention and details["coverage"].get("explained") is False:
+                advice = NOT_THE_STATE
+    if explain:
+        details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
+    details["advice"] = advice.to_json()
+    details["provenance"] = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
+    sentence = _sentence(verdict, edge, severity, length)
+    levels = _levels(carried, train_length)
+    return Diagnosis(verdict, edge, severity, levels, sentence, advice.sentence, details)
+
+
+def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
+    """Where the damage begins: the first probe from which two in a row are above."""
+    for i in range(len(ends)):
+        if above[i] and above[min(i + 1, len(ends) - 1)]:
+            return ends[i - 1] if i else train_length
+    return None
+
+
+def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]:
+    length = carried.losses.shape[1]
+    levels: dict[str, float | None] = {"in_range": carried.between(0, train_length)}
+    for times in (2, 8, 64):
+        stop = times * train_length
+        levels[f"{times}x"] = carried.between(stop // 2, stop) if stop <= length else None
+    levels["far"] = carried.between(length // 2, length)
+    return levels
+
+
+def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int) -> str:
+    far = f"{short(length // 2)}-{short(length)}"
+    if edge is None:
+        holds = f"Holds to {short(length)}: the loss stays at its level in range."
+        if severity > TOLERANCE:
+            return f"{holds} A fresh start would still be {severity:.2f} nats better at {far}."
+        return holds
+    size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "not finite"
+    how = "and explodes" if verdict == "explodes" else "and fades"
+    return f"Breaks at t ~ {short(edge)} {how}: at {far} it is {size}."
+
+
+def short(position: int) -> str:
+    """A position as people say it: 212, 4k, 131k."""
+    return str(position) if position < 1000 else f"{position / 1024:.3g}k"

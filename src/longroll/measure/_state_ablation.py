@@ -1,0 +1,284 @@
+"""Which heads do the damage: put their states back into the training range and see what loss comes back.
+
+That a head has left its range (`coverage`) does not prove that it matters. Here the text past the training
+length is read again with some heads held in range: whenever a chunk ends, their norm is scaled back to the
+range seen in training, or their state is replaced by the one at T. The loss that this recovers, as a share of
+the damage (loss carried minus loss of a fresh start on the same tokens), is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure._coverage import Coverage, Head, LayerCoverage, heads_of
+from longroll.measure._position_loss import PositionLoss, position_loss, token_losses
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.excess_loss import excess_loss
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState, StateKey
+
+Mode = Literal["rescale", "swap"]
+
+DAMAGE = 0.05
+"""Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
+SHARE = 0.8
+"""Of what all heads together recover: heads that recover as much are said to carry the damage."""
+_EXPLAINS = 0.2  # of the damage: with less than this back, all heads held, their range is not the cause
+_GAIN = 0.01  # a head that adds less to the greedy list ends it
+_ROWS = 64  # of trials and texts read together
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What holding `heads` in range recovers: a share of the damage with its interval over texts."""
+
+    heads: list[Head]
+    recovered: float
+    low: float
+    high: float
+
+    @property
+    def what(self) -> str:
+        """Name of the heads."""
+        return " + ".join(map(str, self.heads))
+
+
+@dataclass(frozen=True)
+class CausalTest:
+    """What `causal` found."""
+
+    damage: float
+    """Nats: loss carried minus loss of a fresh start, over the last octave."""
+    alone: list[Recovery]
+    """Single heads, and whole layers, the largest share first."""
+    together: list[Recovery]
+    """The greedy list: the best head, the best pair that holds it, ..., until they carry the damage."""
+    all_heads: Recovery | None
+    """Every head of the model held in range: about the most that this can recover."""
+    mode: Mode
+
+    @property
+    def explained(self) -> bool:
+        """Whether damage was found, and leaving the training range explains some of it."""
+        return self.all_heads is not None and self.all_heads.recovered >= _EXPLAINS
+
+    @property
+    def sentence(self) -> str:
+        """The finding in words."""
+        if not math.isfinite(self.damage):
+            return "The loss is not finite: no share of the damage can be told."
+        if self.all_heads is None:
+            return f"No damage to explain: reading on costs {self.damage:.2f} nats."
+        most = self.all_heads.recovered
+        ceiling = f"all heads together {_percent(most)}"
+        if not self.explained:
+            return (
+                "The range of the states does not explain the damage: with all heads held in it, "
+                f"{_percent(most)} comes back."
+            )
+        if not self.together:
+            return (
+                f"No head is outside its training range; holding all of them in it recovers {_percent(most)}."
+            )
+        best = self.together[-1]
+        if best.recovered >= SHARE * most:
+            many = len(best.heads) > 1
+            who = f"These {len(best.heads)} heads carry" if many else "One head carries"
+            return f"{who} {_percent(best.recovered)} of the damage ({ceiling}): {best.what}."
+        first = self.together[0]
+        pair = f", the best {len(best.heads)} {_percent(best.recovered)}" if len(best.heads) > 1 else ""
+        return (
+            f"None alone does the damage: {first.what} carries {_percent(first.recovered)}{pair}, {ceiling}."
+        )
+
+    def to_json(self) -> dict:
+        """For results; the lists are rows of the report's table."""
+        return {
+            "damage": self.damage,
+            "mode": self.mode,
+            "sentence": self.sentence,
+            "alone": [_row(recovery) for recovery in self.alone],
+            "together": [_row(recovery) for recovery in self.together],
+            "all_heads": None if self.all_heads is None else _row(self.all_heads, "all heads"),
+        }
+
+    def table(self) -> list[dict]:
+        """Rows `what`, `recovered` for the `causal` entry of a coverage section."""
+        rows = [_row(recovery) for recovery in [*self.alone, *self.together[1:]]]
+        return rows if self.all_heads is None else [*rows, _row(self.all_heads, "all heads")]
+
+
+def _row(recovery: Recovery, what: str = "") -> dict:
+    shares = {"recovered": recovery.recovered, "low": recovery.low, "high": recovery.high}
+    return {"what": what or recovery.what, **shares, "heads": [list(head) for head in recovery.heads]}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+@torch.no_grad()
+def causal(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    coverage: Coverage,
+    train_length: int | None = None,
+    *,
+    mode: Mode = "rescale",
+    candidates: int = 8,
+    most: int = 4,
+    interval: int | None = None,
+    carried: PositionLoss | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> CausalTest:
+    """Hold heads in their training range past T and report the share of the far damage that this recovers.
+
+    Args:
+        lm: the model.
+        tokens: (B, L + 1), each row a text from its beginning; 16 T tokens are enough to see damage.
+        coverage: of the same model: which heads to try, and their range.
+        train_length: T; default: what the model's config says.
+        mode: `rescale` scales the norm of a head that has left its range to the nearest end of it; `swap`
+            puts the state that the same text had at T in its place, whether it has left or not.
+        candidates: heads to try, the farthest out first; whole layers are tried besides.
+        most: heads in the greedy list.
+        interval: tokens between two corrections; default: T / 4.
+        carried: losses of `tokens` from the zero state, when they are known already.
+        progress: called with how many trials are done.
+
+    Raises:
+        LongrollError: for an unknown training length, texts not past 2 T, and an unknown mode.
+    """
+    train_length = train_length or lm.train_length
+    if train_length is None:
+        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+    if mode not in ("rescale", "swap"):
+        raise LongrollError(f"mode {mode!r} is not one of rescale, swap.")
+    length = tokens.shape[1] - 1
+    if length < 2 * train_length:
+        raise LongrollError(
+            f"{length} positions are too few to see damage: give at least {2 * train_length}."
+        )
+    carried = carried or position_loss(lm, tokens)
+    ends, excess = excess_loss(lm, tokens, carried, train_length)
+    far = [i for i, end in enumerate(ends) if end > length // 2]
+    damage = excess[:, far].double().mean().item()
+    if damage <= DAMAGE or not math.isfinite(damage):
+        return CausalTest(damage, [], [], None, mode)
+    spans = [(ends[i] - train_length + train_length // 2, ends[i]) for i in far]
+    trials = _Trials(
+        lm, tokens, coverage, train_length, mode, interval or max(1, train_length // 4), progress
+    )
+
+    def measure(choices: list[list[Head]]) -> list[Recovery]:
+        found = []
+        for heads, losses in zip(choices, trials.losses(choices, spans), strict=True):
+            before = torch.stack([carried.losses[:, a:b].mean(dim=1) for a, b in spans], dim=1)
+            shares = (before.double() - losses).mean(dim=1, keepdim=True) / damage
+            mean, low, high = (t.item() for t in bootstrap_mean(shares))
+            found.append(Recovery(heads, mean, low, high))
+        return found
+
+    ranked = coverage.ranking()[:candidates]
+    layers = [Head(layer.key.layer, None) for layer in coverage.layers]
+    alone = measure([[head] for head in dict.fromkeys([*ranked, *layers])])
+    everything = measure([layers])[0]
+    together: list[Recovery] = []
+    single = [recovery for recovery in alone if recovery.heads[0] in ranked]
+    while single and len(together) < most:
+        if together:
+            rest = [head for head in ranked if head not in together[-1].heads]
+            if not rest:
+                break
+            single = measure([[*together[-1].heads, head] for head in rest])
+        best = max(single, key=lambda recovery: recovery.recovered)
+        if together and best.recovered < together[-1].recovered + _GAIN:
+            break
+        together.append(best)
+        if best.recovered >= SHARE * everything.recovered:
+            break
+    alone.sort(key=lambda recovery: -recovery.recovered)
+    return CausalTest(damage, alone, together, everything, mode)
+
+
+class _Trials:
+    """Reads the text past T again, with chosen heads held in range; several choices in one batch."""
+
+    def __init__(
+        self,
+        lm: RecurrentLM,
+        tokens: Tensor,
+        coverage: Coverage,
+        train_length: int,
+        mode: Mode,
+        interval: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.lm, self.tokens, self.mode, self.interval = lm, tokens.to(lm.device), mode, interval
+        self.layers = {layer.key: layer for layer in coverage.layers}
+        self.start, self.progress, self.done = train_length, progress, 0
+        _, self.at_edge = lm(self.tokens[:, :train_length], logits=False)
+
+    def losses(self, choices: Sequence[list[Head]], spans: list[tuple[int, int]]) -> list[Tensor]:
+        """For each choice of heads, the mean loss of every text over every span, (B, spans) float64."""
+        step = max(1, _ROWS // len(self.tokens))
+        found: list[Tensor] = []
+        for i in range(0, len(choices), step):
+            some = choices[i : i + step]
+            losses = self._read([set(heads) for heads in some], spans)
+            columns = torch.stack([losses[:, :, a:b].mean(dim=2) for a, b in spans], dim=2)
+            found.extend(columns.unbind(0))
+            self.done += len(some)
+            if self.progress is not None:
+                self.progress(self.done)
+        return found
+
+    def _read(self, choices: list[set[Head]], spans: list[tuple[int, int]]) -> Tensor:
+        """Losses (choices, B, L) float64; NaN before the first span."""
+        texts, length = self.tokens.shape[0], self.tokens.shape[1] - 1
+        held = {key: self._mask(layer, choices) for key, layer in self.layers.items()}
+        losses = torch.full((len(choices), texts, length), torch.nan, dtype=torch.float64)
+        state = self.at_edge.map(lambda t: t.repeat(len(choices), *[1] * (t.ndim - 1)))
+        first = min(a for a, _ in spans)
+        for start in range(self.start, length, self.interval):
+            stop = min(start + self.interval, length)
+            piece = self.tokens[:, start : stop + 1].repeat(len(choices), 1)
+            hidden, state = self.lm(piece[:, :-1], self._hold(state, held), logits=False)
+            if stop > first:
+                found = token_losses(self.lm, hidden, piece[:, 1:]).double().cpu()
+                losses[:, :, start:stop] = found.unflatten(0, (len(choices), texts))
+        return losses
+
+    def _mask(self, layer: LayerCoverage, choices: list[set[Head]]) -> Tensor:
+        """Which heads of a layer are held in which row, (choices * B, H)."""
+        whole = Head(layer.key.layer, None)
+        mask = torch.tensor(
+            [[head in heads or whole in heads for head in layer.heads()] for heads in choices]
+        )
+        return mask.repeat_interleave(len(self.tokens), dim=0).to(self.lm.device)
+
+    def _hold(self, state: RecurrentState, held: dict[StateKey, Tensor]) -> RecurrentState:
+        tensors = dict(state)
+        for key, mask in held.items():
+            tensor, layer = state[key], self.layers[key]
+            if self.mode == "swap":
+                edge = self.at_edge[key].repeat(len(tensor) // len(self.tokens), *[1] * (tensor.ndim - 1))
+                tensors[key] = torch.where(_widen(mask, tensor), edge, tensor)
+                continue
+            norm = heads_of(tensor).norm(dim=2)
+            low, high = layer.norm_low.to(norm), layer.norm_high.to(norm)
+            factor = norm.clamp(low, high) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            tensors[key] = tensor * _widen(torch.where(mask, factor, 1), tensor)
+        return RecurrentState(tensors, seen=state.seen)
+
+
+def _widen(heads: Tensor, tensor: Tensor) -> Tensor:
+    """(B, H) against (B, H, ...); where heads are vectors the one column serves the layer."""
+    return heads.view(*heads.shape, *[1] * (tensor.ndim - 2))

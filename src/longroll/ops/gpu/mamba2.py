@@ -1,0 +1,141 @@
+"""What a Mamba-2 block does between its projections, as one step of autograd.
+
+Convolution, recurrence and gated norm by the kernels beside this file, as in mamba-ssm's
+`mamba_split_conv1d_scan_combined`, but with states. The gradients of gate, x, B, C and dt are written where
+the projection's backward wants them, side by side, instead of being joined by copies; the convolution is done
+again in backward instead of being kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longroll.ops._common import no_autocast
+from longroll.ops.gpu import rms_norm, short_conv, ssd
+
+
+class Shape(NamedTuple):
+    """Sizes and settings of a block.
+
+    Args:
+        heads: H.
+        headdim: P.
+        groups: of heads that share B and C, G.
+        d_state: N.
+        dt_limit: smallest and largest step size.
+        eps: of the norm.
+        group_size: channels that share a mean in the norm.
+        dtype: of the result.
+    """
+
+    heads: int
+    headdim: int
+    groups: int
+    d_state: int
+    dt_limit: tuple[float, float]
+    eps: float
+    group_size: int
+    dtype: torch.dtype
+
+    def split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        """Gate (B, T, H P), what is convolved (B, T, H P + 2 G N), and dt (B, T, H)."""
+        channels, shared = self.heads * self.headdim, self.groups * self.d_state
+        return projected.split((channels, channels + 2 * shared, self.heads), dim=-1)
+
+    def split_convolved(self, convolved: Tensor) -> tuple[Tensor, ...]:
+        """x (B, T, H, P), B and C (B, T, G, N)."""
+        shared = self.groups * self.d_state
+        x, B, C = convolved.split((self.heads * self.headdim, shared, shared), dim=-1)
+        B, C = (t.unflatten(-1, (self.groups, self.d_state)) for t in (B, C))
+        return x.unflatten(-1, (self.heads, self.headdim)), B, C
+
+
+def mamba2(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    past: Tensor | None,
+    state: Tensor | None,
+    shape: Shape,
+) -> tuple[Tensor, Tensor]:
+    """Run a block's inside.
+
+    Args:
+        projected: gate, x, B, C and dt, (B, T, 2 H P + 2 G N + H).
+        conv_weight: (H P + 2 G N, W) float32.
+        conv_bias: (H P + 2 G N,) float32.
+        dt_bias: (H,) float32, added to dt before softplus.
+        A: (H,) float32.
+        D: (H,) float32.
+        norm_weight: (H P,).
+        past: the W - 1 inputs of the convolution before the first, (B, W - 1, H P + 2 G N) float32.
+        state: initial state, (B, H, P, N) float32; zero when None, as `past`.
+        shape: sizes and settings.
+
+    Returns:
+        The normed output (B, T, H P) and the final state.
+    """
+    return _Mamba2.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape)
+
+
+class _Mamba2(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape: Shape
+    ):
+        with no_autocast(projected):
+            gate, convolves, dt = shape.split(projected)
+            convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
+            x, B, C = shape.split_convolved(convolved)
+            steps = ssd.step_sizes(dt, dt_bias, True, shape.dt_limit)
+            start = ssd.zero_state(x, B) if state is None else state
+            y, final = ssd.forward(x, steps, A, B, C, D, start)
+            normed, rstd = rms_norm.forward(
+                y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
+            )
+        ctx.save_for_backward(
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd
+        )
+        ctx.shape, ctx.stateless = shape, state is None
+        return normed, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnormed, dfinal):
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd = (
+            ctx.saved_tensors
+        )
+        shape: Shape = ctx.shape
+        with no_autocast(projected):
+            gate, convolves, dt = shape.split(projected)
+            dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
+            dgate, dconvolves, ddt = shape.split(dprojected)
+            dy, dnorm_weight = rms_norm.backward(dnormed, y.flatten(-2), norm_weight, gate, rstd, dgate)
+            convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
+            x, B, C = shape.split_convolved(convolved)
+            dconvolved = torch.empty_like(convolved)
+            dsteps, dA, dD, dstate = ssd.backward(
+                dy.view_as(y), dfinal, (x, steps, A, B, C, D), start, shape.split_convolved(dconvolved)
+            )
+            dweight, dbias, dpast = short_conv.backward(
+                dconvolved, convolves, conv_weight, conv_bias, past, True, dconvolves
+            )
+            raw = dt.float() + dt_bias
+            draw = dsteps * raw.sigmoid()
+            if shape.dt_limit != ssd.NO_LIMIT:
+                size, (low, high) = F.softplus(raw), shape.dt_limit
+                draw = draw * ((size >= low) & (size <= high))
+            ddt.copy_(draw)
+        return (
+            dprojected, dweight, dbias, draw.sum((0, 1)), dA, dD, dnorm_weight, dpast,
+            None if ctx.stateless else dstate, None,
+        )  # fmt: skip

@@ -1,0 +1,274 @@
+"""The repair: a few hundred steps in which only the initial state is new."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from longroll.data import Corpus, Lanes, Windows, check_vocabulary
+from longroll.errors import LongrollError
+from longroll.files import try_folder
+from longroll.interventions import TBPTT, Intervention
+from longroll.model import RecurrentLM
+from longroll.results import write_json
+from longroll.training.guard import LossGuard
+from longroll.training.trainer import InitialStateTrainer
+
+_STARTED = "run.json"
+_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change what is learned
+_FLAGS = {"length": "train_length", "std": "noise_std"}
+_FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
+
+_READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
+"""Projections whose weights the mixers of Mamba and RWKV-6 or their kernels read past any adapter."""
+
+
+@dataclass(frozen=True)
+class PosttrainOptions:
+    """How to post-train. The paper gives 500 steps at the original length and leaves the rest open."""
+
+    length: int
+    """T, tokens of a sequence: the length the model was trained at."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows of a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    learning_rate: float = 5e-4
+    """Peak of the schedule."""
+    decay_speed: float = 1.0
+    """Learning rate of the decays (`A_log`, `dt_bias`) as a multiple of the others'."""
+    schedule: str = "cosine"
+    """transformers' name of the learning-rate schedule after the warm-up."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    cuda_graphs: bool = False
+    """Replay a step as one CUDA graph: `InitialStateTrainer`."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank on the linear layers and merge them; 0: train all weights."""
+    save_steps: int = 100
+    """A checkpoint to resume from every so many steps."""
+    seed: int = 0
+    """Of the data order."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
+            if getattr(self, name) < 1:
+                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
+        for name in ("weight_decay", "clip", "lora_rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or above.")
+        if not 0 < self.learning_rate < math.inf:
+            raise LongrollError(f"--learning-rate {self.learning_rate} must be above 0.")
+        if self.schedule not in list(SchedulerType):
+            known = ", ".join(SchedulerType)
+            raise LongrollError(f"--schedule {self.schedule} is not one transformers knows: {known}.")
+        if not 0 < self.decay_speed < math.inf:
+            raise LongrollError(f"--decay-speed {self.decay_speed} must be above 0.")
+        if not 0 <= self.warmup <= 1:
+            raise LongrollError(f"--warmup {self.warmup} is a share of the steps: 0 to 1.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run reads."""
+        return self.steps * self.accumulation * self.batch_size * self.length
+
+
+def posttrain(
+    lm: RecurrentLM,
+    corpus: Corpus | Dataset,
+    intervention: Intervention | None,
+    options: PosttrainOptions,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, Any]]:
+    """Post-train `lm` in place and save it to `output` as an ordinary HF checkpoint.
+
+    Args:
+        lm: the model.
+        corpus: tokenised training text; or rows of a task (`longroll.tasks`), read in their order.
+        intervention: None is the plain control.
+        options: how.
+        output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
+        resume: go on from the last whole checkpoint there, if there is one, by the same options.
+        callbacks: for HF Trainer.
+
+    Returns:
+        Trainer's log, an entry every 10 steps or sooner.
+
+    Raises:
+        LongrollError: for text that does not fit the model, an output that holds another model or cannot be
+            written, too little text, a run resumed by other options, a full disk, and a loss that is not
+            finite.
+    """
+    output = _writable(Path(output), resume)
+    checkpoints = output / "checkpoints"
+    started = _described(options, intervention)
+    if resume:
+        _check_same_run(checkpoints / _STARTED, started)
+    micro_steps = options.steps * options.accumulation
+    rows = options.batch_size
+    data: Dataset
+    if isinstance(corpus, Corpus):
+        check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
+    if not isinstance(corpus, Corpus):
+        data = corpus
+    elif isinstance(intervention, TBPTT):
+        if corpus.tokens < rows * options.length:
+            raise LongrollError(
+                f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
+                f"there are {corpus.tokens}: give more text, or a smaller --batch-size."
+            )
+        data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
+    else:
+        num_items = micro_steps * rows * _world_size()
+        data = Windows(corpus, options.length, seed=options.seed, num_items=num_items)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=options.steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=round(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        use_cpu=lm.device.type == "cpu",
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, options.steps // 10)),
+        logging_nan_inf_filter=False,  # LossGuard must see them
+        report_to=[],
+        disable_tqdm=True,
+        seed=options.seed,
+        train_sampling_strategy="sequential",
+        dataloader_drop_last=True,
+    )
+    model = _with_lora(lm.model, options.lora_rank)
+    trainer = InitialStateTrainer(
+        model,
+        arguments,
+        intervention=intervention,
+        decay_speed=options.decay_speed,
+        cuda_graphs=options.cuda_graphs,
+        train_dataset=data,
+        callbacks=[LossGuard(), *(callbacks or [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        write_json(checkpoints / _STARTED, started)
+    with _full_disk_is_said(output):
+        trainer.train(resume_from_checkpoint=_last_whole(checkpoints) if resume else None)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
+        if options.lora_rank:
+            lm.model = model.merge_and_unload()
+        lm.eval()
+        if trainer.is_world_process_zero():
+            lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+            lm.model.save_pretrained(output)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
+    return list(trainer.state.log_history)
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    if not rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
+    linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    uses = Counter(linear.values())
+    shared = [name for name, weight in linear.items() if uses[weight] > 1]  # would merge once for each use
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=_READ_BARE + shared
+    )
+    return get_peft_model(model, config)
+
+
+def _writable(output: Path, resume: bool) -> Path:
+    interrupted = (output / "checkpoints").exists()
+    if (output / "config.json").exists() and not (resume and interrupted):
+        raise LongrollError(f"--output {output} already holds a model: name another folder, or remove it.")
+    if interrupted and not resume:
+        raise LongrollError(
+            f"--output {output} holds an interrupted run: go on with it by --resume, or name another folder."
+        )
+    try:
+        try_folder(output)
+    except OSError as error:
+        raise LongrollError(f"--output {output} cannot be written: {error.strerror}.") from None
+    return output
+
+
+def _described(options: PosttrainOptions, intervention: Intervention | None) -> dict[str, Any]:
+    """What makes a run this run, by flag."""
+    flags = {_FLAGS.get(name, name): value for name, value in vars(options).items() if name not in _FREE}
+    flags["intervention"] = "none" if intervention is None else intervention.name
+    for name, value in vars(intervention).items() if intervention else ():
+        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
+            flags[_FLAGS.get(name, name)] = value
+    return flags
+
+
+def _check_same_run(file: Path, started: dict[str, Any]) -> None:
+    before = json.loads(file.read_bytes()) if file.is_file() else {}
+    for name, value in before.items():
+        if started.get(name) != value:
+            raise LongrollError(
+                f"--resume: the run was started with --{name.replace('_', '-')} {value}, not "
+                f"{started.get(name)}: go on as it was started, or name another --output."
+            )
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end, which is its trainer_state.json."""
+    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+
+
+@contextlib.contextmanager
+def _full_disk_is_said(output: Path) -> Iterator[None]:
+    """One line for a disk that is full; torch and safetensors have errors of their own for it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        raise LongrollError(
+            f"--output {output} cannot be written to: {error}. Make room and go on by --resume, where a "
+            "checkpoint was written."
+        ) from error
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
