@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,9 @@ from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import loss_and_state, next_token_loss
+from longroll.training.weights import DECAYS, projects
 
-DECAYS = (
-    *("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias"),  # Mamba, Zamba, Gated DeltaNet, KDA
-    *("gk_proj.1.bias", "w_lora.lora.2.bias", "w_proj.linear.lora.2.bias"),  # GLA, RWKV-7, RWKV-6
-    *("time_decay", "recurrent_param", "fgate_preact.bias"),  # RWKV-4, RecurrentGemma, xLSTM
-)
-"""How the parameters end that set how fast a state is forgotten."""
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 
 
 class InitialStateTrainer(Trainer):
@@ -81,6 +78,7 @@ class InitialStateTrainer(Trainer):
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         use_cache = getattr(self.base.config, "use_cache", None)
         kwargs.setdefault("data_collator", collate)
+        self._projections = projects(model)  # now: FSDP flattens matrices
         super().__init__(model=model, args=args, **kwargs)
         self.base.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
         if use_cache is None:
@@ -165,6 +163,11 @@ class InitialStateTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Parameters that weight decay shrinks: matrices (`weights.projects`)."""
+        names = [name for name, _ in model.named_parameters()]
+        return [name for name in names if _WRAPPERS.sub("", name) in self._projections]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, with the decays in groups of their own."""
