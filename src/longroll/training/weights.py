@@ -26,15 +26,14 @@ def projects(model: nn.Module) -> set[str]:
     """
     found = set()
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
         convolution = "conv" in type(owner).__name__.lower() and not isinstance(owner, Conv1D)
-        marked = getattr(parameter, "_no_weight_decay", False)
-        if sum(size > 1 for size in parameter.shape) > 1 or isinstance(
-            owner, nn.Linear | nn.Embedding | Conv1D
-        ):
-            if (
-                not (convolution or marked or _NO_MATRIX.search(name))
-                and "bias" not in name.rpartition(".")[2]
-            ):
-                found.add(name)
+        if convolution or getattr(parameter, "_no_weight_decay", False):
+            continue
+        if "bias" in leaf or _NO_MATRIX.search(name):
+            continue
+        axes = sum(size > 1 for size in parameter.shape)
+        if axes > 1 or isinstance(owner, nn.Linear | nn.Embedding | Conv1D):
+            found.add(name)
     return found
