@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from longroll.measure._coverage import coverage
     from longroll.measure._diagnose import Diagnosis, diagnose
     from longroll.measure._position_loss import PositionLoss, position_loss
-    from longroll.measure._state_ablation import causal
+    from longroll.measure._state_ablation import causal, state_ablation
     from longroll.measure._state_statistics import state_statistics
     from longroll.measure.remembrance import effective_remembrance, remembrance_map
     from longroll.model import RecurrentLM, load
@@ -32,6 +32,7 @@ _HOME = {
     "position_loss": "measure",
     "effective_remembrance": "measure",
     "remembrance_map": "measure",
+    "state_ablation": "measure",
     "state_statistics": "measure",
     "Intervention": "interventions",
     "RandomNoise": "interventions",
@@ -66,6 +67,7 @@ __all__ = [
     "position_loss",
     "posttrain",
     "remembrance_map",
+    "state_ablation",
     "state_statistics",
 ]
 

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from longroll.stacks import Stacks
+
 Part = Literal["recurrent", "conv", "attention"]
 
 
@@ -82,11 +84,9 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             function: given the stack of this state and those of the others; returns a stack (K, ...).
             others: states with the same keys.
         """
-        found: dict[StateKey, Tensor] = {}
-        for keys in self.alike():
-            stacks = [_stack([state[key] for key in keys]) for state in (self, *others)]
-            found |= dict(zip(keys, function(*stacks).unbind(), strict=True))
-        return RecurrentState({key: found[key] for key in self}, seen=self.seen)
+        stacks = Stacks(self.alike())
+        mapped = stacks.split(map(function, *(stacks.view(state) for state in (self, *others))))
+        return RecurrentState({key: mapped[key] for key in self}, seen=self.seen)
 
     def detach(self) -> RecurrentState:
         """Cut the graph: the caller's duty between training steps."""
@@ -154,17 +154,3 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
             return cls.from_named(tensors, seen=int(file.metadata()["seen"]))
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """torch.stack, or the stack itself of which they are the parts, as `map_stacked` leaves them."""
-    first, size = tensors[0], tensors[0].numel()
-    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
-
-    def follows(i: int, t: Tensor) -> bool:
-        place = t.untyped_storage().data_ptr(), t.storage_offset()
-        return place == (memory, start + i * size) and t.is_contiguous() and not t.requires_grad
-
-    if all(follows(i, t) for i, t in enumerate(tensors)):
-        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
-    return torch.stack(tensors)

@@ -6,9 +6,8 @@ from test_trainer import corpus_of
 from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, StatePassing
-from longroll.conformance import laws
 from longroll.data import Windows
-from longroll.training.graphs import StepGraph, _Layout
+from longroll.training.graphs import StepGraph
 from longroll.training.loss import next_token_loss
 from zoo import VOCAB, assert_close, assert_same_state, lm_of, tokens
 
@@ -18,15 +17,6 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def test_a_cpu_has_none():
     with pytest.raises(LongrollError, match="--cuda-graphs"):
         StepGraph(lm_of("mamba"))
-
-
-def test_stacks_give_the_state_back():
-    state = laws.random_state(lm_of("mamba2"), 2)
-    layout = _Layout(state)
-    assert_same_state(layout.unpack(layout.pack(state), seen=state.seen), state)
-    packs = layout.pack(state)
-    layout.pack(state.map(lambda t: 2 * t), out=packs)
-    assert_same_state(layout.unpack(packs, seen=state.seen), state.map(lambda t: 2 * t))
 
 
 @on_a_gpu

@@ -3,7 +3,7 @@
 from longroll.measure._coverage import Coverage, coverage
 from longroll.measure._diagnose import Diagnosis, diagnose
 from longroll.measure._position_loss import PositionLoss, position_loss
-from longroll.measure._state_ablation import CausalTest, causal
+from longroll.measure._state_ablation import CausalTest, causal, state_ablation
 from longroll.measure._state_statistics import StateStatistics, state_statistics
 from longroll.measure.remembrance import Remembrance, effective_remembrance, remembrance_map
 
@@ -20,5 +20,6 @@ __all__ = [
     "effective_remembrance",
     "position_loss",
     "remembrance_map",
+    "state_ablation",
     "state_statistics",
 ]

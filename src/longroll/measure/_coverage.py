@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.heads import has_heads, heads_of
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
@@ -217,24 +218,19 @@ def coverage(
     return recorder.coverage()
 
 
-def heads_of(tensor: Tensor) -> Tensor:
-    """View a state (B, H, ...) as (B, heads, numbers): one head for the layer where heads are vectors."""
-    return tensor.flatten(2) if tensor.ndim > 3 else tensor.flatten(1).unsqueeze(1)
-
-
 class _Samples:
     """In-range and far states of one layer, as features and running moments."""
 
     def __init__(self, like: Tensor, seed: int) -> None:
-        self.vectors = like.ndim <= 3
-        size = heads_of(like).shape[2]
+        self.vectors = not has_heads(like)
+        size = heads_of(like)[0, 0].numel()
         directions = torch.randn(_PROJECTIONS, size, generator=torch.Generator().manual_seed(seed))
         self.directions = (directions / size**0.5).to(like.device, torch.float64)
         self.features: dict[bool, list[Tensor]] = {False: [], True: []}  # each (B, H, 1 + projections)
         self.moments = {False: _Moments(), True: _Moments()}
 
     def add(self, tensor: Tensor, *, far: bool) -> None:
-        heads = torch.nan_to_num(heads_of(tensor.double()), _LARGEST, _LARGEST, -_LARGEST)
+        heads = torch.nan_to_num(heads_of(tensor.double()).flatten(2), _LARGEST, _LARGEST, -_LARGEST)
         log_norm = heads.norm(dim=2, keepdim=True).clamp_min(1 / _LARGEST).log()
         self.features[far].append(torch.cat([log_norm, heads @ self.directions.T], dim=2).cpu())
         self.moments[far].add(heads)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
-from longroll.measure._coverage import Coverage, Head, LayerCoverage, heads_of
+from longroll.heads import choose_heads, head_norms, scale_heads
+from longroll.measure._coverage import Coverage, Head, LayerCoverage
 from longroll.measure._position_loss import PositionLoss, position_loss, token_losses
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.excess_loss import excess_loss
@@ -52,7 +53,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class CausalTest:
-    """What `causal` found."""
+    """What `state_ablation` found."""
 
     damage: float
     """Nats: loss carried minus loss of a fresh start, over the last octave."""
@@ -125,7 +126,7 @@ def _percent(share: float) -> str:
 
 
 @torch.no_grad()
-def causal(
+def state_ablation(
     lm: RecurrentLM,
     tokens: Tensor,
     coverage: Coverage,
@@ -270,15 +271,14 @@ class _Trials:
             tensor, layer = state[key], self.layers[key]
             if self.mode == "swap":
                 edge = self.at_edge[key].repeat(len(tensor) // len(self.tokens), *[1] * (tensor.ndim - 1))
-                tensors[key] = torch.where(_widen(mask, tensor), edge, tensor)
+                tensors[key] = choose_heads(mask, edge, tensor)
                 continue
-            norm = heads_of(tensor).norm(dim=2)
+            norm = head_norms(tensor)
             low, high = layer.norm_low.to(norm), layer.norm_high.to(norm)
             factor = norm.clamp(low, high) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-            tensors[key] = tensor * _widen(torch.where(mask, factor, 1), tensor)
+            tensors[key] = scale_heads(tensor, torch.where(mask, factor, 1))
         return RecurrentState(tensors, seen=state.seen)
 
 
-def _widen(heads: Tensor, tensor: Tensor) -> Tensor:
-    """(B, H) against (B, H, ...); where heads are vectors the one column serves the layer."""
-    return heads.view(*heads.shape, *[1] * (tensor.ndim - 2))
+causal = state_ablation
+"""The earlier name of `state_ablation`."""

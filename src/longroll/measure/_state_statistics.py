@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.heads import channels_of, heads_of
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
@@ -106,7 +107,7 @@ _RANK_ROWS = 4  # the rows whose effective rank is taken: decompositions are slo
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
     """Statistics over rows and everything inside a head, (H,) each, of a state (B, H, ...)."""
-    rows = _with_heads(tensor).cpu().flatten(2)
+    rows = channels_of(tensor.double()).cpu()
     heads = rows.transpose(0, 1).flatten(1)
     return {
         "mean": heads.mean(dim=1),
@@ -114,11 +115,6 @@ def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
         "norm": rows.norm(dim=2).mean(dim=0),
         "max": heads.abs().amax(dim=1),
     }
-
-
-def _with_heads(tensor: Tensor) -> Tensor:
-    """A state as (B, H, ...) in float64: numbers without a head are heads of size one."""
-    return (tensor if tensor.ndim > 2 else tensor.unsqueeze(-1)).double()
 
 
 def head_rank(tensor: Tensor) -> Tensor:
@@ -129,8 +125,7 @@ def head_rank(tensor: Tensor) -> Tensor:
     all heads, (1,). NaN for a state that is zero or not finite.
     Source: Roy and Vetterli, "The effective rank", 2007.
     """
-    tensor = _with_heads(tensor)
-    matrices = tensor.flatten(3) if tensor.ndim > 3 else tensor.unsqueeze(1)
+    matrices = heads_of(tensor.double())
     if matrices.shape[-2] > matrices.shape[-1]:
         matrices = matrices.mT
     finite = matrices.isfinite().all(dim=(-2, -1), keepdim=True)

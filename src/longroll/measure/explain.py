@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
-from longroll.measure._state_ablation import causal
+from longroll.measure._state_ablation import state_ablation
 from longroll.measure._state_statistics import StateRecorder
 from longroll.measure.iid import ROWS, IIDTest, iid_test
 from longroll.measure.remembrance import remembrance_map, spread_starts
@@ -70,7 +70,7 @@ def explain_coverage(
     section = found.to_json()
     if not healthy and tokens.shape[1] > 2 * train_length:
         length = _CAUSAL_LENGTHS * train_length
-        test = causal(
+        test = state_ablation(
             lm,
             tokens[:, : length + 1],
             found,

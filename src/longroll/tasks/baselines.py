@@ -8,13 +8,14 @@ chunks and answer from one of them (OPRM).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from longroll.data import ByteTokenizer
 from longroll.errors import LongrollError
+from longroll.heads import head_norms, scale_heads
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
@@ -48,7 +49,7 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
 
     def watch(read: int, state: RecurrentState) -> RecurrentState:
         factor = torch.tensor(per_token ** min(stride, max(0, read - after)))
-        return _recurrent(state, dict.fromkeys(state, factor))
+        return _scaled(state, lambda key, tensor: factor)
 
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
         return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
@@ -59,7 +60,7 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
 def state_limits(
     lm: RecurrentLM, tokens: torch.Tensor, *, stride: int = STRIDE
 ) -> dict[StateKey, torch.Tensor]:
-    """The largest norm of each head's state over ordinary text, (1, H) each.
+    """The largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
 
     Args:
         lm: the model.
@@ -68,8 +69,8 @@ def state_limits(
     """
     limits: dict[StateKey, torch.Tensor] = {}
     for chunk in roll_out(lm, tokens, chunk_size=stride):
-        for key, norm in _head_norms(chunk.state).items():
-            largest = norm.amax(dim=0, keepdim=True)
+        for key, tensor in chunk.state.part("recurrent").items():
+            largest = head_norms(tensor).amax(dim=0, keepdim=True)
             limits[key] = torch.maximum(limits[key], largest) if key in limits else largest
     return limits
 
@@ -78,9 +79,8 @@ def clipped(limits: dict[StateKey, torch.Tensor], *, stride: int = STRIDE) -> Re
     """Scale a head's state down to its limit (from `state_limits`) whenever its norm is above."""
 
     def watch(read: int, state: RecurrentState) -> RecurrentState:
-        norms = _head_norms(state)
-        return _recurrent(
-            state, {key: (limits[key] / norm.clamp_min(1e-30)).clamp_max(1) for key, norm in norms.items()}
+        return _scaled(
+            state, lambda key, tensor: (limits[key] / head_norms(tensor).clamp_min(1e-30)).clamp_max(1)
         )
 
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
@@ -149,19 +149,15 @@ def _entropies(lm: RecurrentLM, read: Prefilled, tokens: int) -> list[float]:
 _TOGETHER = 64  # chunks read at once
 
 
-def _head_norms(state: RecurrentState) -> dict[StateKey, torch.Tensor]:
-    """Norm of each head of each recurrent tensor, (B, H)."""
-    return {key: t.float().flatten(2).norm(dim=2) for key, t in state.items() if key.part == "recurrent"}
-
-
-def _recurrent(state: RecurrentState, factors: dict[StateKey, torch.Tensor]) -> RecurrentState:
-    """Recurrent tensors times a factor a head, (B, H) or (); the rest as it is."""
-    tensors = dict(state)
-    for key, t in state.items():
-        if key.part == "recurrent":
-            factor = factors[key].to(t)
-            tensors[key] = t * factor.view(*factor.shape, *[1] * (t.ndim - factor.ndim))
-    return RecurrentState(tensors, seen=state.seen)
+def _scaled(
+    state: RecurrentState, factor: Callable[[StateKey, torch.Tensor], torch.Tensor]
+) -> RecurrentState:
+    """Recurrent tensors times a factor a head, (B, heads) or (); the rest as it is."""
+    scaled = {
+        key: scale_heads(t, factor(key, t).to(t)) if key.part == "recurrent" else t
+        for key, t in state.items()
+    }
+    return RecurrentState(scaled, seen=state.seen)
 
 
 def make_reading(

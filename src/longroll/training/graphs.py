@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
-from longroll.state import RecurrentState, StateKey
+from longroll.stacks import Stacks
+from longroll.state import RecurrentState
 from longroll.training.loss import loss_and_state
 
 _WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
@@ -83,23 +83,24 @@ class StepGraph:
             num_items
         )
         full = RecurrentState({**self._zero, **(state or {})})  # an intervention may leave parts at zero
-        self._layout.pack(full, out=self._packs)
+        self._stacks.copy(full, out=self._initial)
         graph.replay()
         for parameter, gradient, before in zip(self._parameters(), self._gradients, earlier, strict=True):
             parameter.grad = gradient
             if before is not None:
                 gradient.add_(before)
         seen = (0 if state is None else state.seen) + input_ids.shape[1]
-        final = self._layout.pack(self._final)  # the next replay overwrites the graph's own
-        return self._loss.clone(), self._layout.unpack(final, seen=seen)
+        # the next replay overwrites the graph's own
+        final = self._stacks.copy(self._final, out=[torch.empty_like(stack) for stack in self._initial])
+        return self._loss.clone(), RecurrentState(self._stacks.split(final), seen=seen)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.lm.model.parameters() if p.requires_grad]
 
     def _capture(self, input_ids: Tensor) -> torch.cuda.CUDAGraph:
         self._zero = self.lm.zero_state(len(input_ids)) if self.states else RecurrentState({})
-        self._layout = _Layout(self._zero)
-        self._packs = self._layout.pack(self._zero)
+        self._stacks = Stacks(self._zero.alike())  # a graph copies each of its inputs by itself
+        self._initial = self._stacks.copy(self._zero)
         self._ids, self._targets = input_ids.clone(), input_ids.clone()
         self._num_items = torch.ones((), device=input_ids.device)
         stream = torch.cuda.Stream()
@@ -123,32 +124,7 @@ class StepGraph:
 
     def _step(self) -> tuple[Tensor, RecurrentState]:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            initial = self._layout.unpack(self._packs)
+            initial = RecurrentState(self._stacks.split(self._initial))
             loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._num_items)
         loss.backward()
         return loss.detach(), final.detach() if self.states else self._zero
-
-
-class _Layout:
-    """State tensors of one shape, stacked: a graph copies each of its inputs by itself."""
-
-    def __init__(self, state: RecurrentState) -> None:
-        self.groups = state.alike()
-        self.dtypes = {key: t.dtype for key, t in state.items()}
-
-    def pack(self, state: RecurrentState, out: Iterable[Tensor | None] | None = None) -> list[Tensor]:
-        """The stacks, written into those of `out` where given."""
-        pairs = zip(self.groups, out or [None] * len(self.groups), strict=True)
-        return [self._stacked([state[k] for k in keys], keys[0], into) for keys, into in pairs]
-
-    def _stacked(self, tensors: list[Tensor], key: StateKey, into: Tensor | None) -> Tensor:
-        if into is None:
-            into = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=self.dtypes[key])
-        torch._foreach_copy_(list(into.unbind()), tensors)  # torch.stack of many is slower than memory
-        return into
-
-    def unpack(self, packs: Iterable[Tensor], *, seen: int = 0) -> RecurrentState:
-        groups = zip(self.groups, packs, strict=True)
-        return RecurrentState(
-            {key: t for keys, pack in groups for key, t in zip(keys, pack.unbind(), strict=True)}, seen=seen
-        )
