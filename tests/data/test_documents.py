@@ -1,4 +1,7 @@
+import gzip
 import itertools
+import lzma
+import os
 import re
 from pathlib import Path
 
@@ -182,3 +185,113 @@ def test_wrong_split(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(LongrollError, match=r"'test' in local text.*train, validation, all"):
         read_documents(tmp_path, split="test")
+
+
+# what is skipped
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder of which only `good.txt` and `damaged.txt` can be read."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good words " * 200)
+    (folder / "damaged.txt").write_bytes(b"good words " * 200 + b"\x97")
+    (folder / "latin.txt").write_bytes("naïve café ".encode("latin-1") * 90)
+    (folder / "image.png").write_bytes(b"\x89PNG\0\0\0")
+    (folder / "paper.pdf").write_bytes(b"%PDF-1.4\n")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(b"words " * 5000)[:-12])
+    (folder / "empty.txt").write_text(" ")
+    (folder / "package.json").write_text('{"name": "a", "version": "1"}')
+    (folder / "broken").symlink_to(folder / "nowhere")
+    return folder
+
+
+def test_what_is_skipped_is_counted_and_named(mixed: Path, caplog):
+    texts = list(read_documents(mixed, split="all"))
+    assert texts == ["good words " * 200 + "\ufffd", "good words " * 200]
+    for said in (
+        "7 files not read",
+        "1 not UTF-8 (latin.txt: byte 0xef at 2)",
+        "1 binary (image.png: NUL byte at 4)",
+        "1 of a format that is not read (paper.pdf",
+        "1 damaged (cut.txt.gz",
+        "1 empty (empty.txt)",
+        "1 without rows of text (package.json: does not say which column",
+        "1 a broken link (broken",
+        "read as U+FFFD (damaged.txt: 1)",
+    ):
+        assert said in caplog.text
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+
+
+def test_what_was_not_reached_is_not_blamed(mixed: Path, caplog):
+    next(documents := read_documents(mixed, split="all"))
+    documents.close()
+    assert "latin" not in caplog.text
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "rows"])
+def test_permissions_are_called_permissions(tmp_path: Path, monkeypatch, where):
+    """The tests may run as root, whom no file forbids anything: opening refuses in its place."""
+    path = tmp_path / ("a.jsonl" if where == "rows" else "a.txt")
+    path.write_text("{}")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(LongrollError, match=r"no permission to read"):
+        list(read_documents(tmp_path if where == "folder" else path, split="all"))
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch, caplog):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(read_documents(tmp_path, split="all")) == ["text"]
+    assert "1 no permission to read (closed)" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_byte_order_marks_tell_the_encoding(tmp_path: Path, encoding: str, suffix: str):
+    text = "naïve café 東京 🙂 " * 200
+    compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(text.encode(encoding)))
+    for source in (tmp_path, tmp_path / f"a.txt{suffix}"):
+        assert list(read_documents(source, split="all")) == [text]
+
+
+class TestTextColumn:
+    """The flag is honoured or refused, never ignored."""
+
+    def test_refused_where_there_are_no_columns(self, mixed: Path):
+        with pytest.raises(LongrollError, match=r"--text-column body: .*plain text"):
+            read_documents(mixed / "good.txt", text_column="body")
+        with pytest.raises(LongrollError, match=r"--text-column body: stdlib is plain text"):
+            read_documents("stdlib", text_column="body")
+        (mixed / "package.json").unlink()
+        with pytest.raises(LongrollError, match=r"--text-column body: .*no file with columns"):
+            read_documents(mixed, text_column="body")
+
+    def test_of_a_folder_only_rows_are_read(self, tmp_path: Path, caplog):
+        (tmp_path / "README.md").write_text("of the data")
+        (tmp_path / "a.csv").write_text("id,body\n1,first\n2,second\n")
+        assert list(read_documents(tmp_path, split="all", text_column="body")) == ["first", "second"]
+        assert "1 without columns (README.md)" in caplog.text
+        (tmp_path / "b.json").write_text('[{"other": "x"}]')
+        with pytest.raises(LongrollError, match=r"b\.json has no column 'body'"):
+            list(read_documents(tmp_path, split="all", text_column="body"))
+
+
+def test_no_such_user(tmp_path: Path):
+    with pytest.raises(LongrollError, match="no such file or folder"):
+        read_documents("~nobody-of-this-name/text.txt")

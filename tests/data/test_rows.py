@@ -1,5 +1,9 @@
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -103,3 +107,118 @@ def test_damaged(tmp_path: Path, name, content, message):
 def test_half_a_surrogate_pair(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}')
     assert list(read_documents(tmp_path / "a.jsonl", split="all")) == ["a?b"]
+
+
+# every format in every compression
+
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+TEXTS = [f'row {i}, "quoted"\nü\t; {"z" * i}' for i in range(13)]
+
+
+def rows_of(format: str) -> bytes:
+    """TEXTS beside a number and an address, as a file of this format."""
+    rows = [{"id": str(i), "url": f"http://{i}", "text": text} for i, text in enumerate(TEXTS)]
+    if format == "jsonl":
+        return "\n".join(map(json.dumps, rows)).encode()
+    if format in ("array", "pretty"):
+        return json.dumps(rows, indent=2 if format == "pretty" else None).encode()
+    if format == "columns":
+        return json.dumps({name: [row[name] for row in rows] for name in rows[0]}).encode()
+    if format == "pandas":
+        columns = {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
+        return json.dumps(columns).encode()
+    if format == "parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
+        return buffer.getvalue()
+    delimiter = {"csv": ",", "semicolons": ";", "tsv": "\t"}[format]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
+
+
+FORMATS = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "array": (".json",),
+    "pretty": (".json",),
+    "columns": (".json",),
+    "pandas": (".json",),
+    "csv": (".csv",),
+    "semicolons": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet",),
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_in_every_compression(tmp_path: Path, format: str, compression: str):
+    for suffix in FORMATS[format]:
+        path = tmp_path / f"a{suffix}{compression}"
+        path.write_bytes(COMPRESS[compression](rows_of(format)))
+        assert list(read_documents(path, split="all")) == TEXTS
+        assert list(read_documents(path, split="all", text_column="url")) == [
+            f"http://{i}" for i in range(len(TEXTS))
+        ]
+        with pytest.raises(LongrollError, match=r"no column 'body'.*--text-column"):
+            list(read_documents(path, split="all", text_column="body"))
+
+
+def test_one_record_is_one_row(tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps({"title": "t", "text": "the only one"}, indent=1))
+    assert list(read_documents(tmp_path / "a.json", split="all")) == ["the only one"]
+
+
+def test_cells_and_lines_of_any_size(tmp_path: Path):
+    long = "word " * 200_000
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{long}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": long}))
+    for name in ("a.csv", "a.jsonl"):
+        assert list(read_documents(tmp_path / name, split="all")) == [long]
+
+
+def test_rows_without_text_are_counted(tmp_path: Path, caplog):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"body": "b"}, {"text": None}])
+    assert list(read_documents(path, split="all")) == ["a"]
+    assert "2 of 3 rows have no text in column 'text'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[" * 100_000, "cannot be read as JSON"),
+        ("a.jsonl", b'{"a":' * 100_000, "cannot be read as JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+        ("a.json", b'{"text": "a"', "is not JSON"),
+        ("a.json", b'["a", "b"]', "no rows with named columns"),
+        ("a.json", b"3", "no rows with named columns"),
+        ("a.json", b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
+        ("a.csv", b'id,text\n1,"never closed\n2,b\n', "cannot be read as a table"),
+        ("a.csv", b"id,text\n1,a,b\n", "line 2 has 3 cells and the header 2"),
+        ("a.csv", b"text,text\n1,a\n", "has 2 columns called 'text'"),
+        ("a.csv", b"\xff\xfe\xfd", "cannot be read as a table"),
+        ("a.csv.xz", lzma.compress(b"text\na\n" * 999)[:-20], "cannot be read as a table"),
+        ("a.csv.bz2", bz2.compress(b"text\na\n" * 999)[:-20], "cannot be read as a table"),
+        ("a.tsv.zst", pa.compress(b"text\na\n" * 999, codec="zstd", asbytes=True)[:-9], "cannot be read"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), "name that ends in .gz"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "cannot be read as Parquet"),
+        ("a.json", b"\0\0\0", "is not JSON"),
+        ("a.tsv", b"", "has no text"),
+        ("a.json", b" \n ", "has no text"),
+    ],
+)
+def test_damaged_files_of_every_format(tmp_path: Path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    column = "text" if "called" in message else None
+    with pytest.raises(LongrollError, match=message) as error:
+        list(read_documents(tmp_path / name, split="all", text_column=column))
+    assert "\n" not in str(error.value) and name in str(error.value)

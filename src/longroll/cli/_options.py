@@ -19,12 +19,12 @@ Model = Annotated[
 Text = Annotated[
     str,
     typer.Option(
-        help="Text: a folder, a file (.txt, .jsonl, .parquet, ...), a hub dataset id, several with commas, "
-        'or "stdlib": the Python source of the running Python.'
+        help="Text: a folder, a file (.txt, .json, .jsonl, .csv, .tsv, .parquet, compressed or not), a hub "
+        'dataset id, several with commas, or "stdlib": the Python source of the running Python.'
     ),
 ]
 TextColumn = Annotated[
-    str | None, typer.Option(help="Column of jsonl, parquet and hub data that holds the text.")
+    str | None, typer.Option(help="Column that holds the text, of JSON, CSV, TSV, Parquet and hub data.")
 ]
 TokenizerName = Annotated[
     str | None,

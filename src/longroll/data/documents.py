@@ -1,5 +1,7 @@
 """Whole documents of text, from the standard library, files, folders or the Hugging Face hub."""
 
+import logging
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -7,13 +9,17 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import LongrollError
-from ._files import documents_in, files_below, is_readable, standard_library
+from ._compressed import MAGIC, Unreadable
+from ._files import Skipped, check_readable, documents_in, files_below, standard_library
 from ._hub import hub_documents
+from ._rows import ROWS, is_rows
 from ._split import SPLITS, divide_documents, divide_files
+
+logger = logging.getLogger("longroll")
 
 STDLIB = "stdlib"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-_FILE_ENDINGS = (".txt", ".md", ".py", ".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".csv")
+_FILE_ENDINGS = (".txt", ".md", ".py", *ROWS, *MAGIC)
 
 
 def read_documents(
@@ -28,23 +34,29 @@ def read_documents(
 
     Local text is divided into train and validation, 9 to 1: the standard library and folders by a hash of
     each file's name (not of its place, so that the split is the same on every machine and copies of a file
-    stay on one side); the rows of one .jsonl or .parquet file by every tenth row; a folder or file of fewer
-    than ten documents by the last tenth of each. Hub datasets have their own splits.
+    stay on one side); the rows of one file by every tenth row; a folder or file of fewer than ten documents
+    by the last tenth of each. Hub datasets have their own splits.
+
+    What is skipped of a folder is counted and named in one warning: files that are binary, in another
+    encoding, damaged, empty, or that may not be read. Hidden files are not counted.
 
     Args:
         source: "stdlib" (the source of the running Python's standard library); a folder, of which every
-            UTF-8 file is a document; a file: .jsonl, .jsonl.gz and .parquet hold a document a row, any other
-            is one document; else a hub dataset, `name` or `name:config`. Several, separated by commas, are
-            read in turn, a document from each. A `Path` is always local.
+            UTF-8 file is a document; a file: .json, .jsonl, .csv, .tsv and .parquet hold a document a row,
+            any other is one document, and each may be compressed (.gz, .bz2, .xz, .zst); else a hub dataset,
+            `name` or `name:config`. Several, separated by commas, are read in turn, a document from each. A
+            `Path` is always local.
         split: "train", "validation" or "all", or a hub dataset's own.
-        text_column: the column of text of rows; else `text`, `content` or the only one of strings.
+        text_column: the column of text of rows; None: `text`, `content` or the only one of strings. Text
+            without rows is refused with it, in a folder skipped.
         limit_bytes: stop after the document with which this many UTF-8 bytes were read.
         seed: read the files of folders in an order shuffled by it, for when a limit cuts the reading short;
             None: in the order of their paths. Rows are always read in their order.
 
     Raises:
-        LongrollError: at once for a missing file or a wrong split; while reading for text that is damaged,
-            a column that is not there, a hub that cannot be reached, or a source without any text.
+        LongrollError: at once for a missing file, a wrong split, or `text_column` of text without columns;
+            while reading for text that is damaged, a column that is not there, a hub that cannot be reached,
+            or a source without any text.
     """
     streams = [_never_empty(_stream(one, split, text_column, seed), one, split) for one in _separate(source)]
     documents = _in_turn(streams)
@@ -53,7 +65,7 @@ def read_documents(
 
 def _separate(source: str | Path) -> list[str | Path]:
     """The single sources of a list separated by commas; a file whose name has a comma is one source."""
-    if isinstance(source, Path) or (source and _exists(Path(source).expanduser())):
+    if isinstance(source, Path) or (source and _exists(_path(source))):
         return [source]
     sources = [one.strip() for one in source.split(",") if one.strip()]
     if not sources:
@@ -64,30 +76,83 @@ def _separate(source: str | Path) -> list[str | Path]:
 def _stream(source: str | Path, split: str, text_column: str | None, seed: int | None) -> Iterator[str]:
     """The documents of one source; what is missing is said here, not at the first document."""
     if source == STDLIB:
-        return _local(standard_library(), split, text_column, seed)
-    path = Path(source).expanduser()
+        if text_column is not None:
+            raise LongrollError(f"--text-column {text_column}: stdlib is plain text, which has no columns")
+        return _local(STDLIB, standard_library(), split, None, seed, Skipped())
+    path, notes = _path(source), Skipped()
     if not _exists(path):
         name = str(source)
         if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(_FILE_ENDINGS):
             raise LongrollError(f"{source}: no such file or folder")
         return hub_documents(name, split=split, text_column=text_column)
     if path.is_dir():
-        return _local(files_below(path), split, text_column, seed)
-    if not path.is_file() or not is_readable(path):
-        raise LongrollError(f"{path} is not text: name a UTF-8 file, .jsonl, .jsonl.gz, .parquet or a folder")
-    return _local([path], split, text_column, seed)
+        files = files_below(path, unread=notes)
+        if text_column is not None:
+            for file in files:
+                if not is_rows(file):
+                    notes.add(file, Unreadable("without columns"))
+            files = [file for file in files if is_rows(file)]
+            if not files:
+                raise LongrollError(
+                    f"--text-column {text_column}: {path} has no file with columns ({', '.join(ROWS)})"
+                )
+        return _local(path, files, split, text_column, seed, notes)
+    try:
+        if not path.is_file():
+            raise Unreadable("no regular file")
+        check_readable(path)
+    except Unreadable as problem:
+        raise LongrollError(
+            f"{path} is not text that longroll reads: {problem}; name a folder, or a file in UTF-8, "
+            f"{', '.join(ROWS)}, compressed or not"
+        ) from None
+    if text_column is not None and not is_rows(path):
+        raise LongrollError(
+            f"--text-column {text_column}: {path} is read as plain text, which has no columns; rows are in "
+            f"{', '.join(ROWS)}"
+        )
+    return _local(path, [path], split, text_column, seed, notes)
 
 
-def _local(files: list[Path], split: str, text_column: str | None, seed: int | None) -> Iterator[str]:
-    """The documents of local files."""
+def _local(
+    source: str | Path,
+    files: list[Path],
+    split: str,
+    text_column: str | None,
+    seed: int | None,
+    notes: Skipped,
+) -> Iterator[str]:
+    """The documents of local files, and a warning of what `notes` holds in the end."""
     if split not in SPLITS:
         raise LongrollError(f"no split {split!r} in local text: it is divided into {', '.join(SPLITS)}")
     parts = divide_files(files, split)
     if seed is not None:
         random.Random(seed).shuffle(parts)
-    return chain.from_iterable(
-        divide_documents(documents_in(file, text_column), part) for file, part in parts
+    alone = files == [source]
+    return _noted(
+        source,
+        split,
+        chain.from_iterable(
+            divide_documents(documents_in(file, text_column, notes, alone=alone), part)
+            for file, part in parts
+        ),
+        notes,
     )
+
+
+def _noted(source: str | Path, split: str, documents: Iterator[str], notes: Skipped) -> Iterator[str]:
+    """`documents`; what was skipped of them is a warning, or the reason why there are none."""
+    empty = True
+    try:
+        for text in documents:
+            yield text
+            empty = False
+    finally:
+        said = str(notes)
+        if said and not empty:
+            logger.warning("%s: %s", source, said)
+    if empty and said:
+        raise LongrollError(f"{source} has no text (split {split!r}): {said}")
 
 
 def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> Iterator[str]:
@@ -98,10 +163,7 @@ def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> It
             empty = False
             yield text
     if empty:
-        raise LongrollError(
-            f"{source} has no text (split {split!r}): hidden, binary, empty and non-UTF-8 files "
-            "are not read; name another source"
-        )
+        raise LongrollError(f"{source} has no text (split {split!r}): name another source")
 
 
 def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
@@ -122,9 +184,21 @@ def _up_to(documents: Iterator[str], limit_bytes: int) -> Iterator[str]:
         yield text
 
 
+def _path(source: str | Path) -> Path:
+    """The path that `source` would be; a `~name` of no user stays as it is."""
+    return Path(os.path.expanduser(source))
+
+
 def _exists(path: Path) -> bool:
-    """Whether `path` exists; a name too long for the file system does not."""
+    """Whether `path` exists; a name too long for the file system does not.
+
+    Raises:
+        LongrollError: a folder above it may not be searched.
+    """
     try:
-        return path.exists()
-    except OSError:
+        os.stat(path)
+    except PermissionError:
+        raise LongrollError(f"{path}: no permission to read") from None
+    except (OSError, ValueError):
         return False
+    return True

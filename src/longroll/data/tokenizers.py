@@ -1,5 +1,6 @@
 """Text to token ids and back: bytes, or any Hugging Face tokenizer."""
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,13 +145,13 @@ def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "th
 
 def _may_have_tokenizer(model_path: str | Path) -> bool:
     """Whether a tokenizer can be beside the model: a folder with one of its files, or a hub id."""
-    path = Path(model_path).expanduser()
+    path = Path(os.path.expanduser(model_path))
     return any((path / name).is_file() for name in _FILES) if path.exists() else isinstance(model_path, str)
 
 
 def _load(name_or_path: str | Path) -> HFTokenizer:
     """Load a Hugging Face tokenizer from a folder, a tokenizer.json or the hub."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     local, reason = path.exists(), None
     if not local and isinstance(name_or_path, Path):
         raise LongrollError(f"tokenizer {name_or_path}: no such file or folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,17 @@ def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story
     Raises:
         LongrollError: there is no such file or dataset, or it is not of bAbI's format.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if not folder.exists() and isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":
         return _from_hub(source, qa)
     path = _find(folder, qa, split)
     stories: list[Story] = []
     facts: list[str] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as problem:
+        raise LongrollError(f"--facts: {path} cannot be read: {problem}.") from None
+    for number, line in enumerate(lines, start=1):
         count, _, text = line.partition(" ")
         if not count.isdigit() or not text:
             raise LongrollError(f"{path}, line {number}: not bAbI's format (a number, a space, a sentence).")
