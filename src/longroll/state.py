@@ -42,11 +42,14 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         tensors: the tensors; axis 0 is the batch, axis 1 of recurrent and conv tensors the head
             (for Mamba-1, whose channels are heads of size one, the channel).
         seen: how many tokens this state has read (position ids and KV masks go on from there).
+        ragged: the rows have read different numbers of tokens, and keys and values were left out: the state
+            can start new texts, and cannot go on with these.
     """
 
-    def __init__(self, tensors: Mapping[StateKey, Tensor], *, seen: int = 0) -> None:
+    def __init__(self, tensors: Mapping[StateKey, Tensor], *, seen: int = 0, ragged: bool = False) -> None:
         self._tensors = dict(tensors)
         self.seen = seen
+        self.ragged = ragged
 
     def __getitem__(self, key: StateKey) -> Tensor:
         return self._tensors[key]
@@ -68,7 +71,9 @@ class RecurrentState(Mapping[StateKey, Tensor]):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
         """Apply `function` to every tensor."""
-        return RecurrentState({key: function(t) for key, t in self.items()}, seen=self.seen)
+        return RecurrentState(
+            {key: function(t) for key, t in self.items()}, seen=self.seen, ragged=self.ragged
+        )
 
     def alike(self) -> list[list[StateKey]]:
         """The keys, those of one part, shape, dtype and device together."""
@@ -86,7 +91,8 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         """
         stacks = Stacks(self.alike())
         mapped = stacks.split(map(function, *(stacks.view(state) for state in (self, *others))))
-        return RecurrentState({key: mapped[key] for key in self}, seen=self.seen)
+        tensors = {key: mapped[key] for key in self}
+        return RecurrentState(tensors, seen=self.seen, ragged=self.ragged)
 
     def detach(self) -> RecurrentState:
         """Cut the graph: the caller's duty between training steps."""
@@ -103,7 +109,9 @@ class RecurrentState(Mapping[StateKey, Tensor]):
     def part(self, *parts: Part) -> RecurrentState:
         """Keep only these parts, as the state of a fresh sequence (`seen` is 0 without its KV)."""
         kept = {key: t for key, t in self.items() if key.part in parts}
-        return RecurrentState(kept, seen=self.seen if "attention" in parts else 0)
+        if "attention" in parts:
+            return RecurrentState(kept, seen=self.seen, ragged=self.ragged)
+        return RecurrentState(kept)
 
     def zeros_like(self) -> RecurrentState:
         """The zero state of the same shapes."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from longroll.families._dispatch import clear_handoffs, conv_handoff, recurrent_handoff
+from longroll.families._dispatch import Start, clear_handoffs, conv_handoff, recurrent_handoff
 from longroll.state import Part, RecurrentState, StateKey
 
 _KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _OTHER and above: + state_idx
@@ -30,8 +30,12 @@ def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
     return F.pad(inputs, (width, 0)) if tail is None else torch.cat([tail.to(inputs.dtype), inputs], dim=-1)
 
 
-def _last(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
+def _last(inputs: Tensor, tail: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:
     """The last `width` of them, in memory of their own: a view would keep all inputs."""
+    if lengths is not None:  # the others are padding
+        index = lengths[:, None] + torch.arange(width, device=inputs.device)
+        index = index.view(len(index), *[1] * (inputs.ndim - 2), width).expand(*inputs.shape[:-1], width)
+        return _after(inputs, tail, width).gather(-1, index)
     if inputs.shape[-1] >= width:
         return inputs[..., -width:].clone()
     return _after(inputs, tail, width)[..., -width:]
@@ -50,6 +54,9 @@ class StateCache(DynamicCache):
         reads_tail: mixers prepend the conv tail themselves, and read it by `get_conv_state` for that.
         context: what the layers call recurrent state is context.
     """
+
+    real: Tensor | None = None
+    """(B, T) false at padding on the right, which is kept out of the state; None: there is none."""
 
     def __init__(
         self,
@@ -70,6 +77,11 @@ class StateCache(DynamicCache):
         self._final: dict[StateKey, Tensor] = {}
         clear_handoffs()
         self._place_indexer()
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row (B,) without its padding; None: all."""
+        return None if self.real is None else self.real.sum(1)
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
@@ -98,10 +110,9 @@ class StateCache(DynamicCache):
         if not self.owns_recurrence:
             return self._read(key)
         state = self.initial.get(key)
-        if self.scans is not None:
-            recurrent_handoff.set((None,) * self.scans if state is None else state.unbind(1))
-        else:
-            recurrent_handoff.set((state,))
+        scans = self.scans or 1
+        states = state.unbind(1) if self.scans and state is not None else (state,) * scans
+        recurrent_handoff.set(tuple(Start(s, self.real) for s in states))
         return None
 
     def update_recurrent_state(
@@ -148,9 +159,9 @@ class StateCache(DynamicCache):
         if not conv_states.is_floating_point():  # token ids
             key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
-        self._final[key] = _last(conv_states, tail, width)
+        self._final[key] = _last(conv_states, tail, width, self.lengths)
         if self.owns_recurrence and state_idx == 0:  # further convolutions are not of the recurrence
-            conv_handoff.set((tail,))
+            conv_handoff.set((Start(tail),))
             return conv_states
         return _after(conv_states, tail, width)
 

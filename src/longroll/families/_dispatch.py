@@ -14,24 +14,35 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from longroll import ops
+from longroll.families._padding import limited_steps, no_step, still
+
+
+class Start(NamedTuple):
+    """What a recurrence starts from, and which of its inputs are text."""
+
+    state: Any
+    """The initial state; None is zero."""
+    real: Tensor | None = None
+    """(B, T) false at padding on the right, which leaves the state as it is; None: there is none."""
+
 
 # The states that the recurrences about to run start from, in the order they run in: mixers read one from the
 # cache, then call the scan without it (transformers' Mamba-1 has no argument for it), so it is left here.
-Handoff = ContextVar[tuple[Tensor | None, ...]]
+Handoff = ContextVar[tuple["Start", ...]]
 recurrent_handoff: Handoff = ContextVar("longroll_recurrent_state", default=())
 conv_handoff: Handoff = ContextVar("longroll_conv_state", default=())
 
 
-def take(handoff: Handoff) -> tuple[Tensor | None] | None:
-    """The initial state left for the op that is about to run, once; None outside a longroll forward."""
+def take(handoff: Handoff) -> Start | None:
+    """What was left for the op that is about to run, once; None outside a longroll forward."""
     left = handoff.get()
     handoff.set(left[1:])
-    return left[:1] or None  # type: ignore[return-value]
+    return left[0] if left else None
 
 
 def clear_handoffs() -> None:
@@ -85,7 +96,8 @@ def _dispatch(adapter, handoff, original, *args, **kwargs):
     left = take(handoff)
     if left is None:
         return original(*args, **kwargs)
-    return adapter(*args, **(kwargs | {"initial_state": left[0]}))
+    padding = {} if left.real is None else {"real": left.real}
+    return adapter(*args, **(kwargs | {"initial_state": left.state} | padding))
 
 
 def _selective_scan(
@@ -101,10 +113,12 @@ def _selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None,
+    real: Tensor | None = None,
     **_,
 ):
     x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
     z = None if z is None else z.transpose(1, 2)
+    dt = no_step(dt, real, softplus=delta_softplus)
     y, final_state = ops.selective_scan(
         x, dt, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state, output_final_state=True
     )
@@ -128,8 +142,10 @@ def _chunk_scan(
     z: Tensor | None = None,
     *,
     initial_state: Tensor | None,
+    real: Tensor | None = None,
     **_,
 ):
+    dt, dt_bias, dt_softplus, dt_limit = limited_steps(dt, dt_bias, dt_softplus, dt_limit, real)
     y, final_state = ops.ssd(
         hidden_states,
         dt,
@@ -158,9 +174,11 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     *,
     initial_state: Tensor | None,
+    real: Tensor | None = None,
     **_,
 ):
-    return op(query, key, value, g, beta, None, initial_state, output_final_state, use_qk_l2norm_in_kernel)
+    inputs = still(op.__name__, (query, key, value, g, beta), real)
+    return op(*inputs, None, initial_state, output_final_state, use_qk_l2norm_in_kernel)
 
 
 def _causal_conv(
@@ -170,6 +188,7 @@ def _causal_conv(
     activation: str | None = None,
     *,
     initial_state: Tensor | None,
+    real: Tensor | None = None,
     **_,
 ):
     x = hidden_states.transpose(1, 2)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._cache import StateCache
 from longroll.families._dispatch import clean_handoffs, own_recurrence, torch_on_cpu
+from longroll.families._documents import Documents, Results
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
 from longroll.ops._backend import FLA, KERNELS
@@ -46,6 +48,8 @@ class Family:
     """Mixers prepend the conv tail themselves (see `StateCache`)."""
     learned_positions: str | None = None
     """The config entry that bounds the positions the model has embeddings for."""
+    masks_padding: bool = False
+    """The cache keeps padding on the right (its `real`) out of the state."""
     reference: str = "transformers' own logits"
     """What the numbers are checked against."""
     head: Callable[[PreTrainedModel, Tensor], Tensor] = _heads.plain
@@ -99,13 +103,60 @@ class Family:
             The model's output (`.logits` or `.last_hidden_state`), and the final state on the graph.
 
         Raises:
-            LongrollError: for positions that the model has no embeddings for.
+            LongrollError: for positions that the model has no embeddings for, a mask or starts of another
+                shape than the tokens, and a state whose keys and values were not kept.
         """
+        if state is not None and state.ragged:
+            raise LongrollError(
+                "The rows of this state have read different numbers of tokens, and their keys and values are "
+                "not kept: start a new text from state.part('recurrent', 'conv')."
+            )
+        if attention_mask is not None or starts is not None:
+            documents = Documents(attention_mask, starts, input_ids.shape)
+            if not documents.whole:
+                return self._run_documents(module, input_ids, state, documents, logits)
+        return self._run_rows(module, input_ids, state, None, logits)
+
+    def _run_rows(
+        self,
+        module: nn.Module,
+        input_ids: Tensor,
+        state: RecurrentState | None,
+        real: Tensor | None,
+        logits: bool,
+    ) -> tuple[Any, RecurrentState]:
+        """One forward of rows that are a document each, with padding on the right where `real` is false."""
         model = unwrapped(module)
         inputs = self._inputs(model, input_ids, state)
+        cache = inputs[self.cache_argument]
+        if real is not None:
+            cache.real = real
         with clean_handoffs():
             output = module(**inputs) if logits else model.base_model(**inputs)
-        return output, inputs[self.cache_argument].final(input_ids.shape[1])
+        return output, cache.final(input_ids.shape[1])
+
+    def _run_documents(
+        self,
+        module: nn.Module,
+        input_ids: Tensor,
+        state: RecurrentState | None,
+        documents: Documents,
+        logits: bool,
+    ) -> tuple[Any, RecurrentState]:
+        """A forward for each group of documents; outputs and final states back in their places."""
+        kept = state is not None and any(key.part == "attention" for key in state)
+        results = Results(input_ids.shape, state)
+        for group in documents.groups(padded=self.masks_padding, together=not kept):
+            group = group.to(input_ids.device)
+            initial = None if state is None else state.rows(group.row)
+            if initial is not None:
+                # keys and values of the row are another document's, and zeros are no absence of them
+                initial = (None if group.fresh[0] else initial) if kept else initial.where(~group.fresh)
+            ids = input_ids.flatten()[group.place]
+            output, final = self._run_rows(module, ids, initial, group.real, logits)
+            results.add(group, output.logits if logits else output.last_hidden_state, final)
+        outputs, final = results.whole()
+        return (CausalLMOutput(logits=outputs) if logits else BaseModelOutput(outputs)), final
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
         """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""

@@ -21,6 +21,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from longroll import ops
 from longroll.families._cache import StateCache
 from longroll.families._norms import is_fused
+from longroll.families._padding import limited_steps, no_step
 from longroll.ops._backend import choose
 from longroll.ops._common import product_dtype, state_dtype
 from longroll.ops._short_conv import last_inputs
@@ -50,8 +51,9 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     x = _conv(mixer, x, cache)
     sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
     dt, B, C = mixer.x_proj(x).split(sizes, dim=-1)
+    dt = no_step(F.linear(dt, mixer.dt_proj.weight), cache.real, softplus=True)
     y, final_state = ops.selective_scan(
-        x, F.linear(dt, mixer.dt_proj.weight), -mixer.A_log.float().exp(), B, C, mixer.D.float(), gate,
+        x, dt, -mixer.A_log.float().exp(), B, C, mixer.D.float(), gate,
         mixer.dt_proj.bias.float(), True,
         initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True,
     )  # fmt: skip
@@ -64,18 +66,17 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     wide = state_dtype(projected, mixer.A_log) == torch.float64
     sizes = (mixer.head_dim, mixer.ssm_state_size)
     kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel
-    if kernel is not None and is_fused(mixer.norm):
+    if kernel is not None and is_fused(mixer.norm) and (cache.real is None or mixer.time_step_limit[0] <= 0):
         return _mamba2_at_once(kernel, mixer, projected, cache)
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
     gate, xBC, dt = projected.split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
     x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
     B, C = (t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C))
     x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
+    dt, bias, softplus, limit = limited_steps(dt, mixer.dt_bias, True, mixer.time_step_limit, cache.real)
     y, final_state = ops.ssd(
-        x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, None,
-        mixer.dt_bias, True,
-        initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True,
-        dt_limit=mixer.time_step_limit,
+        x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, None, bias, softplus,
+        initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True, dt_limit=limit,
     )  # fmt: skip
     cache.keep(mixer.layer_idx, "recurrent", final_state)
     return mixer.norm(y.flatten(-2), gate)
@@ -92,13 +93,17 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
     bias = None if conv.bias is None else conv.bias.float()
+    if cache.real is not None:
+        rest = projected.shape[-1] - mixer.num_heads
+        z_x_B_C, dt = projected.split((rest, mixer.num_heads), dim=-1)
+        projected = torch.cat([z_x_B_C, no_step(dt, cache.real, softplus=True)], dim=-1)
     y, final_state = kernel(
         projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), -mixer.A_log.float().exp(),
         mixer.D.float(), norm.weight, None if past is None else past.float().mT[:, 1:],
         None if state is None else state.float(), shape,
     )  # fmt: skip
     _, convolved, _ = shape.split(projected)
-    cache.keep(layer, "conv", last_inputs(convolved, conv.weight.shape[-1], past))
+    cache.keep(layer, "conv", last_inputs(convolved, conv.weight.shape[-1], past, cache.lengths))
     cache.keep(layer, "recurrent", final_state)
     return y
 
@@ -107,7 +112,7 @@ def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:
     conv = mixer.conv1d
     y, tail = ops.short_conv(
         x, conv.weight.squeeze(1), conv.bias, mixer.activation,
-        initial_state=cache.start(mixer.layer_idx, "conv"), output_final_state=True,
+        initial_state=cache.start(mixer.layer_idx, "conv"), output_final_state=True, lengths=cache.lengths,
     )  # fmt: skip
     cache.keep(mixer.layer_idx, "conv", tail)
     return y

@@ -12,18 +12,18 @@ from longroll.families.mlstm import Xlstm
 from longroll.families.recurrent_gemma import RecurrentGemma
 from longroll.families.rwkv4 import Rwkv4
 
-_CONTROL = Family("attention")
-_MAMBA2_HYBRID = Family("mamba2", op="ssd")
-_GATED_DELTA_HYBRID = Family("gated_delta_rule", op="gated_delta_rule")
-_KDA_HYBRID = Family("kda", op="kda")
-_CONV_HYBRID = Family("conv", kernel="causal_conv1d.causal_conv1d_fn")
+_CONTROL = Family("attention", masks_padding=True)
+_MAMBA2_HYBRID = Family("mamba2", op="ssd", masks_padding=True)
+_GATED_DELTA_HYBRID = Family("gated_delta_rule", op="gated_delta_rule", masks_padding=True)
+_KDA_HYBRID = Family("kda", op="kda", masks_padding=True)
+_CONV_HYBRID = Family("conv", kernel="causal_conv1d.causal_conv1d_fn", masks_padding=True)
 
 FAMILIES: dict[str, Family] = {
-    "mamba": Family("mamba", "cache_params", op="selective_scan"),
-    "falcon_mamba": Family("mamba", "cache_params", op="selective_scan"),
-    "mamba2": Family("mamba2", "cache_params", op="ssd"),
-    "jamba": Family("mamba", op="selective_scan"),
-    "zamba": Family("mamba", op="selective_scan", scans="n_mamba_heads"),
+    "mamba": Family("mamba", "cache_params", op="selective_scan", masks_padding=True),
+    "falcon_mamba": Family("mamba", "cache_params", op="selective_scan", masks_padding=True),
+    "mamba2": Family("mamba2", "cache_params", op="ssd", masks_padding=True),
+    "jamba": Family("mamba", op="selective_scan", masks_padding=True),
+    "zamba": Family("mamba", op="selective_scan", scans="n_mamba_heads", masks_padding=True),
     "bamba": _MAMBA2_HYBRID,
     "falcon_h1": replace(_MAMBA2_HYBRID, head=_heads.falcon_h1),
     "granitemoehybrid": replace(_MAMBA2_HYBRID, head=_heads.granite),
@@ -41,7 +41,9 @@ FAMILIES: dict[str, Family] = {
     "bailing_hybrid": _KDA_HYBRID,
     "glm5_next": _KDA_HYBRID,
     "minimax": Minimax("lightning", op="retention"),
-    "recurrent_gemma": RecurrentGemma("rg_lru", op="linear_scan", head=_heads.recurrent_gemma),
+    "recurrent_gemma": RecurrentGemma(
+        "rg_lru", op="linear_scan", head=_heads.recurrent_gemma, masks_padding=True
+    ),
     "xlstm": Xlstm("mlstm", "cache_params", head=_heads.xlstm),
     "rwkv": Rwkv4("rwkv4", "state", op="wkv"),
     "zaya": Family("conv", reads_tail=True),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.rwkv import modeling_rwkv
 
-from longroll.families._dispatch import clear_handoffs, install, recurrent_handoff
+from longroll.families._dispatch import Start, clear_handoffs, install, recurrent_handoff
 from longroll.families._family import Family
 from longroll.state import RecurrentState, StateKey
 
@@ -60,7 +60,7 @@ class Rwkv4State:
             shift = self.zeros() if shift is None else shift
             return shift.unflatten(0, self.shift_shape)
         mean, weight = (self.initial.get(StateKey(layer, "recurrent", i)) for i in (0, 1))
-        recurrent_handoff.set(((mean, weight),))  # type: ignore[arg-type]
+        recurrent_handoff.set((Start((mean, weight)),))
         return self.zeros()  # not read: the recurrence takes its state from the handoff
 
     def write(self, slot: int, layer: int, tensor: Tensor) -> None:

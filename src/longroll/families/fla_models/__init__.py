@@ -86,7 +86,9 @@ def _register() -> None:
     FAMILIES.update(NATIVE)
     for kind, model in _RECURRENCES.items():
         model_type = model.model_type()
-        FAMILIES[model_type] = FlaFamily(kind, op=kind, reference="fla 0.6.0's logits")
+        FAMILIES[model_type] = FlaFamily(
+            kind, op=kind, reference="fla 0.6.0's logits", masks_padding=kind != "retention"
+        )
         if model_type not in CONFIG_MAPPING:  # fla registers its own when it is imported
             AutoConfig.register(model_type, model.config_class)
             AutoModel.register(model.config_class, model.decoder)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longroll import ops
 from longroll.errors import LongrollError
+from longroll.families._padding import last_real
 from longroll.families.fla_models.cache import LayerState
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,8 +37,9 @@ class ShortConv(nn.Conv1d):
         """Convolve after the inputs kept in the conv state's `slot`."""
         initial = state.read("conv", slot)
         y, final = ops.short_conv(
-            x, self.weight.squeeze(1), None, self.activation, initial_state=initial, output_final_state=True
-        )
+            x, self.weight.squeeze(1), None, self.activation, initial_state=initial, output_final_state=True,
+            lengths=None if state.real is None else state.real.sum(1),
+        )  # fmt: skip
         state.keep("conv", final, slot)
         return y
 
@@ -216,7 +218,7 @@ def token_shift(x: Tensor, state: LayerState, slot: int) -> Tensor:
     """The input before each input, minus it, (B, T, D); the state is the last input, (B, D)."""
     last = state.read("conv", slot)
     last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    state.keep("conv", x[:, -1].clone(), slot)  # a view would keep all of x
+    state.keep("conv", last_real(x, state.real), slot)
     return torch.cat([last[:, None], x[:, :-1]], dim=1) - x
 
 

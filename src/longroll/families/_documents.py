@@ -1,0 +1,170 @@
+"""Padded and packed batches as documents: which tokens of a batch are one text, and which forward reads them.
+
+A recurrence reads padding as text, and reads across the documents of a packed row. Here the real tokens of
+each document become a row of their own, padded on the right only, so that convolutions, recurrences and
+attention see one document each. Documents whose lengths are within a factor of two share a forward, so that
+padding at most doubles the work. A family that cannot keep padding out of its state reads documents of one
+length together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.state import RecurrentState
+
+
+class Group(NamedTuple):
+    """Documents that are read in one forward; N of them, the longest of L tokens."""
+
+    place: Tensor
+    """(N, L) place of each token in the flattened batch; anything at padding."""
+    real: Tensor | None
+    """(N, L) true at tokens, false at padding on the right; None: no padding."""
+    tokens: Tensor
+    """(n,) places of the tokens among the N * L of this group."""
+    row: Tensor
+    """(N,) row of the batch that each document is in."""
+    fresh: Tensor
+    """(N,) whether a document starts from zero rather than from the state of its row."""
+    last: Tensor
+    """Which documents are the last of their rows."""
+
+    def to(self, device: torch.device) -> Group:
+        """The same with its tensors on a device."""
+        return Group(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+
+
+class Documents:
+    """The documents of a batch.
+
+    Args:
+        attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+        starts: (B, T), nonzero at the first token of a document; None: each row is one document.
+        shape: (B, T) of the batch.
+
+    Raises:
+        LongrollError: for a mask or starts of another shape, and for starts at padding.
+    """
+
+    def __init__(self, attention_mask: Tensor | None, starts: Tensor | None, shape: torch.Size) -> None:
+        real = _flags("attention_mask", attention_mask, shape)
+        begins = _flags("starts", starts, shape)
+        self.whole = bool(real.all()) and not bool(begins.any())
+        """Every row is one document without padding, which goes on from the state of its row."""
+        self.rows = not bool(begins.any())
+        """Every row is one document, padded or not."""
+        if self.whole:
+            return
+        if bool((begins & ~real).any()):
+            raise LongrollError("`starts` marks padding as the first token of a document: mark real tokens.")
+        row, time = real.nonzero(as_tuple=True)  # in the order of reading
+        new = begins[row, time]
+        first = torch.ones_like(new)  # of the tokens of a row
+        first[1:] = row[1:] != row[:-1]
+        heads = (new | first).nonzero().squeeze(1)
+        self._place = row * shape[1] + time
+        self._head = heads
+        self._length = torch.diff(heads, append=torch.tensor([len(row)]))
+        self._row = row[heads]
+        self._fresh = new[heads]
+        self._last = torch.ones(len(heads), dtype=torch.bool)
+        self._last[:-1] = self._row[1:] != self._row[:-1]
+
+    def groups(self, *, padded: bool, together: bool = True) -> Iterator[Group]:
+        """Documents to read in one forward each, the longest first.
+
+        Args:
+            padded: the family keeps padding out of its state; else documents of a group are of one length.
+            together: documents that start from zero and others may share a group.
+        """
+        kinds = [torch.ones_like(self._fresh)] if together else [self._fresh, ~self._fresh]
+        for kind in kinds:
+            left = kind.nonzero().squeeze(1)
+            left = left[self._length[left].argsort(descending=True, stable=True)]
+            while len(left):
+                longest = int(self._length[left[0]])
+                least = longest if not padded else 1 if self.rows else longest // 2 + 1
+                taken = int((self._length[left] >= least).sum())
+                yield self._group(left[:taken].sort().values, longest)
+                left = left[taken:]
+
+    def _group(self, chosen: Tensor, longest: int) -> Group:
+        time = torch.arange(longest)
+        real = time < self._length[chosen, None]
+        index = self._place[(self._head[chosen, None] + time).clamp_max(len(self._place) - 1)]
+        tokens = real.flatten().nonzero().squeeze(1)
+        row, fresh, last = (t[chosen] for t in (self._row, self._fresh, self._last))
+        return Group(
+            index,
+            None if len(tokens) == real.numel() else real,
+            tokens,
+            row,
+            fresh,
+            last.nonzero().squeeze(1),
+        )
+
+
+class Results:
+    """Outputs and final states of groups, put back into the places of their tokens and rows.
+
+    Args:
+        shape: (B, T) of the batch.
+        state: what its rows started from; a row without tokens ends there.
+    """
+
+    def __init__(self, shape: torch.Size, state: RecurrentState | None) -> None:
+        self.shape, self.state = shape, state
+        self._outputs: list[tuple[Tensor, Tensor]] = []  # places in the flattened batch, and what is there
+        self._finals: list[tuple[Tensor, RecurrentState]] = []  # rows, and their states
+
+    def add(self, group: Group, output: Tensor, final: RecurrentState) -> None:
+        """Take the outputs (N, L, D) and the final states of a group."""
+        place = group.place.flatten()[group.tokens]
+        self._outputs.append((place, output.flatten(0, 1)[group.tokens]))
+        self._finals.append((group.row[group.last], final.rows(group.last)))
+
+    def whole(self) -> tuple[Tensor, RecurrentState]:
+        """Outputs (B, T, D), zero at padding, and the state after the last token of each row."""
+        places, values = (torch.cat(t) for t in zip(*self._outputs, strict=True))
+        outputs = _placed(places, values, self.shape.numel())
+        rows = torch.cat([row for row, _ in self._finals])
+        states = [state for _, state in self._finals]
+        final = {
+            key: _placed(
+                rows,
+                torch.cat([state[key] for state in states]),
+                self.shape[0],
+                None if self.state is None else self.state.get(key),
+            )
+            for key in states[0]
+            if key.part != "attention"
+        }
+        seen = 0 if self.state is None else self.state.seen
+        ragged = len(final) < len(states[0])
+        return outputs.unflatten(0, self.shape), RecurrentState(
+            final, seen=0 if ragged else seen + self.shape[1], ragged=ragged
+        )
+
+
+def _placed(index: Tensor, values: Tensor, size: int, others: Tensor | None = None) -> Tensor:
+    """A tensor of `size` rows, `values` at `index` and those of `others` (default: zeros) elsewhere."""
+    if others is None or len(index) == size:
+        others = values.new_zeros(size, *values.shape[1:])
+    return others.to(values.dtype).index_copy(0, index, values)
+
+
+def _flags(name: str, given: Tensor | None, shape: torch.Size) -> Tensor:
+    """(B, T) booleans on the CPU."""
+    if given is None:
+        return torch.full(shape, name == "attention_mask")
+    if given.shape != shape:
+        raise LongrollError(
+            f"`{name}` has shape {tuple(given.shape)} and the tokens {tuple(shape)}: give both as (B, T)."
+        )
+    return given.to("cpu") != 0
