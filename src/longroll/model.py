@@ -21,6 +21,7 @@ from longroll.families import (
     load_rwkv,
     model_class,
 )
+from longroll.families._family import Restart
 from longroll.state import RecurrentState
 
 _FLIPPED = 0.2
@@ -67,6 +68,7 @@ class RecurrentLM(nn.Module):
         logits: bool = True,
         attention_mask: Tensor | None = None,
         starts: Tensor | None = None,
+        restart: Restart = "zero",
     ) -> tuple[Tensor, RecurrentState]:
         """Read tokens from a state.
 
@@ -77,14 +79,18 @@ class RecurrentLM(nn.Module):
                 long sequence need never exist at once.
             attention_mask: (B, T), nonzero at real tokens; None: every token is real.
             starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
-                document.
+                document, which goes on from `state`.
+            restart: what a document marked in `starts` starts from: "zero", or "state": `state`'s of its row.
 
         Returns:
-            Logits (B, T, V), or hidden states (B, T, d_model), and the final state.
+            Logits (B, T, V), or hidden states (B, T, d_model), zero at padding; and the state after the last
+            real token of each row. The state of rows that read different numbers of tokens lacks keys and
+            values (`RecurrentState.ragged`).
         """
         output, final_state = self.family.run(
-            self.model, input_ids, state, attention_mask=attention_mask, starts=starts, logits=logits
-        )
+            self.model, input_ids, state,
+            attention_mask=attention_mask, starts=starts, restart=restart, logits=logits,
+        )  # fmt: skip
         return (output.logits if logits else output.last_hidden_state), final_state
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from longroll.conformance import laws
 from longroll.conformance.tiny import CONFIGS
+from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from zoo import assert_close, assert_same_state, lm_of, tokens
@@ -80,3 +83,109 @@ def test_documents_of_a_row_do_not_see_each_other(name):
             at += text.shape[1]
         got = final.part("recurrent", "conv").rows([row])
         assert_same_state(got, RecurrentState(last.part("recurrent", "conv"), seen=got.seen), TOLERANCE)
+
+
+def loss(lm: RecurrentLM, logits: Tensor, ids: Tensor, final: RecurrentState) -> Tensor:
+    """Some number that every output and every state reaches."""
+    weights = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)
+    state = sum(t.double().square().sum() for key, t in final.items() if key.part == "recurrent")
+    return (logits.double() @ weights.double()).square().sum() + 0.1 * state
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_gradients_are_those_of_the_documents_alone(name):
+    lm = lm_of(name, dtype=torch.float64)
+    ids, mask, texts = padded("left", (9, 17, 4))
+    starts = torch.zeros_like(mask)
+    starts[1, [5, 11]] = 1
+    state = start(lm, 3)
+    state = None if state is None else state.map(lambda t: t.double().requires_grad_())
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    inputs = [*parameters, *state.values()]
+
+    def gradients(total: Tensor) -> list:
+        return torch.autograd.grad(total, inputs, allow_unused=True)
+
+    logits, final = lm(ids, state, attention_mask=mask, starts=starts)
+    together = gradients(loss(lm, logits[mask.bool()], ids, final))
+    total = torch.zeros((), dtype=torch.float64)
+    for row, text in enumerate(texts):
+        pieces, given = text.split([5, 6, 6] if row == 1 else [text.shape[1]], dim=1), state.rows([row])
+        for number, piece in enumerate(pieces):
+            logits, final = lm(piece, given if number == 0 else None)
+            ends = final if number == len(pieces) - 1 else RecurrentState({})
+            total = total + loss(lm, logits, piece, ends)
+    for ours, expected in zip(together, gradients(total), strict=True):
+        if expected is not None:
+            assert_close(ours, expected, 1e-6)  # some classes compute decays in float32
+        assert (ours is None or not ours.any()) or expected is not None
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["mamba2_groups", "gla_hybrid", "rwkv7", "xlstm"])
+@torch.no_grad()
+def test_any_layout(name, data):
+    lm = lm_of(name)
+    rows, time = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 24))
+    ids = tokens(rows, time)
+    flags = st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=rows, max_size=rows).map(
+        torch.tensor
+    )
+    mask = data.draw(flags)
+    begins = data.draw(flags) & mask
+    state = start(lm, rows)
+    if not mask.any():
+        with pytest.raises(LongrollError, match="attention_mask"):
+            lm(ids, state, attention_mask=mask)
+        return
+    restart = data.draw(st.sampled_from(["zero", "state"]))
+    logits, final = lm(ids, state, attention_mask=mask, starts=begins, restart=restart)
+    for row in range(rows):
+        where = mask[row].nonzero().squeeze(1).tolist()
+        last = state.rows([row])
+        pieces: list[list[int]] = []
+        for position in where:
+            if begins[row, position] or not pieces:
+                pieces.append([])
+            pieces[-1].append(position)
+        for piece in pieces:
+            anew = begins[row, piece[0]]
+            given = None if anew and restart == "zero" else state.rows([row])
+            expected, last = lm(ids[row : row + 1, piece], given)
+            assert_close(logits[row, piece], expected[0], TOLERANCE)
+        got = final.part("recurrent", "conv").rows([row])
+        assert_same_state(got, RecurrentState(last.part("recurrent", "conv"), seen=got.seen), TOLERANCE)
+
+
+def test_a_ragged_state_of_a_hybrid_cannot_be_read_on_from():
+    lm = lm_of("bamba")
+    ids, mask, _ = padded("right")
+    _, final = lm(ids, attention_mask=mask)
+    assert final.ragged
+    with pytest.raises(LongrollError, match="keys and values"):
+        lm(ids, final)
+    lm(ids, final.part("recurrent", "conv"))
+
+
+def test_a_pure_recurrence_reads_on_from_padded_rows():
+    lm = lm_of("mamba2")
+    ids, mask, texts = padded("right")
+    _, final = lm(ids, attention_mask=mask)
+    more = tokens(3, 5, seed=1)
+    logits, _ = lm(more, final)
+    for row, text in enumerate(texts):
+        expected, _ = lm(torch.cat([text, more[row : row + 1]], dim=1))
+        assert_close(logits[row], expected[0, -5:], TOLERANCE)
+
+
+@pytest.mark.parametrize("wrong", ["attention_mask", "starts"])
+def test_a_mask_of_another_shape_is_refused_by_name(wrong):
+    with pytest.raises(LongrollError, match=f"`{wrong}`"):
+        lm_of("mamba2")(tokens(2, 5), **{wrong: torch.ones(2, 4)})
+
+
+def test_starts_at_padding_are_refused():
+    mask = torch.tensor([[0, 1, 1]])
+    with pytest.raises(LongrollError, match="`starts`"):
+        lm_of("mamba2")(tokens(1, 3), attention_mask=mask, starts=1 - mask)

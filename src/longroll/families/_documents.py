@@ -61,6 +61,8 @@ class Documents:
         """Every row is one document, padded or not."""
         if self.whole:
             return
+        if not bool(real.any()):
+            raise LongrollError("`attention_mask` marks no token as real: there is nothing to read.")
         if bool((begins & ~real).any()):
             raise LongrollError("`starts` marks padding as the first token of a document: mark real tokens.")
         row, time = real.nonzero(as_tuple=True)  # in the order of reading
@@ -76,20 +78,29 @@ class Documents:
         self._last = torch.ones(len(heads), dtype=torch.bool)
         self._last[:-1] = self._row[1:] != self._row[:-1]
 
-    def groups(self, *, padded: bool, together: bool = True) -> Iterator[Group]:
+    def groups(self, *, padded: bool, together: bool = True, once: bool = False) -> Iterator[Group]:
         """Documents to read in one forward each, the longest first.
 
         Args:
             padded: the family keeps padding out of its state; else documents of a group are of one length.
             together: documents that start from zero and others may share a group.
+            once: make one group of all.
+
+        Raises:
+            LongrollError: for `once` where one group cannot hold all.
         """
+        if once and not padded and len(set(self._length.tolist())) > 1:
+            raise LongrollError(
+                "This family reads documents of different lengths in several forwards, and the ranks of DDP "
+                "and FSDP must make equally many: give documents of one length, or train in one process."
+            )
         kinds = [torch.ones_like(self._fresh)] if together else [self._fresh, ~self._fresh]
         for kind in kinds:
             left = kind.nonzero().squeeze(1)
             left = left[self._length[left].argsort(descending=True, stable=True)]
             while len(left):
                 longest = int(self._length[left[0]])
-                least = longest if not padded else 1 if self.rows else longest // 2 + 1
+                least = longest if not padded else 1 if self.rows or once else longest // 2 + 1
                 taken = int((self._length[left] >= least).sum())
                 yield self._group(left[:taken].sort().values, longest)
                 left = left[taken:]

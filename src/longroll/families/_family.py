@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -25,6 +25,8 @@ from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
 from longroll.ops._backend import FLA, KERNELS
 from longroll.state import RecurrentState
+
+Restart = Literal["zero", "state"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Family:
         *,
         attention_mask: Tensor | None = None,
         starts: Tensor | None = None,
+        restart: Restart = "zero",
         logits: bool = True,
     ) -> tuple[Any, RecurrentState]:
         """Read tokens from an initial state: the one forward through which every state enters and leaves.
@@ -97,6 +100,7 @@ class Family:
             attention_mask: (B, T), nonzero at real tokens; None: every token is real.
             starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
                 document, which goes on from `state`.
+            restart: what a document marked in `starts` starts from: the zero state, or `state`'s of its row.
             logits: False runs the model without its head; `module` is then the model itself.
 
         Returns:
@@ -114,7 +118,7 @@ class Family:
         if attention_mask is not None or starts is not None:
             documents = Documents(attention_mask, starts, input_ids.shape)
             if not documents.whole:
-                return self._run_documents(module, input_ids, state, documents, logits)
+                return self._run_documents(module, input_ids, state, documents, restart, logits)
         return self._run_rows(module, input_ids, state, None, logits)
 
     def _run_rows(
@@ -141,17 +145,23 @@ class Family:
         input_ids: Tensor,
         state: RecurrentState | None,
         documents: Documents,
+        restart: Restart,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
         """A forward for each group of documents; outputs and final states back in their places."""
-        kept = state is not None and any(key.part == "attention" for key in state)
         results = Results(input_ids.shape, state)
-        for group in documents.groups(padded=self.masks_padding, together=not kept):
+        anew = None if state is None or restart == "zero" else state.part("recurrent", "conv")
+        # keys and values of the row are another document's, and zeros are no absence of them
+        apart = state is not None and any(key.part == "attention" for key in state)
+        once = isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule)
+        for group in documents.groups(padded=self.masks_padding, together=not apart, once=once):
             group = group.to(input_ids.device)
-            initial = None if state is None else state.rows(group.row)
-            if initial is not None:
-                # keys and values of the row are another document's, and zeros are no absence of them
-                initial = (None if group.fresh[0] else initial) if kept else initial.where(~group.fresh)
+            if state is None or (apart and group.fresh[0]):
+                initial = anew and anew.rows(group.row)
+            elif apart or restart == "state":
+                initial = state.rows(group.row)
+            else:
+                initial = state.rows(group.row).where(~group.fresh)
             ids = input_ids.flatten()[group.place]
             output, final = self._run_rows(module, ids, initial, group.real, logits)
             results.add(group, output.logits if logits else output.last_hidden_state, final)

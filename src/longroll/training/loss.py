@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,13 @@ def loss_and_state(
     targets: Tensor,
     state: RecurrentState | None = None,
     num_items: Tensor | int | None = None,
+    **documents: Any,
 ) -> tuple[Tensor, RecurrentState]:
-    """`hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph."""
-    hidden, final = lm(input_ids, state, logits=False)
+    """`hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
+
+    `documents` are the arguments `attention_mask`, `starts` and `restart` of `lm`.
+    """
+    hidden, final = lm(input_ids, state, logits=False, **documents)
     return hidden_loss(lm, hidden, targets, num_items), final
 
 
