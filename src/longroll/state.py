@@ -140,9 +140,11 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return {str(key): t for key, t in self.items()}
 
     @classmethod
-    def from_named(cls, tensors: Mapping[str, Tensor], *, seen: int = 0) -> RecurrentState:
+    def from_named(
+        cls, tensors: Mapping[str, Tensor], *, seen: int = 0, ragged: bool = False
+    ) -> RecurrentState:
         """Inverse of `named`."""
-        return cls({StateKey.parse(name): t for name, t in tensors.items()}, seen=seen)
+        return cls({StateKey.parse(name): t for name, t in tensors.items()}, seen=seen, ragged=ragged)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file, bit-exactly; written aside and renamed."""
@@ -151,7 +153,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.named().items()}
-        save_file(tensors, partial, metadata={"seen": str(self.seen)})
+        save_file(tensors, partial, metadata={"seen": str(self.seen), "ragged": str(self.ragged)})
         partial.replace(path)
 
     @classmethod
@@ -161,4 +163,6 @@ class RecurrentState(Mapping[StateKey, Tensor]):
 
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
-            return cls.from_named(tensors, seen=int(file.metadata()["seen"]))
+            metadata = file.metadata()
+            ragged = metadata.get("ragged") == "True"
+            return cls.from_named(tensors, seen=int(metadata["seen"]), ragged=ragged)
