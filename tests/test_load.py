@@ -148,7 +148,7 @@ def test_a_bad_dtype(checkpoint, dtype):
 
 @pytest.mark.parametrize("device", ["no-such-device", "cuda:99"])
 def test_a_bad_device(checkpoint, device):
-    with pytest.raises(LongrollError, match=f"--device {device}"):
+    with pytest.raises(LongrollError, match=f"`device` {device}"):
         longroll.load(checkpoint, device=device)
 
 

@@ -1,6 +1,7 @@
 """longroll: recurrent language models past their training length. The public names, loaded when used."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from longroll.state import RecurrentState, StateKey
     from longroll.training._posttrain import PosttrainOptions, posttrain
     from longroll.training.trainer import InitialStateTrainer
+
+    __version__: str
 
 _HOME = {
     "LongrollError": "errors",
@@ -73,8 +76,14 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("longroll")
     if name == "ops":
         return import_module("longroll.ops")
     if name in _HOME:
         return getattr(import_module(f"longroll.{_HOME[name]}"), name)
     raise AttributeError(f"module 'longroll' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

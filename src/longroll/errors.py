@@ -2,4 +2,8 @@
 
 
 class LongrollError(Exception):
-    """A problem in what longroll was given. The message names the flag or file and says how to mend it."""
+    """A problem in what longroll was given. The message names the argument or file and says how to mend it.
+
+    Arguments stand in backticks under their Python names; the command line writes its flags in their place
+    (`longroll.cli._flags`).
+    """

@@ -263,13 +263,13 @@ def _device_of(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise LongrollError(f"--device {device} is not to be had here: {reason}. Try cpu.") from None
+        raise LongrollError(f"`device` {device} is not to be had here: {reason}. Try cpu.") from None
 
 
 def _dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise LongrollError(f"--dtype {name} is not a torch dtype: try float32, bfloat16 or float16.")
+        raise LongrollError(f"`dtype` {name} is not a torch dtype: try float32, bfloat16 or float16.")
     return found
 
 

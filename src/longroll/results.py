@@ -83,7 +83,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise LongrollError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise LongrollError(f"{path} is not JSON ({error}): name a file made with --json.") from None
+        raise LongrollError(f"{path} is not JSON ({error}): name a file of results.") from None
 
 
 def _finite(data: Any) -> Any:

@@ -67,5 +67,5 @@ def test_document_indices():
 def test_no_tokens():
     with pytest.raises(LongrollError, match="no tokens"):
         Corpus.from_texts([""], ByteTokenizer())
-    with pytest.raises(LongrollError, match="--max-tokens 0"):
+    with pytest.raises(LongrollError, match="`max_tokens` 0"):
         Corpus.from_texts(["a"], ByteTokenizer(), max_tokens=0)

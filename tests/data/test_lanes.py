@@ -115,7 +115,7 @@ def test_errors():
     for numbers in ({"lanes": 0}, {"lanes": 1, "steps": 0}):
         with pytest.raises(LongrollError, match="at least one of each"):
             Lanes(make_corpus([[1, 2]]), 4, **numbers)
-    with pytest.raises(LongrollError, match="--length 0"):
+    with pytest.raises(LongrollError, match="`length` 0"):
         Lanes(make_corpus([[1, 2]]), 0, 1)
     with pytest.raises(IndexError):
         Lanes(make_corpus([[1, 2]]), 1, 1)[1]

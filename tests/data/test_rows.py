@@ -62,7 +62,7 @@ class TestColumns:
 
     def test_several_strings(self, tmp_path: Path, name, write):
         path = write(tmp_path / name, [{"title": "a", "body": "b"}])
-        with pytest.raises(LongrollError, match=r"--text-column; it has title, body"):
+        with pytest.raises(LongrollError, match=r"`text_column`; it has title, body"):
             list(read_documents(path))
 
     def test_missing(self, tmp_path: Path, name, write):

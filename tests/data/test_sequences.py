@@ -43,7 +43,7 @@ def test_fewer_with_a_warning(caplog):
 def test_too_little():
     corpus = make_corpus(distinct([11, 5]))
     message = (
-        "asked for 2 sequences of 10 tokens.* 1 of 2 documents.* longest has 11 .*--length.*--concatenate"
+        "asked for 2 sequences of 10 tokens.* 1 of 2 documents.* longest has 11 .*`length`.*`concatenate`"
     )
     with pytest.raises(LongrollError, match=message):
         long_sequences(corpus, 10, 2)

@@ -68,9 +68,9 @@ class TestChoice:
         assert isinstance(load_tokenizer(vocab_size=256), ByteTokenizer)
 
     def test_none(self, tmp_path: Path):
-        with pytest.raises(LongrollError, match=r"no tokenizer beside the model.*--tokenizer"):
+        with pytest.raises(LongrollError, match=r"no tokenizer beside the model.*`name_or_path`"):
             load_tokenizer(model_path=tmp_path, vocab_size=257)
-        with pytest.raises(LongrollError, match="--tokenizer"):
+        with pytest.raises(LongrollError, match="`name_or_path`"):
             load_tokenizer()
 
 
@@ -102,5 +102,5 @@ class TestErrors:
 
 def test_check_vocabulary():
     check_vocabulary(255, 256)
-    with pytest.raises(LongrollError, match=r"gpt gives id 256, the model has 256 entries.*--tokenizer"):
+    with pytest.raises(LongrollError, match=r"gpt gives id 256, the model has 256 entries.*`tokenizer`"):
         check_vocabulary(256, 256, tokenizer="gpt")

@@ -20,7 +20,7 @@ def test_every_target_once(documents, length, separator_id, seed):
         joined += ([separator_id] if joined and separator_id is not None else []) + document
     corpus = make_corpus(documents, separator_id)
     if len(joined) <= length:
-        with pytest.raises(LongrollError, match="--train-length"):
+        with pytest.raises(LongrollError, match="smaller `length`"):
             Windows(corpus, length, seed=seed)
         return
     windows = Windows(corpus, length, seed=seed)
@@ -63,7 +63,7 @@ def test_collates_and_pickles():
 def test_errors():
     with pytest.raises(LongrollError, match="needs 11 tokens of text, and there are 10"):
         Windows(make_corpus([list(range(10))]), 10)
-    with pytest.raises(LongrollError, match="--length 0"):
+    with pytest.raises(LongrollError, match="`length` 0"):
         Windows(make_corpus([[1, 2]]), 0)
     with pytest.raises(IndexError):
         Windows(make_corpus([[1, 2]]), 1)[1]

@@ -149,7 +149,7 @@ def test_loading_before_the_first_use_or_saving_before_it_loses_no_draws(kind):
 @every
 @pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
 def test_no_probability(kind, probability):
-    with pytest.raises(LongrollError, match="--zero-probability"):
+    with pytest.raises(LongrollError, match="`zero_probability`"):
         kind(zero_probability=probability)
 
 
@@ -244,7 +244,7 @@ def test_random_noise_has_its_size_whatever_was_seen(std):
 
 @pytest.mark.parametrize("std", [-1.0, float("nan"), float("inf")])
 def test_random_noise_of_no_size(std):
-    with pytest.raises(LongrollError, match="--noise-std"):
+    with pytest.raises(LongrollError, match="`std`"):
         RandomNoise(std)
 
 
@@ -297,5 +297,5 @@ def test_fitted_noise_of_a_constant_state_is_that_state():
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
 def test_no_momentum(momentum):
-    with pytest.raises(LongrollError, match="--momentum"):
+    with pytest.raises(LongrollError, match="`momentum`"):
         FittedNoise(momentum)

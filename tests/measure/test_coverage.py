@@ -152,5 +152,5 @@ def test_refusals():
         coverage(zoo.lm_of("mamba2"), zoo.tokens(8, 64), 16, [16])
     with pytest.raises(LongrollError, match="at least 4"):
         coverage(zoo.lm_of("mamba2"), zoo.tokens(3, 64), 16)
-    with pytest.raises(LongrollError, match="--train-length"):
+    with pytest.raises(LongrollError, match="`train_length`"):
         coverage(zoo.lm_of("mamba2"), zoo.tokens(8, 64))

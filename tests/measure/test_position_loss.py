@@ -140,7 +140,7 @@ def test_what_cannot_be_measured():
         position_loss(lm, tokens(1, 9)[0])
     with pytest.raises(LongrollError, match=str(VOCAB)):
         position_loss(lm, tokens(2, 9) + VOCAB)
-    with pytest.raises(LongrollError, match="--chunk-size 0"):
+    with pytest.raises(LongrollError, match="`chunk_size` 0"):
         position_loss(lm, tokens(2, 9), chunk_size=0)
 
 
@@ -251,9 +251,9 @@ def test_diagnose_of_the_control():
 
 
 def test_what_cannot_be_diagnosed(forgetful):
-    with pytest.raises(LongrollError, match="--train-length"):
+    with pytest.raises(LongrollError, match="`train_length`"):
         diagnose(forgetful, tokens(4, 65))
-    with pytest.raises(LongrollError, match=r"64 positions.*--length"):
+    with pytest.raises(LongrollError, match=r"64 positions.*`tokens.shape\[1\]`"):
         diagnose(forgetful, tokens(4, 65), train_length=64)
-    with pytest.raises(LongrollError, match=r"3 sequences.*--sequences"):
+    with pytest.raises(LongrollError, match=r"3 sequences.*`tokens.shape\[0\]`"):
         diagnose(forgetful, tokens(3, 65), train_length=16)

@@ -76,7 +76,7 @@ def test_sentences():
 def test_refusals(planted_coverage):
     with pytest.raises(LongrollError, match="too few"):
         causal(planted_lm(), texts_of_twin()[:, :20], planted_coverage, TRAIN_LENGTH)
-    with pytest.raises(LongrollError, match="--train-length"):
+    with pytest.raises(LongrollError, match="`train_length`"):
         causal(planted_lm(), texts_of_twin(), planted_coverage)
     with pytest.raises(LongrollError, match="rescale, swap"):
         causal(planted_lm(), texts_of_twin(), planted_coverage, TRAIN_LENGTH, mode="erase")

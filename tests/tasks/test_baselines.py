@@ -94,7 +94,7 @@ def test_the_surest_chunk_answers(tokens):
 
 
 def test_a_chunk_has_to_have_room():
-    with pytest.raises(LongrollError, match="--window"):
+    with pytest.raises(LongrollError, match="`window`"):
         best_chunk(11)(zoo.lm_of("mamba2"), [sample(0)])
 
 

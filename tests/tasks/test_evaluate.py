@@ -127,7 +127,7 @@ def test_a_fingerprint_sees_one_changed_weight():
 
 
 def test_no_samples_is_refused():
-    with pytest.raises(LongrollError, match="--samples 0"):
+    with pytest.raises(LongrollError, match="`samples` 0"):
         evaluate_grid(zoo.lm_of("mamba2"), [], [], samples=0)
 
 

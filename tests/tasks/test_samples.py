@@ -101,7 +101,7 @@ def test_depth_is_where_the_needle_stands(name):
 
 def test_a_length_that_is_too_short_is_named():
     for task in tasks(BYTES).values():
-        with pytest.raises(LongrollError, match=r"length 40: .* takes at least .*--lengths"):
+        with pytest.raises(LongrollError, match=r"length 40: .* takes at least .*`length`"):
             task.sample(40, rng=np.random.default_rng(0))
 
 
@@ -157,7 +157,7 @@ def test_babilong_scatters_the_facts_in_order():
 
 def test_books_without_sentences_are_refused():
     task = BABILong(BYTES, "qa1", STORIES, ["No. Yes. No. " * 100], few_shot=False)
-    with pytest.raises(LongrollError, match="--books"):
+    with pytest.raises(LongrollError, match="`books`"):
         task.sample(900, rng=np.random.default_rng(0))
 
 
@@ -194,7 +194,7 @@ def test_stories_come_with_all_facts_so_far_and_no_questions(tmp_path: Path):
 def test_stories_of_the_published_dataset():
     row = {"input": "A is in b. C went to d.", "question": "Where is A? ", "target": "b"}
     assert stories_of([row]) == [Story(("A is in b.", "C went to d."), "Where is A?", "b")]
-    with pytest.raises(LongrollError, match=r"--facts RMT-team/none .* hub"):  # offline, or no such name
+    with pytest.raises(LongrollError, match=r"`source` RMT-team/none .* hub"):  # offline, or no such name
         read_stories("RMT-team/none", "qa1")
 
 

@@ -67,7 +67,7 @@ def test_prompts_can_be_learned_too():
 
 
 def test_a_batch_smaller_than_a_sample_is_refused():
-    with pytest.raises(LongrollError, match="--windows 4"):
+    with pytest.raises(LongrollError, match="`windows` 4"):
         TaskRows([TASKS["passkey"]], 300, 8, lanes=2, windows=4)
 
 

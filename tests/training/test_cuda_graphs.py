@@ -15,14 +15,14 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 
 
 def test_a_cpu_has_none():
-    with pytest.raises(LongrollError, match="--cuda-graphs"):
+    with pytest.raises(LongrollError, match="cuda_graphs"):
         StepGraph(lm_of("mamba"))
 
 
 @on_a_gpu
 def test_attention_has_none():
     lm = lm_of("llama").to("cuda")
-    with pytest.raises(LongrollError, match="--cuda-graphs"):
+    with pytest.raises(LongrollError, match="cuda_graphs"):
         StepGraph(lm)
 
 

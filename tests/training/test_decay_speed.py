@@ -28,11 +28,11 @@ def test_every_parameter_is_in_one_group_and_only_decays_are_faster(family, tmp_
 @pytest.mark.parametrize(("family", "rank"), [("delta_net", 0), ("minimax", 0), ("mamba2", 2)])
 def test_a_speed_that_nothing_learns_at_is_refused(family, rank, tmp_path):
     model = _with_lora(build(family), rank)
-    with pytest.raises(LongrollError, match="--decay-speed"):
+    with pytest.raises(LongrollError, match="decay_speed"):
         InitialStateTrainer(model, TrainingArguments(output_dir=str(tmp_path)), decay_speed=30.0)
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf")])
 def test_a_speed_that_is_none_is_refused(speed):
-    with pytest.raises(LongrollError, match="--decay-speed"):
+    with pytest.raises(LongrollError, match="decay_speed"):
         PosttrainOptions(length=8, decay_speed=speed)

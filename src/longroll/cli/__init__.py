@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from longroll.cli import _console
 from longroll.cli._diagnose import diagnose
 from longroll.cli._doctor import doctor
 from longroll.cli._evaluate import app as evaluate
+from longroll.cli._flags import Command, UsageError, in_one_line
 from longroll.cli._lm_eval import lm_eval
 from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
@@ -19,31 +22,64 @@ INTERRUPTED = 130  # typer's exit status after Ctrl-C
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Keep recurrent language models working far past the length they were trained on.",
 )
-app.command("quickstart")(quickstart)
-app.command("diagnose")(diagnose)
-app.command("posttrain")(posttrain)
+app.command("quickstart", cls=Command)(quickstart)
+app.command("diagnose", cls=Command)(diagnose)
+app.command("posttrain", cls=Command)(posttrain)
 app.add_typer(evaluate, name="evaluate")
 app.command(
     "lm-eval",
     add_help_option=False,  # lm_eval's own answers --help
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval)
-app.command("report")(report)
-app.command("doctor")(doctor)
+app.command("report", cls=Command)(report)
+app.command("doctor", cls=Command)(doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from longroll import __version__
+
+        print(f"longroll {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no notices.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print what the libraries log, too.")
+    ] = False,
+) -> None:
+    """Options of every command, given before its name."""
+    if quiet and verbose:
+        raise LongrollError("--quiet and --verbose contradict each other: give one of them.")
+    _console.set_verbosity(-1 if quiet else int(verbose))
 
 
 def main() -> None:
     """Run a command; a problem the user can mend is one line, not a traceback."""
     try:
-        app()
+        status = app(prog_name="longroll", standalone_mode=False)
     except LongrollError as error:
-        sys.stderr.write(f"longroll: {error}\n")
-        raise SystemExit(2) from None
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
-        raise
+        _fail(str(error))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            error.show()
+            raise SystemExit(2) from None
+        _fail(in_one_line(error))
+    if status == INTERRUPTED:
+        sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
+    raise SystemExit(status)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"longroll: {message}\n")
+    raise SystemExit(2) from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,45 @@ console = Console(stderr=True)
 out = Console()
 
 
-def quiet() -> None:
-    """Keep other libraries' bars and warnings out of the way of ours."""
-    import warnings
+_verbosity = 0
 
+
+def set_verbosity(level: int) -> None:
+    """Choose what stands on standard error beside errors.
+
+    Args:
+        level: -1 for nothing; 0 for progress and notices; 1 for what the libraries log, too.
+    """
+    global _verbosity
+    _verbosity = level
+    console.quiet = level < 0
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO if level > 0 else logging.WARNING)
+    if _Notices not in map(type, root.handlers):
+        root.addHandler(_Notices())
+
+
+class _Notices(logging.Handler):
+    """Log records as lines on the console; Python's warnings without the line of code that gave them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.name == "py.warnings":
+            text = text.partition(": ")[2].partition("\n")[0]
+        elif _verbosity > 0:
+            text = f"{record.name}: {text}"
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def hush_libraries() -> None:
+    """Keep bars and warnings of other libraries out of the way of ours, unless --verbose asks for them."""
     from transformers.utils import logging
 
+    if _verbosity > 0:
+        logging.set_verbosity_info()
+        return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

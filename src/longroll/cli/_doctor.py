@@ -28,13 +28,13 @@ Markdown = Annotated[
 
 def doctor(families: Families = False, markdown: Markdown = None, json: o.Json = None) -> None:
     """Say what this machine can run and which kernels are in use, with the reason."""
-    from longroll.cli._console import out, quiet
+    from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
     from longroll.results import write_json
 
     if markdown is not None and not families:
         raise LongrollError("--markdown writes the table that --families makes: give both.")
-    quiet()
+    hush_libraries()
     found = examine()
     if families:
         found["families"] = try_families()

@@ -10,11 +10,13 @@ import typer
 
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
+from longroll.cli._flags import Command
+from longroll.cli._numbers import length_option
 
 app = typer.Typer(no_args_is_help=True, help="One measure at a time.")
 
 
-@app.command("loss")
+@app.command("loss", cls=Command)
 def loss(
     model: o.Model,
     text: o.Text = "stdlib",
@@ -84,7 +86,7 @@ def loss(
         write_json(output / "loss.json", result)
 
 
-@app.command("passkey")
+@app.command("passkey", cls=Command)
 def passkey(
     model: o.Model,
     lengths: t.Lengths = "256,1k,4k,16k",
@@ -110,11 +112,11 @@ def passkey(
     lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     text = t.open_haystack(haystack, tok, split="validation", seed=seed)
     task = Passkey(tok, haystack=text, instruction=instruction)
-    rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
+    rows = [Row(depth, task, depth) for depth in depths]
     t.run_task(
         lm,
         rows,
-        t.parse_lengths(lengths),
+        lengths,
         train_length=lm.train_length,
         samples=samples,
         batch_size=batch_size,
@@ -127,7 +129,7 @@ def passkey(
     )
 
 
-@app.command("niah")
+@app.command("niah", cls=Command)
 def niah(
     model: o.Model,
     lengths: t.Lengths = "1k,4k,16k",
@@ -150,11 +152,11 @@ def niah(
 
     lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     task = Niah(tok)
-    rows = [Row(depth, task, depth) for depth in t.parse_depths(depths)]
+    rows = [Row(depth, task, depth) for depth in depths]
     t.run_task(
         lm,
         rows,
-        t.parse_lengths(lengths),
+        lengths,
         train_length=lm.train_length,
         samples=samples,
         batch_size=batch_size,
@@ -167,12 +169,12 @@ def niah(
     )
 
 
-@app.command("copying")
+@app.command("copying", cls=Command)
 def copying(
     model: o.Model,
     lengths: t.Lengths = "10,20,50,100,150,200",
     train_length: Annotated[
-        int | None, typer.Option(help="Letters of the longest string of training, for the figure.", min=1)
+        int | None, length_option(help="Letters of the longest string of training, for the figure.")
     ] = None,
     samples: t.Samples = 64,
     batch_size: t.BatchSize = 64,
@@ -192,7 +194,7 @@ def copying(
     t.run_task(
         lm,
         [Row(None, Copying(tok))],
-        t.parse_lengths(lengths),
+        lengths,
         train_length=train_length,
         samples=samples,
         batch_size=batch_size,
@@ -205,7 +207,7 @@ def copying(
     )
 
 
-@app.command("babilong")
+@app.command("babilong", cls=Command)
 def babilong(
     model: o.Model,
     facts: t.Facts,
@@ -234,7 +236,7 @@ def babilong(
     t.run_task(
         lm,
         [Row(task.qa, task) for task in tasks],
-        t.parse_lengths(lengths),
+        lengths,
         train_length=lm.train_length,
         samples=samples,
         batch_size=batch_size,
@@ -247,7 +249,7 @@ def babilong(
     )
 
 
-@app.command("compare")
+@app.command("compare", cls=Command)
 def compare(
     results: Annotated[
         list[Path], typer.Argument(help="Files that the task commands wrote, or recipes/results/*.json.")

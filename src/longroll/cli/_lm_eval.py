@@ -7,10 +7,10 @@ import typer
 
 def lm_eval(context: typer.Context) -> None:
     """lm-evaluation-harness with one more model type: --model longroll --model_args pretrained=MODEL."""
-    from longroll.cli._console import quiet
+    from longroll.cli._console import hush_libraries
     from longroll.errors import LongrollError
 
-    quiet()
+    hush_libraries()
     try:
         from longroll.harness import main
     except ImportError as error:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longroll.cli._numbers import length_option
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,16 +33,14 @@ TokenizerName = Annotated[
     typer.Option("--tokenizer", help='A tokenizer folder, hub id, or "bytes". Default: the model\'s.'),
 ]
 TrainLength = Annotated[
-    int | None, typer.Option(help="Length the model was trained at. Default: what its config says.", min=1)
+    int | None, length_option(help="Length the model was trained at. Default: what its config says.")
 ]
-Length = Annotated[int, typer.Option(help="Positions to measure.", min=1)]
+Length = Annotated[int, length_option(help="Positions to measure; k and M are 1024 and 1024 x 1024: 16k.")]
 Sequences = Annotated[int, typer.Option(help="Texts to measure.", min=1)]
 Concatenate = Annotated[
     bool, typer.Option("--concatenate", help="Join documents where none is long enough, rather than fail.")
 ]
-ChunkSize = Annotated[
-    int | None, typer.Option(help="Tokens of a text in one forward. Default: by memory.", min=1)
-]
+ChunkSize = Annotated[int | None, length_option(help="Tokens of a text in one forward. Default: by memory.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on a CPU.")]
 TrustRemoteCode = Annotated[
@@ -71,10 +71,10 @@ def open_model(
     model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool = False
 ) -> RecurrentLM:
     """Load a model, and say so while it takes its time."""
-    from longroll.cli._console import console, quiet
+    from longroll.cli._console import console, hush_libraries
     from longroll.model import load
 
-    quiet()
+    hush_libraries()
     with console.status(f"loading {model}"):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 

@@ -10,6 +10,7 @@ import typer
 
 from longroll.cli import _options as o
 from longroll.cli._diagnose import findings, run_diagnosis
+from longroll.cli._numbers import length_option
 from longroll.cli._posttrain import make_intervention, run_posttrain
 
 # of the specimen, measured: recipes/README.md
@@ -18,7 +19,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, DECAY_SPEED, ZERO_PROBABILITY = 200, 16, 1e-3,
 
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the report and the model.")] = Path("longroll-out"),
-    length: Annotated[int, typer.Option(help="Positions to measure.", min=1024)] = 16_384,
+    length: Annotated[int, length_option(help="Positions to measure.", minimum=1024)] = 16_384,
     sequences: Annotated[int, typer.Option(help="Texts to measure.", min=4)] = 16,
     steps: Annotated[int, typer.Option(help="Steps of repair.", min=1)] = STEPS,
     device: o.Device = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longroll.cli import _options as o
+from longroll.cli._numbers import length_option, parse_depths, parse_lengths
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -21,9 +22,21 @@ if TYPE_CHECKING:
     from longroll.training import PosttrainOptions
 
 Lengths = Annotated[
-    str, typer.Option(help="Lengths in tokens, with commas; k and M are 1024 and 1024 x 1024: 256,1k,16k.")
+    Any,
+    typer.Option(
+        help="Lengths in tokens, with commas; k and M are 1024 and 1024 x 1024: 256,1k,16k.",
+        parser=parse_lengths,
+        metavar="LENGTHS",
+    ),
 ]
-Depths = Annotated[str, typer.Option(help="Where the needle stands, 0 (first) to 1 (last), with commas.")]
+Depths = Annotated[
+    Any,
+    typer.Option(
+        help="Where the needle stands, 0 (first) to 1 (last), with commas.",
+        parser=parse_depths,
+        metavar="DEPTHS",
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Samples of each length and depth.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Samples read together.", min=1)]
 HaystackText = Annotated[
@@ -53,52 +66,13 @@ HowRead = Annotated[
         "range of --window tokens), chunk (answer from the best --window tokens: OPRM).",
     ),
 ]
-Window = Annotated[int | None, typer.Option(help="Of --reading. Default: the training length.", min=1)]
+Window = Annotated[int | None, length_option(help="Of --reading. Default: the training length.")]
 Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
 ]
 
 HAYSTACK_TOKENS = 1 << 22
 """Read of a text to hide needles in; longer prompts go through it again."""
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Numbers like 256, 1k and 1.5M, in ascending order.
-
-    Raises:
-        LongrollError: for anything else.
-    """
-    from longroll.errors import LongrollError
-
-    lengths = set()
-    for part in text.split(","):
-        number, unit = part.strip(), 1
-        if number[-1:].lower() in ("k", "m"):
-            number, unit = number[:-1], 1 << (10 if number[-1].lower() == "k" else 20)
-        try:
-            lengths.add(int(float(number) * unit))
-        except ValueError:
-            raise LongrollError(f"--lengths {text}: {part!r} is no length; write 256,1k,16k.") from None
-    if min(lengths) < 0:
-        raise LongrollError(f"--lengths {text}: a length is not negative.")
-    return sorted(lengths)
-
-
-def parse_depths(text: str) -> list[float]:
-    """Numbers from 0 to 1, in ascending order.
-
-    Raises:
-        LongrollError: for anything else.
-    """
-    from longroll.errors import LongrollError
-
-    try:
-        depths = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        depths = []
-    if not depths or depths[0] < 0 or depths[-1] > 1:
-        raise LongrollError(f"--depths {text}: depths are numbers from 0 to 1, with commas: 0.1,0.5,0.9.")
-    return depths
 
 
 def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:

@@ -63,7 +63,7 @@ def texts(rows: Iterable[Row], text_column: str | None, where: str) -> Iterator[
         if not isinstance(text, str):
             raise LongrollError(
                 f"{where}: column {column!r} of row {number} holds {type(text).__name__}, not text: "
-                "name the column of text with --text-column"
+                "name the column of text by `text_column`"
             )
         # JSON can hold halves of surrogate pairs, which are in no encoding: they become "?"
         yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
@@ -216,7 +216,7 @@ def _parquet(path: Path, text_column: str | None) -> Iterator[str]:
             if column not in strings:
                 raise LongrollError(
                     f"{path}: column {column!r} holds {schema.field(column).type}, not text: "
-                    "name the column of text with --text-column"
+                    "name the column of text by `text_column`"
                 )
             without = 0
             for batch in table.iter_batches(batch_size=64, columns=[column]):

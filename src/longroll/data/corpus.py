@@ -81,7 +81,7 @@ class Corpus:
 
             tokenizer = ByteTokenizer()
         if max_tokens is not None and max_tokens < 1:
-            raise LongrollError(f"--max-tokens {max_tokens}: ask for at least one token")
+            raise LongrollError(f"`max_tokens` {max_tokens}: ask for at least one token")
         ids, offsets, size = array("i"), array("q", [0]), 0  # grow in place: one copy of the tokens in memory
         with _reporting(progress, max_tokens) as report:
             for text in texts:

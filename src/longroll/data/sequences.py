@@ -34,7 +34,7 @@ def long_sequences(
         LongrollError: there is not enough text.
     """
     if length < 1 or count < 1:
-        raise LongrollError(f"--length {length}, --sequences {count}: both are at least 1")
+        raise LongrollError(f"`length` {length}, `count` {count}: both are at least 1")
     order = np.random.default_rng(seed).permutation(corpus.documents)
     size = length + 1
     if concatenate:
@@ -74,5 +74,5 @@ def _shortage(corpus: Corpus, length: int, count: int) -> str:
 
 def _mends(concatenate: bool) -> str:
     """What the user can do about it."""
-    join = "" if concatenate else "join documents with --concatenate, "
-    return f"ask for a smaller --length or fewer --sequences, {join}or give more text"
+    join = "" if concatenate else "join documents by `concatenate`, "
+    return f"ask for a smaller `length` or `count`, {join}or give more text"

@@ -120,7 +120,7 @@ def load_tokenizer(
     if vocab_size is not None and vocab_size <= ByteTokenizer.vocab_size:
         return ByteTokenizer()
     raise LongrollError(
-        f"{reason.rstrip('.')}: name a tokenizer with --tokenizer (a folder, a hub id or bytes; "
+        f"{reason.rstrip('.')}: name a tokenizer (`name_or_path`: a folder, a hub id or bytes; "
         "the state-spaces/mamba checkpoints use EleutherAI/gpt-neox-20b)"
     )
 
@@ -139,7 +139,7 @@ def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "th
     if max_id >= model_vocab_size:
         raise LongrollError(
             f"tokens outside the vocabulary of the model: {tokenizer} gives id {max_id}, the model has "
-            f"{model_vocab_size} entries; name the model's own tokenizer with --tokenizer"
+            f"{model_vocab_size} entries; name the model's own `tokenizer`"
         )
 
 

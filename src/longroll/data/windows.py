@@ -40,7 +40,7 @@ class Windows(Dataset[Item]):
         if self.windows < 1:
             raise LongrollError(
                 f"a window of {length} tokens needs {length + 1} tokens of text, "
-                f"and there are {len(self.ids)}: ask for a smaller --train-length or give more text"
+                f"and there are {len(self.ids)}: ask for a smaller `length` or give more text"
             )
         items = self.windows if num_items is None else num_items
         rounds = range(-(-items // self.windows))
@@ -60,5 +60,5 @@ class Windows(Dataset[Item]):
 def _positive(length: int) -> int:
     """Check the length of a window."""
     if length < 1:
-        raise LongrollError(f"--length {length}: a window has at least one token")
+        raise LongrollError(f"`length` {length}: a window has at least one token")
     return length

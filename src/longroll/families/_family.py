@@ -196,7 +196,7 @@ class Family:
         if limit is not None and stop > limit:
             raise LongrollError(
                 f"{model.config.model_type} has embeddings for {limit} positions and was asked for {stop}: "
-                f"evaluate it with --length {limit} or less."
+                f"read {limit} tokens or less (`tokens.shape[1]`)."
             )
 
 

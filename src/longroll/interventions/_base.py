@@ -34,7 +34,7 @@ class Intervention:
 
     def __init__(self, *, zero_probability: float = 0.0, conv: bool = True, seed: int = 0) -> None:
         if not 0 <= zero_probability <= 1:
-            raise LongrollError(f"--zero-probability {zero_probability} is not a probability: 0 to 1.")
+            raise LongrollError(f"`zero_probability` {zero_probability} is not a probability: 0 to 1.")
         self.zero_probability = zero_probability
         self.conv = conv
         self.seed = seed

@@ -32,7 +32,7 @@ class FittedNoise(Intervention):
     ) -> None:
         super().__init__(zero_probability=zero_probability, conv=conv, seed=seed)
         if not 0 <= momentum < 1:
-            raise LongrollError(f"--momentum {momentum} must be in [0, 1).")
+            raise LongrollError(f"`momentum` {momentum} must be in [0, 1).")
         self.momentum = momentum
         self.moments = RecurrentState({})  # two rows, of a number a head: mean and mean square
         self.like = RecurrentState({})  # one row, for its shapes: it takes no memory

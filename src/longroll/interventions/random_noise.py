@@ -31,7 +31,7 @@ class RandomNoise(Intervention):
     ) -> None:
         super().__init__(zero_probability=zero_probability, conv=conv, seed=seed)
         if not 0 <= std < math.inf:
-            raise LongrollError(f"--noise-std {std} is not a size: 0 or above.")
+            raise LongrollError(f"`std` {std} is not a size: 0 or above.")
         self.std = std
         self.shapes: RecurrentState | None = None  # one row, for its shapes
 

@@ -202,7 +202,7 @@ def coverage(
     if not lm.family.recurrent:
         raise LongrollError(f"{lm.name} has no recurrent state to compare.")
     if train_length is None:
-        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+        raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
     length = tokens.shape[1]
     far = list(positions) if positions is not None else far_positions(length, train_length)
     if not far or min(far) <= train_length or max(far) > length:

@@ -96,13 +96,15 @@ def diagnose(
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     train_length = train_length or lm.train_length
     if train_length is None:
-        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+        raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
     if length <= train_length:
         raise LongrollError(
-            f"{length} positions do not go past the training length {train_length}: raise --length."
+            f"{length} positions do not go past `train_length` {train_length}: raise `tokens.shape[1]`."
         )
     if rows < 4:
-        raise LongrollError(f"{rows} sequences are too few for an interval: give at least 4 (--sequences).")
+        raise LongrollError(
+            f"{rows} sequences are too few for an interval: give at least 4 (`tokens.shape[0]`)."
+        )
     watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
     rolled = time.perf_counter()
     carried = position_loss(

@@ -159,7 +159,7 @@ def state_ablation(
     """
     train_length = train_length or lm.train_length
     if train_length is None:
-        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+        raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
     if mode not in ("rescale", "swap"):
         raise LongrollError(f"mode {mode!r} is not one of rescale, swap.")
     length = tokens.shape[1] - 1

@@ -222,5 +222,5 @@ def _check(
     if min(ends) < 1 or max(ends) > length:
         raise LongrollError(f"ends must lie in 1..{length}, the {length} tokens given.")
     if chunk_size is not None and chunk_size < 1:
-        raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
+        raise LongrollError(f"`chunk_size` {chunk_size}: a chunk has at least one token.")
     check_ids(lm, tokens)

@@ -64,7 +64,7 @@ def roll_out(
     rows, length = input_ids.shape
     check_ids(lm, input_ids)
     if chunk_size is not None and chunk_size < 1:
-        raise LongrollError(f"--chunk-size {chunk_size}: a chunk has at least one token.")
+        raise LongrollError(f"`chunk_size` {chunk_size}: a chunk has at least one token.")
     input_ids = input_ids.to(lm.device)
     chunk_size = chunk_size or max(64, chunk_tokens(lm) // rows)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else

@@ -112,6 +112,6 @@ class Task:
         if length < fixed:
             raise LongrollError(
                 f"length {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes at "
-                f"least {fixed} tokens; ask for longer ones (--lengths, in training --train-length)."
+                f"least {fixed} tokens; ask for longer ones (`length`)."
             )
         return length - fixed

@@ -68,7 +68,7 @@ def _from_hub(name: str, qa: str) -> list[Story]:
     except Exception as problem:  # datasets, the hub's client and HTTP each have their own
         said = " ".join(str(problem).split())[:200]
         raise LongrollError(
-            f"--facts {name} is no folder here and cannot be had from the hub: {said}"
+            f"`source` {name} is no folder here and cannot be had from the hub: {said}"
         ) from None
     return stories_of(rows)
 
@@ -87,10 +87,10 @@ def stories_of(rows: Iterable[Mapping[str, str]]) -> list[Story]:
 
 def _find(folder: Path, qa: str, split: str) -> Path:
     if not folder.is_dir():
-        raise LongrollError(f"--facts {folder} is no folder: name the one with bAbI's files (unpacked).")
+        raise LongrollError(f"`source` {folder} is no folder: name the one with bAbI's files (unpacked).")
     for below in _FOLDERS:
         for path in sorted((folder / below).glob(f"{qa}_*_{split}.txt")):
             return path
     raise LongrollError(
-        f"--facts {folder} has no {qa}_*_{split}.txt, here or in en-10k or en: get bAbI tasks_1-20_v1-2."
+        f"`source` {folder} has no {qa}_*_{split}.txt, here or in en-10k or en: get bAbI tasks_1-20_v1-2."
     )

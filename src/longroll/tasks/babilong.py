@@ -102,9 +102,7 @@ class BABILong(Task):
         while tokens > 0:
             empty += 1
             if empty > 1000:
-                raise LongrollError(
-                    f"--books: no sentence of {SHORTEST} tokens or more is to be found in them."
-                )
+                raise LongrollError(f"`books` hold no sentence of {SHORTEST} tokens or more.")
             book = self.books[int(rng.integers(len(self.books)))]
             start = int(rng.integers(len(book)))
             sentences = split_sentences(book[start : start + 10 * tokens + 1000])

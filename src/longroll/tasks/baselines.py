@@ -115,8 +115,7 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
             room = window - len(head) - len(tail)
             if room < 1:
                 raise LongrollError(
-                    f"--reading chunk: instruction and question fill all {window} tokens of --window: "
-                    "give a longer one."
+                    f"`window` {window}: instruction and question fill all its tokens: give a longer one."
                 )
             for at in range(0, max(1, len(context)), room):
                 prompts.append(np.concatenate([head, context[at : at + room], tail]))
@@ -161,35 +160,35 @@ def _scaled(
 
 
 def make_reading(
-    name: str, lm: RecurrentLM, *, window: int | None, rows: Sequence[Row], length: int
+    reading: str, lm: RecurrentLM, *, window: int | None, rows: Sequence[Row], length: int
 ) -> Reading:
     """A reading by its name on the command line.
 
     Args:
-        name: "plain", "reset", "decay", "clip" or "chunk".
+        reading: "plain", "reset", "decay", "clip" or "chunk".
         lm: the model.
         window: tokens it works over; T is the natural choice.
         rows: of the grid that it is for: "clip" takes its limits from the beginnings of such prompts.
         length: the longest of the grid.
 
     Raises:
-        LongrollError: for another name, without a window, and for a model without recurrent state.
+        LongrollError: for another reading, without a window, and for a model without recurrent state.
     """
-    if name not in READINGS:
-        raise LongrollError(f"--reading {name} is not one of {', '.join(READINGS)}.")
-    if name == "plain":
+    if reading not in READINGS:
+        raise LongrollError(f"`reading` {reading} is not one of {', '.join(READINGS)}.")
+    if reading == "plain":
         return prefill_samples
     if window is None:
         raise LongrollError(
-            f"--reading {name} needs --window: the model does not say how long it was trained."
+            f"`reading` {reading} needs a `window`: the model does not say how long it was trained."
         )
-    if name == "reset":
+    if reading == "reset":
         return last_window(window)
-    if name == "chunk":
+    if reading == "chunk":
         return best_chunk(window, tokens=2 if isinstance(rows[0].task.tokenizer, ByteTokenizer) else 1)
     if not lm.layers:
-        raise LongrollError(f"--reading {name}: {lm.name} has no recurrent state.")
-    if name == "decay":
+        raise LongrollError(f"`reading` {reading}: {lm.name} has no recurrent state.")
+    if reading == "decay":
         return decayed(1 - 1 / window, after=window)
     drawn = (rows[0].task.sample(length, rng=random_of(TRAINING, number)) for number in range(16))
     prompts = [sample.prompt[:window] for sample in drawn]

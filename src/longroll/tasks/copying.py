@@ -42,7 +42,7 @@ class Copying(Task):
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """A random string of `length` letters; the prompt has two tokens more, the answer ends with `.`."""
         if length < 1:
-            raise LongrollError(f"length {length} (--lengths): a string to copy has at least one letter.")
+            raise LongrollError(f"length {length} (`length`): a string to copy has at least one letter.")
         drawn = rng.integers(len(LETTERS), size=length)
         letters = self.letters[drawn]
         prompt = np.concatenate([self.begin, letters, self.middle])

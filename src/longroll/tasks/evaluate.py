@@ -71,7 +71,7 @@ def evaluate_grid(
         LongrollError: for no samples, and lengths too short for the task.
     """
     if samples < 1 or batch_size < 1:
-        raise LongrollError(f"--samples {samples}, --batch-size {batch_size}: both are at least 1.")
+        raise LongrollError(f"`samples` {samples}, `batch_size` {batch_size}: both are at least 1.")
     cells = list(finished)
     known = {(cell["length"], cell["row"]) for cell in cells}
     done = 0

@@ -52,7 +52,7 @@ class TaskRows(Dataset[Item]):
             )
         if lanes < windows:
             raise LongrollError(
-                f"--windows {windows}: a batch of {lanes} rows is too small for a sample to end in each."
+                f"`windows` {windows}: a batch of {lanes} rows is too small for a sample to end in each."
             )
         self.tasks, self.length, self.rows, self.lanes = tasks, length, rows, lanes
         self.windows, self.seed, self.answers_only = windows, seed, answers_only

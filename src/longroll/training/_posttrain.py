@@ -30,7 +30,6 @@ from longroll.training.trainer import InitialStateTrainer
 
 _STARTED = "run.json"
 _FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change what is learned
-_FLAGS = {"length": "train_length", "std": "noise_std"}
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 _READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
@@ -77,19 +76,19 @@ class PosttrainOptions:
     def __post_init__(self) -> None:
         for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
             if getattr(self, name) < 1:
-                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1.")
+                raise LongrollError(f"`{name}` {getattr(self, name)} must be at least 1.")
         for name in ("weight_decay", "clip", "lora_rank"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise LongrollError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or above.")
+                raise LongrollError(f"`{name}` {getattr(self, name)} must be 0 or above.")
         if not 0 < self.learning_rate < math.inf:
-            raise LongrollError(f"--learning-rate {self.learning_rate} must be above 0.")
+            raise LongrollError(f"`learning_rate` {self.learning_rate} must be above 0.")
         if self.schedule not in list(SchedulerType):
             known = ", ".join(SchedulerType)
-            raise LongrollError(f"--schedule {self.schedule} is not one transformers knows: {known}.")
+            raise LongrollError(f"`schedule` {self.schedule} is not one transformers knows: {known}.")
         if not 0 < self.decay_speed < math.inf:
-            raise LongrollError(f"--decay-speed {self.decay_speed} must be above 0.")
+            raise LongrollError(f"`decay_speed` {self.decay_speed} must be above 0.")
         if not 0 <= self.warmup <= 1:
-            raise LongrollError(f"--warmup {self.warmup} is a share of the steps: 0 to 1.")
+            raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
     @property
     def tokens(self) -> int:
@@ -142,7 +141,7 @@ def posttrain(
         if corpus.tokens < rows * options.length:
             raise LongrollError(
                 f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
-                f"there are {corpus.tokens}: give more text, or a smaller --batch-size."
+                f"there are {corpus.tokens}: give more text, or a smaller `batch_size`."
             )
         data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
     else:
@@ -205,7 +204,7 @@ def _with_lora(model: Any, rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise LongrollError("--lora-rank needs peft: pip install 'longroll[lora]'.") from None
+        raise LongrollError("`lora_rank` needs peft: pip install 'longroll[lora]'.") from None
     linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     uses = Counter(linear.values())
     shared = [name for name, weight in linear.items() if uses[weight] > 1]  # would merge once for each use
@@ -218,26 +217,26 @@ def _with_lora(model: Any, rank: int) -> Any:
 def _writable(output: Path, resume: bool) -> Path:
     interrupted = (output / "checkpoints").exists()
     if (output / "config.json").exists() and not (resume and interrupted):
-        raise LongrollError(f"--output {output} already holds a model: name another folder, or remove it.")
+        raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
     if interrupted and not resume:
         raise LongrollError(
-            f"--output {output} holds an interrupted run: go on with it by --resume, or name another folder."
+            f"`output` {output} holds an interrupted run: go on with it by `resume`, or name another folder."
         )
     try:
         try_folder(output)
     except OSError as error:
-        raise LongrollError(f"--output {output} cannot be written: {error.strerror}.") from None
+        raise LongrollError(f"`output` {output} cannot be written: {error.strerror}.") from None
     return output
 
 
 def _described(options: PosttrainOptions, intervention: Intervention | None) -> dict[str, Any]:
-    """What makes a run this run, by flag."""
-    flags = {_FLAGS.get(name, name): value for name, value in vars(options).items() if name not in _FREE}
-    flags["intervention"] = "none" if intervention is None else intervention.name
+    """What makes a run this run, by argument."""
+    described = {name: value for name, value in vars(options).items() if name not in _FREE}
+    described["intervention"] = "none" if intervention is None else intervention.name
     for name, value in vars(intervention).items() if intervention else ():
         if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
-            flags[_FLAGS.get(name, name)] = value
-    return flags
+            described[name] = value
+    return described
 
 
 def _check_same_run(file: Path, started: dict[str, Any]) -> None:
@@ -245,8 +244,8 @@ def _check_same_run(file: Path, started: dict[str, Any]) -> None:
     for name, value in before.items():
         if started.get(name) != value:
             raise LongrollError(
-                f"--resume: the run was started with --{name.replace('_', '-')} {value}, not "
-                f"{started.get(name)}: go on as it was started, or name another --output."
+                f"`resume`: the run was started with `{name}` {value}, not "
+                f"{started.get(name)}: go on as it was started, or name another `output`."
             )
 
 
@@ -265,7 +264,7 @@ def _full_disk_is_said(output: Path) -> Iterator[None]:
         if not any(sign in str(error) for sign in _FULL):
             raise
         raise LongrollError(
-            f"--output {output} cannot be written to: {error}. Make room and go on by --resume, where a "
+            f"`output` {output} cannot be written to: {error}. Make room and go on by `resume`, where a "
             "checkpoint was written."
         ) from error
 

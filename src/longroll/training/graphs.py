@@ -38,9 +38,9 @@ class StepGraph:
         self, lm: RecurrentLM, *, dtype: torch.dtype | None = None, states: bool = True, pool: Any = None
     ) -> None:
         if lm.device.type != "cuda":
-            raise LongrollError("CUDA graphs (--cuda-graphs) need the model on a CUDA device.")
+            raise LongrollError("CUDA graphs (`cuda_graphs`) need the model on a CUDA device.")
         if lm.has_attention:
-            raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without --cuda-graphs.")
+            raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without `cuda_graphs`.")
         self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 

@@ -18,6 +18,6 @@ class LossGuard(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise LongrollError(
-                f"The loss is {loss} at step {state.global_step}: lower --learning-rate. Checkpoints so far "
+                f"The loss is {loss} at step {state.global_step}: lower `learning_rate`. Checkpoints so far "
                 f"are in {args.output_dir}."
             )

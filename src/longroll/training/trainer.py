@@ -70,7 +70,7 @@ class InitialStateTrainer(Trainer):
             )
         if decay_speed != 1 and not any(p.requires_grad for p in self._decays()):
             raise LongrollError(
-                f"--decay-speed: no parameter that is trained sets how fast {self.base.config.model_type} "
+                f"`decay_speed`: no parameter that is trained sets how fast {self.base.config.model_type} "
                 "forgets; LoRA leaves those as they are. Leave it out."
             )
         args.remove_unused_columns = False  # they hold shift_labels and starts
@@ -97,7 +97,7 @@ class InitialStateTrainer(Trainer):
         if self.args.gradient_checkpointing or self.args.world_size > 1 or self.args.fp16:
             raise LongrollError(
                 "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
-                "leave out --cuda-graphs, or these."
+                "leave out `cuda_graphs`, or these."
             )
         dtype = torch.bfloat16 if self.args.bf16 else None
         return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)

@@ -51,7 +51,7 @@ class NativeFamily(Family):
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> NativeCache:
         """The cache that starts a forward from `state`."""
         if input_ids.device.type != "cuda":
-            raise LongrollError(f"{model.config.model_type} runs on fla's GPU kernels only: --device cuda.")
+            raise LongrollError(f"{model.config.model_type} runs on fla's GPU kernels only: `device` cuda.")
         return NativeCache(self, model.config.num_hidden_layers, state)
 
     def model_class(self) -> type[PreTrainedModel]:

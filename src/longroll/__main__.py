@@ -1,0 +1,5 @@
+"""`python -m longroll`: the command line."""
+
+from longroll.cli import main
+
+main()

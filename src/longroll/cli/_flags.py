@@ -1,0 +1,74 @@
+"""Errors of the library name Python's arguments; a command's errors name its flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from longroll.errors import LongrollError
+
+ALIASES = {
+    "count": ("sequences",),
+    "length": ("train_length", "lengths"),
+    "name_or_path": ("tokenizer",),
+    "source": ("facts", "text"),
+    "std": ("noise_std",),
+    "tokens.shape[0]": ("sequences",),
+    "tokens.shape[1]": ("length", "lengths"),
+}
+"""Parameters of commands that hand over a value under another name than the library's."""
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Write flags in place of the Python arguments that a message names in backticks.
+
+    Args:
+        message: of a LongrollError.
+        flags: of the command, by parameter; an argument that no parameter sets stays as it is.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        return next((flags[key] for key in (name, *ALIASES.get(name, ())) if key in flags), match[0])
+
+    return re.sub(r"`([\w.\[\]]+)`", flag, message)
+
+
+UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
+
+
+def in_one_line(error: Any) -> str:
+    """What typer says of a wrong command line, and whose --help explains it."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    return f"{said} (see {error.ctx.command_path} --help)" if error.ctx else said
+
+
+class Command(TyperCommand):
+    """A command whose errors are LongrollErrors that name its flags."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the flags.
+
+        Raises:
+            LongrollError: for an unknown or missing flag, and a value that is not allowed.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            raise LongrollError(in_one_line(error)) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            LongrollError: of the library, in flags.
+        """
+        try:
+            return super().invoke(ctx)
+        except LongrollError as error:
+            flags = {param.name: param.opts[0] for param in self.params if param.param_type_name == "option"}
+            raise LongrollError(in_flags(str(error), flags)) from error
