@@ -41,7 +41,7 @@ def test_only_the_command_line_speaks_of_flags():
             text = re.sub(r"`longroll [^`]*`", "", node.value)  # a whole command is no flag
             if FLAG.search(text) and not re.fullmatch(r"--[a-z-]+", text):
                 told.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {node.value}")
-    assert not told, "name the argument in backticks, which the command line turns into its flag"
+    assert told == [], "name the argument in backticks, which the command line turns into its flag"
 
 
 def commands():

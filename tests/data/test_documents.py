@@ -274,12 +274,12 @@ class TestTextColumn:
     """The flag is honoured or refused, never ignored."""
 
     def test_refused_where_there_are_no_columns(self, mixed: Path):
-        with pytest.raises(LongrollError, match=r"--text-column body: .*plain text"):
+        with pytest.raises(LongrollError, match=r"`text_column` body: .*plain text"):
             read_documents(mixed / "good.txt", text_column="body")
-        with pytest.raises(LongrollError, match=r"--text-column body: stdlib is plain text"):
+        with pytest.raises(LongrollError, match=r"`text_column` body: stdlib is plain text"):
             read_documents("stdlib", text_column="body")
         (mixed / "package.json").unlink()
-        with pytest.raises(LongrollError, match=r"--text-column body: .*no file with columns"):
+        with pytest.raises(LongrollError, match=r"`text_column` body: .*no file with columns"):
             read_documents(mixed, text_column="body")
 
     def test_of_a_folder_only_rows_are_read(self, tmp_path: Path, caplog):

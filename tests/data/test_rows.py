@@ -169,7 +169,7 @@ def test_every_format_in_every_compression(tmp_path: Path, format: str, compress
         assert list(read_documents(path, split="all", text_column="url")) == [
             f"http://{i}" for i in range(len(TEXTS))
         ]
-        with pytest.raises(LongrollError, match=r"no column 'body'.*--text-column"):
+        with pytest.raises(LongrollError, match=r"no column 'body'.*`text_column`"):
             list(read_documents(path, split="all", text_column="body"))
 
 

@@ -82,7 +82,7 @@ def choose_column(columns: Sequence[str], strings: Sequence[str], asked: str | N
     if asked in columns:
         problem = f"has {columns.count(asked)} columns called {asked!r}"
     names = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
-    raise LongrollError(f"{where} {problem}: name one with --text-column; it has {names or 'none'}")
+    raise LongrollError(f"{where} {problem}: name one by `text_column`; it has {names or 'none'}")
 
 
 def _readable(rows: Iterator[Row], path: Path, what: str) -> Iterator[Row]:

@@ -77,7 +77,7 @@ def _stream(source: str | Path, split: str, text_column: str | None, seed: int |
     """The documents of one source; what is missing is said here, not at the first document."""
     if source == STDLIB:
         if text_column is not None:
-            raise LongrollError(f"--text-column {text_column}: stdlib is plain text, which has no columns")
+            raise LongrollError(f"`text_column` {text_column}: stdlib is plain text, which has no columns")
         return _local(STDLIB, standard_library(), split, None, seed, Skipped())
     path, notes = _path(source), Skipped()
     if not _exists(path):
@@ -94,7 +94,7 @@ def _stream(source: str | Path, split: str, text_column: str | None, seed: int |
             files = [file for file in files if is_rows(file)]
             if not files:
                 raise LongrollError(
-                    f"--text-column {text_column}: {path} has no file with columns ({', '.join(ROWS)})"
+                    f"`text_column` {text_column}: {path} has no file with columns ({', '.join(ROWS)})"
                 )
         return _local(path, files, split, text_column, seed, notes)
     try:
@@ -108,7 +108,7 @@ def _stream(source: str | Path, split: str, text_column: str | None, seed: int |
         ) from None
     if text_column is not None and not is_rows(path):
         raise LongrollError(
-            f"--text-column {text_column}: {path} is read as plain text, which has no columns; rows are in "
+            f"`text_column` {text_column}: {path} is read as plain text, which has no columns; rows are in "
             f"{', '.join(ROWS)}"
         )
     return _local(path, [path], split, text_column, seed, notes)

@@ -44,7 +44,7 @@ def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError) as problem:
-        raise LongrollError(f"--facts: {path} cannot be read: {problem}.") from None
+        raise LongrollError(f"`source`: {path} cannot be read: {problem}.") from None
     for number, line in enumerate(lines, start=1):
         count, _, text = line.partition(" ")
         if not count.isdigit() or not text:
