@@ -60,7 +60,7 @@ def test_each_argument_becomes_its_flag(command):
 
 @pytest.mark.parametrize(
     ("argument", "flag", "value"),
-    [("learning_rate", "--learning-rate", 0.0), ("warmup", "--warmup", 2.0), ("lora_rank", "--lora-rank", -1)],
+    [("learning_rate", "--learning-rate", 0.0), ("warmup", "--warmup", 2.0), ("clip", "--clip", -1.0)],
 )
 def test_python_reads_the_argument_and_the_terminal_the_flag(argument, flag, value, tmp_path):
     with pytest.raises(longroll.LongrollError, match=f"^`{argument}` {value} must|^`{argument}` {value} is"):
