@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longroll import ops
     from longroll.errors import LongrollError
+    from longroll.families import Family, register_family
     from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
     from longroll.measure._coverage import coverage
     from longroll.measure._diagnose import Diagnosis, diagnose
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from longroll.measure._state_ablation import causal, state_ablation
     from longroll.measure._state_statistics import state_statistics
     from longroll.measure.remembrance import effective_remembrance, remembrance_map
-    from longroll.model import RecurrentLM, load
+    from longroll.model import RecurrentLM, load, wrap
     from longroll.state import RecurrentState, StateKey
     from longroll.training._posttrain import PosttrainOptions, posttrain
     from longroll.training.trainer import InitialStateTrainer
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _HOME = {
     "LongrollError": "errors",
     "load": "model",
+    "wrap": "model",
+    "Family": "families",
+    "register_family": "families",
     "RecurrentLM": "model",
     "RecurrentState": "state",
     "StateKey": "state",
@@ -50,6 +54,7 @@ _HOME = {
 __all__ = [
     "TBPTT",
     "Diagnosis",
+    "Family",
     "FittedNoise",
     "InitialStateTrainer",
     "Intervention",
@@ -69,9 +74,11 @@ __all__ = [
     "ops",
     "position_loss",
     "posttrain",
+    "register_family",
     "remembrance_map",
     "state_ablation",
     "state_statistics",
+    "wrap",
 ]
 
 

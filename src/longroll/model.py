@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from longroll._plugins import Build, Plugin
+from longroll._self_check import check_chunks, check_gradients, check_pure, check_weights
 from longroll.errors import LongrollError
 from longroll.families import (
+    BUILT_IN,
+    MODEL_TYPE,
+    PlainFamily,
+    PlainModel,
     family_of,
     is_original,
     is_rwkv_file,
+    known_family,
     load_original,
     load_rwkv,
     model_class,
 )
 from longroll.families._family import Restart
-from longroll.state import RecurrentState
-
-_FLIPPED = 0.2
-"""How far a state or half of the tokens' logits may be from what they should be, after experts that flip."""
+from longroll.state import Part, RecurrentState
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,16 @@ class RecurrentLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, name: str = "") -> None:
         super().__init__()
-        self.family = family_of(model.config.model_type)
+        if not isinstance(model, PreTrainedModel):
+            raise LongrollError(
+                f"{type(model).__name__} is no model of transformers: longroll.wrap(module, vocab_size=...)."
+            )
+        self.family = PlainFamily() if isinstance(model, PlainModel) else family_of(model.config.model_type)
         self.family.prepare(model)
         self.model = model
         self.name = name or model.config.name_or_path or model.config.model_type
+        self.flags: tuple[str, ...] | None = ()
+        """What the command line needs besides `name` to open the model again; None: it cannot."""
         self._layers: list[RecurrentLayer] | None = None
         self.train(model.training)
 
@@ -106,8 +117,17 @@ class RecurrentLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: ids at or above it are outside the vocabulary."""
-        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
-        return weight.shape[0]
+        return self.family.vocab_size(self.model)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a hidden state, as `logits=False` gives it."""
+        return self.family.width(self.model)
+
+    @property
+    def own(self) -> bool:
+        """Whether the model is of a family that longroll does not bring: the user's, or another package's."""
+        return self.model.config.model_type not in BUILT_IN
 
     @property
     def train_length(self) -> int | None:
@@ -126,7 +146,9 @@ class RecurrentLM(nn.Module):
         """The recurrent layers, in order; empty for the Transformer control."""
         if self._layers is None:
             self._layers = [
-                RecurrentLayer(key.layer, self.family.kind, t.shape[1], tuple(t.shape[1:]))
+                RecurrentLayer(
+                    key.layer, self.family.layer_kind(self.model, key), t.shape[1], tuple(t.shape[1:])
+                )
                 for key, t in self.zero_state(1).items()
                 if key.part == "recurrent"
             ]
@@ -147,70 +169,83 @@ class RecurrentLM(nn.Module):
         state = state.part("recurrent", "conv")
         return state.map(lambda t: torch.zeros(batch_size, *t.shape[1:], dtype=t.dtype, device=t.device))
 
-    @torch.no_grad()
     def self_check(self, *, tokens: int = 48, seed: int = 0) -> None:
-        """Refuse to go on with a model whose chunked forward is not its full forward.
+        """Refuse to go on with a model whose numbers would be wrong.
+
+        A chunked forward must be the full one. A model that is not of longroll's own families must also be a
+        function of tokens and state, write into neither, and let the gradient through from the initial state
+        to the logits and the final state.
 
         Args:
             tokens: how many are read, at least 7.
             seed: of the tokens.
 
         Raises:
-            LongrollError: for weights that are not finite, and for a chunked forward (two long chunks, one
-                token, two) whose states or logits differ from the full one; it names the layer.
+            LongrollError: for weights that are not finite, and for what does not hold; it names the layer.
         """
-        for parameter_name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise LongrollError(
-                    f"{self.name}: {parameter_name} holds NaN or infinity; the checkpoint is broken."
-                )
         was_training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.vocab_size, (2, tokens), generator=generator).to(self.device)
-        full, full_state = self(ids)
-        pieces, state = [], None
-        half = tokens // 2
-        for piece in ids.split([half, tokens - half - 3, 1, 2], dim=1):  # a state lost last shows most
-            hidden, state = self(piece, state, logits=False)
-            pieces.append(self.head(hidden))
-        assert state is not None
-        limit, flips = self._limit(), self._flips()
-        for key in full_state:
-            apart = _apart(state[key].flatten(), full_state[key].flatten())
-            at_most = _FLIPPED if flips and key.layer else limit
-            self._hold(f"layer {key.layer}, {key.part} state", apart, at_most)
-        logits = torch.cat(pieces, dim=1)
-        if flips:
-            self._hold("the logits", _apart(logits, full)[:, half:].median(), _FLIPPED)
-        else:
-            self._hold("the logits", _apart(logits.flatten(), full.flatten()), limit)
+        check_weights(self)
+        if self.own:
+            check_pure(self, ids)
+        check_chunks(self, ids)
+        if self.own and self.family.recurrent:
+            check_gradients(self, ids)
         self.train(was_training)
 
-    def _hold(self, what: str, apart: Tensor, limit: float) -> None:
-        difference, dtype = apart.item(), next(self.model.parameters()).dtype
-        if not difference < limit:  # NaN fails too
-            raise LongrollError(
-                f"{self.name} fails the self-check at {what}: a chunked forward differs from the full one by "
-                f"{difference:.1e} (relative; limit {limit:.0e}, {dtype}). Its numbers past one chunk would "
-                "be wrong. Update transformers, or report this with the model's config."
-            )
 
-    def _limit(self) -> float:
-        """How far apart rounding may drive two forwards that should be one."""
-        if next(self.model.parameters()).dtype.itemsize < 4:
-            return 5e-2
-        return 1e-3 if self.device.type == "cpu" else 1e-2  # where cudnn and fla take tf32 for float32
+def wrap(
+    module: nn.Module,
+    *,
+    vocab_size: int,
+    train_length: int | None = None,
+    head: Callable[[Tensor], Tensor] | None = None,
+    name: str = "",
+    batch_axis: int | Mapping[str, int] | None = None,
+    part: Mapping[str, Part] | None = None,
+) -> RecurrentLM:
+    """Make a `RecurrentLM` of any module whose `forward(ids, state)` returns `(logits, state)`.
 
-    def _flips(self) -> bool:
-        """Whether a rounding may send a token to other experts."""
-        exact = next(self.model.parameters()).dtype.itemsize >= 4 and self.device.type == "cpu"
-        return not exact and any("expert" in name for name, _ in self.model.named_modules())
+    The state is a tensor, or a tuple, list or dict of tensors, nested to any depth, whose sizes depend on the
+    batch alone; None is the zero state. A few forwards show how it is laid out; `print(lm)` and `lm.layers`
+    say what was found. The name of a state tensor is its keys and indices from the root, joined by dots (`h`,
+    `0.conv`), or `state` where there is one tensor only. Training changes the module itself, not a copy.
 
+    Args:
+        module: the model; ids are (B, T), logits (B, T, vocab_size).
+        vocab_size: V.
+        train_length: the length the model was trained at.
+        head: maps what the module returns, hidden states (B, T, ...), to logits; a submodule of `module`, a
+            module beside it, or a function. None: the module returns logits.
+        name: what to call it in reports; default: the module's class.
+        batch_axis: which axis of the state tensors is the batch, for all or by name. A batch axis above 0, as
+            nn.GRU has, comes after one that counts layers. Default: the axis whose size follows the batch.
+        part: of the state tensors that are named, `recurrent`, `conv` (tails of short convolutions, token
+            shifts) or `attention` (what a new text starts without, such as positions: no intervention sets
+            it). Default: `conv` where a tensor depends on the last few tokens only, `attention` for integers.
 
-def _apart(actual: Tensor, expected: Tensor) -> Tensor:
-    """Norm of the difference of (..., D) over that of what is expected, (...)."""
-    return (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
+    Returns:
+        The model in eval mode, after its self-check.
+
+    Raises:
+        LongrollError: for a forward or a state that is not as said here, arguments that do not fit them, and
+            a failed self-check; it names the tensor.
+    """
+    model = PlainModel(
+        module,
+        vocab_size=vocab_size,
+        train_length=train_length,
+        head=head,
+        name=name,
+        batch_axis=batch_axis,
+        part=part,
+    )
+    lm = RecurrentLM(model).eval()
+    lm.flags = None
+    lm.self_check()
+    return lm
 
 
 def load(
@@ -219,38 +254,112 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    plugin: str | Build | None = None,
 ) -> RecurrentLM:
     """Open a checkpoint: a folder of transformers, fla or state-spaces, a hub id of one, an RWKV `.pth` file.
 
     Args:
-        path_or_hub_id: a folder, a file, a hub id, or "specimen" for the small model inside the package.
+        path_or_hub_id: a folder, a file, a hub id, or "specimen" for the small model inside the package; with
+            a `plugin` that builds models a name that it knows, or a folder of a model that it built.
         device: default: a GPU if there is one.
-        dtype: default: float32 on a CPU, the checkpoint's own on a GPU.
-        trust_remote_code: run code that comes with the checkpoint; off unless the user asks.
+        dtype: default: float32 on a CPU, the checkpoint's own on a GPU; for a plug-in's models: their own.
+        trust_remote_code: run code that comes with the checkpoint; off unless the user asks. It runs before
+            the model type is judged, so that it can register its family.
+        plugin: `my_module`, imported first, or `my_module:build`, or the function `build` itself, which makes
+            a RecurrentLM, an nn.Module or a model of transformers of the name.
 
     Returns:
         The model in eval mode, after its self-check.
 
     Raises:
-        LongrollError: for a missing or broken checkpoint, an unknown architecture, a failed self-check.
+        LongrollError: for a missing or broken checkpoint, an unknown architecture, a plug-in that fails, a
+            failed self-check.
     """
     device = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype_of(dtype)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     name = str(path_or_hub_id)
+    imported = None if plugin is None else Plugin(plugin)
+    if imported is not None and imported.build is not None:
+        lm = _build(imported, name)
+        if isinstance(dtype, torch.dtype):
+            lm = lm.to(dtype)
+    else:
+        dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+        lm = RecurrentLM(_open(name, dtype, trust_remote_code), name=name)
+    if imported is not None:
+        lm.flags = imported.flags
+    elif trust_remote_code:
+        lm.flags = ("--trust-remote-code",)
+    lm = lm.to(device).eval()
+    lm.self_check()
+    return lm
+
+
+def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
     folder = SPECIMEN if name == "specimen" else Path(name)
     source = str(folder) if folder.exists() else name
     if is_rwkv_file(source):
-        model = load_rwkv(Path(source), dtype=dtype)
-    elif is_original(config := _read_config(source)):
-        model = load_original(_local_folder(source), dtype=dtype)
-    else:
-        family_of(config.get("model_type"))
-        loader = model_class(config.get("model_type")) or AutoModelForCausalLM
-        model = _load_transformers(loader, source, dtype, trust_remote_code)
-    lm = RecurrentLM(model, name=name).to(device).eval()
-    lm.self_check()
+        return load_rwkv(Path(source), dtype=dtype)
+    config = _read_config(source)
+    if is_original(config):
+        return load_original(_local_folder(source), dtype=dtype)
+    model_type = config.get("model_type")
+    if model_type == MODEL_TYPE:
+        raise LongrollError(
+            f"{source} holds the weights of a module that was wrapped: `plugin` names what builds it "
+            f"({config.get('plugin') or 'my_module:build'})."
+        )
+    if trust_remote_code:
+        _load_code(source, config)
+    elif config.get("auto_map") and known_family(model_type) is None:
+        raise LongrollError(
+            f"{source}: the model type {model_type!r} comes with code of its own. Run it by "
+            "`trust_remote_code`."
+        )
+    family_of(model_type)
+    return _load_transformers(
+        model_class(model_type) or AutoModelForCausalLM, source, dtype, trust_remote_code
+    )
+
+
+def _load_code(source: str, config: dict) -> None:
+    """Import the class that comes with a checkpoint, whose module may register a family."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    reference = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    if reference is not None:
+        try:
+            get_class_from_dynamic_module(reference, source)
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise LongrollError(f"{source}: its code cannot be loaded ({reference}): {said}") from error
+
+
+def _build(plugin: Plugin, name: str) -> RecurrentLM:
+    """What a plug-in makes of a name; of a folder of a model that it built: that model with these weights."""
+    saved = _saved_module(name)
+    built = (saved.get("built") or name) if saved else name
+    made = plugin(built)
+    if isinstance(made, nn.Module) and not isinstance(made, RecurrentLM | PreTrainedModel):
+        made = wrap(made, vocab_size=_logits_width(made), name=name)
+    if not isinstance(made, RecurrentLM | PreTrainedModel):
+        raise LongrollError(
+            f"`plugin` {plugin.name} gives {type(made).__name__} for {built!r}, not a RecurrentLM, an "
+            "nn.Module or a model of transformers."
+        )
+    lm = made if isinstance(made, RecurrentLM) else RecurrentLM(made)
+    lm.name = name
+    if isinstance(lm.model, PlainModel):
+        lm.model.config.plugin, lm.model.config.built = plugin.name, built
+        if saved is not None:
+            lm.model.load_weights(Path(name))
+            lm.model.config.train_length = saved.get("train_length")
+    elif saved is not None:
+        raise LongrollError(
+            f"{name} holds the weights of a wrapped module, and `plugin` {plugin.name} gives "
+            f"{type(lm.model).__name__} for {built!r}: name the plug-in that built it."
+        )
     return lm
 
 
@@ -284,6 +393,26 @@ def _read_config(source: str) -> dict:
     if not isinstance(config, dict):
         raise LongrollError(f"{path} holds no model's config: it must be a JSON object.")
     return config
+
+
+def _saved_module(name: str) -> dict | None:
+    """The config beside the weights of a wrapped module, where `name` is such a folder."""
+    if not (Path(name) / "config.json").is_file():
+        return None
+    config = _read_config(name)
+    return config if config.get("model_type") == MODEL_TYPE else None
+
+
+@torch.no_grad()
+def _logits_width(module: nn.Module) -> int:
+    """V of a module that returns logits."""
+    weight = next(module.parameters(), None)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=None if weight is None else weight.device)
+    try:
+        return module(ids, None)[0].shape[-1]
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise LongrollError(f"{type(module).__name__}: forward(ids, None) gives no logits: {said}") from error
 
 
 def _local_folder(source: str, *, only_config: bool = False) -> Path:
@@ -320,4 +449,4 @@ def _load_transformers(
     return model
 
 
-__all__ = ["SPECIMEN", "RecurrentLM", "RecurrentLayer", "load"]
+__all__ = ["SPECIMEN", "RecurrentLM", "RecurrentLayer", "load", "wrap"]

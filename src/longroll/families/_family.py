@@ -24,7 +24,7 @@ from longroll.families._documents import Documents, Results
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
 from longroll.ops._backend import FLA, KERNELS
-from longroll.state import RecurrentState
+from longroll.state import RecurrentState, StateKey
 
 Restart = Literal["zero", "state"]
 
@@ -66,6 +66,27 @@ class Family:
     def on_fla(self) -> bool:
         """Whether its recurrence runs on fla's kernels, on a GPU that has them."""
         return KERNELS.get(self.op or "") == FLA or (self.kernel or "").startswith("fla.")
+
+    def vocab_size(self, model: PreTrainedModel) -> int:
+        """Rows of the embedding: ids at or above it are outside the vocabulary."""
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        return weight.shape[0]
+
+    def width(self, model: PreTrainedModel) -> int:
+        """Numbers of a hidden state."""
+        return model.get_input_embeddings().embedding_dim  # type: ignore[return-value]
+
+    def head_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """The weights that `head` reads, those among them that are trained."""
+        return [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+
+    def layer_kind(self, model: PreTrainedModel, key: StateKey) -> str:
+        """What the recurrence of a layer is called in `RecurrentLM.layers`."""
+        return self.kind
+
+    def state_name(self, model: PreTrainedModel, key: StateKey) -> str:
+        """What a state tensor is called in messages."""
+        return f"layer {key.layer}, {key.part} state"
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make `model` ready to take a state: once, after loading."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._family import Family
 from longroll.families.minimax import Minimax
@@ -59,19 +58,4 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _CONTROL,
 }
 
-
-def family_of(model_type: str | None) -> Family:
-    """The row for a `model_type`.
-
-    Raises:
-        LongrollError: for an architecture that is not in the table.
-    """
-    if model_type not in FAMILIES:
-        raise LongrollError(
-            f"model_type {model_type!r} is not one longroll can open yet; it opens: {', '.join(FAMILIES)}, "
-            "and original state-spaces checkpoints."
-        )
-    return FAMILIES[model_type]
-
-
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family"]

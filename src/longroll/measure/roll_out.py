@@ -22,8 +22,7 @@ def chunk_tokens(lm: RecurrentLM) -> int:
     """Tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
     if lm.device.type != "cuda" or lm.has_attention:  # its memory grows with tokens times keys
         return _CPU_TOKENS
-    width: int = lm.model.get_input_embeddings().embedding_dim  # type: ignore[assignment]
-    return max(_CPU_TOKENS, min(_GPU_TOKENS, free_bytes(lm.device) // 4 // (_TOKEN_BYTES * width)))
+    return max(_CPU_TOKENS, min(_GPU_TOKENS, free_bytes(lm.device) // 4 // (_TOKEN_BYTES * lm.width)))
 
 
 def free_bytes(device: torch.device) -> int:

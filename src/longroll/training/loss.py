@@ -58,7 +58,7 @@ def hidden_loss(
         return torch.stack(
             [next_token_loss(head(h), y, num_items) for h, y in zip(*pieces, strict=True)]
         ).sum()
-    weights = [p for p in lm.model.get_output_embeddings().parameters() if p.requires_grad]
+    weights = lm.family.head_parameters(lm.model)
     return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / num_items
 
 
