@@ -257,3 +257,31 @@ def test_what_cannot_be_diagnosed(forgetful):
         diagnose(forgetful, tokens(4, 65), train_length=64)
     with pytest.raises(LongrollError, match=r"3 sequences.*`tokens.shape\[0\]`"):
         diagnose(forgetful, tokens(3, 65), train_length=16)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "rwkv"])
+def test_padded_and_packed_rows_give_the_losses_of_their_documents(name):
+    lm = lm_of(name)
+    ids = tokens(2, 20)
+    mask, starts = torch.ones_like(ids), torch.zeros_like(ids)
+    mask[0, :6] = 0
+    starts[1, [0, 7, 19]] = 1
+    found = position_loss(lm, ids, attention_mask=mask, starts=starts, chunk_size=4)
+    for row, start, stop in ((0, 6, 20), (1, 0, 7), (1, 7, 19)):
+        expected = position_loss(lm, ids[row : row + 1, start:stop]).losses[0]
+        assert torch.allclose(found.losses[row, start : stop - 1], expected, atol=1e-5)
+    counted = torch.ones(2, 19, dtype=torch.bool)
+    counted[0, :6] = counted[1, [6, 18]] = False
+    assert torch.equal(found.counted, counted)
+    assert found.mean[3].item() == pytest.approx(found.losses[1, 3].item())  # the other row is padding there
+    assert found.between(0, 7) == pytest.approx(
+        torch.cat([found.losses[0, 6:7], found.losses[1, :6]]).mean().item()
+    )
+    assert torch.isnan(found.mean).tolist() == [False] * 18 + [False]
+    assert np.isfinite(found.curve()["loss"]).all() and np.isfinite(found.low).all()
+
+
+def test_a_watch_wants_rows_of_one_document():
+    ids = tokens(2, 20)
+    with pytest.raises(LongrollError, match="`watch`"):
+        position_loss(lm_of("mamba2"), ids, starts=ids == ids[0, 3], watch=lambda *_: None)

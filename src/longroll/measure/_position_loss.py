@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.roll_out import check_ids, roll_out
 from longroll.model import RecurrentLM
@@ -26,15 +27,17 @@ class PositionLoss:
 
     losses: Tensor
     """(B, L) float32, on the CPU."""
+    counted: Tensor | None = None
+    """(B, L), false where no next token of the same document follows; None: true everywhere."""
 
     @cached_property
     def _interval(self) -> tuple[Tensor, Tensor, Tensor]:
-        return bootstrap_mean(self.losses)
+        return bootstrap_mean(self.losses, counted=self.counted)
 
     @property
     def mean(self) -> Tensor:
-        """Mean over sequences at each position, (L,)."""
-        return self.losses.double().mean(dim=0)
+        """Mean over sequences at each position, (L,); NaN where no sequence has a target."""
+        return _mean(self.losses, self.counted, 0)
 
     @property
     def low(self) -> Tensor:
@@ -48,14 +51,19 @@ class PositionLoss:
 
     def between(self, start: int, stop: int) -> float:
         """Mean loss over positions [start, stop)."""
-        return self.losses[:, start:stop].double().mean().item()
+        counted = None if self.counted is None else self.counted[:, start:stop]
+        return _mean(self.losses[:, start:stop], counted).item()
 
     def curve(self, per_octave: int = 6) -> dict[str, list[float]]:
         """The loss over log-spaced bins of positions [start, stop), with its interval."""
         edges = log_spaced(self.losses.shape[1], per_octave)
         bins = list(zip([0, *edges[:-1]], edges, strict=True))
-        binned = torch.stack([self.losses[:, a:b].double().mean(dim=1) for a, b in bins], dim=1)
-        mean, low, high = bootstrap_mean(binned)
+        counted = [None if self.counted is None else self.counted[:, a:b] for a, b in bins]
+        means = [_mean(self.losses[:, a:b], c, 1) for (a, b), c in zip(bins, counted, strict=True)]
+        exist = [c.any(dim=1) for c in counted if c is not None]
+        mean, low, high = bootstrap_mean(
+            torch.stack(means, dim=1), counted=torch.stack(exist, dim=1) if exist else None
+        )
         return {
             "start": [a for a, _ in bins],
             "stop": [b for _, b in bins],
@@ -65,6 +73,13 @@ class PositionLoss:
             "low": low.tolist(),
             "high": high.tolist(),
         }
+
+
+def _mean(losses: Tensor, counted: Tensor | None, dim: int | None = None) -> Tensor:
+    """Mean of what counts, in float64."""
+    if counted is None:
+        return losses.double().mean(dim=dim)
+    return losses.double().where(counted, 0).sum(dim=dim) / counted.sum(dim=dim)
 
 
 def log_spaced(length: int, per_octave: int) -> list[int]:
@@ -81,6 +96,8 @@ def position_loss(
     stops: Iterable[int] = (),
     watch: Callable[[int, RecurrentState], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    attention_mask: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> PositionLoss:
     """Measure the loss at every position of `tokens` from the zero state, in constant memory.
 
@@ -91,12 +108,24 @@ def position_loss(
         stops: positions at which `watch` must see the state.
         watch: called with how many tokens were read, and the state, after every chunk.
         progress: called with how many positions of each row are done.
+        attention_mask: (B, L + 1), nonzero at real tokens; None: every token is real.
+        starts: (B, L + 1), nonzero at the first token of each document inside a row, which is read from the
+            zero state; None: each row is one document. Only tokens that the next token of the same document
+            follows have a loss (`PositionLoss.counted`).
 
     Raises:
-        LongrollError: for fewer than two tokens, and tokens outside the vocabulary.
+        LongrollError: for fewer than two tokens, tokens outside the vocabulary, a mask or starts of another
+            shape, and `watch` or `stops` together with either: documents end at different positions.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
+    documents = None
+    if attention_mask is not None or starts is not None:
+        documents = Documents(attention_mask, starts, tokens.shape)
+    if documents is not None and not documents.whole:
+        if watch is not None or tuple(stops):
+            raise LongrollError("`watch` and `stops` need rows of one document each, without padding.")
+        return _of_documents(lm, tokens, documents, chunk_size, progress)
     check_ids(lm, tokens)
     tokens = tokens.to(lm.device)
     losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # a GPU need not be waited for
@@ -108,6 +137,29 @@ def position_loss(
         if progress is not None:
             progress(stop)
     return PositionLoss(losses.cpu())
+
+
+def _of_documents(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    documents: Documents,
+    chunk_size: int | None,
+    progress: Callable[[int], None] | None,
+) -> PositionLoss:
+    """The losses of documents, those of one length at a time."""
+    losses = torch.zeros(tokens.numel())
+    counted = torch.zeros(tokens.numel(), dtype=torch.bool)
+    done = 0
+    for group in documents.groups(padded=False):
+        if group.place.shape[1] > 1:
+            place = group.place[:, :-1].flatten()
+            ids = tokens.flatten()[group.place.to(tokens.device)]
+            losses[place] = position_loss(lm, ids, chunk_size=chunk_size).losses.flatten()
+            counted[place] = True
+        done += group.place.numel()
+        if progress is not None:
+            progress(done * tokens.shape[1] // tokens.numel())
+    return PositionLoss(losses.view(tokens.shape)[:, :-1], counted.view(tokens.shape)[:, :-1])
 
 
 @torch.no_grad()
