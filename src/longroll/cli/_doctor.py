@@ -25,8 +25,23 @@ Markdown = Annotated[
     ),
 ]
 
+Packing = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Say whether documents packed into one row see each other in this model.",
+    ),
+]
 
-def doctor(families: Families = False, markdown: Markdown = None, json: o.Json = None) -> None:
+
+def doctor(
+    families: Families = False,
+    markdown: Markdown = None,
+    packing: Packing = None,
+    device: o.Device = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = None,
+) -> None:
     """Say what this machine can run and which kernels are in use, with the reason."""
     from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
@@ -35,6 +50,17 @@ def doctor(families: Families = False, markdown: Markdown = None, json: o.Json =
     if markdown is not None and not families:
         raise LongrollError("--markdown writes the table that --families makes: give both.")
     hush_libraries()
+    if packing is not None:
+        if families:
+            raise LongrollError("`packing` tries one model and `families` tiny ones: give one of them.")
+        result = try_packing(packing, device=device, trust_remote_code=trust_remote_code)
+        for sentence in result["sentences"]:
+            out.print(sentence, markup=False, soft_wrap=True)
+        if json:
+            write_json(json, result)
+        return
+    if device is not None or trust_remote_code:
+        raise LongrollError("`device` and `trust_remote_code` belong to `packing`: give a model there too.")
     found = examine()
     if families:
         found["families"] = try_families()
@@ -116,6 +142,14 @@ def try_families() -> list[dict[str, Any]]:
         done = iter(range(1, len(CONFIGS | ON_GPU) + 1))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return tabulate(device=device, advance=lambda: advance(next(done)))
+
+
+def try_packing(name: str, *, device: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Whether packed documents of a model see each other, as data."""
+    from longroll.conformance.packing import open_for_packing, packing
+
+    model, lm = open_for_packing(name, device=device, trust_remote_code=trust_remote_code)
+    return {"model": name} | packing(model, lm).to_json()
 
 
 def write_markdown(file: Path, rows: list[dict[str, Any]]) -> None:
