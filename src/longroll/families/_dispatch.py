@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longroll import ops
 from longroll.families._padding import limited_steps, no_step, still
+from longroll.ops._common import widen_float16
 
 
 class Start(NamedTuple):
@@ -147,7 +148,7 @@ def _chunk_scan(
 ):
     dt, dt_bias, dt_softplus, dt_limit = limited_steps(dt, dt_bias, dt_softplus, dt_limit, real)
     y, final_state = ops.ssd(
-        hidden_states,
+        widen_float16(hidden_states),
         dt,
         A,
         B,

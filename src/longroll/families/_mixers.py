@@ -23,7 +23,7 @@ from longroll.families._cache import StateCache
 from longroll.families._norms import is_fused
 from longroll.families._padding import limited_steps, no_step
 from longroll.ops._backend import choose
-from longroll.ops._common import product_dtype, state_dtype
+from longroll.ops._common import product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
 
 
@@ -72,7 +72,7 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     gate, xBC, dt = projected.split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
     x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
     B, C = (t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C))
-    x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
+    x = widen_float16(x.unflatten(-1, (mixer.num_heads, mixer.head_dim)))
     dt, bias, softplus, limit = limited_steps(dt, mixer.dt_bias, True, mixer.time_step_limit, cache.real)
     y, final_state = ops.ssd(
         x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, None, bias, softplus,

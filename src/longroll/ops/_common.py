@@ -106,3 +106,8 @@ def product_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return torch.result_type(weight, x)
+
+
+def widen_float16(x: Tensor) -> Tensor:
+    """`x` in float32 where it is float16, in which an output that a norm would scale down may overflow."""
+    return x.float() if x.dtype == torch.float16 else x
