@@ -66,9 +66,14 @@ class CausalTest:
     mode: Mode
 
     @property
-    def explained(self) -> bool:
-        """Whether damage was found, and leaving the training range explains some of it."""
-        return self.all_heads is not None and self.all_heads.recovered >= _EXPLAINS
+    def explained(self) -> bool | None:
+        """Whether leaving the training range explains some of the damage; None where that cannot be told."""
+        found = self.all_heads
+        if found is None or not math.isfinite(found.recovered):
+            return None
+        if found.recovered >= _EXPLAINS:
+            return True
+        return None if found.high > _EXPLAINS else False
 
     @property
     def sentence(self) -> str:
@@ -78,6 +83,14 @@ class CausalTest:
         if self.all_heads is None:
             return f"No damage to explain: reading on costs {self.damage:.2f} nats."
         most = self.all_heads.recovered
+        if not math.isfinite(most):
+            return "With all heads held in range the loss is not finite: no share of the damage can be told."
+        if self.explained is None:
+            interval = f"{_percent(self.all_heads.low)} to {_percent(self.all_heads.high)}"
+            return (
+                "These texts are too few or too short to tell whether the range of the states explains the "
+                f"damage: with all heads held in it, {interval} comes back."
+            )
         ceiling = f"all heads together {_percent(most)}"
         if not self.explained:
             return (
@@ -119,6 +132,11 @@ class CausalTest:
 def _row(recovery: Recovery, what: str = "") -> dict:
     shares = {"recovered": recovery.recovered, "low": recovery.low, "high": recovery.high}
     return {"what": what or recovery.what, **shares, "heads": [list(head) for head in recovery.heads]}
+
+
+def _finite(recovery: Recovery) -> float:
+    """The share recovered, below all others where it is not finite."""
+    return recovery.recovered if math.isfinite(recovery.recovered) else -math.inf
 
 
 def _percent(share: float) -> str:
@@ -169,11 +187,12 @@ def state_ablation(
         )
     carried = carried or position_loss(lm, tokens)
     ends, excess = excess_loss(lm, tokens, carried, train_length)
-    far = [i for i, end in enumerate(ends) if end > length // 2]
+    half = train_length - train_length // 2  # what a probe compares; heads are held from T on
+    far = [i for i, end in enumerate(ends) if end > length // 2 and end >= train_length + half]
     damage = excess[:, far].double().mean().item()
     if damage <= DAMAGE or not math.isfinite(damage):
         return CausalTest(damage, [], [], None, mode)
-    spans = [(ends[i] - train_length + train_length // 2, ends[i]) for i in far]
+    spans = [(ends[i] - half, ends[i]) for i in far]
     trials = _Trials(
         lm, tokens, coverage, train_length, mode, interval or max(1, train_length // 4), progress
     )
@@ -199,13 +218,13 @@ def state_ablation(
             if not rest:
                 break
             single = measure([[*together[-1].heads, head] for head in rest])
-        best = max(single, key=lambda recovery: recovery.recovered)
+        best = max(single, key=_finite)
         if together and best.recovered < together[-1].recovered + _GAIN:
             break
         together.append(best)
         if best.recovered >= SHARE * everything.recovered:
             break
-    alone.sort(key=lambda recovery: -recovery.recovered)
+    alone.sort(key=_finite, reverse=True)
     return CausalTest(damage, alone, together, everything, mode)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
-from longroll.measure._state_ablation import state_ablation
+from longroll.measure._state_ablation import DAMAGE, state_ablation
 from longroll.measure._state_statistics import StateRecorder
 from longroll.measure.iid import ROWS, IIDTest, iid_test
 from longroll.measure.remembrance import remembrance_map, spread_starts
@@ -21,6 +21,7 @@ Progress = Callable[[str, int, int | None], None]
 
 _REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
 _CAUSAL_LENGTHS = 16  # training lengths of text that show the damage
+_LATER = "The damage begins past position {length}, up to which heads are held in range: none is named."
 
 
 def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[[int], None] | None:
@@ -68,22 +69,26 @@ def explain_coverage(
     """Which heads left their training range and, for a model that breaks, which of them do the damage."""
     found = watch.coverage.coverage()
     section = found.to_json()
-    if not healthy and tokens.shape[1] > 2 * train_length:
-        length = _CAUSAL_LENGTHS * train_length
-        test = state_ablation(
-            lm,
-            tokens[:, : length + 1],
-            found,
-            train_length,
-            carried=PositionLoss(carried.losses[:, :length]),
-            progress=stage(progress, "holding heads in range"),
-        )
-        section |= {
-            "causal": test.table(),
-            "causal_sentence": test.sentence,
-            "explained": test.explained,
-        }
-    return section
+    if healthy:
+        return section
+    measured, length = tokens.shape[1] - 1, _CAUSAL_LENGTHS * train_length
+    if measured < 2 * train_length:
+        short = f"{measured} positions are too few to tell which heads do the damage"
+        return section | {"causal_sentence": f"{short}: measure at least {2 * train_length}."}
+    test = state_ablation(
+        lm,
+        tokens[:, : length + 1],
+        found,
+        train_length,
+        carried=PositionLoss(carried.losses[:, :length]),
+        progress=stage(progress, "holding heads in range"),
+    )
+    later = test.damage <= DAMAGE and measured > length
+    return section | {
+        "causal": test.table(),
+        "causal_sentence": _LATER.format(length=length) if later else test.sentence,
+        "explained": test.explained,
+    }
 
 
 def explain_remembrance(
