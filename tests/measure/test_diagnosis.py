@@ -8,10 +8,11 @@ from planted import PLANTED, TRAIN_LENGTH, planted_lm, texts_of_twin, twin_lm
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import zoo
-from longroll import RecurrentLM, diagnose
+from longroll import RecurrentLM, diagnose, position_loss
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
 from longroll.measure._diagnose import TOLERANCE
 from longroll.measure.advice import advise
+from longroll.measure.explain import StateWatch, explain_coverage
 from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
 from longroll.state import StateKey
@@ -92,6 +93,16 @@ def test_a_hybrid_whose_attention_breaks_is_not_sent_to_repair_its_states():
     assert found.severity > TOLERANCE
     assert "does not explain the damage" in found.to_json()["coverage"]["causal_sentence"]
     assert found.advice.startswith("Its recurrent states are not the cause")
+
+
+@pytest.mark.parametrize(("length", "said"), [(28, "measure at least 32"), (384, "begins past position 256")])
+def test_what_cannot_be_told_is_not_blamed(length, said):
+    """Texts below 2 T, and damage that begins past the positions over which heads are held."""
+    texts = texts_of_twin()[:, : length + 1]
+    watch = StateWatch(planted_lm(), length, TRAIN_LENGTH, seed=0)
+    carried = position_loss(twin_lm(), texts, stops=watch.stops, watch=watch)
+    section = explain_coverage(twin_lm(), texts, carried, watch, TRAIN_LENGTH, healthy=False)
+    assert said in section["causal_sentence"] and section.get("explained") is None
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from planted import PLANTED, TRAIN_LENGTH, planted_lm, texts_of_twin, twin_lm
 
 from longroll.errors import LongrollError
 from longroll.measure._coverage import Head, coverage
-from longroll.measure._state_ablation import CausalTest, Recovery, causal
+from longroll.measure._state_ablation import DAMAGE, CausalTest, Recovery, causal, state_ablation
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,19 @@ def test_a_sound_model_has_no_damage_to_explain():
     assert found.sentence.startswith("No damage")
 
 
+@pytest.mark.parametrize("length", [2 * TRAIN_LENGTH, 2 * TRAIN_LENGTH + 1, 39, 40, 3 * TRAIN_LENGTH - 1])
+def test_texts_of_two_to_three_training_lengths_are_measured(length):
+    texts = texts_of_twin()[:, : length + 1]
+    found = state_ablation(planted_lm(), texts, coverage(planted_lm(), texts, TRAIN_LENGTH), TRAIN_LENGTH)
+    assert math.isfinite(found.damage)
+    if found.damage <= DAMAGE:
+        assert found.explained is None and found.all_heads is None
+        return
+    shares = [*found.alone, *found.together, found.all_heads]
+    assert all(math.isfinite(x) for share in shares for x in (share.recovered, share.low, share.high))
+    assert found.explained and found.together[-1].heads == [PLANTED]
+
+
 def recovery(share: float, *heads: tuple[int, int | None]) -> Recovery:
     return Recovery([Head(*head) for head in heads], share, share - 0.1, share + 0.1)
 
@@ -67,6 +80,10 @@ def test_sentences():
         2.0, [recovery(0.1, (0, 1))], [recovery(0.1, (0, 1))], recovery(0.1, (0, None)), "swap"
     )
     assert elsewhere.sentence.startswith("The range of the states does not explain")
+    untold = CausalTest(2.0, [], [], Recovery([Head(0, None)], 0.1, -0.3, 0.5), "swap")
+    assert untold.explained is None and "too few or too short" in untold.sentence
+    broken = CausalTest(2.0, [], [], recovery(math.nan, (0, None)), "rescale")
+    assert broken.explained is None and "not finite" in broken.sentence
     rows = several.table()
     assert [row["what"] for row in rows] == ["layer 0 head 1", "layer 0 head 1 + layer 2 head 0", "all heads"]
     assert math.isclose(rows[0]["recovered"], 0.4)
