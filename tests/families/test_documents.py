@@ -189,3 +189,27 @@ def test_starts_at_padding_are_refused():
     mask = torch.tensor([[0, 1, 1]])
     with pytest.raises(LongrollError, match="`starts`"):
         lm_of("mamba2")(tokens(1, 3), attention_mask=mask, starts=1 - mask)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["mamba", "mamba2_groups", "bamba", "qwen3_next", "gla", "delta_net", "gated_deltanet",
+                                  "rwkv6", "rwkv7"])  # fmt: skip
+def test_kernels_keep_padding_out(name):
+    lm = lm_of(name).to("cuda")
+    ids, mask, texts = padded("left", (70, 129, 66))  # fla's layers and kernels change their ways at 64
+    ids, mask, texts = ids.cuda(), mask.cuda(), [text.cuda() for text in texts]
+    starts = torch.zeros_like(mask)
+    starts[1, 66] = 1
+    state = start(lm, 3)
+    with torch.no_grad():
+        logits, final = lm(ids, state, attention_mask=mask, starts=starts)
+        for row, text in enumerate(texts):
+            pieces = text.split([66, 63], dim=1) if row == 1 else [text]
+            given, expected = state.rows([row]), []
+            for piece in pieces:
+                output, last = lm(piece, given)
+                expected.append(output[0])
+                given = None
+            assert_close(logits[row][mask[row].bool()], torch.cat(expected), 2e-2, f"logits of row {row}")
+            got = final.part("recurrent", "conv").rows([row])
+            assert_same_state(got, RecurrentState(last.part("recurrent", "conv"), seen=got.seen), 2e-2)
