@@ -5,22 +5,35 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.history import history
 from longroll.measure._position_loss import PositionLoss, position_loss
-from longroll.measure.advice import LEAVE_ALONE, NO_STATE, NOT_THE_STATE, advise
+from longroll.measure.advice import (
+    LEAVE_ALONE,
+    NAMES,
+    NO_STATE,
+    NOT_THE_STATE,
+    advise,
+    after_repair,
+    of_dtype,
+)
 from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.compare import check_comparable, compare, text_losses
 from longroll.measure.excess_loss import excess_loss, probe_losses
 from longroll.measure.explain import Progress, StateWatch, explain_coverage, explain_remembrance, stage
+from longroll.measure.precision import Float16Watch, check_precision
 from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
 from longroll.results import provenance
 
 Verdict = Literal["healthy", "fades", "explodes"]
+Run = Any
 
 TOLERANCE = 0.05
 """Nats: a loss above that of a fresh start by less than this is not called a break."""
@@ -63,34 +76,43 @@ def diagnose(
     tokens: Tensor,
     *,
     train_length: int | None = None,
-    label: str = "base",
+    label: str | None = None,
     bytes_per_token: float | None = None,
     chunk_size: int | None = None,
     explain: bool = True,
+    against: Run | None = None,
+    control: Run | None = None,
     seed: int = 0,
+    save: Callable[[Diagnosis], object] | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Roll a model out over `tokens` and say how it does past its training length.
 
     A model breaks where its loss is above its level in range and also above that of the same model restarted
     within its training length on the same tokens (`excess_loss`), so that a text whose later parts
-    are harder is not taken for a fault.
+    are harder is not taken for a fault. A repair that bought its level by a worse loss in range shows against
+    the model before (`against`) and against plain steps (`control`).
 
     Args:
         lm: the model.
         tokens: (B, L + 1), L above the training length and at least 4 sequences; 8 or more to tell which
             heads have left their range.
         train_length: T; default: what the model's config says.
-        label: what to call this run in a report.
+        label: what to call this run in a report; default: the intervention that the config tells of
+            (`longroll.history`), else "base".
         bytes_per_token: of the text, for bits per byte.
         chunk_size: tokens of a row in one forward.
         explain: measure remembrance too, which states left their range, and which of them do the damage:
             about three times the work.
+        against: the diagnosis of the model before a repair, or its JSON: the sentence names the price.
+        control: the same of a model that took plain steps from zero states.
         seed: of the bootstrap, the permutations and the noise that states are compared with.
+        save: called with the diagnosis as far as the losses tell it, before causes are looked for.
         progress: see `Progress`.
 
     Raises:
-        LongrollError: for an unknown training length, too few sequences, or too short ones.
+        LongrollError: for an unknown training length, too few sequences, or too short ones, and for another
+            run of another training length or tokenizer.
     """
     began = time.perf_counter()
     rows, length = tokens.shape[0], tokens.shape[1] - 1
@@ -105,16 +127,33 @@ def diagnose(
         raise LongrollError(
             f"{rows} sequences are too few for an interval: give at least 4 (`tokens.shape[0]`)."
         )
+    trained = [run["intervention"] for run in history(lm.model.config)]
+    details: dict[str, Any] = {
+        "label": label or (trained[-1] if trained else "base"),
+        "model": lm.name,
+        "architecture": lm.model.config.model_type,
+        "parameters": sum(p.numel() for p in lm.parameters()),
+        "intervention": trained[-1] if trained else None,
+        "train_length": train_length,
+        "sequences": rows,
+        "max_position": length,
+        "bytes_per_token": bytes_per_token,
+    }
+    others = {"against": against, "control": control}
+    runs = {name: run if isinstance(run, Mapping) else run.to_json() for name, run in others.items() if run}
+    for name, run in runs.items():
+        check_comparable(details, run, f"`{name}`")
     watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
     rolled = time.perf_counter()
-    carried = position_loss(
-        lm,
-        tokens,
-        chunk_size=chunk_size,
-        stops=watch.stops if watch else (),
-        watch=watch,
-        progress=stage(progress, "reading on", length),
-    )
+    with Float16Watch(lm) as activations:
+        carried = position_loss(
+            lm,
+            tokens,
+            chunk_size=chunk_size,
+            stops=watch.stops if watch else (),
+            watch=watch,
+            progress=stage(progress, "reading on", length),
+        )
     speed = rows * length / (time.perf_counter() - rolled)
     ends, excess = excess_loss(lm, tokens, carried, train_length)
     mean, low, high = bootstrap_mean(excess, seed=seed)
@@ -126,15 +165,8 @@ def diagnose(
     far = [i for i, end in enumerate(ends) if end > length // 2]
     severity = mean[far].mean().item()
     verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
-    details: dict[str, Any] = {
-        "label": label,
-        "model": lm.name,
-        "architecture": lm.model.config.model_type,
-        "parameters": sum(p.numel() for p in lm.parameters()),
-        "train_length": train_length,
-        "sequences": rows,
-        "max_position": length,
-        "bytes_per_token": bytes_per_token,
+    levels = _levels(carried, train_length)
+    details |= {
         "curve": carried.curve(),
         "excess": {
             "position": ends,
@@ -142,8 +174,19 @@ def diagnose(
             "low": low.tolist(),
             "high": high.tolist(),
         },
-        "states": None,
+        "texts": text_losses(tokens, carried, train_length),
+        "states": watch and watch.statistics.statistics().to_json(),
     }
+    comparisons = {name: compare(details | {"levels": levels}, run, seed=seed) for name, run in runs.items()}
+    details["comparisons"] = {name: found.to_json() for name, found in comparisons.items()}
+    prices = ", ".join(found.price for found in comparisons.values())
+    made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
+    sentence = _sentence(verdict, edge, severity, length, prices)
+    found = Diagnosis(verdict, edge, severity, levels, sentence, "", details | {"provenance": made})
+    if save is not None:
+        save(found)
+    precision = check_precision(lm, tokens, carried, activations, train_length)
+    details["precision"] = precision.to_json()
     _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)
     breaks = edge is not None
     # it may hold its level only because the text gets easier: then a fresh start tells
@@ -155,11 +198,7 @@ def diagnose(
             advice = advise(
                 lm.name, train_length, breaks=breaks, iid=iid, ends=drift, tokens_per_second=speed
             )
-        details |= {
-            "states": watch.statistics.statistics().to_json(),
-            "iid": iid.to_json(),
-            "stationarity": drift.to_json(),
-        }
+        details |= {"iid": iid.to_json(), "stationarity": drift.to_json()}
         if explain:
             details["coverage"] = explain_coverage(
                 lm, tokens, carried, watch, train_length, healthy=not suffers, progress=progress
@@ -168,10 +207,19 @@ def diagnose(
                 advice = NOT_THE_STATE
     if explain:
         details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
+    repair = next((name for name in reversed(trained) if name != "none"), None)
+    if precision.suspect:
+        advice = of_dtype(lm.name, precision.dtype, told=precision.blamed)
+    elif not suffers and (repair or runs):
+        advice = after_repair(repair, comparisons.get("control") or comparisons.get("against"))
+    elif breaks and repair:
+        advice = replace(
+            advice, sentence=f"It still breaks after {NAMES.get(repair, repair)}. {advice.sentence}"
+        )
     details["advice"] = advice.to_json()
     details["provenance"] = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
-    sentence = _sentence(verdict, edge, severity, length)
-    levels = _levels(carried, train_length)
+    if precision.sentence:
+        sentence = f"{sentence} {precision.sentence}"
     return Diagnosis(verdict, edge, severity, levels, sentence, advice.sentence, details)
 
 
@@ -193,16 +241,17 @@ def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]
     return levels
 
 
-def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int) -> str:
+def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int, price: str) -> str:
     far = f"{short(length // 2)}-{short(length)}"
+    price = f"; {price}" if price else ""
     if edge is None:
-        holds = f"Holds to {short(length)}: the loss stays at its level in range."
+        holds = f"Holds to {short(length)}{price or ': the loss stays at its level in range'}."
         if severity > TOLERANCE:
             return f"{holds} A fresh start would still be {severity:.2f} nats better at {far}."
         return holds
     size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "not finite"
     how = "and explodes" if verdict == "explodes" else "and fades"
-    return f"Breaks at t ~ {short(edge)} {how}: at {far} it is {size}."
+    return f"Breaks at t ~ {short(edge)} {how}: at {far} it is {size}{price}."
 
 
 def short(position: int) -> str:

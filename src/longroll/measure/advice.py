@@ -6,11 +6,14 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
 
 STEPS, BATCH_SIZE = 500, 16
 """What the paper spends (section 4: 500 steps), at our default batch."""
+WORTH_SAVING = 0.05
+"""Nats in range: a repair that costs more is worth another try."""
 _TRAINING = 3.5  # forward passes that a training step takes: the backward is two, the rest is the optimizer
 
 
@@ -39,6 +42,49 @@ NOT_THE_STATE = Advice(
     "attention, whose positions and number of keys were never as many in training.",
 )
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
+
+
+def of_dtype(model: str, dtype: str, *, told: bool) -> Advice:
+    """What to do where the loss in 16 bits is not finite.
+
+    Args:
+        model: its name, for the command.
+        dtype: of its weights.
+        told: whether float32 was tried, and is finite.
+    """
+    other = "float32" if dtype == "bfloat16" else "bfloat16"
+    command = shlex.join(["longroll", "diagnose", model, "--dtype", other])
+    if told:
+        return Advice(
+            None, f"Read it in {other}: the fault is {dtype}'s, which no repair of states mends.", command
+        )
+    why = "memory was too short to try float32, which would tell the dtype's fault from the states'"
+    return Advice(None, f"Read it in {other} before any repair: {why}.", command)
+
+
+NAMES = {"sp": "State Passing", "tbptt": "TBPTT", "fitted": "Fitted Noise", "random": "Random Noise"}
+"""Interventions as people call them."""
+
+
+def after_repair(repair: str | None, price: Comparison | None) -> Advice:
+    """What to do with a model that was repaired and holds.
+
+    Args:
+        repair: the intervention by its short name, where the config tells of one.
+        price: against the control, else the model before; None where neither was given.
+    """
+    holds = f"It holds after {NAMES.get(repair, repair)}" if repair else "It holds"
+    if price is None:
+        return Advice(
+            None, f"{holds}. Its price in range shows against the model before: --against BASE.json."
+        )
+    if price.in_range.sign > 0 and price.in_range.mean > WORTH_SAVING:
+        return Advice(
+            None,
+            f"{holds}, at a price in range. A lower one may do: fewer steps, a tenth of the rows from zero "
+            "(`zero_probability`), or TBPTT.",
+        )
+    return Advice(None, f"{holds}: keep it.")
 
 
 def advise(

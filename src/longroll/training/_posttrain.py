@@ -22,6 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
 from longroll.files import try_folder
+from longroll.history import record
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.results import write_json
@@ -192,6 +193,7 @@ def posttrain(
         lm.eval()
         if trainer.is_world_process_zero():
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+            record(lm.model.config, started)
             lm.model.save_pretrained(output)
             shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit

@@ -1,0 +1,164 @@
+"""The price of a repair: what a model reads worse in range than before, and better far out.
+
+A flat curve can be bought: a model that forgets its context holds its level at every length, and reads worse
+in range. So a repair is held against the model before it, and against a control that took as many steps from
+zero states. A difference counts where its interval over texts does not hold zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longroll.errors import LongrollError
+from longroll.measure._position_loss import PositionLoss
+from longroll.measure.bootstrap import bootstrap_mean
+
+_BYTES = 0.01  # by which the bytes of a token may differ: more is another tokenizer
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Nats by which one run reads above another, with the 95 % interval over texts."""
+
+    mean: float
+    low: float | None
+    """None where a run does not hold the losses of its texts, as those of earlier releases."""
+    high: float | None
+    paired: bool
+    """Whether each text was compared with itself."""
+
+    @property
+    def sign(self) -> int:
+        """1 for above, -1 for below, 0 where the interval holds zero or there is none."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run against another."""
+
+    label: str
+    """Names the other run."""
+    in_range: Difference
+    """Over positions [0, T)."""
+    far: Difference | None
+    """Over the last octave of positions; None where the runs end at different ones."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For results."""
+        return asdict(self)
+
+    @property
+    def price(self) -> str:
+        """What the run costs in range, as the end of a sentence."""
+        found, against = self.in_range, f"against {self.label}"
+        if not math.isfinite(found.mean):
+            return f"without a finite loss in range to compare {against}"
+        if found.low is None or found.high is None:
+            return f"{_signed(found.mean)} nats in range {against}, which holds no interval: measure it again"
+        interval = f"({_signed(found.low)} to {_signed(found.high)})"
+        if not found.sign:
+            return f"no cost in range shows {against} {interval}"
+        verb = "costs" if found.sign > 0 else "gains"
+        return f"{verb} {_signed(abs(found.mean))} nats in range {against} {interval}"
+
+
+def text_losses(tokens: Tensor, carried: PositionLoss, train_length: int) -> dict[str, Any]:
+    """What a result keeps of each text, so that another run can be compared with it.
+
+    Args:
+        tokens: (B, L + 1).
+        carried: their losses from the zero state.
+        train_length: T.
+
+    Returns:
+        A fingerprint of the tokens, and the mean loss of each text in range and over the last octave.
+    """
+    length = carried.losses.shape[1]
+    ids = tokens.cpu().to(torch.int64).contiguous().numpy()
+    return {
+        "fingerprint": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
+        "in_range": carried.losses[:, :train_length].double().mean(dim=1).tolist(),
+        "far": carried.losses[:, length // 2 :].double().mean(dim=1).tolist(),
+    }
+
+
+def compare(run: Mapping[str, Any], other: Mapping[str, Any], *, seed: int = 0) -> Comparison:
+    """Compare two diagnoses, given as their JSON.
+
+    Args:
+        run: the one to be judged.
+        other: of the model before, or of a control.
+        seed: of the bootstrap.
+    """
+    same_end = run.get("max_position") == other.get("max_position")
+    return Comparison(
+        str(other.get("label") or "another run"),
+        _difference(run, other, "in_range", seed),
+        _difference(run, other, "far", seed) if same_end else None,
+    )
+
+
+def check_comparable(run: Mapping[str, Any], other: Mapping[str, Any], argument: str) -> None:
+    """Refuse runs whose losses are not of the same kind of token or not of the same range.
+
+    Raises:
+        LongrollError: naming `argument`, which gave `other`.
+    """
+    lengths = run.get("train_length"), other.get("train_length")
+    if lengths[0] != lengths[1]:
+        raise LongrollError(
+            f"{argument} was trained at {lengths[1]} tokens and this model at {lengths[0]}: their losses in "
+            "range are of other positions. Give both the same train_length."
+        )
+    sizes = [one.get("bytes_per_token") or math.nan for one in (run, other)]
+    if max(sizes) > (1 + _BYTES) * min(sizes):
+        raise LongrollError(
+            f"{argument} has tokens of {sizes[1]:.2f} bytes and this run of {sizes[0]:.2f}: nats of two "
+            "tokenizers, or of two kinds of text, cannot be compared."
+        )
+
+
+def _difference(run: Mapping[str, Any], other: Mapping[str, Any], level: str, seed: int) -> Difference:
+    texts = [one.get("texts") or {} for one in (run, other)]
+    if not all(kept.get(level) for kept in texts):
+        means = [_number((one.get("levels") or {}).get(level)) for one in (run, other)]
+        return Difference(means[0] - means[1], None, None, False)
+    ours, theirs = (
+        torch.tensor([_number(value) for value in kept[level]], dtype=torch.float64) for kept in texts
+    )
+    if texts[0].get("fingerprint") == texts[1].get("fingerprint") and len(ours) == len(theirs):
+        mean, low, high = (t.item() for t in bootstrap_mean((ours - theirs)[:, None], seed=seed))
+        return Difference(mean, low, high, True)
+    return _unpaired(ours, theirs, seed)
+
+
+def _unpaired(ours: Tensor, theirs: Tensor, seed: int) -> Difference:
+    """Of the means of independent texts, (B,) and (C,): their intervals' arms add in squares.
+
+    Source: Zou & Donner 2008, "Construction of confidence limits about effect measures".
+    """
+    a, a_low, a_high = (t.item() for t in bootstrap_mean(ours[:, None], seed=seed))
+    b, b_low, b_high = (t.item() for t in bootstrap_mean(theirs[:, None], seed=seed + 1))
+    mean = a - b
+    return Difference(
+        mean, mean - math.hypot(a - a_low, b_high - b), mean + math.hypot(a_high - a, b - b_low), False
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _signed(nats: float) -> str:
+    """Nats to two places, to three where two would show next to nothing."""
+    return f"{nats:.2f}" if abs(nats) >= 0.095 else f"{nats:.3f}"
