@@ -1,4 +1,4 @@
-"""The price of a repair: found where there is one, not where there is none, and refused where nothing compares."""
+"""The price of a repair: found where there is one, and not where there is none."""
 
 import math
 
@@ -8,7 +8,8 @@ from planted import TRAIN_LENGTH, planted_lm, texts_of_twin, twin_lm
 
 from longroll import LongrollError, diagnose
 from longroll.history import history, record
-from longroll.measure.compare import compare
+from longroll.measure.advice import after_repair
+from longroll.measure.compare import Comparison, Difference, compare
 
 
 def run(rows, *, label="run", fingerprint="a", **other) -> dict:
@@ -95,7 +96,7 @@ def test_what_cannot_be_compared_is_refused():
     texts, other = texts_of_twin(), run([1.0] * 4, bytes_per_token=4.0)
     with pytest.raises(LongrollError, match="`against` was trained at 16 tokens and this model at 32"):
         diagnose(twin_lm(), texts, train_length=32, against=other)
-    with pytest.raises(LongrollError, match="`control` has tokens of 4.00 bytes"):
+    with pytest.raises(LongrollError, match=r"`control` has tokens of 4\.00 bytes"):
         diagnose(twin_lm(), texts, train_length=16, bytes_per_token=1.0, control=other)
 
 
@@ -113,6 +114,19 @@ def test_a_repaired_model_is_known_as_one(monkeypatch):
     assert found.advice.startswith("It holds after State Passing") and "leave it alone" not in found.advice
     named = diagnose(lm, texts, train_length=TRAIN_LENGTH, explain=False, label="mine")
     assert named.details["label"] == "mine"
+
+
+def difference(mean: float, half: float | None) -> Comparison:
+    ends = (None, None) if half is None else (mean - half, mean + half)
+    return Comparison("base", Difference(mean, *ends, True), None)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [(0.5, 0.1, "at a price"), (0.01, 0.005, "keep it"), (0.5, 0.6, "keep it"), (0.5, None, "at a price")],
+)
+def test_a_price_is_decided_by_its_interval(mean, half, said):
+    assert said in after_repair("m", "sp", difference(mean, half)).sentence
 
 
 @pytest.mark.parametrize("entry", [None, "sp", {"posttrain": "sp"}, {"posttrain": [3, {"steps": 1}]}, [1]])

@@ -211,7 +211,7 @@ def diagnose(
     if precision.suspect:
         advice = of_dtype(lm.name, precision.dtype, told=precision.blamed)
     elif not suffers and (repair or runs):
-        advice = after_repair(repair, comparisons.get("control") or comparisons.get("against"))
+        advice = after_repair(lm.name, repair, comparisons.get("control") or comparisons.get("against"))
     elif breaks and repair:
         advice = replace(
             advice, sentence=f"It still breaks after {NAMES.get(repair, repair)}. {advice.sentence}"

@@ -66,19 +66,24 @@ NAMES = {"sp": "State Passing", "tbptt": "TBPTT", "fitted": "Fitted Noise", "ran
 """Interventions as people call them."""
 
 
-def after_repair(repair: str | None, price: Comparison | None) -> Advice:
+def after_repair(model: str, repair: str | None, price: Comparison | None) -> Advice:
     """What to do with a model that was repaired and holds.
 
     Args:
+        model: its name, for the command.
         repair: the intervention by its short name, where the config tells of one.
         price: against the control, else the model before; None where neither was given.
     """
     holds = f"It holds after {NAMES.get(repair, repair)}" if repair else "It holds"
     if price is None:
-        return Advice(
-            None, f"{holds}. Its price in range shows against the model before: --against BASE.json."
-        )
-    if price.in_range.sign > 0 and price.in_range.mean > WORTH_SAVING:
+        command = shlex.join(["longroll", "diagnose", model, "--against", "BASE.json"])
+        return Advice(None, f"{holds}; its price in range shows against the model before.", command)
+    found = price.in_range
+    if found.high is None:
+        dear = found.mean > WORTH_SAVING
+    else:
+        dear = found.sign > 0 and found.high > WORTH_SAVING
+    if dear:
         return Advice(
             None,
             f"{holds}, at a price in range. A lower one may do: fewer steps, a tenth of the rows from zero "
