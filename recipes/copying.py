@@ -107,7 +107,7 @@ def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -
         settings=size | {"training": told, "zero_probability": options.zero_probability},
         seed=seed,
         seconds=time.perf_counter() - began,
-    )
+    ).to_json()
     write_json(folder.with_suffix(".json"), result)
     return result
 

@@ -39,7 +39,6 @@ from longroll.data import ByteTokenizer, Corpus, HFTokenizer, Windows, long_sequ
 from longroll.interventions import TBPTT, FittedNoise, StatePassing
 from longroll.measure import position_loss
 from longroll.model import RecurrentLM, load
-from longroll.results import write_json
 from longroll.tasks import BABILong, Passkey, Row, Task, TaskRows, TextHaystack, evaluate_grid, read_stories
 from longroll.tasks.babilong import QAS
 from longroll.tasks.baselines import READINGS, make_reading
@@ -308,8 +307,9 @@ def evaluate(
             seed=options.seed,
             seconds=time.perf_counter() - began,
         )
-        write_json(options.output / f"{name.replace(', ', '-')}.json", result)
-    print(name, result["tasks"][options.task]["accuracy"], round(time.perf_counter() - began, 1), flush=True)
+        result.write(options.output / f"{name.replace(', ', '-')}.json")
+    assert result.tasks is not None
+    print(name, result.tasks[options.task].accuracy, round(time.perf_counter() - began, 1), flush=True)
 
 
 def main() -> None:

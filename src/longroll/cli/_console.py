@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import warnings
@@ -13,12 +14,27 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from longroll.printable import printable
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-console = Console(stderr=True)
-out = Console()
+    from longroll.results import DiagnosisResult
+
+
+class PlainConsole(Console):
+    """A console that prints text as it is: no markup, no emoji codes, no control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make rich text of a string; every string that is printed, in tables too, comes through here."""
+        lines = [printable(line) for line in text.split("\n")]
+        return super().render_str("\n".join(lines), **options | {"markup": False, "emoji": False})
+
+
+console = PlainConsole(stderr=True)
+out = PlainConsole()
 
 
 _verbosity = 0
@@ -68,25 +84,30 @@ def hush_libraries() -> None:
 @contextmanager
 def progress(what: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar that shows how much of `total` is done; call what it yields with the amount."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+    with _bars() as bar:
+        task = bar.add_task(printable(what), total=total)
         yield lambda done: bar.update(task, completed=done)
 
 
 @contextmanager
 def stages(label: str) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar for work in several stages: call what it yields with the stage, what is done of it, its total."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _bars() as bar:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{label}: {stage}", total=total)
+                tasks[stage] = bar.add_task(printable(f"{label}: {stage}"), total=total)
             bar.update(tasks[stage], completed=done)
 
         yield advance
+
+
+def _bars() -> Progress:
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
 
 
 def training_progress(advance: Callable[[int], None]) -> TrainerCallback:
@@ -136,32 +157,32 @@ def stops_between_steps() -> Iterator[TrainerCallback]:
 LEVELS = {"in_range": "in range", "2x": "2x T", "8x": "8x T", "64x": "64x T", "far": "last octave"}
 
 
-def levels_table(runs: Sequence[dict[str, Any]]) -> Table:
+def levels_table(runs: Sequence[DiagnosisResult]) -> Table:
     """Loss in nats (perplexity) of diagnoses side by side, and the std of the state at the end."""
-    table = Table(title=f"{runs[0]['model']}: loss in nats (perplexity), T = {runs[0]['train_length']}")
+    table = Table(title=f"{runs[0].model}: loss in nats (perplexity), T = {runs[0].train_length}")
     table.add_column("positions")
     for run in runs:
-        table.add_column(run["label"], justify="right")
+        table.add_column(run.label or "", justify="right")
     for key, name in LEVELS.items():
-        if any(run["levels"][key] is not None for run in runs):
-            table.add_row(name, *(_loss(run["levels"][key]) for run in runs))
-    if all(run["states"] for run in runs):
-        table.add_row(f"state std at {runs[0]['train_length']}", *(_std(run, at_end=False) for run in runs))
+        if any(math.isfinite(run.level(key)) for run in runs):
+            table.add_row(name, *(_loss(run.level(key)) for run in runs))
+    if all(run.states for run in runs):
+        table.add_row(f"state std at {runs[0].train_length}", *(_std(run, at_end=False) for run in runs))
         table.add_row("state std at the end", *(_std(run, at_end=True) for run in runs))
-    table.add_row("verdict", *(run["verdict"] for run in runs))
+    table.add_row("verdict", *(run.verdict for run in runs))
     return table
 
 
-def _loss(value: float | None) -> str:
-    import math
-
-    if value is None:
+def _loss(value: float) -> str:
+    if math.isnan(value):
         return "-"
     return f"{value:.3f} ({math.exp(value):.2f})" if value < 50 else f"{value:.1f}"
 
 
-def _std(run: dict[str, Any], *, at_end: bool) -> str:
-    positions = run["states"]["position"]
-    index = -1 if at_end else max(i for i, p in enumerate(positions) if p <= run["train_length"])
-    stds = [layer["std"][index] for layer in run["states"]["layers"]]
-    return f"{sum(stds) / len(stds):.3f}"
+def _std(run: DiagnosisResult, *, at_end: bool) -> str:
+    """Mean over layers of the state's standard deviation, at the training length or at the last position."""
+    assert run.states is not None
+    positions, length = run.states.position, run.train_length or 0
+    index = -1 if at_end else max((i for i, p in enumerate(positions) if p <= length), default=0)
+    stds = [layer.std[index] for layer in run.states.layers]
+    return f"{sum(math.nan if std is None else std for std in stds) / len(stds):.3f}"

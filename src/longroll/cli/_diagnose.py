@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longroll.cli import _options as o
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longroll.model import RecurrentLM
+    from longroll.results import DiagnosisResult
 
 
 def diagnose(
@@ -34,7 +40,6 @@ def diagnose(
     from longroll.cli._console import levels_table, out
     from longroll.report import write_report
     from longroll.report.export import slug
-    from longroll.results import write_json
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     own_tokenizer = o.open_tokenizer(lm, model, tokenizer)
@@ -61,24 +66,24 @@ def diagnose(
     for line in findings(found):
         out.print(line, soft_wrap=True)
     if json:
-        write_json(json, found)
+        found.write(json)
     if output:
-        write_json(output / f"{slug(label) or 'diagnosis'}.json", found)
+        found.write(output / f"{slug(label) or 'diagnosis'}.json")
         write_report([found], output / "report.html")
 
 
-def run_diagnosis(lm, tokens, *, label: str, **options) -> dict:
-    """`longroll.diagnose` with a progress bar; its JSON."""
+def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str, **options: Any) -> DiagnosisResult:
+    """`longroll.diagnose` with a progress bar; its result."""
     from longroll.cli._console import stages
     from longroll.measure import diagnose
 
     with stages(label) as advance:
-        return diagnose(lm, tokens, label=label, progress=advance, **options).to_json()
+        return diagnose(lm, tokens, label=label, progress=advance, **options).result()
 
 
-def findings(found: dict) -> list[str]:
+def findings(found: DiagnosisResult) -> list[str]:
     """What a diagnosis says in words: the verdict, the heads that do the damage, what to do, and how."""
-    causal = (found.get("coverage") or {}).get("causal_sentence")
-    advice = found["advice"]
-    lines = [found["sentence"], causal, advice["sentence"], advice["command"] and f"  {advice['command']}"]
+    lines = [found.sentence, found.coverage and found.coverage.causal_sentence]
+    if found.advice:
+        lines += [found.advice.sentence, found.advice.command and f"  {found.advice.command}"]
     return [line for line in lines if line]

@@ -45,7 +45,7 @@ def doctor(
     """Say what this machine can run and which kernels are in use, with the reason."""
     from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
-    from longroll.results import write_json
+    from longroll.results import DoctorResult, PackingResult
 
     if markdown is not None and not families:
         raise LongrollError("--markdown writes the table that --families makes: give both.")
@@ -57,7 +57,7 @@ def doctor(
         for sentence in result["sentences"]:
             out.print(sentence, markup=False, soft_wrap=True)
         if json:
-            write_json(json, result)
+            PackingResult.from_json(result).write(json)
         return
     if device is not None or trust_remote_code:
         raise LongrollError("`device` and `trust_remote_code` belong to `packing`: give a model there too.")
@@ -75,7 +75,7 @@ def doctor(
     if markdown is not None:
         write_markdown(markdown, found["families"])
     if json:
-        write_json(json, found)
+        DoctorResult.from_json(found).write(json)
 
 
 def examine() -> dict[str, Any]:

@@ -40,7 +40,7 @@ def loss(
 
     from longroll.cli._console import out, progress
     from longroll.measure import position_loss
-    from longroll.results import provenance, write_json
+    from longroll.results import LossResult, provenance
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     tok = o.open_tokenizer(lm, model, tokenizer)
@@ -70,183 +70,76 @@ def loss(
             f"{mean / math.log(2) / bytes_per_token:.4f}",
         )
     out.print(table)
-    result = {
-        "kind": "position_loss",
-        "model": lm.name,
-        "sequences": tokens.shape[0],
-        "max_position": length,
-        "bytes_per_token": bytes_per_token,
-        "curve": found.curve(),
-        "loss": found.mean.tolist(),
-        "provenance": provenance(lm, seed=seed, seconds=seconds),
-    }
-    if json:
-        write_json(json, result)
-    if output:
-        write_json(output / "loss.json", result)
+    result = LossResult.from_json(
+        {
+            "model": lm.name,
+            "sequences": tokens.shape[0],
+            "max_position": length,
+            "bytes_per_token": bytes_per_token,
+            "curve": found.curve(),
+            "loss": found.mean.tolist(),
+            "provenance": provenance(lm, seed=seed, seconds=seconds),
+        }
+    )
+    for file in (json, output and output / "loss.json"):
+        if file:
+            result.write(file)
 
 
-@app.command("passkey", cls=Command)
+@t.task_command(app, lengths="256,1k,4k,16k")
 def passkey(
-    model: o.Model,
-    lengths: t.Lengths = "256,1k,4k,16k",
+    opened: t.Opened,
+    *,
     depths: t.Depths = "0.1,0.5,0.9",
-    samples: t.Samples = 20,
-    batch_size: t.BatchSize = 16,
     haystack: t.HaystackText = "noise",
     instruction: t.Instruction = True,
-    reading: t.HowRead = "plain",
-    window: t.Window = None,
-    label: t.Label = None,
-    tokenizer: o.TokenizerName = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    json: o.Json = None,
-    output: o.Output = None,
-) -> None:
+) -> t.TaskGrid:
     """Five digits told once in a long text, asked for at its end: right if the greedy tokens are these."""
     from longroll.tasks import Passkey, Row
 
-    lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    text = t.open_haystack(haystack, tok, split="validation", seed=seed)
-    task = Passkey(tok, haystack=text, instruction=instruction)
-    rows = [Row(depth, task, depth) for depth in depths]
-    t.run_task(
-        lm,
-        rows,
-        lengths,
-        train_length=lm.train_length,
-        samples=samples,
-        batch_size=batch_size,
-        reading=reading,
-        window=window,
-        label=label,
-        seed=seed,
-        json=json,
-        output=output,
-    )
+    text = t.open_haystack(haystack, opened.tokenizer, split="validation", seed=opened.seed)
+    task = Passkey(opened.tokenizer, haystack=text, instruction=instruction)
+    return t.TaskGrid([Row(depth, task, depth) for depth in depths], opened.lm.train_length)
 
 
-@app.command("niah", cls=Command)
-def niah(
-    model: o.Model,
-    lengths: t.Lengths = "1k,4k,16k",
-    depths: t.Depths = "0.1,0.5,0.9",
-    samples: t.Samples = 20,
-    batch_size: t.BatchSize = 16,
-    reading: t.HowRead = "plain",
-    window: t.Window = None,
-    label: t.Label = None,
-    tokenizer: o.TokenizerName = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    json: o.Json = None,
-    output: o.Output = None,
-) -> None:
+@t.task_command(app, lengths="1k,4k,16k")
+def niah(opened: t.Opened, *, depths: t.Depths = "0.1,0.5,0.9") -> t.TaskGrid:
     """RULER's niah_single_1: a number between lines of noise, right if it is anywhere in 128 tokens."""
     from longroll.tasks import Niah, Row
 
-    lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    task = Niah(tok)
-    rows = [Row(depth, task, depth) for depth in depths]
-    t.run_task(
-        lm,
-        rows,
-        lengths,
-        train_length=lm.train_length,
-        samples=samples,
-        batch_size=batch_size,
-        reading=reading,
-        window=window,
-        label=label,
-        seed=seed,
-        json=json,
-        output=output,
-    )
+    task = Niah(opened.tokenizer)
+    return t.TaskGrid([Row(depth, task, depth) for depth in depths], opened.lm.train_length)
 
 
-@app.command("copying", cls=Command)
+@t.task_command(app, without=("reading", "window"), lengths="10,20,50,100,150,200", samples=64, batch_size=64)
 def copying(
-    model: o.Model,
-    lengths: t.Lengths = "10,20,50,100,150,200",
+    opened: t.Opened,
+    *,
     train_length: Annotated[
         int | None, length_option(help="Letters of the longest string of training, for the figure.")
     ] = None,
-    samples: t.Samples = 64,
-    batch_size: t.BatchSize = 64,
-    label: t.Label = None,
-    tokenizer: o.TokenizerName = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    json: o.Json = None,
-    output: o.Output = None,
-) -> None:
+) -> t.TaskGrid:
     """Copy strings of --lengths letters: teacher-forced, as in the source, and written freely."""
     from longroll.tasks import Copying, Row
 
-    lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    t.run_task(
-        lm,
-        [Row(None, Copying(tok))],
-        lengths,
-        train_length=train_length,
-        samples=samples,
-        batch_size=batch_size,
-        reading="plain",
-        window=None,
-        label=label,
-        seed=seed,
-        json=json,
-        output=output,
-    )
+    return t.TaskGrid([Row(None, Copying(opened.tokenizer))], train_length)
 
 
-@app.command("babilong", cls=Command)
+@t.task_command(app, lengths="0,4k,16k", samples=100)
 def babilong(
-    model: o.Model,
+    opened: t.Opened,
+    *,
     facts: t.Facts,
     books: t.Books = "none",
-    lengths: t.Lengths = "0,4k,16k",
     qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
     few_shot: t.FewShot = True,
-    samples: t.Samples = 100,
-    batch_size: t.BatchSize = 16,
-    reading: t.HowRead = "plain",
-    window: t.Window = None,
-    label: t.Label = None,
-    tokenizer: o.TokenizerName = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    json: o.Json = None,
-    output: o.Output = None,
-) -> None:
+) -> t.TaskGrid:
     """Facts of bAbI scattered through books, and a question about them, by the official metric."""
-    from longroll.tasks import Row
+    from longroll.tasks import Row, open_babilong
 
-    lm, tok = _open(model, tokenizer, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    tasks = t.open_babilong(facts, books, qa, tok, few_shot=few_shot, train=False)
-    t.run_task(
-        lm,
-        [Row(task.qa, task) for task in tasks],
-        lengths,
-        train_length=lm.train_length,
-        samples=samples,
-        batch_size=batch_size,
-        reading=reading,
-        window=window,
-        label=label,
-        seed=seed,
-        json=json,
-        output=output,
-    )
+    kinds = t.parse_kinds(qa)
+    tasks = open_babilong(opened.tokenizer, facts, books, kinds, few_shot=few_shot, train=False)
+    return t.TaskGrid([Row(task.qa, task) for task in tasks], opened.lm.train_length)
 
 
 @app.command("compare", cls=Command)
@@ -258,34 +151,23 @@ def compare(
 ) -> None:
     """Put results of one task side by side: a table, and figures in --output."""
     from longroll.cli._console import out
+    from longroll.errors import LongrollError
     from longroll.report import write_figures
+    from longroll.results import TaskResult, read_results
 
-    runs = [run for path in results for run in _task_runs(path)]
-    for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
-        shown = [run for run in runs if name in run["tasks"]]
-        cells = max(len(run["tasks"][name]["accuracy"][0]) for run in shown)
+    unfinished = "holds no finished results of a task."
+    runs = []
+    for path in results:
+        found = read_results(path, TaskResult, otherwise=unfinished)
+        if not all(run.tasks for run in found):
+            raise LongrollError(f"{path} {unfinished}")
+        runs += found
+    for name in dict.fromkeys(name for run in runs for name in run.tasks or {}):
+        shown = [run for run in runs if run.tasks and name in run.tasks]
+        cells = max(len(run.tasks[name].names) for run in shown if run.tasks)
         beside = max(1, (out.width - 10) // (15 * cells))  # runs that a table of this width has room for
         for first in range(0, len(shown), beside):
             out.print(t.task_table(shown[first : first + beside], name))
     if output:
         for path in write_figures(runs, output, "svg"):
             out.print(str(path))
-
-
-def _task_runs(path: Path) -> list[dict]:
-    """The result that a task command wrote, or all of a file of several, as in recipes/results."""
-    from longroll.errors import LongrollError
-    from longroll.results import read_json
-
-    found = read_json(path)
-    several = isinstance(found, dict) and found.get("kind") == "tasks"
-    runs = list(found["runs"].values()) if several else [found]
-    if not all(isinstance(run, dict) and run.get("kind") == "task" and "tasks" in run for run in runs):
-        raise LongrollError(f"{path} holds no finished results of a task.")
-    return runs
-
-
-def _open(model: str, tokenizer: str | None, **how):
-    """The model and its tokenizer."""
-    lm = o.open_model(model, **how)
-    return lm, o.open_tokenizer(lm, model, tokenizer)

@@ -75,7 +75,7 @@ def open_model(
     from longroll.model import load
 
     hush_libraries()
-    with console.status(f"loading {model}"):
+    with console.status(console.render_str(f"loading {model}")):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 

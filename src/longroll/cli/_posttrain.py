@@ -88,7 +88,7 @@ def posttrain(
     """Train a model for a few hundred steps whose sequences start from other states than zero."""
     from longroll.cli._console import out
     from longroll.errors import LongrollError
-    from longroll.results import provenance, write_json
+    from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
 
     chosen = make_intervention(
@@ -136,15 +136,17 @@ def posttrain(
     if hasattr(tok, "tokenizer"):
         tok.tokenizer.save_pretrained(output)
     if json:
-        made = provenance(lm, seed=seed, seconds=seconds)
-        result = {
-            "intervention": intervention.value,
-            "task": task,
-            "options": vars(options),
-            "log": log,
-            "provenance": made,
-        }
-        write_json(json, {"kind": "posttrain", "model": lm.name, "output": str(output), **result})
+        PosttrainResult.from_json(
+            {
+                "model": lm.name,
+                "output": str(output),
+                "intervention": intervention.value,
+                "task": task,
+                "options": vars(options),
+                "log": log,
+                "provenance": provenance(lm, seed=seed, seconds=seconds),
+            }
+        ).write(json)
     rate = "" if resume else f" ({options.tokens / seconds:,.0f} tokens/s)"
     out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
 

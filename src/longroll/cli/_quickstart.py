@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from longroll.cli import _options as o
 from longroll.cli._diagnose import findings, run_diagnosis
 from longroll.cli._numbers import length_option
 from longroll.cli._posttrain import make_intervention, run_posttrain
+
+if TYPE_CHECKING:
+    from longroll.results import DiagnosisResult, QuickstartResult
 
 # of the specimen, measured: recipes/README.md
 STEPS, BATCH_SIZE, LEARNING_RATE, DECAY_SPEED, ZERO_PROBABILITY = 200, 16, 1e-3, 30.0, 0.1
@@ -29,7 +32,6 @@ def quickstart(
     """Diagnose the specimen, repair it by State Passing, diagnose again, and write a report."""
     from longroll.cli._console import levels_table, out
     from longroll.report import write_report
-    from longroll.results import write_json
     from longroll.training import PosttrainOptions
 
     began = time.perf_counter()
@@ -38,7 +40,7 @@ def quickstart(
     tokens, bytes_per_token = o.read_sequences("stdlib", tok, length=length, sequences=sequences, seed=seed)
     measured = {"bytes_per_token": bytes_per_token, "seed": seed}
     before = run_diagnosis(lm, tokens, label="base", **measured)
-    write_json(output / "base.json", before)
+    before.write(output / "base.json")
 
     assert lm.train_length is not None
     options = PosttrainOptions(
@@ -59,15 +61,15 @@ def quickstart(
     after = run_diagnosis(
         o.open_model(str(repaired), device=device, dtype=None), tokens, label="State Passing", **measured
     )
-    write_json(output / "state_passing.json", after)
+    after.write(output / "state_passing.json")
     report = write_report([before, after], output / "report.html")
     seconds = time.perf_counter() - began
     out.print(levels_table([before, after]))
     out.print(f"Before: {' '.join(findings(before)[:2])}")
-    out.print(f"After:  {after['sentence']}")
+    out.print(f"After:  {after.sentence}")
     out.print(f"{seconds:.0f} s. Report: {report}   Repaired model: {repaired}")
     if json:
-        write_json(json, _summary(before, after, seconds, report, repaired))
+        _summary(before, after, seconds, report, repaired).write(json)
 
 
 def _free(folder: Path) -> Path:
@@ -76,22 +78,27 @@ def _free(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _summary(before: dict, after: dict, seconds: float, report: Path, repaired: Path) -> dict:
-    return {
-        "kind": "quickstart",
-        "verdict_before": before["verdict"],
-        "verdict_after": after["verdict"],
-        "sentence_before": before["sentence"],
-        "sentence_after": after["sentence"],
-        "train_length": before["train_length"],
-        "edge_before": before["edge"],
-        "loss_in_range_before": before["levels"]["in_range"],
-        "loss_in_range_after": after["levels"]["in_range"],
-        "loss_far_before": before["levels"]["far"],
-        "loss_far_after": after["levels"]["far"],
-        "max_position": before["max_position"],
-        "seconds": seconds,
-        "report": str(report),
-        "model": str(repaired),
-        "provenance": after["provenance"],
-    }
+def _summary(
+    before: DiagnosisResult, after: DiagnosisResult, seconds: float, report: Path, repaired: Path
+) -> QuickstartResult:
+    from longroll.results import QuickstartResult
+
+    return QuickstartResult.from_json(
+        {
+            "verdict_before": before.verdict,
+            "verdict_after": after.verdict,
+            "sentence_before": before.sentence,
+            "sentence_after": after.sentence,
+            "train_length": before.train_length,
+            "edge_before": before.edge,
+            "loss_in_range_before": before.level("in_range"),
+            "loss_in_range_after": after.level("in_range"),
+            "loss_far_before": before.level("far"),
+            "loss_far_after": after.level("far"),
+            "max_position": before.max_position,
+            "seconds": seconds,
+            "report": str(report),
+            "model": str(repaired),
+            "provenance": after.provenance,
+        }
+    )

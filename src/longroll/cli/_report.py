@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -34,27 +35,28 @@ def report(
     from longroll.cli._console import out
     from longroll.errors import LongrollError
     from longroll.report import write_figures, write_report
-    from longroll.results import read_json
+    from longroll.results import DiagnosisResult, TaskResult, read_results
 
-    read = {path: read_json(path) for path in runs}
-    loaded = []
-    for path, run in read.items():
-        kind = run.get("kind") if isinstance(run, dict) else None
-        if kind == "diagnosis":
-            loaded.append(run)
-        elif kind != "task":
-            raise LongrollError(
-                f"{path} is no diagnosis: make one with `longroll diagnose MODEL --json {path}`."
-            )
-    for path, run in read.items():
-        if run["kind"] == "task":
-            of_it = [other for other in loaded if other["label"] == run["label"]]
-            if not of_it or "tasks" not in run:
+    read = [
+        (path, result)
+        for path in runs
+        for result in read_results(
+            path,
+            DiagnosisResult,
+            TaskResult,
+            otherwise=f"is no diagnosis: make one with `longroll diagnose MODEL --json {path}`.",
+        )
+    ]
+    loaded = [result for _, result in read if isinstance(result, DiagnosisResult)]
+    for path, task in read:
+        if isinstance(task, TaskResult):
+            place = next((i for i, run in enumerate(loaded) if run.label == task.label), None)
+            if place is None or task.tasks is None:
                 raise LongrollError(
-                    f"{path} is no finished task of a diagnosis labelled {run['label']!r}: use the same "
+                    f"{path} is no finished task of a diagnosis labelled {task.label!r}: use the same "
                     "--label for both, or `longroll evaluate compare`."
                 )
-            of_it[0]["tasks"] = {**(of_it[0].get("tasks") or {}), **run["tasks"]}
+            loaded[place] = replace(loaded[place], tasks={**(loaded[place].tasks or {}), **task.tasks})
     out.print(str(write_report(loaded, output / "report.html", title=title)))
     if figures:
         for path in write_figures(loaded, figures, format.value):

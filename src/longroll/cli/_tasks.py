@@ -1,23 +1,26 @@
-"""What the task commands share: their flags, the result file that a run goes on from, tables and figures."""
+"""What the task commands share: their flags, one way to run a grid, tables, and rows to train on."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
 from longroll.cli import _options as o
-from longroll.cli._numbers import length_option, parse_depths, parse_lengths
+from longroll.cli._flags import Command
+from longroll.cli._numbers import parse_depths, parse_lengths
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from rich.table import Table
 
     from longroll.data import Tokenizer
     from longroll.model import RecurrentLM
-    from longroll.tasks import BABILong, Row
+    from longroll.results import Grid, TaskResult
+    from longroll.tasks import CopyRows, Row, TaskRows
     from longroll.tasks.haystack import Haystack
     from longroll.training import PosttrainOptions
 
@@ -66,114 +69,144 @@ HowRead = Annotated[
         "range of --window tokens), chunk (answer from the best --window tokens: OPRM).",
     ),
 ]
-Window = Annotated[int | None, length_option(help="Of --reading. Default: the training length.")]
+Window = Annotated[int | None, typer.Option(help="Tokens of --reading. Default: the training length.", min=1)]
 Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
 ]
 
-HAYSTACK_TOKENS = 1 << 22
-"""Read of a text to hide needles in; longer prompts go through it again."""
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlags:
+    """The flags of every task command."""
+
+    model: o.Model
+    lengths: Lengths
+    samples: Samples = 20
+    batch_size: BatchSize = 16
+    reading: HowRead = "plain"
+    window: Window = None
+    label: Label = None
+    tokenizer: o.TokenizerName = None
+    device: o.Device = None
+    dtype: o.Dtype = None
+    trust_remote_code: o.TrustRemoteCode = False
+    seed: o.Seed = 0
+    json: o.Json = None
+    output: o.Output = None
 
 
-def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
-    """Noise, or text of a split: the same whatever the lengths, so that a grid can grow."""
-    from longroll.tasks import NoiseHaystack, TextHaystack
+class Opened(NamedTuple):
+    """What a task command works on."""
 
-    if source == "noise":
-        return NoiseHaystack(tokenizer)
-    corpus = o.read_corpus(source, tokenizer, split=split, column=None, max_tokens=HAYSTACK_TOKENS, seed=seed)
-    return TextHaystack(corpus, source)
+    lm: RecurrentLM
+    tokenizer: Tokenizer
+    seed: int
 
 
-def open_babilong(
-    facts: str, books: str, kinds: str, tokenizer: Tokenizer, *, few_shot: bool, train: bool
-) -> list[BABILong]:
-    """The tasks named, with facts and books of one split."""
-    from longroll.data import read_documents
-    from longroll.tasks import BABILong, read_stories
+class TaskGrid(NamedTuple):
+    """The rows of a grid, and the length of training in the unit of its lengths."""
 
-    split = "train" if train else "validation"
-    texts = [] if books == "none" else list(read_documents(books, split=split))
+    rows: list[Row]
+    train_length: int | None
+
+
+def task_command(
+    app: typer.Typer, *, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., TaskGrid]], Callable[..., TaskGrid]]:
+    """Make a command of a function that gives a grid.
+
+    The command takes `TaskFlags` and the keyword arguments of the function. It opens the model, measures the
+    grid, prints its tables, and writes results and figures.
+
+    Args:
+        app: gets the command, by the function's name.
+        without: shared flags that the command does not take; they keep their defaults.
+        defaults: of shared flags.
+    """
+
+    def register(grid_of: Callable[..., TaskGrid]) -> Callable[..., TaskGrid]:
+        own = list(inspect.signature(grid_of, eval_str=True).parameters.values())[1:]
+        first, *more = [flag for flag in _flags(defaults) if flag.name not in without]
+
+        def command(**arguments: Any) -> None:
+            told = {flag.name: arguments.pop(flag.name) for flag in own}
+            measure(grid_of, TaskFlags(**arguments), **told)
+
+        command.__signature__ = inspect.Signature([first, *own, *more])  # type: ignore[attr-defined]
+        app.command(grid_of.__name__, cls=Command, help=grid_of.__doc__)(command)
+        return grid_of
+
+    return register
+
+
+def _flags(defaults: dict[str, Any]) -> list[inspect.Parameter]:
+    """The flags of `TaskFlags` as parameters of a command."""
+    hints = get_type_hints(TaskFlags, include_extras=True)
+    empty = inspect.Parameter.empty
     return [
-        BABILong(
-            tokenizer, qa, read_stories(facts, qa, "train" if train else "test"), texts, few_shot=few_shot
+        inspect.Parameter(
+            flag.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(flag.name, empty if flag.default is MISSING else flag.default),
+            annotation=hints[flag.name],
         )
-        for qa in (kind.strip() for kind in kinds.split(","))
+        for flag in fields(TaskFlags)
     ]
 
 
-def run_task(
-    lm: RecurrentLM,
-    rows: Sequence[Row],
-    lengths: Sequence[int],
-    *,
-    train_length: int | None,
-    samples: int,
-    batch_size: int,
-    reading: str,
-    window: int | None,
-    label: str | None,
-    seed: int,
-    json: Path | None,
-    output: Path | None,
-) -> dict[str, Any]:
-    """Measure a grid with a progress bar, or go on where the result file ends; print a table, draw figures.
-
-    Raises:
-        LongrollError: for a result file of another model or other settings.
-    """
+def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> None:
+    """Measure a grid with a progress bar, print its tables, and write results and figures."""
     from longroll.cli._console import out, progress
     from longroll.report import write_figures
-    from longroll.results import write_json
-    from longroll.tasks.baselines import make_reading
-    from longroll.tasks.evaluate import evaluate_grid, fingerprint, task_result
+    from longroll.tasks import run_task
 
-    task = rows[0].task
-    window = window or lm.train_length
-    label = label or (lm.name if reading == "plain" else f"{lm.name}, {reading}")
-    settings = {"weights": fingerprint(lm), "samples": samples, "seed": seed, "reading": reading}
-    settings |= {} if reading == "plain" else {"window": window}
-    settings |= task.settings()
-    files = [file for file in (json, output / f"{task.name}.json" if output else None) if file]
-    cells = finished_cells(files[0], settings) if files else []
-    chosen = make_reading(reading, lm, window=window, rows=rows, length=max(lengths))
-    began = time.perf_counter()
-
-    def result(found: list[dict[str, Any]]) -> dict[str, Any]:
-        seconds = time.perf_counter() - began
-        return task_result(
+    lm = o.open_model(
+        flags.model, device=flags.device, dtype=flags.dtype, trust_remote_code=flags.trust_remote_code
+    )
+    opened = Opened(lm, o.open_tokenizer(lm, flags.model, flags.tokenizer), flags.seed)
+    rows, train_length = grid_of(opened, **told)
+    name = rows[0].task.name
+    files = [file for file in (flags.json, flags.output and flags.output / f"{name}.json") if file]
+    with progress(f"measuring {name}", total=len(rows) * len(flags.lengths) * flags.samples) as advance:
+        found = run_task(
             lm,
-            found,
             rows,
-            lengths,
-            label=label,
+            flags.lengths,
             train_length=train_length,
-            settings=settings,
-            seed=seed,
-            seconds=seconds,
-        )
-
-    with progress(f"measuring {task.name}", total=len(rows) * len(lengths) * samples) as advance:
-        cells = evaluate_grid(
-            lm,
-            rows,
-            lengths,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            reading=chosen,
-            finished=cells,
-            save=(lambda found: write_json(files[0], result(found))) if files else None,
+            samples=flags.samples,
+            batch_size=flags.batch_size,
+            reading=flags.reading,
+            window=flags.window,
+            label=flags.label,
+            seed=flags.seed,
+            file=files[0] if files else None,
             progress=advance,
         )
-    found = result(cells)
-    for file in files:
-        write_json(file, found)
-    for name in found["tasks"]:
-        out.print(task_table([found], name))
-    if output:
-        write_figures([found], output, "svg")
-    return found
+    for file in files[1:]:
+        found.write(file)
+    for table in found.tasks or {}:
+        out.print(task_table([found], table))
+    if flags.output:
+        write_figures([found], flags.output, "svg")
+
+
+def parse_kinds(text: str) -> list[str]:
+    """Names with commas."""
+    return [kind.strip() for kind in text.split(",")]
+
+
+def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
+    """Noise, or text of a split, read with a progress bar."""
+    from longroll.cli._console import progress
+    from longroll.tasks import open_haystack
+    from longroll.tasks.haystack import HAYSTACK_TOKENS
+
+    if source == "noise":
+        return open_haystack(source, tokenizer, split=split)
+    with progress(f"reading {source}", total=HAYSTACK_TOKENS) as advance:
+        return open_haystack(
+            source, tokenizer, split=split, seed=seed, progress=lambda done, _: advance(done)
+        )
 
 
 def training_rows(
@@ -188,101 +221,79 @@ def training_rows(
     books: str,
     kinds: str,
     windows: int,
-) -> Dataset:
+) -> TaskRows | CopyRows:
     """The rows of a task to train on, with a word of warning where State Passing will do harm.
 
     Raises:
         LongrollError: for babilong without facts, and copying by TBPTT.
     """
-    import os
-
     from longroll.cli._console import console
     from longroll.errors import LongrollError
-    from longroll.tasks import Copying, CopyRows, Niah, Passkey, Task, TaskRows
+    from longroll.tasks import TaskRows, training_rows
 
+    if task == "copying" and intervention == "tbptt":
+        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
     lanes = options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-    rows = options.steps * options.accumulation * lanes
-    tasks: list[Task]
-    if task == "copying":
-        if intervention == "tbptt":
-            raise LongrollError(
-                "--task copying has no text that goes on from row to row: use --intervention sp."
-            )
-        return CopyRows(Copying(tokenizer), rows, context=options.length, seed=options.seed)
-    if task == "babilong":
-        if facts is None:
-            raise LongrollError("--task babilong needs --facts: the folder of bAbI's files.")
-        tasks = [*open_babilong(facts, books, kinds, tokenizer, few_shot=False, train=True)]
-    elif task == "niah":
-        tasks = [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
-    else:
-        text = open_haystack(haystack, tokenizer, split="train", seed=options.seed)
-        tasks = [Passkey(tokenizer, haystack=text, instruction=instruction)]
-    if not tasks[0].stationary and intervention in ("sp", "tbptt") and windows == 1:
+    rows = training_rows(
+        task,
+        tokenizer,
+        length=options.length,
+        rows=options.steps * options.accumulation * lanes,
+        lanes=lanes,
+        windows=windows,
+        seed=options.seed,
+        haystack=open_haystack(haystack, tokenizer, split="train", seed=options.seed)
+        if task == "passkey"
+        else None,
+        instruction=instruction,
+        facts=facts,
+        books=books,
+        kinds=parse_kinds(kinds),
+    )
+    stationary = not isinstance(rows, TaskRows) or rows.tasks[0].stationary
+    if not stationary and intervention in ("sp", "tbptt") and windows == 1:
         console.print(
             f"Warning: --intervention {intervention} is the wrong tool for {task}: the final state of one "
             "sample holds an answer that no next text is about (the data are not stationary). Use "
             "--intervention fitted.",
             style="yellow",
         )
-    return TaskRows(tasks, options.length, rows, lanes=lanes, windows=windows, seed=options.seed)
+    return rows
 
 
-def finished_cells(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of an earlier run with the same settings; none if there was none.
-
-    Raises:
-        LongrollError: the file holds something else, or the first setting that differs.
-    """
-    from longroll.errors import LongrollError
-    from longroll.results import read_json
-
-    if not file.exists():
-        return []
-    found = read_json(file)
-    if not isinstance(found, dict) or found.get("kind") != "task":
-        raise LongrollError(f"{file} holds no results of a task: name another file, or remove it.")
-    before = found["settings"]
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise LongrollError(
-                f"{file} holds results with {name} = {before.get(name)!r}, not {settings.get(name)!r}: name "
-                "another file, remove this one, or use the same settings to go on with it."
-            )
-    return found["cells"]
-
-
-def task_table(runs: Sequence[dict[str, Any]], name: str):
+def task_table(runs: Sequence[TaskResult], name: str) -> Table:
     """Lengths down, runs and their depths (or kinds) across, with 95 % intervals."""
     from rich.table import Table
 
     from longroll.report.units import position
 
-    metric = runs[0]["tasks"][name]["metric"].replace("_", " ")
-    whose = f", {runs[0]['label']}" if len(runs) == 1 else ""
-    table = Table(title=f"{runs[0]['task']}{whose}: {metric} (95 % interval)")
+    held = [(run, run.tasks[name]) for run in runs if run.tasks and name in run.tasks]
+    metric = (held[0][1].metric or "accuracy").replace("_", " ")
+    whose = f", {runs[0].label}" if len(runs) == 1 else ""
+    table = Table(title=f"{runs[0].task}{whose}: {metric} (95 % interval)")
     table.add_column("length", justify="right")
-    for run in runs:
-        held = run["tasks"][name]
-        for row in held.get("rows") or held.get("depths") or [""]:
-            table.add_column(
-                f"{run['label']} {row}".strip() if len(runs) > 1 else str(row or metric), justify="right"
-            )
-    lengths = sorted({length for run in runs for length in run["tasks"][name]["lengths"]})
-    for length in lengths:
-        values: list[str] = []
-        for run in runs:
-            held = run["tasks"][name]
-            width = len(held["accuracy"][0])
-            if length in held["lengths"]:
-                at = held["lengths"].index(length)
-                columns = zip(held["accuracy"][at], held["low"][at], held["high"][at], strict=True)
-                values += [_share(*column) for column in columns]
-            else:
-                values += ["-"] * width
+    for run, grid in held:
+        names = grid.rows or [str(depth) for depth in grid.depths or []] or [""]
+        for row in names:
+            heading = f"{run.label or ''} {row}".strip() if len(runs) > 1 else row or metric
+            table.add_column(heading, justify="right")
+    for length in sorted({length for _, grid in held for length in grid.lengths}):
+        values = [value for _, grid in held for value in _values(grid, length)]
         table.add_row(position(length), *values)
     return table
 
 
-def _share(mean: float, low: float | None, high: float | None) -> str:
-    return f"{mean:.2f}" if low is None else f"{mean:.2f} ({low:.2f}-{high:.2f})"
+def _values(grid: Grid, length: int) -> list[str]:
+    """The cells of one length; dashes where it was not measured."""
+    if length not in grid.lengths:
+        return ["-"] * len(grid.names)
+    at = grid.lengths.index(length)
+    nothing = [None] * len(grid.names)
+    low, high = (end[at] if end else nothing for end in (grid.low, grid.high))
+    return [_share(*values) for values in zip(grid.accuracy[at], low, high, strict=True)]
+
+
+def _share(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if low is None or high is None else f"{mean:.2f} ({low:.2f}-{high:.2f})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from longroll.measure.explain import Progress, StateWatch, explain_coverage, exp
 from longroll.measure.precision import Float16Watch, check_precision
 from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
-from longroll.results import provenance
+from longroll.results import DiagnosisResult, provenance
 
 Verdict = Literal["healthy", "fades", "explodes"]
 Run = Any
@@ -57,10 +56,9 @@ class Diagnosis:
     """What to do: an intervention, with its reasons and its price, or to leave the model alone."""
     details: dict[str, Any] = field(repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: numbers that are not finite become null."""
+    def result(self) -> DiagnosisResult:
+        """Return the diagnosis as reports read it; numbers that are not finite become null."""
         data = {
-            "kind": "diagnosis",
             **self.details,
             "levels": self.levels,
             "edge": self.edge,
@@ -68,7 +66,11 @@ class Diagnosis:
             "verdict": self.verdict,
             "sentence": self.sentence,
         }
-        return json.loads(json.dumps(data, default=float), parse_constant=lambda _: None)
+        return DiagnosisResult.from_json(data, source="diagnosis")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers that are not finite become null."""
+        return self.result().to_json()
 
 
 def diagnose(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longroll.errors import LongrollError
 from longroll.files import write_whole
 from longroll.report.plates import plates
-from longroll.report.runs import Run
+from longroll.report.runs import AnyRun
 from longroll.report.style import PAPER_COLUMN, PAPER_PAGE, Look
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ _METADATA: dict[str, dict[str, Any]] = {
 _FULL_WIDTH = ("states", "task-")  # small multiples need both columns
 
 
-def write_figures(runs: Sequence[Run], folder: str | os.PathLike[str], format: str = "pdf") -> list[Path]:
+def write_figures(runs: Sequence[AnyRun], folder: str | os.PathLike[str], format: str = "pdf") -> list[Path]:
     """Write every figure the runs give into a folder, ready for a paper, and return the paths.
 
     Args:
-        runs: What `longroll diagnose --json` wrote, one dict a run.
+        runs: Results of `longroll diagnose` or of tasks, or their JSON.
         folder: Made if missing; files of the same name are replaced.
         format: "pdf", "png" (300 dpi) or "svg".
     """

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from longroll.files import write_whole
+from longroll.printable import printable
 from longroll.report import units, verdict
 from longroll.report.plates import Panel, Plate, plates
-from longroll.report.runs import Run, common_unit, ordered, section
+from longroll.report.runs import AnyRun, Run, common_unit, ordered
 from longroll.report.style import PHONE, WEB, RunStyle, css_variables, run_styles
 from longroll.report.svg import to_svg
 
@@ -16,13 +17,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PROVENANCE = ("device", "threads", "seed", "seconds", "date")  # shown in this order, anything else after
 
 
-def render(runs: Sequence[Run], *, title: str | None = None) -> str:
+def render(runs: Sequence[AnyRun], *, title: str | None = None) -> str:
     """Return the report on some runs as one self-contained HTML page.
 
     Nothing is fetched when it is opened; the same runs always give the same page.
 
     Args:
-        runs: What `longroll diagnose --json` wrote, one dict a run.
+        runs: Results of `longroll diagnose`, or their JSON.
         title: The title; by default the base model's name and its training length.
     """
     import jinja2
@@ -33,7 +34,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     headline, further = verdict.statements(styled)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_printable,
     )  # fmt: skip
     return environment.get_template("page.html.j2").render(
         title=title or _title(runs[0]),
@@ -50,7 +51,12 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     )
 
 
-def write_report(runs: Sequence[Run], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+def _printable(value: Any) -> Any:
+    """Drop control characters from text; markup of our own stays as it is."""
+    return printable(value) if type(value) is str else value
+
+
+def write_report(runs: Sequence[AnyRun], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write the page to `path`, whole or not at all, and return the path.
 
     Raises:
@@ -84,43 +90,42 @@ def _svg(plate: Plate, panel: Panel, prefix: str, look: Any) -> Any:
 
 
 def _title(run: Run) -> str:
-    name = str(run.get("model") or run.get("label") or "Recurrent language model").rstrip("/").split("/")[-1]
-    train = run.get("train_length")
-    return f"{name} past {units.position(train)} tokens" if train else name
+    name = (run.model or run.label or "Recurrent language model").rstrip("/").split("/")[-1]
+    return f"{name} past {units.position(run.train_length)} tokens" if run.train_length else name
 
 
 def _facts(run: Run) -> list[str]:
     """List what the base is, in a few words each."""
-    facts = [str(run["architecture"])] if run.get("architecture") else []
-    if run.get("parameters"):
-        facts.append(f"{units.parameters(run['parameters'])} parameters")
-    if run.get("train_length"):
-        facts.append(f"trained on {units.position(run['train_length'])} tokens")
-    if run.get("max_position"):
-        facts.append(f"measured to {units.position(run['max_position'])}")
-    if run.get("sequences"):
-        facts.append(f"{run['sequences']:,} sequences")
+    facts = [run.architecture] if run.architecture else []
+    if run.parameters:
+        facts.append(f"{units.parameters(run.parameters)} parameters")
+    if run.train_length:
+        facts.append(f"trained on {units.position(run.train_length)} tokens")
+    if run.max_position:
+        facts.append(f"measured to {units.position(run.max_position)}")
+    if run.sequences:
+        facts.append(f"{run.sequences:,} sequences")
     return facts
 
 
 def _made(run: Run, style: RunStyle) -> dict[str, Any]:
     """List what is needed to make the run again."""
-    found = section(run, "provenance") or {}
+    found = run.provenance.to_json() if run.provenance else {}
     keys = [key for key in _PROVENANCE if key in found]
     keys += [key for key in found if key not in (*_PROVENANCE, "command", "versions")]
-    items = [("model", str(run["model"]))] if run.get("model") else []
+    items = [("model", run.model)] if run.model else []
     items += [(key.replace("_", " "), _plain(key, found[key])) for key in keys if found[key] is not None]
-    versions = found.get("versions") or {}
+    versions = found.get("versions")
     if versions:
         items.append(("versions", _plain("versions", versions)))
-    return {"style": style, "command": str(found.get("command") or ""), "items": items}
+    return {"style": style, "command": found.get("command") or "", "items": items}
 
 
 def _plain(key: str, value: Any) -> str:
     if key == "seconds":
-        return f"{float(value):,.1f}"
+        return f"{value:,.1f}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     return str(value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from longroll.report import figures, tables, units
 from longroll.report.figures.coverage import has_negative, largest_shift
 from longroll.report.figures.remembrance import common_ends, largest_remembrance
-from longroll.report.runs import Run, common_unit, number, ordered, section
+from longroll.report.runs import AnyRun, Run, common_unit, ordered
 from longroll.report.style import Look, RunStyle, run_styles
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Plate:
     wide: bool = True
 
 
-def plates(runs: Sequence[Run]) -> list[Plate]:
+def plates(runs: Sequence[AnyRun]) -> list[Plate]:
     """List the figures that the runs hold data for."""
     runs = ordered(runs)
     styled = list(zip(runs, run_styles(runs), strict=True))
@@ -82,11 +82,11 @@ def plates(runs: Sequence[Run]) -> list[Plate]:
 
 
 def _position(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if section(run, "curve")]
+    having = [(run, style) for run, style in styled if run.curve]
     if not having:
         return []
     unit = common_unit(runs)
-    ring = any(number(run.get("edge")) == number(run.get("edge")) for run, _ in having)
+    ring = any(run.edge is not None for run, _ in having)
     text = LOOK_FOR["position"] + (" The ring marks where a run breaks." if ring else "")
     panel = Panel("position", lambda look: figures.position_figure(runs, unit, look=look))
     heading = f"{units.UNITS[unit][0].upper()}{units.UNITS[unit][1:]} by position"
@@ -94,7 +94,7 @@ def _position(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 
 def _excess(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if section(run, "excess")]
+    having = [(run, style) for run, style in styled if run.excess]
     if not having:
         return []
     panel = Panel("excess", lambda look: figures.excess_figure(runs, look=look))
@@ -104,7 +104,7 @@ def _excess(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 
 def _states(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if section(run, "states")]
+    having = [(run, style) for run, style in styled if run.states]
     if not having:
         return []
     panel = Panel("states", lambda look: figures.state_figure(runs, look=look))
@@ -114,7 +114,7 @@ def _states(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 
 def _remembrance(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if section(run, "remembrance")]
+    having = [(run, style) for run, style in styled if run.remembrance]
     if not common_ends(runs):
         return []
     end = common_ends(runs)[-1]
@@ -124,10 +124,11 @@ def _remembrance(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 
 def _remembrance_maps(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if section(run, "remembrance")]
-    if not any(len(run["remembrance"]["ends"]) > 1 for run, _ in having):
+    having = [(run, style) for run, style in styled if run.remembrance]
+    found = [run.remembrance for run, _ in having if run.remembrance]
+    if not any(len(one.ends) > 1 for one in found):
         return []  # with one end the curves say it all
-    top = max(largest_remembrance(run) for run, _ in having)
+    top = max(map(largest_remembrance, found))
     panels = [Panel(f"remembrance-map-{s.label}", _remembrance_map(r, s, top), s) for r, s in having]
     return [
         Plate(
@@ -141,10 +142,11 @@ def _remembrance_map(run: Run, style: RunStyle, top: float) -> Draw:
 
 
 def _coverage(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    having = [(run, style) for run, style in styled if (section(run, "coverage") or {}).get("map")]
+    having = [(run, style) for run, style in styled if run.coverage]
     if not having:
         return []
-    top, signed = max(largest_shift(run) for run, _ in having), any(has_negative(run) for run, _ in having)
+    found = [run.coverage for run, _ in having if run.coverage]
+    top, signed = max(map(largest_shift, found)), any(map(has_negative, found))
     panels = [
         Panel(f"coverage-{s.label}", _coverage_map(r, top, signed), s, tables.causal_table(r, s))
         for r, s in having
@@ -166,9 +168,7 @@ def _coverage_map(run: Run, top: float, signed: bool) -> Draw:
 
 
 def _tasks(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
-    names = dict.fromkeys(
-        name for run, _ in styled for name, grid in (section(run, "tasks") or {}).items() if grid
-    )
+    names = dict.fromkeys(name for run, _ in styled for name in run.tasks or {})
     return [
         Plate(
             f"task-{name}",

@@ -1,4 +1,4 @@
-"""Read runs: order them, pick their sections, turn their lists (with nulls) into arrays."""
+"""Open runs, order them, name them, and turn their lists (with nulls) into arrays."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 
 from longroll.errors import LongrollError
+from longroll.printable import printable
+from longroll.results import DiagnosisResult, TaskResult
 
-Run = Mapping[str, Any]
+Run = DiagnosisResult
+AnyRun = DiagnosisResult | TaskResult | Mapping[str, Any]
+"""A run as the public functions of the report take it: a result, or its JSON."""
 
 ROLES = ("base", "none", "random", "fitted", "sp", "tbptt")
 
@@ -23,24 +27,50 @@ _PATTERNS = {
 }
 
 
-def ordered(runs: Sequence[Run]) -> list[Run]:
+def as_run(run: AnyRun) -> Run:
+    """Open a run: a diagnosis as it is, a task as a diagnosis with nothing but its tables, JSON by its kind.
+
+    JSON that does not name its kind may hold any sections of a diagnosis.
+
+    Raises:
+        LongrollError: naming the field, for JSON that is not a valid result.
+    """
+    if isinstance(run, Mapping):
+        kind = TaskResult if run.get("kind") == "task" else DiagnosisResult
+        run = kind.from_json(run if "kind" in run else {"label": None, "verdict": "", **run}, source="run")
+    if isinstance(run, TaskResult):
+        return DiagnosisResult(
+            label=run.label,
+            verdict="",
+            model=run.model,
+            train_length=run.train_length,
+            tasks=run.tasks,
+            provenance=run.provenance,
+        )
+    return run
+
+
+def ordered(runs: Sequence[AnyRun]) -> list[Run]:
     """Put the base first, then none, random, fitted, SP, TBPTT; any other run keeps its place at the end."""
-    if isinstance(runs, Mapping) or not all(isinstance(run, Mapping) for run in runs):
+    if isinstance(runs, Mapping) or not all(
+        isinstance(run, DiagnosisResult | TaskResult | Mapping) for run in runs
+    ):
         raise LongrollError("A report is drawn from a list of runs: pass [run] for a single one.")
     if not runs:
         raise LongrollError(
             "A report needs at least one run: pass a file made by `longroll diagnose --json`."
         )
-    named = [role_of(run) for run in runs]
+    opened = [as_run(run) for run in runs]
+    named = [role_of(run) for run in opened]
     first = named.index("base") if "base" in named else 0
-    rest = [i for i in range(len(runs)) if i != first]
+    rest = [i for i in range(len(opened)) if i != first]
     rest.sort(key=lambda i: ROLES.index(named[i]) if named[i] in ROLES else len(ROLES))  # stable
-    return [runs[i] for i in [first, *rest]]
+    return [opened[i] for i in [first, *rest]]
 
 
 def role_of(run: Run) -> str:
     """Name the role of a run from its `intervention` field or its label; "other" when neither tells."""
-    for text in (run.get("intervention"), run.get("label")):
+    for text in (run.intervention, run.label):
         for role, pattern in _PATTERNS.items():
             if re.search(pattern, str(text or "").lower().replace("_", " ")):
                 return role
@@ -52,7 +82,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     seen: dict[str, int] = {}
     out = []
     for i, run in enumerate(runs):
-        text = " ".join(str(run.get("label") or f"run {i + 1}").split())
+        text = " ".join(printable(run.label or "").split()) or f"run {i + 1}"
         text = text if len(text) <= 32 else text[:31].rstrip() + "…"
         seen[text] = seen.get(text, 0) + 1
         out.append(text if seen[text] == 1 else f"{text} ({seen[text]})")
@@ -76,19 +106,14 @@ def number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def section(run: Run, name: str) -> Mapping[str, Any] | None:
-    """Return an optional section of a run, or None when it is missing, null or empty."""
-    return run.get(name) or None
-
-
 def train_lengths(runs: Sequence[Run]) -> list[int]:
     """List the different training lengths, shortest first."""
-    return sorted({int(run["train_length"]) for run in runs if run.get("train_length")})
+    return sorted({run.train_length for run in runs if run.train_length})
 
 
 def common_unit(runs: Sequence[Run]) -> str:
     """Choose the unit in which the runs compare: perplexity, or bits per byte when their tokens differ."""
-    sizes = [number(run.get("bytes_per_token")) for run in runs]
+    sizes = [number(run.bytes_per_token) for run in runs]
     if all(np.isfinite(sizes)) and max(sizes) > 1.01 * min(sizes):
         return "bits_per_byte"
     return "perplexity"

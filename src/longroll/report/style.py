@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longroll.report.runs import Run, labels, role_of
+from longroll.report.runs import AnyRun, as_run, labels, role_of
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ class RunStyle:
         return self.tone.light
 
 
-def run_styles(runs: Sequence[Run]) -> list[RunStyle]:
+def run_styles(runs: Sequence[AnyRun]) -> list[RunStyle]:
     """Give every run its style: the first is the base, each later one the tone of its role or a spare one."""
     styles: list[RunStyle] = []
     spare = 0
-    for i, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
+    opened = [as_run(run) for run in runs]
+    for i, (run, label) in enumerate(zip(opened, labels(opened), strict=True)):
         role = "base" if i == 0 else role_of(run)
         if role in RUN_TONES and role not in {style.role for style in styles}:
             tone, dash = RUN_TONES[role], _DASHES[role]

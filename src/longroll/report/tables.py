@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from longroll.report import units
-from longroll.report.figures.coverage import layer_name
-from longroll.report.runs import Run, numbers, section
+from longroll.report.figures.coverage import layer_names
+from longroll.report.runs import Run, number, numbers
 from longroll.report.style import RunStyle
 
 _WORTH_A_ROW = 0.05  # of the damage
@@ -29,14 +29,14 @@ def curve_table(styled: Styled) -> Table:
     """Loss in every bin of positions with its interval, a column a run."""
     found: dict[tuple[float, float], dict[int, str]] = {}
     for column, (run, _) in enumerate(styled):
-        curve = run["curve"]
-        loss = numbers(curve["loss"])
-        low, high = (
-            numbers(curve[n]) if curve.get(n) else np.full(loss.shape, np.nan) for n in ("low", "high")
-        )
-        middle = numbers(curve["position"])
+        curve = run.curve
+        if curve is None:
+            continue
+        loss = numbers(curve.loss)
+        low, high = (numbers(end) if end else np.full(loss.shape, np.nan) for end in (curve.low, curve.high))
+        middle = numbers(curve.position)
         start, stop = (
-            numbers(curve[n]) if curve.get(n) else middle + i for i, n in enumerate(("start", "stop"))
+            numbers(edge) if edge else middle + i for i, edge in enumerate((curve.start, curve.stop))
         )
         for i, value in enumerate(loss):
             text = units.nats(value)
@@ -58,7 +58,10 @@ def excess_tables(styled: Styled) -> list[Table]:
     """Loss above a fresh start with its interval, a table a run."""
     tables = []
     for run, style in styled:
-        columns = [numbers(run["excess"].get(name)) for name in ("position", "mean", "low", "high")]
+        if run.excess is None:
+            continue
+        excess = run.excess
+        columns = [numbers(values) for values in (excess.position, excess.mean, excess.low, excess.high)]
         rows = [
             [units.position(p), units.nats(mean), f"[{units.nats(low)}, {units.nats(high)}]"]
             for p, mean, low, high in zip(*columns, strict=True)
@@ -72,13 +75,15 @@ def state_tables(styled: Styled) -> list[Table]:
     """Standard deviation of the state, a table a run, a column a layer."""
     tables = []
     for run, style in styled:
-        layers = run["states"]["layers"]
-        columns = [numbers(layer.get("std")) for layer in layers]
+        if run.states is None:
+            continue
+        layers = run.states.layers
+        columns = [numbers(layer.std) for layer in layers]
         rows = [
-            [units.position(t), *(units.quantity(c[i]) if i < c.size else units.MISSING for c in columns)]
-            for i, t in enumerate(numbers(run["states"]["position"]))
+            [units.position(t), *(units.quantity(column[i]) for column in columns)]
+            for i, t in enumerate(run.states.position)
         ]
-        head = ["position", *(f"layer {layer['layer']}" for layer in layers)]
+        head = ["position", *(f"layer {layer.layer}" for layer in layers)]
         tables.append(Table(f"{style.label}: standard deviation of the state", head, rows))
     return tables
 
@@ -87,13 +92,14 @@ def remembrance_tables(styled: Styled) -> list[Table]:
     """Effective remembrance, a table a run, a column an end."""
     tables = []
     for run, style in styled:
-        found = run["remembrance"]
-        mean = numbers(found["mean"]).reshape(len(found["starts"]), -1)
+        found = run.remembrance
+        if found is None:
+            continue
         rows = [
             [units.position(s), *(units.share(v) or units.MISSING for v in row)]
-            for s, row in zip(found["starts"], mean, strict=True)
+            for s, row in zip(found.starts, numbers(found.mean), strict=True)
         ]
-        head = ["t", *(f"T = {units.position(e)}" for e in found["ends"])]
+        head = ["t", *(f"T = {units.position(e)}" for e in found.ends)]
         tables.append(Table(f"{style.label}: effective remembrance", head, rows))
     return tables
 
@@ -102,10 +108,11 @@ def coverage_tables(styled: Styled) -> list[Table]:
     """Standardised shift of every head, and what moving a head back recovers."""
     tables = []
     for run, style in styled:
-        found = run["coverage"]
-        values = numbers(found["map"])
-        values = values[:, None] if values.ndim == 1 else values
-        names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
+        found = run.coverage
+        if found is None:
+            continue
+        values = numbers(found.map)
+        names = layer_names(found)
         rows = [[name, *(units.quantity(v) for v in row)] for name, row in zip(names, values, strict=True)]
         head = ["layer", *(f"head {i}" for i in range(values.shape[1]))]
         tables.append(Table(f"{style.label}: standardised shift", head, rows))
@@ -114,13 +121,14 @@ def coverage_tables(styled: Styled) -> list[Table]:
 
 def causal_table(run: Run, style: RunStyle) -> Table | None:
     """What putting a head's state back into the training range recovers of the loss."""
-    found = section(run, "coverage") or {}
-    causal = [c for c in found.get("causal") or [] if not abs(c.get("recovered") or 0) < _WORTH_A_ROW]
-    rows = [[str(c["what"]), f"{100 * numbers([c.get('recovered')])[0]:.0f} %"] for c in causal]
+    found = run.coverage
+    causal = (found and found.causal) or []
+    causal = [one for one in causal if not abs(one.recovered or 0) < _WORTH_A_ROW]
+    rows = [[one.what, f"{100 * number(one.recovered):.0f} %"] for one in causal]
     rows = [[what, units.MISSING if "nan" in share else units.minus(share)] for what, share in rows]
     return (
         Table(
-            units.typeset(found.get("causal_sentence") or _CAUSAL_CAPTION),
+            units.typeset((found and found.causal_sentence) or _CAUSAL_CAPTION),
             ["held in range", "damage undone"],
             rows,
         )

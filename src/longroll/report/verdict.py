@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longroll.report import units
-from longroll.report.runs import Run, common_unit, number, section, train_lengths
+from longroll.report.runs import Run, common_unit, train_lengths
 from longroll.report.style import RunStyle
 
 Styled = Sequence[tuple[Run, RunStyle]]
@@ -61,7 +61,7 @@ def summary(styled: Styled) -> str:
     if len(styled) < 2 or common_unit([run for run, _ in styled]) != "perplexity":
         return ""
     base, (best, style) = styled[0][0], styled[_best(styled)]
-    values = [number(_levels(run).get(key)) for key in ("far", "in_range") for run in (base, best)]
+    values = [run.level(key) for key in ("far", "in_range") for run in (base, best)]
     if not np.isfinite(values).all():
         return ""
     far_base, far_best, in_base, in_best = (
@@ -77,7 +77,7 @@ def summary(styled: Styled) -> str:
 
 def levels(styled: Styled) -> list[Level]:
     """Make the rows of the table: in range, each multiple of the training length, the last octave."""
-    keys = {key for run, _ in styled for key, value in _levels(run).items() if np.isfinite(number(value))}
+    keys = {key for run, _ in styled for key in run.levels or {} if np.isfinite(run.level(key))}
     unit = common_unit([run for run, _ in styled])
     unit = "nats" if unit == "perplexity" else unit
     same = len(train_lengths([run for run, _ in styled])) == 1
@@ -91,18 +91,17 @@ def levels(styled: Styled) -> list[Level]:
 
 
 def _statement(run: Run, style: RunStyle) -> Statement:
-    word = str(run.get("verdict") or "")
-    edge = number(run.get("edge"))
+    word = run.verdict
     plain = {
         "healthy": "Holds at every length measured.",
         "fades": "Fades past its training length.",
         "explodes": "Explodes past its training length.",
     }.get(word, "No verdict.")
-    if np.isfinite(edge) and word != "healthy":
-        plain = f"Breaks at position {units.position(edge)}."
-    first, *rest = _SENTENCE_END.split(str(run.get("sentence") or plain), maxsplit=1)
+    if run.edge is not None and word != "healthy":
+        plain = f"Breaks at position {units.position(run.edge)}."
+    first, *rest = _SENTENCE_END.split(run.sentence or plain, maxsplit=1)
     # what to do next is said to the model that was diagnosed, not to its repairs
-    advice = " ".join([*rest, str((section(run, "advice") or {}).get("sentence") or "")]).strip()
+    advice = " ".join([*rest, (run.advice and run.advice.sentence) or ""]).strip()
     advice = advice if style.role == "base" else ""
     return Statement(style, word, units.typeset(first), units.typeset(advice))
 
@@ -111,11 +110,7 @@ def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
     value = _value(run, key, unit)
     if not np.isfinite(value):
         return Cell(units.MISSING, "", "", "")
-    perplexity = (
-        units.quantity(float(units.convert(number(_levels(run)[key]), "perplexity")))
-        if unit == "nats"
-        else ""
-    )
+    perplexity = units.quantity(float(units.convert(run.level(key), "perplexity"))) if unit == "nats" else ""
     if base is None or not np.isfinite(base):
         return Cell(units.nats(value), perplexity, "", "")
     gain = value - base
@@ -123,12 +118,8 @@ def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
     return Cell(units.nats(value), perplexity, units.difference(gain), way)
 
 
-def _levels(run: Run) -> dict[str, float | None]:
-    return dict(section(run, "levels") or {})
-
-
 def _value(run: Run, key: str, unit: str) -> float:
-    return float(units.convert(number(_levels(run).get(key)), unit, run.get("bytes_per_token")))
+    return float(units.convert(run.level(key), unit, run.bytes_per_token))
 
 
 def _best(styled: Styled) -> int:
@@ -137,7 +128,7 @@ def _best(styled: Styled) -> int:
 
 
 def _far(run: Run) -> float:
-    value = number(_levels(run).get("far"))
+    value = run.level("far")
     return value if np.isfinite(value) else np.inf
 
 
@@ -150,11 +141,11 @@ def _order(key: str) -> tuple[float, str]:
 
 def _where(key: str, run: Run) -> str:
     """Say at which positions a level was taken, as far as the run tells."""
-    train, last = number(run.get("train_length")), number(run.get("max_position"))
+    train, last = run.train_length, run.max_position
     factor = _order(key)[0]
     if key == "far":
-        return units.span(last / 2, last) if np.isfinite(last) else ""
-    if not np.isfinite(train):
+        return units.span(last / 2, last) if last else ""
+    if not train:
         return ""
     if key == "in_range":
         return f"to {units.position(train)}"

@@ -2,14 +2,15 @@
 
 from longroll.tasks._task import Sample, Task
 from longroll.tasks.babi import Story, read_stories
-from longroll.tasks.babilong import BABILong
+from longroll.tasks.babilong import BABILong, open_babilong
 from longroll.tasks.copying import Copying, CopyRows, copying_tokenizer
 from longroll.tasks.evaluate import Row, evaluate_grid, wilson
 from longroll.tasks.generate import Answers, answer
-from longroll.tasks.haystack import NoiseHaystack, TextHaystack
+from longroll.tasks.haystack import NoiseHaystack, TextHaystack, open_haystack
 from longroll.tasks.niah import Niah
 from longroll.tasks.passkey import Passkey
-from longroll.tasks.training import TaskRows
+from longroll.tasks.run import run_task
+from longroll.tasks.training import TaskRows, training_rows
 
 __all__ = [
     "Answers",
@@ -28,6 +29,10 @@ __all__ = [
     "answer",
     "copying_tokenizer",
     "evaluate_grid",
+    "open_babilong",
+    "open_haystack",
     "read_stories",
+    "run_task",
+    "training_rows",
     "wilson",
 ]

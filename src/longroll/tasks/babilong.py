@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from longroll.data import Tokenizer
+from longroll.data import Tokenizer, read_documents
 from longroll.errors import LongrollError
 from longroll.tasks._task import Sample, Task
-from longroll.tasks.babi import Story
+from longroll.tasks.babi import Story, read_stories
 from longroll.tasks.babilong_prompts import EXAMPLES, INSTRUCTION, LABELS, POST_PROMPT, TEMPLATE
 
 QAS = tuple(LABELS)
@@ -154,3 +154,24 @@ def compare_answers(target: str, output: str, question: str, labels: frozenset[s
 def split_sentences(text: str) -> list[str]:
     """Sentences, each on one line."""
     return [" ".join(sentence.split()) for sentence in _END.split(text) if sentence.strip()]
+
+
+def open_babilong(
+    tokenizer: Tokenizer, facts: str, books: str, kinds: Sequence[str], *, few_shot: bool, train: bool
+) -> list[BABILong]:
+    """Return the tasks named by `kinds`, with facts and books of one split.
+
+    Args:
+        tokenizer: of the model.
+        facts: bAbI's files or BABILong's hub id, as for `read_stories`.
+        books: what `longroll.data.read_documents` reads, or "none" for facts alone.
+        kinds: some of "qa1" to "qa5".
+        few_shot: see `BABILong`.
+        train: take the training split, or else the test split of the facts and the held-out books.
+
+    Raises:
+        LongrollError: as `read_stories`, `read_documents` and `BABILong`.
+    """
+    texts = [] if books == "none" else list(read_documents(books, split="train" if train else "validation"))
+    split = "train" if train else "test"
+    return [BABILong(tokenizer, qa, read_stories(facts, qa, split), texts, few_shot=few_shot) for qa in kinds]

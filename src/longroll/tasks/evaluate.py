@@ -13,7 +13,7 @@ import torch
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
-from longroll.results import provenance
+from longroll.results import TaskResult, provenance
 from longroll.tasks._task import EVALUATION, Task, random_of
 from longroll.tasks.generate import Reading, answer, prefill_samples
 
@@ -180,8 +180,8 @@ def task_result(
     settings: dict[str, Any],
     seed: int,
     seconds: float,
-) -> dict[str, Any]:
-    """What a result file holds: the cells, and once the grid is whole, its tables as the figures draw them.
+) -> TaskResult:
+    """Return what a result file holds: the cells, and once the grid is whole, its tables.
 
     Args:
         lm: the model.
@@ -195,8 +195,7 @@ def task_result(
         seconds: that it took.
     """
     task = rows[0].task
-    result = {
-        "kind": "task",
+    result: dict[str, Any] = {
         "task": task.name,
         "label": label,
         "model": lm.name,
@@ -210,7 +209,7 @@ def task_result(
         others = [name for name in cells[0]["scores"] if name != task.metric]
         names = {task.name: task.metric} | {f"{task.name}_{name}": name for name in others}
         result["tasks"] = {key: grid(cells, rows, lengths, name) for key, name in names.items()}
-    return result
+    return TaskResult.from_json(result, source=task.name)
 
 
 def fingerprint(lm: RecurrentLM) -> str:

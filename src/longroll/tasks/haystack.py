@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,10 @@ from longroll.data import Corpus, Tokenizer
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """Of the passkey task (epfml/landmark-attention, llama/run_test.py) and of RULER."""
+
+
+HAYSTACK_TOKENS = 1 << 22
+"""Tokens read of a text to hide needles in; a longer prompt repeats them."""
 
 
 class Haystack(Protocol):
@@ -52,3 +57,31 @@ class TextHaystack:
         places = np.arange(start, start + before + after) % len(self.ids)
         text = self.ids[places]
         return text[:before], text[before:]
+
+
+def open_haystack(
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Haystack:
+    """Return noise, or the text of a source: the same for prompts of any length, so that a grid can grow.
+
+    Args:
+        source: "noise", or what `longroll.data.read_documents` reads.
+        tokenizer: of the model.
+        split: "train" or "validation".
+        seed: of the order of the documents.
+        progress: called with the number of tokens read and the number to read.
+
+    Raises:
+        LongrollError: for a source without text.
+    """
+    if source == "noise":
+        return NoiseHaystack(tokenizer)
+    corpus = Corpus.from_source(
+        source, tokenizer, split=split, max_tokens=HAYSTACK_TOKENS, seed=seed, progress=progress
+    )
+    return TextHaystack(corpus, source)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from longroll.data import Tokenizer
 from longroll.data.lanes import IGNORED
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.tasks._task import TRAINING, Task, random_of
+from longroll.tasks.babilong import QAS, open_babilong
+from longroll.tasks.copying import Copying, CopyRows
+from longroll.tasks.haystack import Haystack
+from longroll.tasks.niah import Niah
+from longroll.tasks.passkey import Passkey
 
 
 class TaskRows(Dataset[Item]):
@@ -81,3 +89,53 @@ class TaskRows(Dataset[Item]):
             "shift_labels": torch.from_numpy(labels[piece]),
             "starts": torch.tensor(window == first),
         }
+
+
+def training_rows(
+    task: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    rows: int,
+    lanes: int = 1,
+    windows: int = 1,
+    seed: int = 0,
+    haystack: Haystack | None = None,
+    instruction: bool = True,
+    facts: str | None = None,
+    books: str = "none",
+    kinds: Sequence[str] = QAS,
+) -> TaskRows | CopyRows:
+    """Return rows of a task by its name, to train on.
+
+    Args:
+        task: "passkey", "niah", "copying" or "babilong".
+        tokenizer: of the model.
+        length: T, tokens of a row.
+        rows: how many.
+        lanes: rows of a batch, of all ranks together.
+        windows: rows of a sample.
+        seed: of everything drawn.
+        haystack: what a passkey is hidden in; default: noise.
+        instruction: begin a passkey's prompt with the description of the task.
+        facts: bAbI's files, for babilong.
+        books: what babilong hides its facts in.
+        kinds: which of babilong's tasks.
+
+    Raises:
+        LongrollError: for another name, for babilong without facts, and as `TaskRows` and `CopyRows`.
+    """
+    tasks: list[Task]
+    if task == "copying":
+        return CopyRows(Copying(tokenizer), rows, context=length, seed=seed)
+    if task == "babilong":
+        if facts is None:
+            raise LongrollError("`task` babilong needs `facts`: the folder of bAbI's files.")
+        tasks = [*open_babilong(tokenizer, facts, books, kinds, few_shot=False, train=True)]
+    elif task == "niah":
+        tasks = [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
+    elif task == "passkey":
+        tasks = [Passkey(tokenizer, haystack=haystack, instruction=instruction)]
+    else:
+        raise LongrollError(f"`task` {task} is not one of passkey, niah, copying, babilong.")
+    return TaskRows(tasks, length, rows, lanes=lanes, windows=windows, seed=seed)

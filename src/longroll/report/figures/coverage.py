@@ -4,19 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longroll.errors import LongrollError
 from longroll.report import units
 from longroll.report.figures._axes import finite_range
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._tiles import ink_on, scale_key, tiles
-from longroll.report.runs import Run, numbers
+from longroll.report.runs import AnyRun, as_run, numbers
 from longroll.report.style import ABOVE, BELOW, MUTED, WEB, Look
+from longroll.results import Coverage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def coverage_map(
-    run: Run, *, top: float | None = None, signed: bool | None = None, look: Look = WEB
+    run: AnyRun, *, top: float | None = None, signed: bool | None = None, look: Look = WEB
 ) -> "Figure":
     """Draw the standardised shift of every head as a tile; a dot marks a shift that is significant.
 
@@ -26,19 +28,20 @@ def coverage_map(
         signed: Whether the scale runs both ways; by default when the run has negative shifts.
         look: The medium.
     """
-    found = run["coverage"]
-    values = numbers(found["map"])  # (layers, heads)
-    values = values[:, None] if values.ndim == 1 else values
-    mark = numbers(found["significant"]).reshape(len(values), -1) == 1 if found.get("significant") else None
-    names = [layer_name(layer) for layer in found.get("layers") or range(len(values))]
+    found = as_run(run).coverage
+    if found is None:
+        raise LongrollError("The run holds no coverage to draw.")
+    values = numbers(found.map)  # (layers, heads)
+    mark = numbers(found.significant) == 1 if found.significant else None
+    names = layer_names(found)
     heads = [str(i) for i in range(values.shape[1])]
     ticks, axes = (names, heads), ("layer", "head")  # (y, x)
     if len(heads) == 1:  # a model without heads: one strip of layers instead of one tall column
         values, mark = values.T, None if mark is None else mark.T
         ticks, axes = ([""], names), ("", "layer")
     rows, columns = values.shape
-    top = top or largest_shift(run)
-    below = BELOW if (has_negative(run) if signed is None else signed) else None
+    top = top or largest_shift(found)
+    below = BELOW if (has_negative(found) if signed is None else signed) else None
     side = min(0.88 * look.points / max(columns, 1), 2.4 * look.text)
     height = rows * max(min(side, 2 * look.text), 5) + 6 * look.text
     with canvas(look, max(height, (9 if rows > 1 else 7.5) * look.text)) as fig:
@@ -61,19 +64,19 @@ def coverage_map(
     return fig
 
 
-def largest_shift(run: Run) -> float:
+def largest_shift(found: Coverage) -> float:
     """Return the largest standardised shift of a run, in either direction."""
-    return max(*(abs(v) for v in finite_range([numbers(run["coverage"]["map"])])), 1e-9)
+    return max(*(abs(v) for v in finite_range([numbers(found.map)])), 1e-9)
 
 
-def has_negative(run: Run) -> bool:
+def has_negative(found: Coverage) -> bool:
     """Say whether some head of a run lies below the range seen in training."""
-    return finite_range([numbers(run["coverage"]["map"])])[0] < 0
+    return finite_range([numbers(found.map)])[0] < 0
 
 
-def layer_name(layer: Any) -> str:
-    """Name a layer given as a number or as a description."""
-    return str(layer.get("layer", "")) if isinstance(layer, dict) else str(layer)
+def layer_names(found: Coverage) -> list[str]:
+    """Name the rows of the map."""
+    return [str(layer) for layer in found.layers or range(len(found.map))]
 
 
 def _count(set_ticks: Any, names: list[str], length: float, size: float) -> None:

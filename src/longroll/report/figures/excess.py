@@ -9,14 +9,14 @@ from longroll.report import units
 from longroll.report.figures._axes import even_ticks, finite_range, name_axes, position_axis, training_edge
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
-from longroll.report.runs import Run, numbers, ordered, section, train_lengths
+from longroll.report.runs import AnyRun, numbers, ordered, train_lengths
 from longroll.report.style import MUTED, WEB, Look, run_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def excess_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
+def excess_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
     """Draw the loss of reading on above that of a fresh start on the same tokens, one curve a run.
 
     Args:
@@ -24,17 +24,15 @@ def excess_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
         look: The medium.
     """
     runs = ordered(runs)
-    drawn = [
-        (run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "excess")
-    ]
+    drawn = [(run.excess, style) for run, style in zip(runs, run_styles(runs), strict=True) if run.excess]
     train = train_lengths(runs)
     with canvas(look, look.aspect * look.points) as fig:
         ax = fig.add_subplot()
         shown: list[np.ndarray] = []
         ends: list[tuple[float, float]] = []
         first, last = np.inf, 2.0
-        for run, style in reversed(drawn):  # the base last: on top
-            x, y, low, high = (numbers(run["excess"].get(n)) for n in ("position", "mean", "low", "high"))
+        for excess, style in reversed(drawn):  # the base last: on top
+            x, y, low, high = (numbers(v) for v in (excess.position, excess.mean, excess.low, excess.high))
             zorder = 3 if style.role == "base" else 2.5
             ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0, zorder=zorder - 1)
             ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=zorder)

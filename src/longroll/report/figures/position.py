@@ -9,7 +9,7 @@ from longroll.report import units
 from longroll.report.figures._axes import finite_range, name_axes, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
-from longroll.report.runs import Run, number, numbers, ordered, section, train_lengths
+from longroll.report.runs import AnyRun, Run, number, numbers, ordered, train_lengths
 from longroll.report.style import PAPER, WEB, Look, run_styles
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look = WEB) -> "Figure":
+def position_figure(runs: Sequence[AnyRun], unit: str = "perplexity", *, look: Look = WEB) -> "Figure":
     """Draw loss over position with its 95 % interval, one curve a run.
 
     The first sixteenth of the training length is left out: there every model is cold, and its high loss would
@@ -29,7 +29,7 @@ def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look
         look: The medium.
     """
     runs = ordered(runs)
-    drawn = [(run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "curve")]
+    drawn = [(run, style) for run, style in zip(runs, run_styles(runs), strict=True) if run.curve]
     train = train_lengths(runs)
     first = max(1.0, train[0] / 16) if train else 1.0
     with canvas(look, look.aspect * look.points) as fig:
@@ -45,8 +45,7 @@ def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look
             shown += [y, low, high]
             good = np.isfinite(y)
             ends.insert(0, (x[good][-1], y[good][-1]) if good.any() else (np.nan, np.nan))
-            stops = numbers(run["curve"].get("stop"))
-            last = max(last, *x[-1:], *stops[-1:])
+            last = max(last, *x[-1:], *((run.curve and run.curve.stop) or [])[-1:])
         least, most = finite_range(shown)
         value_axis(ax, least, most, log=most > 6 * least)
         position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
@@ -60,13 +59,12 @@ def position_figure(runs: Sequence[Run], unit: str = "perplexity", *, look: Look
 
 def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return positions, values and interval in the unit, from `first` on."""
-    curve = run["curve"]
-    x = numbers(curve["position"])
-    size = run.get("bytes_per_token")
-    y = units.convert(numbers(curve["loss"]), unit, size)
-    low, high = (
-        units.convert(numbers(curve[name]), unit, size) if curve.get(name) else y for name in ("low", "high")
-    )
+    curve = run.curve
+    assert curve is not None
+    x = numbers(curve.position)
+    size = run.bytes_per_token
+    y = units.convert(numbers(curve.loss), unit, size)
+    low, high = (units.convert(numbers(end), unit, size) if end else y for end in (curve.low, curve.high))
     low, high = (np.where(np.isfinite(y), band, np.nan) for band in (low, high))
     keep = x >= first
     return x[keep], y[keep], low[keep], high[keep]
@@ -74,7 +72,7 @@ def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, n
 
 def _ring(ax: "Axes", run: Run, unit: str, first: float, color: str, look: Look) -> None:
     """Mark the position at which the run breaks."""
-    edge = number(run.get("edge"))
+    edge = number(run.edge)
     x, y, _, _ = _curve(run, unit, first)
     good = np.isfinite(y)
     if np.isfinite(edge) and good.any() and x[good][0] <= edge <= x[good][-1]:

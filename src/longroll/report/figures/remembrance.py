@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from longroll.errors import LongrollError
+from longroll.printable import printable
 from longroll.report import units
 from longroll.report.figures._axes import even_ticks, finite_range, name_axes
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
 from longroll.report.figures._tiles import ink_on, scale_key, tiles
-from longroll.report.runs import Run, numbers, ordered, section
+from longroll.report.runs import AnyRun, Run, as_run, numbers, ordered
 from longroll.report.style import MUTED, WEB, Look, RunStyle, run_styles
+from longroll.results import Remembrance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,11 +24,11 @@ DISTANCES = {"tv": "total variation", "js": "Jensen-Shannon", "kl": "KL divergen
 
 def common_ends(runs: Sequence[Run]) -> list[int]:
     """List the ends T that every run with a remembrance section was measured at."""
-    ends = [{int(e) for e in run["remembrance"]["ends"]} for run in runs if section(run, "remembrance")]
+    ends = [set(run.remembrance.ends) for run in runs if run.remembrance]
     return sorted(set.intersection(*ends)) if ends else []
 
 
-def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Look = WEB) -> "Figure":
+def remembrance_curves(runs: Sequence[AnyRun], end: int | None = None, *, look: Look = WEB) -> "Figure":
     """Draw EffRem_T(t) over t for one end T, one curve a run.
 
     Args:
@@ -40,13 +42,15 @@ def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Loo
         end = shared[-1]
     if end is None or end not in shared:
         raise LongrollError(f"No common remembrance end {end}: the runs share {shared or 'none'}.")
-    drawn = [(run, s) for run, s in zip(runs, run_styles(runs), strict=True) if section(run, "remembrance")]
+    drawn = [
+        (run.remembrance, style) for run, style in zip(runs, run_styles(runs), strict=True) if run.remembrance
+    ]
     with canvas(look, look.aspect * look.points) as fig:
         ax = fig.add_subplot()
         ends: list[tuple[float, float]] = []
         shown: list[np.ndarray] = []
-        for run, style in reversed(drawn):
-            x, y, low, high = _curve(run, end)
+        for found, style in reversed(drawn):
+            x, y, low, high = _curve(found, end)
             zorder = 3 if style.role == "base" else 2.5
             ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0, zorder=zorder - 1)
             ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=zorder)
@@ -59,7 +63,7 @@ def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Loo
         ax.set_yticks(heights, [units.tick(t) for t in heights])
         ticks = [end * i / 4 for i in range(5)]
         ax.set_xticks(ticks, [units.position(t) for t in ticks])
-        distance = str(drawn[0][0]["remembrance"].get("distance") or "tv")
+        distance = printable(drawn[0][0].distance or "tv")
         what = f"effective remembrance at T = {units.position(end)} ({DISTANCES.get(distance, distance)})"
         name_axes(ax, "t, the first token kept", what if look.columns > 2 else "effective remembrance", look)
         name_curves(fig, ax, [style for _, style in drawn], ends, look)
@@ -67,7 +71,7 @@ def remembrance_curves(runs: Sequence[Run], end: int | None = None, *, look: Loo
 
 
 def remembrance_map(
-    run: Run, *, top: float | None = None, look: Look = WEB, style: RunStyle | None = None
+    run: AnyRun, *, top: float | None = None, look: Look = WEB, style: RunStyle | None = None
 ) -> "Figure":
     """Draw effective remembrance for every start t (columns) and end T (rows) of one run.
 
@@ -80,15 +84,17 @@ def remembrance_map(
         style: The run's style among others; by default that of a base.
     """
     style = style or run_styles([run])[0]
-    found = run["remembrance"]
-    starts, ends = [int(s) for s in found["starts"]], [int(e) for e in found["ends"]]
-    values = numbers(found["mean"]).reshape(len(starts), -1).T  # (ends, starts): T runs down the page
+    found = as_run(run).remembrance
+    if found is None:
+        raise LongrollError("The run holds no remembrance to draw.")
+    starts, ends = found.starts, found.ends
+    values = numbers(found.mean).T  # (ends, starts): T runs down the page
     grid = [i for i, start in enumerate(starts) if start == 0 or start in ends]
     if len(grid) > 2:
         starts, values = [starts[i] for i in grid], values[:, grid]
     cell = min(0.88 * look.points / max(len(starts), 1), 3 * look.text)
     height = max(len(ends) * max(0.8 * cell, 1.7 * look.text), 4 * look.text) + 5.2 * look.text
-    top = top or largest_remembrance(run)
+    top = top or largest_remembrance(found)
     with canvas(look, height) as fig:
         ax = fig.add_subplot()
         tiles(ax, values, style.tone, top)
@@ -114,16 +120,15 @@ def remembrance_map(
     return fig
 
 
-def largest_remembrance(run: Run) -> float:
+def largest_remembrance(found: Remembrance) -> float:
     """Return the largest effective remembrance of a run; at least 0.1, so that noise stays pale."""
-    return max(finite_range([numbers(run["remembrance"]["mean"])])[1], 0.1)
+    return max(finite_range([numbers(found.mean)])[1], 0.1)
 
 
-def _curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _curve(found: Remembrance, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return starts, remembrance and interval at one end, without the starts that lie past it."""
-    found = run["remembrance"]
-    x, column = numbers(found["starts"]), [int(e) for e in found["ends"]].index(end)
-    y = numbers(found["mean"])[:, column]
-    low, high = (numbers(found[name])[:, column] if found.get(name) else y for name in ("low", "high"))
+    x, column = numbers(found.starts), found.ends.index(end)
+    y = numbers(found.mean)[:, column]
+    low, high = (numbers(table)[:, column] if table else y for table in (found.low, found.high))
     keep = np.isfinite(y)
     return x[keep], y[keep], low[keep], high[keep]

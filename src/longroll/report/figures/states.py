@@ -1,48 +1,47 @@
 """State statistics over position: whether the states keep moving past the training length."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from longroll.report.figures._axes import finite_range, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import legend
-from longroll.report.runs import Run, numbers, ordered, section, train_lengths
+from longroll.report.runs import AnyRun, numbers, ordered, train_lengths
 from longroll.report.style import MUTED, WEB, Look, run_styles
+from longroll.results import LayerStates, States
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def state_figure(runs: Sequence[Run], *, look: Look = WEB) -> "Figure":
+def state_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
     """Draw the standard deviation of the state over position, a panel a layer, a curve a run.
 
     A model with more layers than the medium has panels shows some at even distances.
     """
     runs = ordered(runs)
-    drawn = [
-        (run, style) for run, style in zip(runs, run_styles(runs), strict=True) if section(run, "states")
-    ]
-    layers = sorted({int(layer["layer"]) for run, _ in drawn for layer in run["states"]["layers"]})
+    drawn = [(run.states, style) for run, style in zip(runs, run_styles(runs), strict=True) if run.states]
+    layers = sorted({layer.layer for states, _ in drawn for layer in states.layers})
     layers = [layers[i] for i in even(len(layers), look.panels)]
     columns = min(look.columns, max(len(layers), 1)) if len(layers) != 4 else 2
     rows = -(-len(layers) // columns) or 1
     train = train_lengths(runs)
     warm = max(1.0, train[0] / 16) if train else 1.0  # as in the position figure
     height = rows * min(0.78 * look.points / columns, 0.42 * look.points) + 3.4 * look.text
-    wide = any(_explodes(numbers(layer.get("std"))) for run, _ in drawn for layer in run["states"]["layers"])
+    wide = any(_explodes(numbers(layer.std)) for states, _ in drawn for layer in states.layers)
     with canvas(look, height) as fig:
         axes = fig.subplots(rows, columns, squeeze=False).ravel()
         for ax in axes[len(layers) :]:
             ax.remove()
         for i, (layer, ax) in enumerate(zip(layers, axes, strict=False)):
             shown, first, last = [], np.inf, 2.0
-            for run, style in reversed(drawn):
-                found = _layer(run, layer)
+            for states, style in reversed(drawn):
+                found = _layer(states, layer)
                 if found is None:
                     continue
-                x, y = numbers(run["states"]["position"]), numbers(found.get("std"))
+                x, y = numbers(states.position), numbers(found.std)
                 x, y = x[: y.size][x[: y.size] >= warm], y[x[: y.size] >= warm]
                 ax.plot(
                     x, y, color=style.color, linestyle=style.dash, zorder=3 if style.role == "base" else 2.5
@@ -74,5 +73,5 @@ def _explodes(std: np.ndarray) -> bool:
     return bool(good.size and good.max() > 30 * np.median(good))
 
 
-def _layer(run: Run, layer: int) -> dict[str, Any] | None:
-    return next((found for found in run["states"]["layers"] if int(found["layer"]) == layer), None)
+def _layer(states: States, layer: int) -> LayerStates | None:
+    return next((found for found in states.layers if found.layer == layer), None)

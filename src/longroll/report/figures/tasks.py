@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from longroll.errors import LongrollError
+from longroll.printable import printable
 from longroll.report import units
 from longroll.report.figures._axes import name_axes, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
 from longroll.report.figures._tiles import ink_on, tiles
-from longroll.report.runs import Run, numbers, ordered, section, train_lengths
+from longroll.report.runs import AnyRun, Run, numbers, ordered, train_lengths
 from longroll.report.style import MUTED, WEB, Look, RunStyle, run_styles
+from longroll.results import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB) -> "Figure":
+def task_heatmap(runs: Sequence[AnyRun], task: str = "passkey", *, look: Look = WEB) -> "Figure":
     """Draw accuracy over length (columns) and depth or kind (rows) of one task, a panel a run.
 
     Args:
@@ -27,7 +29,7 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
         look: The medium.
     """
     drawn = _having(runs, task)
-    grids = [_grid(run, task) for run, _ in drawn]
+    grids = [_values(grid) for _, _, grid in drawn]
     widest, tallest = max(g[2].shape[1] for g in grids), max(g[2].shape[0] for g in grids)
     across = 1 if widest > 9 or look.columns <= 2 else min(len(drawn), 2)
     down = -(-len(drawn) // across)
@@ -37,7 +39,7 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
         axes = fig.subplots(down, across, squeeze=False).ravel()
         for ax in axes[len(drawn) :]:
             ax.remove()
-        for i, ((run, style), (lengths, depths, values), ax) in enumerate(
+        for i, ((run, style, grid), (lengths, depths, values), ax) in enumerate(
             zip(drawn, grids, axes, strict=False)
         ):
             tiles(ax, values, style.tone, 1.0)
@@ -49,8 +51,8 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
             )
             ax.set_yticks([k + 0.5 for k in range(len(depths))], depths)
             if i >= len(drawn) - across:
-                ax.set_xlabel(f"length in {_told(run, task, 'unit', 'tokens')}")
-            if i % across == 0 and run["tasks"][task].get("depths"):
+                ax.set_xlabel(f"length in {printable(grid.unit or 'tokens')}")
+            if i % across == 0 and grid.depths:
                 ax.set_ylabel("depth")
             if cell >= 2.5 * look.small:
                 for (r, c), value in np.ndenumerate(values):
@@ -58,13 +60,13 @@ def task_heatmap(runs: Sequence[Run], task: str = "passkey", *, look: Look = WEB
                         c + 0.5, r + 0.5, units.share(value), ha="center", va="center",
                         fontsize=0.92 * look.small, color=ink_on(value, 1.0, style.tone),
                     )  # fmt: skip
-            trained = sum(n <= run["train_length"] for n in lengths) if run.get("train_length") else 0
+            trained = sum(n <= run.train_length for n in lengths) if run.train_length else 0
             if 0 < trained < len(lengths):
                 ax.axvline(trained, color=MUTED.light, linewidth=0.7 * look.line, linestyle=(0, (3, 2.4)))
     return fig
 
 
-def task_curves(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure":
+def task_curves(runs: Sequence[AnyRun], task: str, *, look: Look = WEB) -> "Figure":
     """Draw accuracy over length, a curve a run, with its 95 % interval; rows are averaged.
 
     Args:
@@ -73,60 +75,51 @@ def task_curves(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure"
         look: The medium.
     """
     drawn = _having(runs, task)
-    grids = [_grid(run, task) for run, _ in drawn]
-    train = train_lengths([run for run, _ in drawn])
+    grids = [_values(grid) for _, _, grid in drawn]
+    train = train_lengths([run for run, *_ in drawn])
     low, high = (end([n for lengths, *_ in grids for n in lengths]) for end in (min, max))
     with canvas(look, look.points * look.aspect) as fig:
         ax = fig.subplots()
         ends = []
-        for (run, style), (lengths, names, values) in zip(drawn, grids, strict=True):
+        for (_, style, grid), (lengths, names, values) in zip(drawn, grids, strict=True):
             mean = values[-1] if names[-1] == "mean" else values.mean(axis=0)
             ax.plot(
                 lengths, mean, color=style.color, linestyle=style.dash, marker="o", markersize=2 * look.line
             )
-            if len(values) == 1 and run["tasks"][task].get("low"):
-                below, above = (numbers(run["tasks"][task][end]).ravel() for end in ("low", "high"))
+            if len(values) == 1 and grid.low and grid.high:
+                below, above = (numbers(end).ravel() for end in (grid.low, grid.high))
                 ax.fill_between(lengths, below, above, color=style.color, alpha=0.13, linewidth=0)
             ends.append((lengths[-1], mean[-1]))
         position_axis(ax, low / 1.1, high * 1.1, train, 8 if look.upright else 6)
         value_axis(ax, 0, 1, log=False, zero=True)
         training_edge(ax, train, look)
-        metric = _told(drawn[0][0], task, "metric", "accuracy").replace("_", " ")
+        metric = printable(drawn[0][2].metric or "accuracy").replace("_", " ")
         name = metric if metric == "accuracy" else f"{metric} accuracy"
-        name_axes(ax, f"length in {_told(drawn[0][0], task, 'unit', 'tokens')}", name, look)
-        name_curves(fig, ax, [style for _, style in drawn], ends, look)
+        name_axes(ax, f"length in {printable(drawn[0][2].unit or 'tokens')}", name, look)
+        name_curves(fig, ax, [style for _, style, _ in drawn], ends, look)
     return fig
 
 
-def task_figure(runs: Sequence[Run], task: str, *, look: Look = WEB) -> "Figure":
+def task_figure(runs: Sequence[AnyRun], task: str, *, look: Look = WEB) -> "Figure":
     """Draw one task: curves where there is one row and no length 0 (BABILong's 0k), a map else."""
-    grids = [_grid(run, task) for run, _ in _having(runs, task)]
+    grids = [_values(grid) for _, _, grid in _having(runs, task)]
     single = all(len(names) == 1 and min(lengths) > 0 for lengths, names, _ in grids)
     return (task_curves if single else task_heatmap)(runs, task, look=look)
 
 
-def _told(run: Run, task: str, name: str, default: str) -> str:
-    """Return a word that the run holds about the task."""
-    return str(run["tasks"][task].get(name) or default)
-
-
-def _having(runs: Sequence[Run], task: str) -> list[tuple[Run, RunStyle]]:
-    """Return the runs that hold the task, each with its style."""
+def _having(runs: Sequence[AnyRun], task: str) -> list[tuple[Run, RunStyle, Grid]]:
+    """Return the runs that hold the task, each with its style and the table of the task."""
     runs = ordered(runs)
-    styled = zip(runs, run_styles(runs), strict=True)
-    having = [(run, style) for run, style in styled if (section(run, "tasks") or {}).get(task)]
+    having = [
+        (run, style, run.tasks[task])
+        for run, style in zip(runs, run_styles(runs), strict=True)
+        if run.tasks and task in run.tasks
+    ]
     if not having:
         raise LongrollError(f"No run holds the task {task!r}.")
     return having
 
 
-def _grid(run: Run, task: str) -> tuple[list[int], list[str], np.ndarray]:
-    """Return lengths, names of the rows and accuracy as (rows, lengths); a task may have a single row."""
-    found = run["tasks"][task]
-    lengths = [int(n) for n in found["lengths"]]
-    depths = found.get("rows") or [f"{float(d):g}" for d in found.get("depths") or []] or [""]
-    values = numbers(found["accuracy"])
-    if values.size != len(lengths) * len(depths):
-        shape = f"{len(lengths)} lengths x {len(depths)} depths"
-        raise LongrollError(f"Task {task!r}: accuracy has shape {values.shape}, not {shape}.")
-    return lengths, depths, values.reshape(len(lengths), len(depths)).T
+def _values(grid: Grid) -> tuple[list[int], list[str], np.ndarray]:
+    """Return lengths, names of the rows and accuracy as (rows, lengths)."""
+    return grid.lengths, [printable(name) for name in grid.names], numbers(grid.accuracy).T

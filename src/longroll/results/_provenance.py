@@ -1,10 +1,8 @@
-"""Results are data: what made them, and how they are written and read."""
+"""What made a result: command, versions, seed, device, date and duration."""
 
 from __future__ import annotations
 
 import datetime
-import json
-import math
 import os
 import platform
 import shlex
@@ -14,9 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from longroll.errors import LongrollError
-from longroll.files import write_whole
 
 if TYPE_CHECKING:
     from longroll.model import RecurrentLM
@@ -65,30 +60,3 @@ def _processor() -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores"
-
-
-def write_json(path: str | Path, data: Any) -> Path:
-    """Write results whole or not at all; numbers that are not finite become null."""
-    return write_whole(path, (json.dumps(_finite(data), indent=1) + "\n").encode())
-
-
-def read_json(path: str | Path) -> Any:
-    """Read results.
-
-    Raises:
-        LongrollError: for a missing file and one that is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise LongrollError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise LongrollError(f"{path} is not JSON ({error}): name a file of results.") from None
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,57 @@
+"""Results are data: a dataclass for each kind, its schema version, its JSON, and what made it."""
+
+from longroll.results._json import read_json, write_json
+from longroll.results._provenance import provenance
+from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_results
+from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
+from longroll.results.benchmark import BenchmarkResult
+from longroll.results.diagnosis import (
+    AdviceResult,
+    Causal,
+    Coverage,
+    Curve,
+    DiagnosisResult,
+    Excess,
+    LayerStates,
+    Remembrance,
+    States,
+)
+from longroll.results.doctor import DoctorResult, PackingResult
+from longroll.results.loss import LossResult
+from longroll.results.posttrain import PosttrainResult
+from longroll.results.quickstart import QuickstartResult
+from longroll.results.task import Cell, Grid, Score, TaskResult
+
+__all__ = [
+    "KINDS",
+    "SCHEMA_VERSION",
+    "AdviceResult",
+    "BenchmarkResult",
+    "Causal",
+    "Cell",
+    "Coverage",
+    "Curve",
+    "Diagnoses",
+    "DiagnosisResult",
+    "DoctorResult",
+    "Excess",
+    "Grid",
+    "LayerStates",
+    "LossResult",
+    "PackingResult",
+    "PosttrainResult",
+    "Provenance",
+    "QuickstartResult",
+    "Remembrance",
+    "Result",
+    "Score",
+    "Section",
+    "States",
+    "TaskResult",
+    "Tasks",
+    "provenance",
+    "read_json",
+    "read_result",
+    "read_results",
+    "write_json",
+]

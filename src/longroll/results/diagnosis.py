@@ -1,0 +1,191 @@
+"""The result of `longroll diagnose`: where a model breaks, how badly, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from longroll.results._result import (
+    SCHEMA_VERSION,
+    Count,
+    Marks,
+    Number,
+    Numbers,
+    Place,
+    Provenance,
+    Result,
+    Section,
+    Table,
+    Version,
+    check_lengths,
+    check_width,
+)
+from longroll.results.task import Grid
+
+Positions = Annotated[list[Count], Field(min_length=1)]
+REQUIRED_LEVELS = ("in_range", "far")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Section):
+    """Loss in nats over bins of positions [start, stop), with 95 % intervals."""
+
+    position: Annotated[list[Place], Field(min_length=1)]
+    """Middle of each bin."""
+    loss: Numbers
+    start: list[Count] | None = None
+    stop: list[Count] | None = None
+    low: list[Number] | None = None
+    high: list[Number] | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "position", "loss", "start", "stop", "low", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excess(Section):
+    """Loss in nats above that of a fresh start on the same tokens, with 95 % intervals."""
+
+    position: Positions
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "position", "mean", "low", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStates(Section):
+    """Statistics of the state of one layer, an entry a position."""
+
+    layer: Count
+    std: Numbers
+    kind: str | None = None
+    heads: Count | None = None
+    norm: list[Number] | None = None
+    max: list[Number] | None = None
+    rank: list[Number] | None = None
+    std_heads: list[list[Number]] | None = None
+    rank_heads: list[list[Number]] | None = None
+    conv: dict[str, list[Number]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class States(Section):
+    """Statistics of the recurrent state over position."""
+
+    position: Positions
+    layers: Annotated[list[LayerStates], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            if len(layer.std) != len(self.position):
+                raise ValueError(
+                    f"std of layer {layer.layer} has {len(layer.std)} entries, position has "
+                    f"{len(self.position)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembrance(Section):
+    """Effective remembrance for every first token kept (rows) and token predicted (columns)."""
+
+    starts: Positions
+    ends: Positions
+    mean: Table
+    low: Table | None = None
+    high: Table | None = None
+    distance: str | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "starts", "mean", "low", "high")
+        check_width(self, len(self.ends), "ends", "mean", "low", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Section):
+    """The share of the damage that holding some heads in their training range recovers."""
+
+    what: str
+    recovered: Number
+    low: Number = None
+    high: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage(Section):
+    """Shift of every head past the training length in standard deviations, layers x heads."""
+
+    map: Table
+    layers: list[Count] | None = None
+    significant: Marks | None = None
+    """Whether the shift is more than sampling noise."""
+    causal: list[Causal] | None = None
+    causal_sentence: str | None = None
+    explained: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self, "map", "layers", "significant")
+        for i, (row, marks) in enumerate(zip(self.map, self.significant or [], strict=False)):
+            if len(row) != len(marks):
+                raise ValueError(f"significant[{i}] has {len(marks)} entries, map[{i}] has {len(row)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviceResult(Section):
+    """What to do next: an intervention, its reasons, and a command."""
+
+    sentence: str
+    intervention: str | None = None
+    command: str | None = None
+    steps: Count | None = None
+    tokens: Count | None = None
+    seconds: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisResult(Result):
+    """Where a model breaks, how badly, and why. A section that is absent or null was not measured."""
+
+    kind: Literal["diagnosis"] = "diagnosis"
+    schema_version: Version = SCHEMA_VERSION
+    label: str | None
+    """Names the run in tables and figures."""
+    verdict: str
+    sentence: str | None = None
+    model: str | None = None
+    architecture: str | None = None
+    parameters: Count | None = None
+    train_length: Annotated[Count, Field(ge=1)] | None = None
+    sequences: Count | None = None
+    max_position: Count | None = None
+    bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+    edge: Count | None = None
+    """Position at which the loss leaves its level in range; null for a model that holds."""
+    severity: Number = None
+    """Nats above a fresh start over the last octave of positions."""
+    levels: dict[str, Number] | None = None
+    """Mean loss in nats: `in_range`, `2x`, `8x`, ... times the training length, `far`."""
+    curve: Curve | None = None
+    excess: Excess | None = None
+    states: States | None = None
+    remembrance: Remembrance | None = None
+    coverage: Coverage | None = None
+    advice: AdviceResult | None = None
+    tasks: dict[str, Grid] | None = None
+    intervention: str | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        for name in REQUIRED_LEVELS:
+            if self.levels is not None and name not in self.levels:
+                raise ValueError(f"levels.{name} is missing")
+
+    def level(self, name: str) -> float:
+        """Mean loss in nats of a level; NaN where it was not measured or is not finite."""
+        value = (self.levels or {}).get(name)
+        return math.nan if value is None else value

@@ -1,0 +1,27 @@
+"""The result of `longroll evaluate loss`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from longroll.results._result import SCHEMA_VERSION, Count, Numbers, Provenance, Result, Version
+from longroll.results.diagnosis import Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossResult(Result):
+    """Loss in nats at every position."""
+
+    kind: Literal["position_loss"] = "position_loss"
+    schema_version: Version = SCHEMA_VERSION
+    model: str | None
+    sequences: Count
+    max_position: Count
+    bytes_per_token: Annotated[float, Field(gt=0)] | None
+    curve: Curve
+    loss: Numbers
+    """Mean over sequences at each position."""
+    provenance: Provenance | None = None

@@ -1,0 +1,26 @@
+"""The result of `longroll posttrain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosttrainResult(Result):
+    """How a model was post-trained, and the log of the training."""
+
+    kind: Literal["posttrain"] = "posttrain"
+    schema_version: Version = SCHEMA_VERSION
+    model: str | None
+    output: str
+    """Folder of the trained model."""
+    intervention: str
+    task: str | None
+    options: dict[str, Any]
+    """The fields of `longroll.training.PosttrainOptions`."""
+    log: list[dict[str, Any]]
+    """Entries of transformers' Trainer."""
+    provenance: Provenance | None = None
