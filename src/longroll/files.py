@@ -1,6 +1,8 @@
 """Write a file whole or not at all."""
 
+import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -8,24 +10,60 @@ from longroll.errors import LongrollError
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write to a temporary name in the same folder, then rename: a reader never sees half a file."""
+    """Write to a temporary name in the same folder, then rename: a reader never sees half a file.
+
+    A symbolic link stays a link, and the file that it points to is replaced. A stream (`is_stream`) is
+    written into, never replaced.
+
+    Raises:
+        LongrollError: where `path` cannot be written.
+    """
     target = Path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if is_stream(target):
+            number = descriptor(target)
+            with open(target if number is None else os.dup(number), "wb") as stream:
+                stream.write(data)
+        else:
+            _replace(Path(os.path.realpath(target)), data)
     except OSError as error:
         raise _unwritable(target, error) from error
+    return target
+
+
+def _replace(place: Path, data: bytes) -> None:
+    """Write beside `place` and rename; an earlier file's permissions stay."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    mask = os.umask(0)
+    os.umask(mask)
+    mode = place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~mask  # mkstemp makes the file private
+    handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private; a report is to be shown
-        os.replace(temporary, target)
-    except OSError as error:
+        os.chmod(temporary, mode)
+        os.replace(temporary, place)
+    except OSError:
         Path(temporary).unlink(missing_ok=True)
-        raise _unwritable(target, error) from error
-    return target
+        raise
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether bytes go into `path` one after the other: a device, a pipe, a socket, an open descriptor."""
+    special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    return special or descriptor(path) is not None
+
+
+def descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The open file of this process that `path` leads to: 1 for /dev/stdout, 3 for /dev/fd/3; or None."""
+    name = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        if found := re.fullmatch(rf"/(?:dev|proc/(?:self|{os.getpid()}))/fd/(\d+)", name):
+            return int(found[1])
+        if not os.path.islink(name):
+            return None
+        name = os.path.abspath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return None
 
 
 def _unwritable(path: Path, error: OSError) -> LongrollError:
@@ -42,7 +80,10 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
     if path.is_dir() and not folder:
         raise LongrollError(f"Cannot write {path}: it is a folder. Name a file.")
     try:
-        try_folder(path if folder else path.parent)
+        if folder or not is_stream(path):
+            try_folder(path if folder else Path(os.path.realpath(path)).parent)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
@@ -50,5 +91,6 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
 
 def try_folder(folder: Path) -> None:
     """Make a folder, and a file in it that goes again; raises OSError where either cannot be made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+    place = Path(os.path.realpath(folder))  # the target of a link, which need not be there yet
+    place.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=place).close()

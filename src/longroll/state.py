@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from longroll.files import write_whole
 from longroll.stacks import Stacks
 
 Part = Literal["recurrent", "conv", "attention"]
@@ -147,14 +148,11 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return cls({StateKey.parse(name): t for name, t in tensors.items()}, seen=seen, ragged=ragged)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, bit-exactly; written aside and renamed."""
-        from safetensors.torch import save_file
+        """Write the state to a safetensors file, bit-exactly, whole or not at all."""
+        from safetensors.torch import save
 
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.named().items()}
-        save_file(tensors, partial, metadata={"seen": str(self.seen), "ragged": str(self.ragged)})
-        partial.replace(path)
+        write_whole(path, save(tensors, metadata={"seen": str(self.seen), "ragged": str(self.ragged)}))
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> RecurrentState:

@@ -21,7 +21,8 @@ Markdown = Annotated[
     Path | None,
     typer.Option(
         help="With --families: write the table to this file, between its lines <!-- families --> and "
-        "<!-- /families --> where it has them."
+        "<!-- /families --> where it has them.",
+        callback=o.file_to_write,
     ),
 ]
 
@@ -158,7 +159,7 @@ def write_markdown(file: Path, rows: list[dict[str, Any]]) -> None:
     from longroll.files import write_whole
 
     table, begin, end = markdown(rows), "<!-- families -->\n", "<!-- /families -->"
-    text = file.read_text() if file.exists() else begin + end + "\n"
+    text = file.read_text() if file.is_file() else begin + end + "\n"
     if begin not in text or end not in text:
         text = begin + end + "\n"
     before, after = text.split(begin)[0], text.split(end)[1]

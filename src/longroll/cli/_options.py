@@ -49,21 +49,33 @@ TrustRemoteCode = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0, max=2**32 - 1)]
 
 
-def _file(path: Path | None) -> Path | None:
+def file_to_write(context: typer.Context, path: Path | None) -> Path | None:
+    """Check a file to write before the work; if it is standard output (`-`), tables go to standard error."""
+    from longroll.cli._console import out
+    from longroll.files import check_writable, descriptor
+
+    if path is None or context.resilient_parsing:
+        return path
+    path = Path("/dev/stdout") if str(path) == "-" else path
+    if descriptor(path) == 1:
+        out.stderr = True
+        context.call_on_close(lambda: setattr(out, "stderr", False))
+    return check_writable(path)
+
+
+def folder_to_write(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a folder to write into before the work."""
     from longroll.files import check_writable
 
-    return path and check_writable(path)
+    return path and (path if context.resilient_parsing else check_writable(path, folder=True))
 
 
-def _folder(path: Path | None) -> Path | None:
-    from longroll.files import check_writable
-
-    return path and check_writable(path, folder=True)
-
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the results here.", callback=_file)]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the results here; - is standard output.", callback=file_to_write),
+]
 Output = Annotated[
-    Path | None, typer.Option(help="Folder for everything this command makes.", callback=_folder)
+    Path | None, typer.Option(help="Folder for everything this command makes.", callback=folder_to_write)
 ]
 
 

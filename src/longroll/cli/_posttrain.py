@@ -36,7 +36,7 @@ class TaskName(StrEnum):
 
 def posttrain(
     model: o.Model,
-    output: Annotated[Path, typer.Option(help="Folder for the repaired model.")],
+    output: Annotated[Path, typer.Option(help="Folder for the repaired model.", callback=o.folder_to_write)],
     intervention: Annotated[Choice, typer.Option(help="Which state sequences start from.")] = Choice.sp,
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,

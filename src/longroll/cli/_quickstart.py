@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,9 @@ STEPS, BATCH_SIZE, LEARNING_RATE, DECAY_SPEED, ZERO_PROBABILITY = 200, 16, 1e-3,
 
 
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder for the report and the model.")] = Path("longroll-out"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the report and the model.", callback=o.folder_to_write)
+    ] = Path("longroll-out"),
     length: Annotated[int, length_option(help="Positions to measure.", minimum=1024)] = 16_384,
     sequences: Annotated[int, typer.Option(help="Texts to measure.", min=4)] = 16,
     steps: Annotated[int, typer.Option(help="Steps of repair.", min=1)] = STEPS,
@@ -75,7 +78,7 @@ def quickstart(
 def _free(folder: Path) -> Path:
     """`folder`, or with a number behind if an earlier run's model is there: nothing is overwritten."""
     names = (folder.with_name(f"{folder.name}{'' if i == 1 else f'-{i}'}") for i in range(1, 10_000))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _summary(

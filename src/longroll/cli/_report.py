@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from longroll.cli import _options as o
+
 
 class Format(StrEnum):
     """Of the figures for a paper."""
@@ -26,8 +28,12 @@ def report(
             "and the like, which go to the diagnosis of the same --label."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for report.html.")] = Path("longroll-out"),
-    figures: Annotated[Path | None, typer.Option(help="Folder for paper-ready figures too.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for report.html.", callback=o.folder_to_write)] = Path(
+        "longroll-out"
+    ),
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for paper-ready figures too.", callback=o.folder_to_write)
+    ] = None,
     format: Annotated[Format, typer.Option(help="Of these figures.")] = Format.pdf,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
 ) -> None:
