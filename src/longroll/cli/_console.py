@@ -75,6 +75,8 @@ def hush_libraries() -> None:
 
     if _verbosity > 0:
         logging.set_verbosity_info()
+        logging.disable_default_handler()  # its lines take the way of all others
+        logging.enable_propagation()
         return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
