@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longroll.measure.remembrance import effective_remembrance, remembrance_map
     from longroll.model import RecurrentLM, load, wrap
     from longroll.state import RecurrentState, StateKey
+    from longroll.training._mixin import InitialStateMixin
     from longroll.training._posttrain import PosttrainOptions, posttrain
     from longroll.training.trainer import InitialStateTrainer
 
@@ -46,6 +47,7 @@ _HOME = {
     "FittedNoise": "interventions",
     "StatePassing": "interventions",
     "TBPTT": "interventions",
+    "InitialStateMixin": "training",
     "InitialStateTrainer": "training",
     "PosttrainOptions": "training",
     "posttrain": "training",
@@ -56,6 +58,7 @@ __all__ = [
     "Diagnosis",
     "Family",
     "FittedNoise",
+    "InitialStateMixin",
     "InitialStateTrainer",
     "Intervention",
     "LongrollError",

@@ -1,6 +1,7 @@
 """Training under an intervention: HF Trainer plus a state."""
 
+from longroll.training._mixin import InitialStateMixin
 from longroll.training._posttrain import PosttrainOptions, posttrain
 from longroll.training.trainer import InitialStateTrainer
 
-__all__ = ["InitialStateTrainer", "PosttrainOptions", "posttrain"]
+__all__ = ["InitialStateMixin", "InitialStateTrainer", "PosttrainOptions", "posttrain"]

@@ -2,95 +2,85 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from longroll.data import Lanes, Windows
 from longroll.errors import LongrollError
 from longroll.families._family import unwrapped
-from longroll.interventions import TBPTT, Intervention
-from longroll.model import RecurrentLM
+from longroll.interventions import Intervention
+from longroll.model import RecurrentLM, load
+from longroll.training._batch import Rows, read_batch
+from longroll.training._collate import Collator
+from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
-from longroll.training.loss import loss_and_state, next_token_loss
-from longroll.training.weights import DECAYS, projects
-
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+from longroll.training.loss import hidden_loss, next_token_loss
+from longroll.training.weights import DECAYS
 
 
-class InitialStateTrainer(Trainer):
+class InitialStateTrainer(InitialStateMixin, Trainer):
     """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
 
     Gradient accumulation, bf16, gradient checkpointing, LoRA (a peft model) and DDP work as in Trainer; a
     checkpoint also holds the intervention's memory, a file a rank, so that a resumed run is the same run.
+    What becomes of each argument is in `longroll.training._arguments`, of each key of a batch in
+    `longroll.training._batch`.
+
     The loss is the cross-entropy of `shift_labels` (B, T), the token after each input (as
-    `longroll.data.Windows` and `Lanes` give; else made from `labels`, losing each row's last target).
+    `longroll.data.Windows` and `Lanes` give; else made from `labels`, losing each row's last target), with
+    `label_smoothing_factor`, or `compute_loss_func(outputs, labels, num_items_in_batch)`. A model whose
+    config has `output_router_logits` adds its router's loss as its own forward does.
 
     Args:
-        model: a transformers causal LM, peft's wrapper of one, or a RecurrentLM.
-        args: as for Trainer. `remove_unused_columns` and reentrant checkpointing are turned off.
-        intervention: None trains from the zero state: the plain control.
+        model: a transformers causal LM, peft's wrapper of one, a RecurrentLM, or a folder or hub id of one,
+            which is loaded in float32.
+        args: as for Trainer.
+        intervention: an intervention or its short name; None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
         cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
-            gradient checkpointing, no fp16. Batches of another shape than the first run as without.
+            gradient checkpointing, no fp16, the plain loss. Batches of another shape than the first, padded
+            and packed ones run as without.
         **kwargs: as for Trainer.
 
     Raises:
-        LongrollError: for a model without recurrent state, a decay speed where no decay is trained,
-            nn.DataParallel, lanes that do not fit, and CUDA graphs where there can be none.
+        LongrollError: as `InitialStateMixin`; for a decay speed where no decay is trained, and CUDA graphs
+            where there can be none.
     """
 
     def __init__(
         self,
-        model: Any,
-        args: TrainingArguments,
-        *,
-        intervention: Intervention | None = None,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        *arguments: Any,
+        intervention: Intervention | str | None = None,
         decay_speed: float = 1.0,
         cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> None:
+        if isinstance(model, str | Path):
+            on_cpu = args is not None and args.use_cpu
+            model = load(model, device="cpu" if on_cpu else None, dtype=torch.float32)
         model = model.model if isinstance(model, RecurrentLM) else model
-        self.base: PreTrainedModel = unwrapped(model)
-        self.lm = RecurrentLM(self.base)
-        self.family = self.lm.family
-        self.intervention = intervention
         self.decay_speed = decay_speed
-        if intervention is not None and not self.family.recurrent:
-            raise LongrollError(
-                f"{self.base.config.model_type} has no recurrent state, so there is none to intervene on: "
-                "train it without an intervention."
-            )
+        # a forward that someone replaced does more than the class's; accelerate replaces it later, for
+        autocast self._replaced_forward = "forward" in vars(unwrapped(model)) if model is not None else False
+        super().__init__(model, args, data_collator, *arguments, intervention=intervention, **kwargs)
+        if not isinstance(self.data_collator, Collator):
+            drop = self.args.remove_unused_columns
+            self.data_collator = Collator(self.processing_class, data_collator, drop=drop)
+        # the loss here is a sum over the tokens of all micro-batches, as transformers' own
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if decay_speed != 1 and not any(p.requires_grad for p in self._decays()):
             raise LongrollError(
                 f"`decay_speed`: no parameter that is trained sets how fast {self.base.config.model_type} "
                 "forgets; LoRA leaves those as they are. Leave it out."
             )
-        args.remove_unused_columns = False  # they hold shift_labels and starts
-        if args.gradient_checkpointing:  # a reentrant checkpoint loses the gradient into the state
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        use_cache = getattr(self.base.config, "use_cache", None)
-        kwargs.setdefault("data_collator", collate)
-        self._projections = projects(model)  # now: FSDP flattens matrices
-        super().__init__(model=model, args=args, **kwargs)
-        self.base.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
-        if use_cache is None:
-            del self.base.config.use_cache  # of its text model's config, say
-        # the loss here is a sum over the tokens of all micro-batches, as transformers' own
-        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        if args.n_gpu > 1:
-            raise LongrollError(
-                "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
-                "launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
-            )
-        self._check_lanes()
         self._graph = self._new_graph() if cuda_graphs else None
 
     def _new_graph(self) -> StepGraph:
@@ -99,25 +89,17 @@ class InitialStateTrainer(Trainer):
                 "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
                 "leave out `cuda_graphs`, or these."
             )
+        if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
+            raise LongrollError(
+                "A step as one CUDA graph has the plain loss: leave out --cuda-graphs, or label smoothing, "
+                "compute_loss_func and output_router_logits."
+            )
         dtype = torch.bfloat16 if self.args.bf16 else None
         return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)
 
-    def _check_lanes(self) -> None:
-        if not isinstance(self.intervention, TBPTT) or self.train_dataset is None:
-            return
-        rows = self.args.per_device_train_batch_size * self.args.world_size
-        lanes = getattr(self.train_dataset, "lanes", None)
-        if lanes != rows:
-            raise LongrollError(
-                f"TBPTT reads {rows} rows a step (all ranks together) and the data have {lanes} lanes: build "
-                f"longroll.data.Lanes(..., lanes={rows})."
-            )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, Lanes | Windows):
-            return SequentialSampler(dataset)  # these are in the order they are meant to be read in
-        return super()._get_train_sampler(train_dataset)
+    def _adds_losses(self) -> bool:
+        """Whether the model's own forward adds to the cross-entropy."""
+        return bool(getattr(self.base.config.get_text_config(), "output_router_logits", False))
 
     def training_step(
         self,
@@ -128,14 +110,19 @@ class InitialStateTrainer(Trainer):
         """Trainer's step, or its replay, which does not call `compute_loss`."""
         if self._graph is None or num_items_in_batch is None or not self._graph.fits(inputs["input_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        rows = read_batch(inputs)
+        if rows.attention_mask is not None or rows.starts is not None:
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches
             train()
-        inputs = self._prepare_inputs(inputs)
-        state = None if self.intervention is None else self.intervention.initial_state(inputs)
-        loss, final = self._graph(inputs["input_ids"], _shifted(inputs), state, num_items_in_batch)
-        if self.intervention is not None:
-            self.intervention.observe(final)
+        state = self._choose(model, inputs)
+        if not self._live_check.done:
+            with self.accelerator.autocast():
+                self._body(rows, state)
+        loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
+        self._observe(model, final)
         return loss
 
     def compute_loss(
@@ -145,29 +132,59 @@ class InitialStateTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross-entropy from the intervention's state; evaluation starts from zero and leaves it alone."""
-        intervention = self.intervention if model.training else None
-        state = None if intervention is None else intervention.initial_state(inputs)
-        if model is self.base and not (return_outputs or _hooked(model)):  # no wrapper, no adapter
+        """The loss from the intervention's state; evaluation starts from zero and leaves it alone."""
+        rows = read_batch(inputs)
+        if self._adds_losses() and self.label_smoother is None and self.compute_loss_func is None:
+            given = {**inputs, "labels": rows.targets, "shift_labels": rows.targets}
+            found = super().compute_loss(model, given, return_outputs, num_items_in_batch)
+            return (found[0], {"logits": found[1].logits}) if return_outputs else found
+        state = self._choose(model, inputs)
+        plain = self.label_smoother is None and self.compute_loss_func is None and not return_outputs
+        if plain and model is self.base and not self._replaced_forward and not _hooked(model):
             with self.accelerator.autocast():
-                loss, final = loss_and_state(
-                    self.lm, inputs["input_ids"], _shifted(inputs), state, num_items_in_batch
-                )
+                output, final = self._body(rows, state)
+                loss = hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
+            outputs = None
         else:
-            outputs, final = self.family.run(model, inputs["input_ids"], state)
-            # the loss overwrites logits that it takes a gradient of
-            logits = outputs.logits.clone() if return_outputs and torch.is_grad_enabled() else outputs.logits
-            loss = next_token_loss(logits, _shifted(inputs), num_items_in_batch)
-        if intervention is not None:
-            intervention.observe(final)
+            with self._from_state(rows, state) as reading:
+                outputs = model(input_ids=rows.input_ids, use_cache=False)
+            final = reading.get("final")
+            loss = self._loss_of(outputs, rows, inputs, num_items_in_batch, keep=return_outputs)
+        self._observe(model, final)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Parameters that weight decay shrinks: matrices (`weights.projects`)."""
-        names = [name for name, _ in model.named_parameters()]
-        return [name for name in names if _WRAPPERS.sub("", name) in self._projections]
+    def _loss_of(
+        self,
+        outputs: Any,
+        rows: Rows,
+        inputs: Mapping[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        *,
+        keep: bool,
+    ) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(
+                outputs, inputs.get("labels"), num_items_in_batch=num_items_in_batch
+            )
+        if self.label_smoother is not None:
+            return self.label_smoother(outputs, rows.targets, num_items_in_batch=num_items_in_batch)
+        # the loss overwrites logits that it takes a gradient of
+        logits = outputs.logits.clone() if keep and torch.is_grad_enabled() else outputs.logits
+        return next_token_loss(logits, rows.targets, num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        counted = [
+            {"labels": t, "shift_labels": t} for t in (read_batch(batch).targets for batch in batch_samples)
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset  # the collator does
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return data_collator
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, with the decays in groups of their own."""
@@ -185,44 +202,7 @@ class InitialStateTrainer(Trainer):
     def _decays(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.base.named_parameters() if name.endswith(DECAYS)]
 
-    def _memory_file(self, folder: str) -> Path:
-        return Path(folder) / f"intervention_{self.args.process_index}.pt"
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.intervention is not None:
-            torch.save(self.intervention.state_dict(), self._memory_file(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.intervention is None:
-            return
-        file = self._memory_file(checkpoint)
-        if not file.is_file():
-            raise LongrollError(
-                f"{checkpoint} has no {file.name}: it was not saved by longroll with an intervention and as "
-                "many processes."
-            )
-        memory = torch.load(file, map_location=self.args.device, weights_only=True)
-        if memory["generator"] is not None:
-            memory["generator"] = memory["generator"].cpu()
-        self.intervention.load_state_dict(memory)
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack items of `Windows` or `Lanes`; `labels` is there for Trainer to count tokens by."""
-    batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}
-    if "shift_labels" in batch:
-        batch.setdefault("labels", batch["shift_labels"])
-    return batch
-
 
 def _hooked(model: torch.nn.Module) -> bool:
     """Whether calling `model` does more than its forward, as with FSDP2 and accelerate's `device_map`."""
     return bool(model._forward_pre_hooks or model._forward_hooks or hasattr(model, "_hf_hook"))
-
-
-def _shifted(inputs: dict[str, Any]) -> Tensor:
-    if "shift_labels" in inputs:
-        return inputs["shift_labels"]
-    return F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)

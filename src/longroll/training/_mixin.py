@@ -1,0 +1,350 @@
+"""The state around a Trainer's own step: for transformers' Trainer, TRL's SFTTrainer and trainers of one's "
+"own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from longroll.data import Windows
+from longroll.errors import LongrollError
+from longroll.families._family import unwrapped
+from longroll.interventions import TBPTT, Intervention, intervention_of
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+from longroll.training._arguments import check_trainer_arguments, check_training_arguments
+from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
+from longroll.training._live_check import LiveCheck
+from longroll.training.weights import projects
+
+_HOSTS_WITH_SEVERAL_FORWARDS = (
+    "DPO",
+    "GRPO",
+    "RLOO",
+    "KTO",
+    "ORPO",
+    "CPO",
+    "PPO",
+    "Reward",
+    "PRM",
+    "GKD",
+    "Distill",
+)
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+_REPLACED = KNOWN | {"past_key_values", "cache_params", "state", "use_cache", "cache_position"}
+
+
+class InitialStateMixin:
+    """Lets the sequences of a Trainer start from the state that an intervention chooses; the loss is the host's.
+
+    Put it before the host: `class MyTrainer(InitialStateMixin, SFTTrainer)`, and pass `intervention=` beside
+    the host's arguments. The state enters at the model's body, below every wrapper, wherever the host calls
+    the model in its `compute_loss`, with whatever arguments. Padding (`attention_mask`) and packed rows
+    (`position_ids`, `cu_seq_lens_q`, `seq_idx`, `starts`) are read as in `longroll.RecurrentLM`: the first
+    document of a row goes on from the intervention's state, the others start anew. Evaluation starts from the
+    zero state. A checkpoint also holds the intervention's memory, a file a rank.
+
+    The host reads one batch a step, in one forward. Trainers that read several texts for one loss (TRL's DPO,
+    GRPO, RLOO, KTO and reward trainers) are refused: an initial state has no meaning for their pairs yet.
+
+    Args:
+        *arguments: the host's.
+        intervention: an intervention, or its short name ("sp", "tbptt", "fitted", "random", "none"); None
+            starts every sequence from the zero state.
+        **kwargs: the host's.
+
+    Raises:
+        LongrollError: for a class whose host comes first, a refused host or argument
+            (`longroll.training._arguments`), a model without recurrent state, lanes that do not fit, and in
+            the first steps for a state that does not reach the loss.
+    """
+
+    model: Any
+    args: TrainingArguments
+
+    def __new__(cls, *arguments: Any, **kwargs: Any) -> Any:
+        """Refuse hosts that come first, or that read several texts for one loss."""
+        order = cls.__mro__
+        host = next(
+            (kind for kind in order if issubclass(kind, Trainer) and not issubclass(kind, InitialStateMixin)),
+            None,
+        )
+        if host is None:
+            raise LongrollError(
+                f"{cls.__name__} has no Trainer: class {cls.__name__}(InitialStateMixin, Trainer)."
+            )
+        if order.index(host) < order.index(InitialStateMixin):
+            raise LongrollError(
+                f"{cls.__name__} would take its loss from {host.__name__} without a state: put "
+                f"InitialStateMixin first, class {cls.__name__}(InitialStateMixin, {host.__name__})."
+            )
+        for kind in order:
+            if kind.__module__.startswith("trl.") and kind.__name__.startswith(_HOSTS_WITH_SEVERAL_FORWARDS):
+                raise LongrollError(
+                    f"{kind.__name__} reads several texts for one loss, for which an initial state has no "
+                    "meaning yet: use SFTTrainer or transformers' Trainer."
+                )
+        return super().__new__(cls)
+
+    def __init__(
+        self, *arguments: Any, intervention: Intervention | str | None = None, **kwargs: Any
+    ) -> None:
+        given = dict(zip(("model", "args"), arguments, strict=False)) | kwargs
+        check_trainer_arguments(given, type(self).__name__)
+        args, model = given.get("args"), given.get("model")
+        owners = {kind.__module__.partition(".")[0] for kind in type(self).__mro__} - {
+            "transformers",
+            "longroll",
+        }
+        if args is not None:
+            check_training_arguments(args, owners)
+            _checkpoint_without_reentry(args)
+        config = getattr(unwrapped(model), "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(*arguments, **kwargs)
+        check_training_arguments(self.args, owners)
+        self._check_accelerator()
+        if config is not None:
+            config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+            if use_cache is None:
+                del config.use_cache  # of its text model's config, say
+        self.base: PreTrainedModel = unwrapped(self.model)
+        self.lm = RecurrentLM(self.base)
+        self.family = self.lm.family
+        self.intervention = intervention_of(intervention)
+        self._projections = projects(self.model)  # now: FSDP flattens matrices
+        self._live_check = LiveCheck(self.base)
+        self._check_model()
+        self._check_lanes()
+
+    # ---- what cannot be
+
+    def _check_accelerator(self) -> None:
+        """What `accelerate launch` sets past the arguments."""
+        if self.args.n_gpu > 1:
+            raise LongrollError(
+                "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
+                "launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
+            )
+        state = self.accelerator.state  # type: ignore[attr-defined]
+        plugin = getattr(state, "dynamo_plugin", None)
+        if plugin is not None and getattr(plugin.backend, "value", "NO") not in ("NO", "no"):
+            raise LongrollError(
+                "ACCELERATE_DYNAMO_BACKEND compiles the model, which drops the state: set it to no."
+            )
+        if getattr(state, "deepspeed_plugin", None) is not None:
+            raise LongrollError("No run with a state under DeepSpeed has been seen: launch with DDP or FSDP.")
+        parallelism = getattr(state, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise LongrollError(
+                "A sequence split over ranks has no single initial state: leave out cp and sp."
+            )
+
+    def _check_model(self) -> None:
+        kind = self.base.config.model_type
+        if self.intervention is not None and not self.family.recurrent:
+            raise LongrollError(
+                f"{kind} has no recurrent state, so there is none to intervene on: train it without an "
+                "intervention."
+            )
+        for name, module in self.model.named_modules():
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+                raise LongrollError(
+                    f"{name or type(module).__name__} is compiled by torch.compile, which reuses a graph "
+                    "that was traced without a state: pass the model itself."
+                )
+
+    def _check_lanes(self) -> None:
+        dataset = self.train_dataset  # type: ignore[attr-defined]
+        lanes = getattr(dataset, "lanes", None)
+        strategy = self.args.train_sampling_strategy
+        if _in_order(dataset) and strategy not in ("random", "sequential"):
+            raise LongrollError(
+                f"train_sampling_strategy={strategy!r} would break the order of {type(dataset).__name__}: "
+                "leave it "
+                'out, or "sequential".'
+            )
+        if not isinstance(self.intervention, TBPTT) or dataset is None:
+            return
+        rows = self.args.per_device_train_batch_size * self.args.world_size
+        if lanes != rows:
+            raise LongrollError(
+                f"TBPTT reads {rows} rows a step (all ranks together) and the data have {lanes} lanes: build "
+                f"longroll.data.Lanes(..., lanes={rows})."
+            )
+
+    # ---- the step
+
+    def train(self, *arguments: Any, **kwargs: Any) -> Any:
+        """The host's, with the live check of a new run."""
+        self._live_check = LiveCheck(self.base)
+        return super().train(*arguments, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> Any:
+        """The host's loss, of a model that starts from the intervention's state."""
+        rows = read_batch(inputs, strict=False)
+        given = {key: value for key, value in inputs.items() if key != "starts"}
+        if "shift_labels" in given:
+            given.setdefault("labels", given["shift_labels"])  # the model's own loss wants both
+        with self._from_state(rows, self._choose(model, inputs)) as reading:
+            loss = super().compute_loss(model, given, *arguments, **kwargs)  # type: ignore[misc]
+        self._observe(model, reading.get("final"))
+        return loss
+
+    def _choose(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> RecurrentState | None:
+        """The initial state; evaluation starts from zero and leaves the intervention alone."""
+        if self.intervention is None or not model.training:
+            return None
+        starts = row_starts(inputs)
+        return self.intervention.initial_state(inputs if starts is None else {**inputs, "starts": starts})
+
+    def _observe(self, model: torch.nn.Module, final: RecurrentState | None) -> None:
+        if self.intervention is None or not model.training:
+            return
+        if final is None:
+            raise LongrollError(
+                f"{type(self).__name__} did not call {type(self.base).__name__} for its loss, so no state "
+                "can enter it: call the model in compute_loss, or train with intervention=None."
+            )
+        if not final.part("recurrent"):
+            self._live_check.stop("the model gave back no state")
+        self.intervention.observe(final)
+
+    def _body(self, rows: Rows, state: RecurrentState | None) -> tuple[Any, RecurrentState]:
+        """The body's output on a batch from a state, and the final state."""
+        found: dict[str, Any] = {}
+
+        def read(state: RecurrentState | None) -> Tensor:
+            found["output"], found["final"] = self.family.run(
+                self.base,
+                rows.input_ids,
+                state,
+                attention_mask=rows.attention_mask,
+                starts=rows.starts,
+                logits=False,
+            )
+            return found["output"].last_hidden_state
+
+        self._live_check.read(read, state)
+        return found["output"], found["final"]
+
+    @contextlib.contextmanager
+    def _from_state(self, rows: Rows, state: RecurrentState | None) -> Iterator[dict[str, RecurrentState]]:
+        """Within it, the model's body reads `rows` from `state`, whoever calls it; gives the final state."""
+        body, reading = self.base.base_model, {}
+        original, replaced = body.forward, "forward" in vars(body)
+        names = list(inspect.signature(original).parameters)
+
+        def forward(*arguments: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, arguments, strict=False)) | kwargs
+            self._check_call(given, rows, reading)
+            rest = {key: value for key, value in given.items() if key not in _REPLACED and value is not None}
+            body.forward = functools.partial(original, **rest)
+            try:
+                output, final = self._body(rows, state)
+            finally:
+                body.forward = forward
+            if torch.is_grad_enabled() or not reading:
+                reading["final"] = final
+            return _without(self.family.cache_argument, output)
+
+        body.forward = forward
+        try:
+            yield reading
+        finally:
+            if replaced:
+                body.forward = original
+            else:
+                del body.forward
+
+    def _check_call(self, given: dict[str, Any], rows: Rows, reading: dict[str, RecurrentState]) -> None:
+        ids, name = given.get("input_ids"), type(self).__name__
+        if ids is None or given.get("inputs_embeds") is not None:
+            raise LongrollError(
+                f"{name} calls the model with `inputs_embeds`, whose tokens the state cannot follow: use an "
+                "adapter that takes `input_ids` (LoRA, not prompt tuning)."
+            )
+        if ids is not rows.input_ids and not (
+            ids.shape == rows.input_ids.shape and torch.equal(ids, rows.input_ids)
+        ):
+            raise LongrollError(
+                f"{name} calls the model with other rows than its batch's `input_ids`, for which no state "
+                "was chosen: it cannot train with an intervention."
+            )
+        if reading and torch.is_grad_enabled():
+            raise LongrollError(
+                f"{name} reads its batch several times for one loss, and a state is passed on once: it "
+                "cannot train with an intervention."
+            )
+
+    # ---- the host's machinery
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        self._signature_columns = [*self._signature_columns, *sorted(KNOWN - set(self._signature_columns))]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if _in_order(dataset):
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Parameters that weight decay shrinks: matrices (`weights.projects`)."""
+        names = [name for name, _ in model.named_parameters()]
+        return [name for name in names if _WRAPPERS.sub("", name) in self._projections]
+
+    def _memory_file(self, folder: str) -> Path:
+        return Path(folder) / f"intervention_{self.args.process_index}.pt"
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.intervention is not None:
+            torch.save(self.intervention.state_dict(), self._memory_file(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self.intervention is None:
+            return
+        file = self._memory_file(checkpoint)
+        if not file.is_file():
+            raise LongrollError(
+                f"{checkpoint} has no {file.name}: it was not saved by longroll with an intervention and as "
+                "many processes."
+            )
+        memory = torch.load(file, map_location=self.args.device, weights_only=True)
+        if memory["generator"] is not None:
+            memory["generator"] = memory["generator"].cpu()
+        self.intervention.load_state_dict(memory)
+
+
+def _in_order(dataset: Any) -> bool:
+    """Whether a data set is in the order that it is meant to be read in."""
+    return getattr(dataset, "lanes", None) is not None or isinstance(dataset, Windows)
+
+
+def _checkpoint_without_reentry(args: TrainingArguments) -> None:
+    """A reentrant checkpoint loses the gradient into the state, and is the default of torch."""
+    for flag in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, flag, None):
+            kept = getattr(args, f"{flag}_kwargs", None) or {}
+            setattr(args, f"{flag}_kwargs", kept | {"use_reentrant": False})
+
+
+def _without(name: str, output: Any) -> Any:
+    """A model's output without its cache, which holds the final state on the graph."""
+    if getattr(output, name, None) is None:
+        return output
+    return type(output)(**{key: value for key, value in output.items() if key != name})
