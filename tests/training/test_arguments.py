@@ -74,7 +74,7 @@ def test_a_field_that_a_newer_transformers_adds_is_refused_by_name(tmp_path, mon
     newer = dataclasses.make_dataclass("Newer", [("fresh_option", int, 0)], bases=(TrainingArguments,))
     options = {"output_dir": str(tmp_path), "use_cpu": True}
     trainer(tmp_path, newer(**options))
-    with pytest.raises(LongrollError, match="fresh_option=1.*does not know it"):
+    with pytest.raises(LongrollError, match=r"fresh_option=1.*does not know it"):
         trainer(tmp_path, newer(**options, fresh_option=1))
     with pytest.raises(LongrollError, match="predict_with_generate"):
         trainer(tmp_path, Seq2SeqTrainingArguments(**options, predict_with_generate=True))

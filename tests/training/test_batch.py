@@ -37,7 +37,7 @@ def packed(lengths):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_all_keys_that_mark_documents_say_the_same(seed):
-    lengths = torch.randint(1, 7, (4,), generator=torch.Generator().manual_seed(seed)).tolist() + [3]
+    lengths = [*torch.randint(1, 7, (4,), generator=torch.Generator().manual_seed(seed)).tolist(), 3]
     whole = packed(lengths)
     expected = torch.zeros(1, sum(lengths), dtype=torch.bool)
     expected[0, torch.tensor(lengths).cumsum(0)[:-1]] = True

@@ -15,17 +15,21 @@ IGNORED = -100  # the target that cross-entropy leaves out
 
 _CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens")
 KNOWN = frozenset(
-    ("input_ids", "labels", "shift_labels", "attention_mask", "starts", "position_ids", "seq_idx")
-    + _CU_SEQ_LENS
-    + ("max_length_q", "max_length_k")  # these follow from cu_seq_lens
+    [
+        *("input_ids", "labels", "shift_labels", "attention_mask", "starts", "position_ids", "seq_idx"),
+        *_CU_SEQ_LENS,
+        *("max_length_q", "max_length_k"),  # these follow from cu_seq_lens
+    ]
 )
 """The keys of a batch that the loss reads; any other is refused by name."""
 
 DROPPED = frozenset(
-    ["id", "ids", "idx", "index", "length", "token_count", "timestamp", "token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "__index_level_0__"]
+    [
+        *("id", "ids", "idx", "index", "length", "token_count", "timestamp", "__index_level_0__"),
+        *("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping"),
+    ]
 )
-"""Columns of numbers that no forward takes, dropped with one notice, as are columns of text and nested "
-"data."""
+"""Columns that no forward takes: dropped with one notice, as are those of text and nested data."""
 
 
 class Rows(NamedTuple):

@@ -15,7 +15,7 @@ from longroll.state import RecurrentState
 
 _KNOWN = ("transformers", "torch", "longroll", "fla", "peft", "accelerate", "trl")
 
-Read = Callable[[RecurrentState], Tensor]
+Read = Callable[[RecurrentState | None], Tensor]
 """Reads a batch from a state and gives the hidden states (B, T, D) that the loss is made of."""
 
 

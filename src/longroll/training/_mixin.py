@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -27,25 +28,15 @@ from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.weights import projects
 
-_HOSTS_WITH_SEVERAL_FORWARDS = (
-    "DPO",
-    "GRPO",
-    "RLOO",
-    "KTO",
-    "ORPO",
-    "CPO",
-    "PPO",
-    "Reward",
-    "PRM",
-    "GKD",
-    "Distill",
-)
+_SEVERAL_TEXTS = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "PPO", "Reward", "PRM", "GKD", "Distill")
+"""How the names of TRL's trainers begin that read several texts for one loss."""
+
 _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 _REPLACED = KNOWN | {"past_key_values", "cache_params", "state", "use_cache", "cache_position"}
 
 
 class InitialStateMixin:
-    """Lets the sequences of a Trainer start from the state that an intervention chooses; the loss is the host's.
+    """Let a Trainer's sequences start from the state that an intervention chooses; the loss is the host's.
 
     Put it before the host: `class MyTrainer(InitialStateMixin, SFTTrainer)`, and pass `intervention=` beside
     the host's arguments. The state enters at the model's body, below every wrapper, wherever the host calls
@@ -71,6 +62,7 @@ class InitialStateMixin:
 
     model: Any
     args: TrainingArguments
+    _signature_columns: Any
 
     def __new__(cls, *arguments: Any, **kwargs: Any) -> Any:
         """Refuse hosts that come first, or that read several texts for one loss."""
@@ -89,7 +81,7 @@ class InitialStateMixin:
                 f"InitialStateMixin first, class {cls.__name__}(InitialStateMixin, {host.__name__})."
             )
         for kind in order:
-            if kind.__module__.startswith("trl.") and kind.__name__.startswith(_HOSTS_WITH_SEVERAL_FORWARDS):
+            if kind.__module__.startswith("trl.") and kind.__name__.startswith(_SEVERAL_TEXTS):
                 raise LongrollError(
                     f"{kind.__name__} reads several texts for one loss, for which an initial state has no "
                     "meaning yet: use SFTTrainer or transformers' Trainer."
@@ -198,7 +190,12 @@ class InitialStateMixin:
         given = {key: value for key, value in inputs.items() if key != "starts"}
         if "shift_labels" in given:
             given.setdefault("labels", given["shift_labels"])  # the model's own loss wants both
-        with self._from_state(rows, self._choose(model, inputs)) as reading:
+        if self.base.base_model is self.base:
+            raise LongrollError(
+                f"{self.base.name_or_path} gives no loss that {type(self).__name__} could take: train it by "
+                "InitialStateTrainer."
+            )
+        with self._from_state(model, rows, self._choose(model, inputs)) as reading:
             loss = super().compute_loss(model, given, *arguments, **kwargs)  # type: ignore[misc]
         self._observe(model, reading.get("final"))
         return loss
@@ -222,28 +219,34 @@ class InitialStateMixin:
             self._live_check.stop("the model gave back no state")
         self.intervention.observe(final)
 
-    def _body(self, rows: Rows, state: RecurrentState | None) -> tuple[Any, RecurrentState]:
-        """The body's output on a batch from a state, and the final state."""
+    def _read(
+        self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None, *, logits: bool = False
+    ) -> tuple[Any, RecurrentState]:
+        """The output of the body (with `logits`: of `model`) on a batch from a state, and the final state."""
         found: dict[str, Any] = {}
+        sharded = isinstance(model, FullyShardedDataParallel)  # whose ranks take as many forwards each
 
         def read(state: RecurrentState | None) -> Tensor:
             found["output"], found["final"] = self.family.run(
-                self.base,
+                model if logits or sharded else self.base,
                 rows.input_ids,
                 state,
                 attention_mask=rows.attention_mask,
                 starts=rows.starts,
-                logits=False,
+                logits=logits,
             )
-            return found["output"].last_hidden_state
+            return found["output"].logits if logits else found["output"].last_hidden_state
 
         self._live_check.read(read, state)
         return found["output"], found["final"]
 
     @contextlib.contextmanager
-    def _from_state(self, rows: Rows, state: RecurrentState | None) -> Iterator[dict[str, RecurrentState]]:
+    def _from_state(
+        self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None
+    ) -> Iterator[dict[str, RecurrentState]]:
         """Within it, the model's body reads `rows` from `state`, whoever calls it; gives the final state."""
-        body, reading = self.base.base_model, {}
+        body = self.base.base_model
+        reading: dict[str, RecurrentState] = {}
         original, replaced = body.forward, "forward" in vars(body)
         names = list(inspect.signature(original).parameters)
 
@@ -253,11 +256,16 @@ class InitialStateMixin:
             rest = {key: value for key, value in given.items() if key not in _REPLACED and value is not None}
             body.forward = functools.partial(original, **rest)
             try:
-                output, final = self._body(rows, state)
+                output, final = self._read(model, rows, state)
             finally:
                 body.forward = forward
             if torch.is_grad_enabled() or not reading:
                 reading["final"] = final
+            if rest.get("output_router_logits") and getattr(output, "router_logits", None) is None:
+                raise LongrollError(
+                    "The router's loss (output_router_logits) of padded or packed rows is not computed: give "
+                    "rows of one length, or set config.output_router_logits = False."
+                )
             return _without(self.family.cache_argument, output)
 
         body.forward = forward

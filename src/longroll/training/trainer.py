@@ -14,6 +14,7 @@ from longroll.errors import LongrollError
 from longroll.families._family import unwrapped
 from longroll.interventions import Intervention
 from longroll.model import RecurrentLM, load
+from longroll.state import RecurrentState
 from longroll.training._batch import Rows, read_batch
 from longroll.training._collate import Collator
 from longroll.training._mixin import InitialStateMixin
@@ -68,12 +69,11 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             model = load(model, device="cpu" if on_cpu else None, dtype=torch.float32)
         model = model.model if isinstance(model, RecurrentLM) else model
         self.decay_speed = decay_speed
-        # a forward that someone replaced does more than the class's; accelerate replaces it later, for
-        autocast self._replaced_forward = "forward" in vars(unwrapped(model)) if model is not None else False
+        # accelerate replaces the forward later, for autocast
+        self._replaced_forward = model is not None and "forward" in vars(unwrapped(model))
         super().__init__(model, args, data_collator, *arguments, intervention=intervention, **kwargs)
-        if not isinstance(self.data_collator, Collator):
-            drop = self.args.remove_unused_columns
-            self.data_collator = Collator(self.processing_class, data_collator, drop=drop)
+        drop = self.args.remove_unused_columns
+        self.data_collator: Any = Collator(self.processing_class, data_collator, drop=drop)
         # the loss here is a sum over the tokens of all micro-batches, as transformers' own
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if decay_speed != 1 and not any(p.requires_grad for p in self._decays()):
@@ -120,7 +120,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         state = self._choose(model, inputs)
         if not self._live_check.done:
             with self.accelerator.autocast():
-                self._body(rows, state)
+                self._read(model, rows, state)
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
         self._observe(model, final)
         return loss
@@ -139,16 +139,20 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             found = super().compute_loss(model, given, return_outputs, num_items_in_batch)
             return (found[0], {"logits": found[1].logits}) if return_outputs else found
         state = self._choose(model, inputs)
+        outputs: Any = None
+        final: RecurrentState | None
         plain = self.label_smoother is None and self.compute_loss_func is None and not return_outputs
         if plain and model is self.base and not self._replaced_forward and not _hooked(model):
             with self.accelerator.autocast():
-                output, final = self._body(rows, state)
+                output, final = self._read(model, rows, state)
                 loss = hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
-            outputs = None
+        elif self.base.base_model is self.base:  # a module of one's own: nothing lies below its wrappers
+            outputs, final = self._read(model, rows, state, logits=True)
         else:
-            with self._from_state(rows, state) as reading:
+            with self._from_state(model, rows, state) as reading:
                 outputs = model(input_ids=rows.input_ids, use_cache=False)
             final = reading.get("final")
+        if outputs is not None:
             loss = self._loss_of(outputs, rows, inputs, num_items_in_batch, keep=return_outputs)
         self._observe(model, final)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
