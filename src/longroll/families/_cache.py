@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from longroll.families._dispatch import Start, clear_handoffs, conv_handoff, recurrent_handoff
+from longroll.families._padding import Padding
 from longroll.state import Part, RecurrentState, StateKey
 
 _KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _OTHER and above: + state_idx
@@ -30,12 +31,13 @@ def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
     return F.pad(inputs, (width, 0)) if tail is None else torch.cat([tail.to(inputs.dtype), inputs], dim=-1)
 
 
-def _last(inputs: Tensor, tail: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:
+def _last(inputs: Tensor, tail: Tensor | None, width: int, padding: Padding | None) -> Tensor:
     """The last `width` of them, in memory of their own: a view would keep all inputs."""
-    if lengths is not None:  # the others are padding
-        index = lengths[:, None] + torch.arange(width, device=inputs.device)
-        index = index.view(len(index), *[1] * (inputs.ndim - 2), width).expand(*inputs.shape[:-1], width)
-        return _after(inputs, tail, width).gather(-1, index)
+    if padding is not None:
+        if inputs.ndim == 2:  # token ids
+            tail = None if tail is None else tail.unsqueeze(1)
+            return padding.last_inputs(inputs.unsqueeze(-1), width, tail).squeeze(1)
+        return padding.last_inputs(inputs.mT, width, tail)
     if inputs.shape[-1] >= width:
         return inputs[..., -width:].clone()
     return _after(inputs, tail, width)[..., -width:]
@@ -55,8 +57,8 @@ class StateCache(DynamicCache):
         context: what the layers call recurrent state is context.
     """
 
-    real: Tensor | None = None
-    """(B, T) false at padding on the right, which is kept out of the state; None: there is none."""
+    padding: Padding | None = None
+    """Padding on the right, which is kept out of the state; None: there is none."""
 
     def __init__(
         self,
@@ -77,11 +79,6 @@ class StateCache(DynamicCache):
         self._final: dict[StateKey, Tensor] = {}
         clear_handoffs()
         self._place_indexer()
-
-    @property
-    def lengths(self) -> Tensor | None:
-        """Tokens of each row (B,) without its padding; None: all."""
-        return None if self.real is None else self.real.sum(1)
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
@@ -112,7 +109,7 @@ class StateCache(DynamicCache):
         state = self.initial.get(key)
         scans = self.scans or 1
         states = state.unbind(1) if self.scans and state is not None else (state,) * scans
-        recurrent_handoff.set(tuple(Start(s, self.real) for s in states))
+        recurrent_handoff.set(tuple(Start(s, self.padding) for s in states))
         return None
 
     def update_recurrent_state(
@@ -159,7 +156,7 @@ class StateCache(DynamicCache):
         if not conv_states.is_floating_point():  # token ids
             key = StateKey(layer_idx, "attention", _OTHER + state_idx)
         tail = self.initial.get(key)
-        self._final[key] = _last(conv_states, tail, width, self.lengths)
+        self._final[key] = _last(conv_states, tail, width, self.padding)
         if self.owns_recurrence and state_idx == 0:  # further convolutions are not of the recurrence
             conv_handoff.set((Start(tail),))
             return conv_states

@@ -19,17 +19,17 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from longroll import ops
-from longroll.families._padding import limited_steps, no_step, still
+from longroll.families._padding import Padding, limited_steps, no_step, still
 from longroll.ops._common import widen_float16
 
 
 class Start(NamedTuple):
-    """What a recurrence starts from, and which of its inputs are text."""
+    """What a recurrence starts from, and where its inputs are padding."""
 
     state: Any
     """The initial state; None is zero."""
-    real: Tensor | None = None
-    """(B, T) false at padding on the right, which leaves the state as it is; None: there is none."""
+    padding: Padding | None = None
+    """Where its inputs are padding, which leaves the state as it is; None: nowhere."""
 
 
 # The states that the recurrences about to run start from, in the order they run in: mixers read one from the
@@ -97,7 +97,7 @@ def _dispatch(adapter, handoff, original, *args, **kwargs):
     left = take(handoff)
     if left is None:
         return original(*args, **kwargs)
-    padding = {} if left.real is None else {"real": left.real}
+    padding = {} if left.padding is None else {"padding": left.padding}
     return adapter(*args, **(kwargs | {"initial_state": left.state} | padding))
 
 
@@ -114,12 +114,12 @@ def _selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None,
-    real: Tensor | None = None,
+    padding: Padding | None = None,
     **_,
 ):
     x, dt, B, C = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
     z = None if z is None else z.transpose(1, 2)
-    dt = no_step(dt, real, softplus=delta_softplus)
+    dt = no_step(dt, padding, softplus=delta_softplus)
     y, final_state = ops.selective_scan(
         x, dt, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state, output_final_state=True
     )
@@ -143,10 +143,10 @@ def _chunk_scan(
     z: Tensor | None = None,
     *,
     initial_state: Tensor | None,
-    real: Tensor | None = None,
+    padding: Padding | None = None,
     **_,
 ):
-    dt, dt_bias, dt_softplus, dt_limit = limited_steps(dt, dt_bias, dt_softplus, dt_limit, real)
+    dt, dt_bias, dt_softplus, dt_limit = limited_steps(dt, dt_bias, dt_softplus, dt_limit, padding)
     y, final_state = ops.ssd(
         widen_float16(hidden_states),
         dt,
@@ -175,10 +175,10 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     *,
     initial_state: Tensor | None,
-    real: Tensor | None = None,
+    padding: Padding | None = None,
     **_,
 ):
-    inputs = still(op.__name__, (query, key, value, g, beta), real)
+    inputs = still(op.__name__, (query, key, value, g, beta), padding)
     return op(*inputs, None, initial_state, output_final_state, use_qk_l2norm_in_kernel)
 
 
@@ -189,7 +189,7 @@ def _causal_conv(
     activation: str | None = None,
     *,
     initial_state: Tensor | None,
-    real: Tensor | None = None,
+    padding: Padding | None = None,
     **_,
 ):
     x = hidden_states.transpose(1, 2)

@@ -2,9 +2,8 @@
 
 A recurrence reads padding as text, and reads across the documents of a packed row. Here the real tokens of
 each document become a row of their own, padded on the right only, so that convolutions, recurrences and
-attention see one document each. Documents whose lengths are within a factor of two share a forward, so that
-padding at most doubles the work. A family that cannot keep padding out of its state reads documents of one
-length together.
+attention see one document each. Documents share a forward where their padding costs less than another one.
+A family that cannot keep padding out of its state reads documents of one length together.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Group(NamedTuple):
 
     place: Tensor
     """(N, L) place of each token in the flattened batch; anything at padding."""
-    real: Tensor | None
-    """(N, L) true at tokens, false at padding on the right; None: no padding."""
+    lengths: Tensor | None
+    """(N,) tokens of each document, on the CPU; None: L each, so that there is no padding."""
     tokens: Tensor
     """(n,) places of the tokens among the N * L of this group."""
     row: Tensor
@@ -36,8 +35,9 @@ class Group(NamedTuple):
     """Which documents are the last of their rows."""
 
     def to(self, device: torch.device) -> Group:
-        """The same with its tensors on a device."""
-        return Group(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+        """The same on a device, its lengths excepted."""
+        place, lengths, *others = self
+        return Group(place.to(device), lengths, *(t.to(device) for t in others))
 
 
 class Documents:
@@ -47,12 +47,21 @@ class Documents:
         attention_mask: (B, T), nonzero at real tokens; None: every token is real.
         starts: (B, T), nonzero at the first token of a document; None: each row is one document.
         shape: (B, T) of the batch.
+        overhead: tokens of padding that cost as much as one more forward.
 
     Raises:
         LongrollError: for a mask or starts of another shape, and for starts at padding.
     """
 
-    def __init__(self, attention_mask: Tensor | None, starts: Tensor | None, shape: torch.Size) -> None:
+    def __init__(
+        self,
+        attention_mask: Tensor | None,
+        starts: Tensor | None,
+        shape: torch.Size,
+        *,
+        overhead: int = 0,
+    ) -> None:
+        self.overhead = overhead
         real = _flags("attention_mask", attention_mask, shape)
         begins = _flags("starts", starts, shape)
         self.whole = bool(real.all()) and not bool(begins.any())
@@ -96,29 +105,42 @@ class Documents:
             )
         kinds = [torch.ones_like(self._fresh)] if together else [self._fresh, ~self._fresh]
         for kind in kinds:
-            left = kind.nonzero().squeeze(1)
-            left = left[self._length[left].argsort(descending=True, stable=True)]
-            while len(left):
-                longest = int(self._length[left[0]])
-                least = longest if not padded else 1 if self.rows or once else longest // 2 + 1
-                taken = int((self._length[left] >= least).sum())
-                yield self._group(left[:taken].sort().values, longest)
-                left = left[taken:]
+            chosen = kind.nonzero().squeeze(1)
+            chosen = chosen[self._length[chosen].argsort(descending=True, stable=True)]
+            lengths = self._length[chosen]
+            if once or (padded and self.rows):
+                sizes = [len(chosen)] if len(chosen) else []
+            elif padded:
+                sizes = _cheapest(lengths.tolist(), self.overhead)
+            else:
+                sizes = torch.unique_consecutive(lengths, return_counts=True)[1].tolist()
+            for documents in chosen.split(sizes):
+                yield self._group(documents.sort().values)
 
-    def _group(self, chosen: Tensor, longest: int) -> Group:
-        time = torch.arange(longest)
-        real = time < self._length[chosen, None]
-        index = self._place[(self._head[chosen, None] + time).clamp_max(len(self._place) - 1)]
+    def _group(self, chosen: Tensor) -> Group:
+        lengths = self._length[chosen]
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        place = self._head[chosen, None] + torch.arange(real.shape[1])
+        place = self._place[place.clamp_max(len(self._place) - 1)]
         tokens = real.flatten().nonzero().squeeze(1)
         row, fresh, last = (t[chosen] for t in (self._row, self._fresh, self._last))
-        return Group(
-            index,
-            None if len(tokens) == real.numel() else real,
-            tokens,
-            row,
-            fresh,
-            last.nonzero().squeeze(1),
-        )
+        padding = lengths if len(tokens) < real.numel() else None
+        return Group(place, padding, tokens, row, fresh, last.nonzero().squeeze(1))
+
+
+def _cheapest(lengths: list[int], overhead: int) -> list[int]:
+    """Sizes of the groups (longest documents first) that cost least, with padding and the forwards' overhead."""
+    cost, first = [0] * (len(lengths) + 1), [0] * (len(lengths) + 1)
+    for stop in range(1, len(lengths) + 1):
+        costs = [cost[start] + overhead + (stop - start) * lengths[start] for start in range(stop)]
+        cost[stop] = min(costs)
+        first[stop] = costs.index(cost[stop])
+    sizes: list[int] = []
+    stop = len(lengths)
+    while stop:
+        sizes.append(stop - first[stop])
+        stop = first[stop]
+    return sizes[::-1]
 
 
 class Results:

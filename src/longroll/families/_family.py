@@ -23,10 +23,13 @@ from longroll.families._dispatch import clean_handoffs, own_recurrence, torch_on
 from longroll.families._documents import Documents, Results
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
+from longroll.families._padding import Padding
 from longroll.ops._backend import FLA, KERNELS
 from longroll.state import RecurrentState, StateKey
 
 Restart = Literal["zero", "state"]
+_FORWARD = {"cpu": 64, "cuda": 4096}
+"""Tokens whose time a forward of few takes: a GPU waits for Python (measured: benchmarks/documents.py)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class Family:
                 "not kept: start a new text from state.part('recurrent', 'conv')."
             )
         if attention_mask is not None or starts is not None:
-            documents = Documents(attention_mask, starts, input_ids.shape)
+            overhead = _FORWARD.get(input_ids.device.type, 0)
+            documents = Documents(attention_mask, starts, input_ids.shape, overhead=overhead)
             if not documents.whole:
                 return self._run_documents(module, input_ids, state, documents, restart, logits)
         return self._run_rows(module, input_ids, state, None, logits)
@@ -147,15 +151,15 @@ class Family:
         module: nn.Module,
         input_ids: Tensor,
         state: RecurrentState | None,
-        real: Tensor | None,
+        padding: Padding | None,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """One forward of rows that are a document each, with padding on the right where `real` is false."""
+        """One forward of rows that are a document each."""
         model = unwrapped(module)
         inputs = self._inputs(model, input_ids, state)
         cache = inputs[self.cache_argument]
-        if real is not None:
-            cache.real = real
+        if padding is not None:
+            cache.padding = padding
         with clean_handoffs():
             output = module(**inputs) if logits else model.base_model(**inputs)
         return output, cache.final(input_ids.shape[1])
@@ -177,6 +181,9 @@ class Family:
         once = isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule)
         for group in documents.groups(padded=self.masks_padding, together=not apart, once=once):
             group = group.to(input_ids.device)
+            padding = None
+            if group.lengths is not None:
+                padding = Padding(group.lengths, group.place.shape[1], input_ids.device)
             if state is None or (apart and group.fresh[0]):
                 initial = anew and anew.rows(group.row)
             elif apart or restart == "state":
@@ -184,7 +191,7 @@ class Family:
             else:
                 initial = state.rows(group.row).where(~group.fresh)
             ids = input_ids.flatten()[group.place]
-            output, final = self._run_rows(module, ids, initial, group.real, logits)
+            output, final = self._run_rows(module, ids, initial, padding, logits)
             results.add(group, output.logits if logits else output.last_hidden_state, final)
         outputs, final = results.whole()
         return (CausalLMOutput(logits=outputs) if logits else BaseModelOutput(outputs)), final

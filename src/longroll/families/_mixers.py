@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     x = _conv(mixer, x, cache)
     sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
     dt, B, C = mixer.x_proj(x).split(sizes, dim=-1)
-    dt = no_step(F.linear(dt, mixer.dt_proj.weight), cache.real, softplus=True)
+    dt = no_step(F.linear(dt, mixer.dt_proj.weight), cache.padding, softplus=True)
     y, final_state = ops.selective_scan(
         x, dt, -mixer.A_log.float().exp(), B, C, mixer.D.float(), gate,
         mixer.dt_proj.bias.float(), True,
@@ -66,14 +66,14 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
     wide = state_dtype(projected, mixer.A_log) == torch.float64
     sizes = (mixer.head_dim, mixer.ssm_state_size)
     kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel
-    if kernel is not None and is_fused(mixer.norm) and (cache.real is None or mixer.time_step_limit[0] <= 0):
+    if kernel is not None and is_fused(mixer.norm):
         return _mamba2_at_once(kernel, mixer, projected, cache)
     channels, shared = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
     gate, xBC, dt = projected.split((channels, mixer.conv_dim, mixer.num_heads), dim=-1)
     x, B, C = _conv(mixer, xBC, cache).split((channels, shared, shared), dim=-1)
     B, C = (t.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)) for t in (B, C))
     x = widen_float16(x.unflatten(-1, (mixer.num_heads, mixer.head_dim)))
-    dt, bias, softplus, limit = limited_steps(dt, mixer.dt_bias, True, mixer.time_step_limit, cache.real)
+    dt, bias, softplus, limit = limited_steps(dt, mixer.dt_bias, True, mixer.time_step_limit, cache.padding)
     y, final_state = ops.ssd(
         x, dt, -mixer.A_log.float().exp(), B, C, mixer.D, None, bias, softplus,
         initial_state=cache.start(mixer.layer_idx, "recurrent"), output_final_state=True, dt_limit=limit,
@@ -93,29 +93,30 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
     bias = None if conv.bias is None else conv.bias.float()
-    if cache.real is not None:
-        rest = projected.shape[-1] - mixer.num_heads
-        z_x_B_C, dt = projected.split((rest, mixer.num_heads), dim=-1)
-        projected = torch.cat([z_x_B_C, no_step(dt, cache.real, softplus=True)], dim=-1)
     y, final_state = kernel(
         projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), -mixer.A_log.float().exp(),
         mixer.D.float(), norm.weight, None if past is None else past.float().mT[:, 1:],
         None if state is None else state.float(), shape,
+        None if cache.padding is None else cache.padding.out(3),
     )  # fmt: skip
     _, convolved, _ = shape.split(projected)
-    cache.keep(layer, "conv", last_inputs(convolved, conv.weight.shape[-1], past, cache.lengths))
+    cache.keep(layer, "conv", _tail(convolved, conv.weight.shape[-1], past, cache))
     cache.keep(layer, "recurrent", final_state)
     return y
 
 
 def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:
-    conv = mixer.conv1d
-    y, tail = ops.short_conv(
-        x, conv.weight.squeeze(1), conv.bias, mixer.activation,
-        initial_state=cache.start(mixer.layer_idx, "conv"), output_final_state=True, lengths=cache.lengths,
-    )  # fmt: skip
-    cache.keep(mixer.layer_idx, "conv", tail)
-    return y
+    conv, past = mixer.conv1d, cache.start(mixer.layer_idx, "conv")
+    y = ops.short_conv(x, conv.weight.squeeze(1), conv.bias, mixer.activation, initial_state=past)
+    cache.keep(mixer.layer_idx, "conv", _tail(x, conv.weight.shape[-1], past, cache))
+    return cast(Tensor, y)
+
+
+def _tail(x: Tensor, width: int, past: Tensor | None, cache: StateCache) -> Tensor:
+    """The last `width` inputs of a convolution, (B, D, width) in float32 (float64)."""
+    if cache.padding is None:
+        return last_inputs(x, width, past)
+    return cache.padding.last_inputs(x, width, past).to(state_dtype(x, past))
 
 
 _FORWARDS: dict[type[nn.Module], Callable] = {MambaMixer: _mamba, Mamba2Mixer: _mamba2}

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from longroll.errors import LongrollError
 from longroll.families._family import Family, unwrapped
+from longroll.families._padding import Padding
 from longroll.families._state_tree import Leaf, StateTree, batch_axes, check_paths, keys_of, named_leaves
 from longroll.state import Part, RecurrentState, StateKey
 
@@ -373,10 +374,10 @@ class PlainFamily(Family):
         module: nn.Module,
         input_ids: Tensor,
         state: RecurrentState | None,
-        real: Tensor | None,
+        padding: Padding | None,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """One forward of the module; `real` is None, since a module of one's own masks no padding."""
+        """One forward of the module; `padding` is None, since a module of one's own masks no padding."""
         model = unwrapped(module)
         rows, tokens = input_ids.shape
         with _saying(model.name_or_path):

@@ -17,6 +17,7 @@ from transformers.models.recurrent_gemma.modeling_recurrent_gemma import Recurre
 
 from longroll.families._cache import StateCache
 from longroll.families._family import Family
+from longroll.families._padding import Padding
 from longroll.state import RecurrentState
 
 
@@ -47,22 +48,21 @@ def _forward(block, layer: int, original, input_states: Tensor, position_ids: Te
     x = cache.update_conv_state(x, layer, conv_kernel_size=block.conv1d_width)
     x = block.conv_1d(x)[..., : x.shape[-1]][..., -input_states.shape[1] :]
     initial = cache.get_recurrent_state(layer)
-    x, final = _recurrence(block.rg_lru, x.transpose(1, 2), position_ids, initial, cache.real)
+    x, final = _recurrence(block.rg_lru, x.transpose(1, 2), position_ids, initial, cache.padding)
     cache.update_recurrent_state(final, layer)
     return block.linear_out(x * gate), None
 
 
 def _recurrence(
-    lru, x: Tensor, position_ids: Tensor, initial: Tensor | None, real: Tensor | None
+    lru, x: Tensor, position_ids: Tensor, initial: Tensor | None, padding: Padding | None
 ) -> tuple[Tensor, Tensor]:
     """Upstream's gates around a scan of ours."""
     found = []
 
     def scan(hidden_states: Tensor, recurrent_gate: Tensor, **_) -> tuple[Tensor, None]:
-        if real is not None:  # padding leaves the state as it is
-            padding = ~real.unsqueeze(-1)
-            hidden_states = hidden_states.masked_fill(padding, 0)
-            recurrent_gate = recurrent_gate.masked_fill(padding, 1)
+        if padding is not None:  # it leaves the state as it is
+            hidden_states = hidden_states.masked_fill(padding.out(3), 0)
+            recurrent_gate = recurrent_gate.masked_fill(padding.out(3), 1)
         outputs, final = linear_scan(hidden_states, recurrent_gate, initial)
         found.append(final)
         return outputs, None

@@ -17,8 +17,6 @@ def short_conv(
     activation: str | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    *,
-    lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve each channel with its own W causal weights: `y_t = sum_w weight[:, w] x_{t-W+1+w} + bias`.
 
@@ -32,7 +30,6 @@ def short_conv(
         activation: None, or "silu" (also called "swish"), applied to the output.
         initial_state: (B, D, W), the inputs before the first; zero when None.
         output_final_state: also return the last W inputs.
-        lengths: (B,) inputs of each row that count for the final state; default: all T.
 
     Returns:
         y (B, T, D) in x's dtype, or `(y, final_state)` with the state (B, D, W) in float32 (float64).
@@ -57,15 +54,11 @@ def short_conv(
     y = run(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
     if not output_final_state:
         return y
-    return y, last_inputs(x, width, initial_state, lengths)
+    return y, last_inputs(x, width, initial_state)
 
 
-def last_inputs(
-    x: Tensor, width: int, initial_state: Tensor | None = None, lengths: Tensor | None = None
-) -> Tensor:
+def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> Tensor:
     """The final state of `short_conv`: (B, D, width) in float32 (float64)."""
-    if lengths is not None:
-        return _last_before(x, width, initial_state, lengths)
     final, dtype = x[:, -width:].mT, state_dtype(x, initial_state)
     missing = width - final.shape[2]
     if missing == 0:
@@ -74,20 +67,6 @@ def last_inputs(
         final.new_zeros(*final.shape[:2], missing) if initial_state is None else initial_state[..., -missing:]
     )
     return torch.cat([older.to(dtype), final.to(dtype)], 2)
-
-
-def _last_before(x: Tensor, width: int, initial_state: Tensor | None, lengths: Tensor) -> Tensor:
-    """The last `width` of the initial state's inputs and the first `lengths` (B,) of x (B, T, D)."""
-    place = (
-        lengths[:, None] - width + torch.arange(width, device=x.device)
-    )  # (B, width) in x; below 0 before it
-    index = place.clamp_min(0).unsqueeze(-1).expand(-1, -1, x.shape[2])
-    final = x.gather(1, index).mT.to(state_dtype(x, initial_state))
-    before = place.unsqueeze(1) < 0
-    if initial_state is None:
-        return final.masked_fill(before, 0)
-    index = (place + width).clamp_max(width - 1).unsqueeze(1).expand_as(initial_state)
-    return torch.where(before, initial_state.gather(2, index).to(final.dtype), final)
 
 
 class _Conv(torch.autograd.Function):

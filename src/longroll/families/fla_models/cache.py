@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longroll.families._padding import still
+from longroll.families._padding import Padding, still
 from longroll.state import Part, RecurrentState, StateKey
 
 
@@ -20,8 +20,8 @@ class FlaCache:
         initial: the state to start from; None is the zero state.
     """
 
-    real: Tensor | None = None
-    """(B, T) false at padding on the right, which is kept out of the state; None: there is none."""
+    padding: Padding | None = None
+    """Padding on the right, which is kept out of the state; None: there is none."""
 
     def __init__(self, initial: RecurrentState | None = None) -> None:
         self.initial = initial if initial is not None else RecurrentState({})
@@ -46,7 +46,7 @@ class LayerState:
     def __init__(self, cache: FlaCache | None, layer: int) -> None:
         self._cache, self._layer = cache, layer
         self.seen = 0 if cache is None else cache.initial.seen
-        self.real = None if cache is None else cache.real
+        self.padding = None if cache is None else cache.padding
 
     def read(self, part: Part, slot: int = 0) -> Tensor | None:
         """The initial tensor; None is zero."""
@@ -60,7 +60,7 @@ class LayerState:
     def run(self, recurrence: Callable[..., Any], *inputs: Tensor, **options: Any) -> Tensor:
         """Run one of `longroll.ops` from the recurrent state, and keep the final one."""
         initial = self.read("recurrent")
-        inputs = still(recurrence.__name__, inputs, self.real)
+        inputs = still(recurrence.__name__, inputs, self.padding)
         o, final = recurrence(*inputs, initial_state=initial, output_final_state=True, **options)
         self.keep("recurrent", final)
         return o

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from longroll import ops
 from longroll.errors import LongrollError
-from longroll.families._padding import last_real
 from longroll.families.fla_models.cache import LayerState
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,10 +35,12 @@ class ShortConv(nn.Conv1d):
     def forward(self, x: Tensor, state: LayerState, slot: int) -> Tensor:  # type: ignore[override]
         """Convolve after the inputs kept in the conv state's `slot`."""
         initial = state.read("conv", slot)
+        weight = self.weight.squeeze(1)
         y, final = ops.short_conv(
-            x, self.weight.squeeze(1), None, self.activation, initial_state=initial, output_final_state=True,
-            lengths=None if state.real is None else state.real.sum(1),
-        )  # fmt: skip
+            x, weight, None, self.activation, initial_state=initial, output_final_state=True
+        )
+        if state.padding is not None:
+            final = state.padding.last_inputs(x, weight.shape[-1], initial).to(final.dtype)
         state.keep("conv", final, slot)
         return y
 
@@ -218,7 +219,8 @@ def token_shift(x: Tensor, state: LayerState, slot: int) -> Tensor:
     """The input before each input, minus it, (B, T, D); the state is the last input, (B, D)."""
     last = state.read("conv", slot)
     last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    state.keep("conv", last_real(x, state.real), slot)
+    # a view would keep all of x
+    state.keep("conv", x[:, -1].clone() if state.padding is None else state.padding.last(x), slot)
     return torch.cat([last[:, None], x[:, :-1]], dim=1) - x
 
 

@@ -66,6 +66,7 @@ def mamba2(
     past: Tensor | None,
     state: Tensor | None,
     shape: Shape,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a block's inside.
 
@@ -80,30 +81,35 @@ def mamba2(
         past: the W - 1 inputs of the convolution before the first, (B, W - 1, H P + 2 G N) float32.
         state: initial state, (B, H, P, N) float32; zero when None, as `past`.
         shape: sizes and settings.
+        out: (B, T, 1), true at padding, which makes no step; None: there is none.
 
     Returns:
         The normed output (B, T, H P) and the final state.
     """
-    return _Mamba2.apply(projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape)
+    return _Mamba2.apply(
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape, out
+    )
 
 
 class _Mamba2(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape: Shape
+        ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape: Shape, out
     ):
         with no_autocast(projected):
             gate, convolves, dt = shape.split(projected)
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
             x, B, C = shape.split_convolved(convolved)
             steps = ssd.step_sizes(dt, dt_bias, True, shape.dt_limit)
+            if out is not None:
+                steps = steps.masked_fill(out, 0)
             start = ssd.zero_state(x, B) if state is None else state
             y, final = ssd.forward(x, steps, A, B, C, D, start)
             normed, rstd = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(
-            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd, out
         )
         ctx.shape, ctx.stateless = shape, state is None
         return normed, final
@@ -111,7 +117,7 @@ class _Mamba2(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dnormed, dfinal):
-        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd = (
+        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd, out = (
             ctx.saved_tensors
         )
         shape: Shape = ctx.shape
@@ -134,8 +140,10 @@ class _Mamba2(torch.autograd.Function):
             if shape.dt_limit != ssd.NO_LIMIT:
                 size, (low, high) = F.softplus(raw), shape.dt_limit
                 draw = draw * ((size >= low) & (size <= high))
+            if out is not None:
+                draw = draw.masked_fill(out, 0)
             ddt.copy_(draw)
         return (
             dprojected, dweight, dbias, draw.sum((0, 1)), dA, dD, dnorm_weight, dpast,
-            None if ctx.stateless else dstate, None,
+            None if ctx.stateless else dstate, None, None,
         )  # fmt: skip
