@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -40,15 +41,13 @@ app.command("doctor", cls=Command)(doctor)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from longroll import __version__
-
-        print(f"longroll {__version__}")
+        print(f"longroll {version('longroll')}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
     quiet: Annotated[

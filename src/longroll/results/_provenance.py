@@ -9,12 +9,10 @@ import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from longroll.model import RecurrentLM
+from torch import nn
 
 _PACKAGES = (
     "longroll", "torch", "transformers", "accelerate", "peft",
@@ -23,13 +21,13 @@ _PACKAGES = (
 
 
 def provenance(
-    lm: RecurrentLM | None = None, *, seed: int, seconds: float, device: str | torch.device = "cpu"
+    lm: nn.Module | None = None, *, seed: int, seconds: float, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
     """Everything needed to make a result again: command, versions, seed, device, date, duration.
 
     `device` is where it was made; with a model, the model's.
     """
-    device = lm.device if lm is not None else torch.device(device)
+    device = next(lm.parameters()).device if lm is not None else torch.device(device)
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
     return {
         "command": shlex.join(command),
