@@ -2,9 +2,11 @@
 
 from .corpus import Corpus
 from .documents import read_documents
+from .hf_tokenizer import HFTokenizer
 from .lanes import Lanes
+from .rwkv_tokenizer import RWKVTokenizer
 from .sequences import long_sequences
-from .tokenizers import ByteTokenizer, HFTokenizer, Tokenizer, check_vocabulary, load_tokenizer
+from .tokenizers import ByteTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .windows import Windows
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "Corpus",
     "HFTokenizer",
     "Lanes",
+    "RWKVTokenizer",
     "Tokenizer",
     "Windows",
     "check_vocabulary",

@@ -32,6 +32,8 @@ class Corpus:
     """The token between documents where they are joined; None: nothing stands between them."""
     tokenizer: str = ""
     """The tokenizer's name."""
+    prefix_ids: tuple[int, ...] = ()
+    """What every document begins with (BOS), as the tokenizer has it."""
 
     @classmethod
     def from_source(
@@ -73,6 +75,8 @@ class Corpus:
     ) -> "Corpus":
         """Tokenise documents until `max_tokens` are there; the last one is cut to give exactly as many.
 
+        Every document begins with the tokenizer's prefix (BOS).
+
         Raises:
             LongrollError: no text has a token, or `max_tokens` is not positive.
         """
@@ -83,12 +87,13 @@ class Corpus:
         if max_tokens is not None and max_tokens < 1:
             raise LongrollError(f"`max_tokens` {max_tokens}: ask for at least one token")
         ids, offsets, size = array("i"), array("q", [0]), 0  # grow in place: one copy of the tokens in memory
+        prefix = np.array(tokenizer.prefix_ids, dtype=np.int32)
         with _reporting(progress, max_tokens) as report:
             for text in texts:
                 left = None if max_tokens is None else max_tokens - len(ids)
-                found, found_bytes = _encode(text, tokenizer, left)
+                found, found_bytes = _encode(text, tokenizer, left and max(1, left - len(prefix)))
                 if len(found):
-                    ids.frombytes(found.tobytes())
+                    ids.frombytes(np.concatenate([prefix, found])[:left].tobytes())
                     offsets.append(len(ids))
                     size += found_bytes
                 report(len(ids), max_tokens)
@@ -102,6 +107,7 @@ class Corpus:
             size,
             tokenizer.separator_id,
             tokenizer.name,
+            tokenizer.prefix_ids,
         )
 
     @property
@@ -138,18 +144,20 @@ class Corpus:
         """The ids of the longest document, (T,) int32, a view."""
         return self.document(int(self.lengths.argmax()))
 
-    def joined(self, order: np.ndarray | None = None) -> np.ndarray:
+    def joined(self, order: np.ndarray | None = None, *, prefix: bool = True) -> np.ndarray:
         """All documents one after another with the separator between them, (N,) int32.
 
         Args:
             order: of the documents, (documents,); None: as they are.
+            prefix: each with the prefix that it begins with.
         """
-        if order is None and self.separator_id is None:
+        start = 0 if prefix else len(self.prefix_ids)
+        if order is None and self.separator_id is None and not start:
             return self.ids
         between = [] if self.separator_id is None else [np.array([self.separator_id], dtype=np.int32)]
         pieces: list[np.ndarray] = []
         for index in range(self.documents) if order is None else order:
-            pieces += [self.document(int(index)), *between]
+            pieces += [self.document(int(index))[start:], *between]
         return np.concatenate(pieces[: len(pieces) - len(between)])
 
 

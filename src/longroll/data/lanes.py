@@ -1,6 +1,7 @@
 """Lanes: document-contiguous data, where row b of a batch goes on where row b of the last one ended."""
 
 import heapq
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ class Lanes(Dataset[Item]):
     Every token that follows another in its document is predicted exactly once an epoch. The documents of an
     epoch are dealt to the lanes longest first, each to the lane with the least to read, and every lane
     shuffles its own. A document longer than a lane's share of the corpus (a single book) is dealt in pieces
-    of that share, lest all lanes read the same text or none: each piece begins with `starts`, no prediction
-    is lost, only what came before the piece. Where the lanes of the last epoch end is not level: without
+    of that share, lest all lanes read the same text or none: each piece begins with `starts` and the prefix of
+    a document, no prediction is lost, only what came before the piece. Where the lanes of the last epoch end is not level: without
     `steps`, lanes that are done wait (windows of padding, `starts` True) for the others; with `steps`, the
     next epoch is dealt on top, so that no lane ever waits.
     """
@@ -50,8 +51,7 @@ class Lanes(Dataset[Item]):
         if lanes < 1 or (steps is not None and steps < 1):
             raise LongrollError(f"{lanes} lanes, {steps} steps: there must be at least one of each")
         self.length, self.lanes = _positive(length), lanes
-        self.ids = corpus.ids
-        pieces = _pieces(corpus, self.length, lanes)
+        self.ids, pieces = _pieces(corpus, self.length, lanes)
         if not len(pieces):
             raise LongrollError("no document has two tokens, so none can be predicted: give more text")
         self.windows = _deal(pieces, self.length, lanes, steps, seed)
@@ -71,17 +71,33 @@ class Lanes(Dataset[Item]):
         return {"input_ids": input_ids, "shift_labels": shift_labels, "starts": torch.tensor(bool(starts))}
 
 
-def _pieces(corpus: Corpus, length: int, lanes: int) -> np.ndarray:
-    """What is dealt: (pieces, 2) int64, the first token and how many tokens after it are predicted."""
-    starts, sizes = corpus.offsets[:-1], corpus.lengths - 1
-    starts, sizes = starts[sizes > 0], sizes[sizes > 0]
-    share = -(-int(np.sum(-(-sizes // length))) // lanes) * length  # predictions of a lane's fair share
+def _pieces(corpus: Corpus, length: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is dealt: ids, and of each piece its first token among them and how many after it are predicted.
+
+    The pieces are (pieces, 2) int64.
+    """
+    sizes = corpus.lengths - 1
+    share = max(1, -(-int(np.sum(-(-sizes // length))) // lanes) * length)  # predictions of a lane's fair share
+    ids, offsets = corpus.ids, corpus.offsets
+    if corpus.prefix_ids and (sizes > share).any():
+        ids, offsets = _divided(corpus, share + 1)
     pieces = [
-        (start + done, min(share, size - done))
-        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)
-        for done in range(0, size, share)
+        (start + done, min(share, stop - 1 - start - done))
+        for start, stop in pairwise(offsets.tolist())
+        for done in range(0, stop - 1 - start, share)
     ]
-    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+    return ids, np.array(pieces, dtype=np.int64).reshape(-1, 2)
+
+
+def _divided(corpus: Corpus, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets of the documents in pieces of at most `most` tokens, each with the prefix."""
+    prefix = np.array(corpus.prefix_ids, dtype=np.int32)
+    room = max(1, most - len(prefix))
+    texts = (corpus.document(index)[len(prefix) :] for index in range(corpus.documents))
+    pieces = [
+        np.concatenate([prefix, text[at : at + room]]) for text in texts for at in range(0, len(text), room)
+    ]
+    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)])
 
 
 def _deal(pieces: np.ndarray, length: int, lanes: int, steps: int | None, seed: int) -> np.ndarray:

@@ -18,6 +18,7 @@ def long_sequences(
 
     Each is the beginning of a document of at least `length` + 1 tokens. If there are not `count` such
     documents, further disjoint pieces of the very long ones follow, in rounds: second pieces, third pieces.
+    Every sequence begins with the prefix of a document (BOS), wherever in its document it is from.
 
     Args:
         corpus: of the text.
@@ -37,9 +38,12 @@ def long_sequences(
         raise LongrollError(f"`length` {length}, `count` {count}: both are at least 1")
     order = np.random.default_rng(seed).permutation(corpus.documents)
     size = length + 1
+    if size <= len(corpus.prefix_ids):
+        raise LongrollError(
+            f"`length` {length}: a document begins with {len(corpus.prefix_ids)} tokens of its own"
+        )
     if concatenate:
-        joined = corpus.joined(order)
-        found = [joined[at : at + size] for at in range(0, len(joined) - length, size)][:count]
+        found = _cut(corpus, corpus.joined(order), size, count)
     else:
         found = _pieces(corpus, order, size, count)
 
@@ -50,15 +54,33 @@ def long_sequences(
     return torch.from_numpy(np.stack(found).astype(np.int64))
 
 
+def _cut(corpus: Corpus, joined: np.ndarray, size: int, count: int) -> list[np.ndarray]:
+    """At most `count` pieces of `size` tokens of joined documents, one after another."""
+    prefix = np.array(corpus.prefix_ids, dtype=np.int32)
+    pieces: list[np.ndarray] = []
+    at = 0
+    while len(pieces) < count:
+        lead = prefix[:0] if np.array_equal(joined[at : at + len(prefix)], prefix) else prefix
+        stop = at + size - len(lead)
+        if stop > len(joined):
+            break
+        pieces.append(np.concatenate([lead, joined[at:stop]]))
+        at = stop
+    return pieces
+
+
 def _pieces(corpus: Corpus, order: np.ndarray, size: int, count: int) -> list[np.ndarray]:
     """At most `count` disjoint pieces of `size` tokens: the first of each document, then the second, ..."""
+    prefix = np.array(corpus.prefix_ids, dtype=np.int32)
+    step = size - len(prefix)
     pieces: list[np.ndarray] = []
-    available = corpus.lengths[order] // size
+    available = (corpus.lengths[order] - len(prefix)) // step
     for number in range(int(available.max())):
         for index in order[available > number]:
             if len(pieces) == count:
                 return pieces
-            pieces.append(corpus.document(int(index))[number * size : (number + 1) * size])
+            text = corpus.document(int(index))[len(prefix) :]
+            pieces.append(np.concatenate([prefix, text[number * step : (number + 1) * step]]))
     return pieces
 
 

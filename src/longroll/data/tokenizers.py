@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any Hugging Face tokenizer."""
+"""Text to token ids and back: bytes, a Hugging Face tokenizer, or a vocabulary of RWKV World."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,15 @@ import numpy as np
 
 from ..errors import LongrollError
 from ._hub import offline, why_not_there
+from .hf_tokenizer import HFTokenizer, is_fault
+from .rwkv_tokenizer import RWKVTokenizer
 
 BYTES = "bytes"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt",
+    "vocab.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+_RWKV_FILES = "rwkv_vocab*.txt"
 
 
 class Tokenizer(Protocol):
@@ -28,11 +34,27 @@ class Tokenizer(Protocol):
     def separator_id(self) -> int | None:
         """The id between two documents (end of text); None if there is none."""
 
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids that every document begins with (BOS); none for many tokenizers."""
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, (T,) int32, without special tokens."""
 
+    def encode_inside(self, text: str) -> np.ndarray:
+        """Token ids of `text` as they are inside running text, (T,) int32: not marked as a beginning."""
+
     def decode(self, ids: Any) -> str:
         """The text of ids, (T,): an array, a tensor or a list."""
+
+    def count_bytes(self, ids: Any) -> int:
+        """UTF-8 bytes of the text of ids, (T,)."""
+
+    def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids that the chat template puts before and after one message of the user."""
+
+    def save(self, folder: Any) -> None:
+        """Write what `load_tokenizer` finds into a folder."""
 
 
 class ByteTokenizer:
@@ -41,10 +63,13 @@ class ByteTokenizer:
     name = BYTES
     vocab_size = 256
     separator_id = None
+    prefix_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         """The bytes of `text`, (T,) int32."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
+
+    encode_inside = encode
 
     def decode(self, ids: Any) -> str:
         """The text of byte ids, (T,); bytes that are not UTF-8 (a cut character) become U+FFFD.
@@ -57,39 +82,20 @@ class ByteTokenizer:
             raise LongrollError(f"token ids {values.min()} to {values.max()} are not all bytes (0 to 255)")
         return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def count_bytes(self, ids: Any) -> int:
+        """How many ids there are."""
+        return len(ids)
+
     def bytes_per_token(self, text: str = "") -> float:
         """Exactly 1."""
         return 1.0
 
+    def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes have no chat template."""
+        raise LongrollError("`chat_template`: the tokens are bytes, which have no chat template")
 
-class HFTokenizer:
-    """A transformers tokenizer behind the protocol above."""
-
-    def __init__(self, tokenizer: Any, name: str):
-        self.tokenizer = tokenizer
-        self.name = name
-        # added tokens may leave holes: the length of the vocabulary is not always the largest id + 1
-        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        self.separator_id: int | None = tokenizer.eos_token_id
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, (T,) int32, however long it is."""
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # "sequence longer than the maximum": the very purpose here
-        )
-        return np.asarray(encoded["input_ids"], dtype=np.int32)
-
-    def decode(self, ids: Any) -> str:
-        """The text of ids, (T,)."""
-        return self.tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
-
-    def bytes_per_token(self, text: str) -> float:
-        """UTF-8 bytes of `text` for each of its tokens."""
-        return len(text.encode("utf-8", errors="replace")) / max(1, len(self.encode(text)))
+    def save(self, folder: Any) -> None:
+        """Bytes need no file."""
 
 
 def load_tokenizer(
@@ -97,32 +103,54 @@ def load_tokenizer(
     *,
     model_path: str | Path | None = None,
     vocab_size: int | None = None,
-) -> ByteTokenizer | HFTokenizer:
+    bos: bool | None = None,
+    trust_remote_code: bool = False,
+) -> ByteTokenizer | HFTokenizer | RWKVTokenizer:
     """Load the tokenizer named, else the one beside the model, else bytes if the model's vocabulary fits.
 
     Args:
-        name_or_path: "bytes", a folder or `tokenizer.json`, or a hub id; None: the model's own.
-        model_path: the folder or hub id of the model.
+        name_or_path: "bytes", a folder, a `tokenizer.json`, a vocabulary of RWKV World (.txt), or a hub id;
+            None: the model's own.
+        model_path: the folder, the .pth file or the hub id of the model.
         vocab_size: of the model; with 256 or fewer entries and no tokenizer beside it, tokens are bytes.
+        bos: begin every document with BOS or not; None: as the tokenizer does with its special tokens on.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        LongrollError: there is none, or it cannot be loaded. Code from a repository is never run.
+        LongrollError: there is none, it cannot be loaded or is damaged, it needs code that may not run, or it
+            has no BOS and `bos` asks for one.
     """
     if name_or_path is not None:
-        return ByteTokenizer() if name_or_path == BYTES else _load(name_or_path)
-    if model_path is not None and _may_have_tokenizer(model_path):
-        try:
-            return _load(model_path)
-        except LongrollError as problem:
-            reason = str(problem)
-    else:
-        reason = f"there is no tokenizer beside the model {model_path}" if model_path else "no model is named"
+        if name_or_path == BYTES:
+            return _bytes(bos)
+        return _load(name_or_path, bos, trust_remote_code)
+    reason = "no model is named"
+    if model_path is not None:
+        path = Path(os.path.expanduser(model_path))
+        if not path.exists() and isinstance(model_path, str):
+            try:
+                return _load(model_path, bos, trust_remote_code)
+            except LongrollError as problem:
+                if _downloaded(model_path):  # it is there and does not load: no reason for bytes
+                    raise
+                reason = str(problem)
+        elif (found := _beside(path)) is not None:
+            return _load(found, bos, trust_remote_code, name=str(model_path))
+        else:
+            reason = f"there is no tokenizer beside the model {model_path}"
     if vocab_size is not None and vocab_size <= ByteTokenizer.vocab_size:
-        return ByteTokenizer()
+        return _bytes(bos)
     raise LongrollError(
-        f"{reason.rstrip('.')}: name a tokenizer (`name_or_path`: a folder, a hub id or bytes; "
-        "the state-spaces/mamba checkpoints use EleutherAI/gpt-neox-20b)"
+        f"{reason.rstrip('.')}: name a tokenizer (`name_or_path`: a folder, a hub id, a vocabulary file of RWKV "
+        "World or bytes; the state-spaces/mamba checkpoints use EleutherAI/gpt-neox-20b, RWKV World models "
+        "rwkv_vocab_v20230424.txt)"
     )
+
+
+def _bytes(bos: bool | None) -> ByteTokenizer:
+    if bos:
+        raise LongrollError("`bos`: the tokens are bytes, and none of them begins a text")
+    return ByteTokenizer()
 
 
 def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "the tokenizer") -> None:
@@ -143,18 +171,39 @@ def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "th
         )
 
 
-def _may_have_tokenizer(model_path: str | Path) -> bool:
-    """Whether a tokenizer can be beside the model: a folder with one of its files, or a hub id."""
-    path = Path(os.path.expanduser(model_path))
-    return any((path / name).is_file() for name in _FILES) if path.exists() else isinstance(model_path, str)
+def _beside(path: Path) -> Path | None:
+    """The tokenizer of a local model: its folder, a vocabulary of RWKV World in it, or None."""
+    folder = path if path.is_dir() else path.parent
+    vocabularies = sorted(folder.glob(_RWKV_FILES))
+    # the vocabulary file itself, rather than code that reads it
+    if vocabularies and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return vocabularies[0]
+    there = path.is_dir() and any((path / name).is_file() for name in _FILES)
+    return path if there else None
 
 
-def _load(name_or_path: str | Path) -> HFTokenizer:
-    """Load a Hugging Face tokenizer from a folder, a tokenizer.json or the hub."""
+def _downloaded(name: str) -> bool:
+    """Whether files of the tokenizer of this hub id are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES)
+    except HFValidationError:
+        return False
+
+
+def _load(
+    name_or_path: str | Path, bos: bool | None, trust_remote_code: bool, *, name: str | None = None
+) -> HFTokenizer | RWKVTokenizer:
+    """Load a tokenizer from a folder, a file or the hub."""
     path = Path(os.path.expanduser(name_or_path))
+    name = name or str(name_or_path)
     local, reason = path.exists(), None
     if not local and isinstance(name_or_path, Path):
         raise LongrollError(f"tokenizer {name_or_path}: no such file or folder")
+    if path.is_file() and path.suffix == ".txt":
+        return RWKVTokenizer(path, bos=bos)
     if not local and not offline():
         reason = why_not_there(str(name_or_path), "model")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -167,15 +216,18 @@ def _load(name_or_path: str | Path) -> HFTokenizer:
             loaded = AutoTokenizer.from_pretrained(
                 str(path) if local else str(name_or_path),
                 local_files_only=local or offline() or reason is not None,  # then: what was downloaded before
-                trust_remote_code=False,  # the default asks the user at the terminal
+                trust_remote_code=trust_remote_code,  # the default asks the user at the terminal
             )
-    except Exception as problem:  # OSError, ValueError, KeyError, a parse error of the Rust library
+    except BaseException as problem:  # OSError, ValueError, KeyError, a parse error or a panic of Rust's
+        if not is_fault(problem):
+            raise
         if reason:
-            raise LongrollError(
-                f"tokenizer {str(name_or_path)!r}: no such folder here, and {reason}"
-            ) from None
-        said = " ".join(str(problem).split())[:300]
+            raise LongrollError(f"tokenizer {name!r}: no such folder here, and {reason}") from None
+        said = " ".join(str(problem).split())[:300] or type(problem).__name__
         if "trust_remote_code" in str(problem):
-            said = "it needs code from its repository, which longroll does not run; name a tokenizer.json"
-        raise LongrollError(f"tokenizer {str(name_or_path)!r} cannot be loaded: {said}") from problem
-    return HFTokenizer(loaded, str(name_or_path))
+            said = (
+                "it needs code from its repository, which longroll does not run unless `trust_remote_code` "
+                "is set; a tokenizer.json needs none"
+            )
+        raise LongrollError(f"tokenizer {name!r} cannot be loaded: {said}") from problem
+    return HFTokenizer(loaded, name, bos=bos)
