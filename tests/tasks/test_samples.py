@@ -1,6 +1,5 @@
 """Samples: exact lengths, depths, the same by seed, and the wording of the sources."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,12 @@ from longroll.tasks import (
     Story,
     TextHaystack,
     copying_tokenizer,
+    passkey,
     read_stories,
 )
 from longroll.tasks.babi import stories_of
 from longroll.tasks.babilong import QAS, split_sentences
-from longroll.tasks.babilong_prompts import EXAMPLES, INSTRUCTION, POST_PROMPT
+from longroll.tasks.babilong_prompts import LABELS, own_prompt
 from longroll.tasks.haystack import NOISE
 
 BYTES = ByteTokenizer()
@@ -48,7 +48,7 @@ def bpe():
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokens.train_from_iterator([NOISE, *BOOKS, *INSTRUCTION.values()], trainer)
+    tokens.train_from_iterator([NOISE, *BOOKS, *map(own_prompt, QAS)], trainer)
     return HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokens), "bpe")
 
 
@@ -84,7 +84,7 @@ def test_pieces_tokenise_as_the_text_they_make(name, bpe):
         again = bpe.encode(text)
         # only where a haystack is cut inside a word may the pieces differ from the whole
         assert abs(len(again) - len(sample.tokens)) <= 4
-        assert len(text) > 2 * len(again)
+        assert len(text) > 1.5 * len(again)
 
 
 @pytest.mark.parametrize("name", ["passkey", "passkey in text", "niah"])
@@ -105,36 +105,26 @@ def test_a_length_that_is_too_short_is_named():
             task.sample(40, rng=np.random.default_rng(0))
 
 
-def test_passkey_reads_as_in_the_source():
+def test_passkey_is_built_as_in_the_source():
+    """Description, noise, needle, noise, question, a line each."""
     sample = Passkey(BYTES).sample(600, depth=0.5, rng=np.random.default_rng(1))
     first, before, needle, after, question = BYTES.decode(sample.prompt).split("\n")
-    assert first.startswith("There is an important info hidden inside a lot of irrelevant text.")
+    assert first + "\n" == passkey.INSTRUCTION and question == f"{passkey.QUESTION[1:]} {passkey.CUE}"
     assert (NOISE + " " + NOISE + " " + NOISE).startswith(before) and before.startswith(after[:60])
-    assert needle == f"The pass key is {sample.target}. Remember it. {sample.target} is the pass key."
-    assert question == "What is the pass key? The pass key is" and 10_000 <= int(sample.target) <= 99_999
-    assert BYTES.decode(sample.answer) == f" {sample.target}"
+    assert f"\n{needle}\n" == passkey.NEEDLE.format(key=sample.target)
+    assert 10_000 <= int(sample.target) <= 99_999 and BYTES.decode(sample.answer) == f" {sample.target}"
 
 
-def test_niah_reads_as_in_the_source():
-    """The template of RULER after the replacements that it makes for a single needle."""
+def test_niah_is_built_as_in_the_source():
+    """A description, lines of noise with the needle among them, the question and the start of its answer."""
     task = Niah(BYTES)
     sample = task.sample(4096, rng=np.random.default_rng(1))
     lines = BYTES.decode(sample.prompt).split("\n")
-    needle = next(line for line in lines if line.startswith("One of"))
-    key = needle.split(" for ")[1].split(" is:")[0]
-    assert (
-        needle == f"One of the special magic numbers for {key} is: {sample.target}."
-        and len(sample.target) == 7
-    )
-    assert lines[0] == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards."
-    )
-    assert set(lines[1:-1]) == {NOISE, needle}
-    assert lines[-1] == (
-        f"What is the special magic number for {key} mentioned in the provided text? "
-        f"The special magic number for {key} mentioned in the provided text is"
-    )
+    needle = next(line for line in lines if sample.target in line)
+    key = needle.split(" belongs to ")[1].split(" is ")[0]
+    assert needle + "\n" == task.words.needle.format(key=key, value=sample.target) and len(sample.target) == 7
+    assert lines[0] + "\n" == task.words.instruction and set(lines[1:-1]) == {NOISE, needle}
+    assert lines[-1] == f"{task.words.question} {task.words.cue}".format(key=key)
     assert task.score(sample, BYTES.encode(f" {sample.target}, of course")) == {"accuracy": 1.0}
     assert task.score(sample, BYTES.encode(f" {sample.target[:-1]}")) == {"accuracy": 0.0}
 
@@ -198,21 +188,16 @@ def test_stories_of_the_published_dataset():
         read_stories("RMT-team/none", "qa1")
 
 
-def test_the_prompts_are_those_of_the_source_to_the_letter():
-    """Digests of DEFAULT_PROMPTS in booydar/babilong, commit ffa075fb, babilong/prompts.py."""
-    digests = {
-        qa: hashlib.sha256("|".join([INSTRUCTION[qa], EXAMPLES[qa], POST_PROMPT[qa]]).encode()).hexdigest()[
-            :12
-        ]
-        for qa in QAS
-    }
-    assert digests == {
-        "qa1": "a9fde77be8f0",
-        "qa2": "20b8f7d22af6",
-        "qa3": "f68bd6a7e81d",
-        "qa4": "ba2debbda32e",
-        "qa5": "cafb35be16b7",
-    }
+@pytest.mark.parametrize("qa", QAS)
+def test_the_examples_answer_as_the_metric_reads(qa):
+    """The answer of each example stands in its text or question, and no label of the task anywhere."""
+    prompt = own_prompt(qa)
+    examples = prompt.split("Text:")[1:-1]
+    assert len(examples) == 2 and prompt.endswith("Text:{context}\nQuestion: {question}\nAnswer:")
+    for example in examples:
+        asked, answer = example.strip().rsplit("\nAnswer: ", 1)
+        assert answer.endswith(".") and answer.count(" ") == 0 and answer[:-1] in asked
+        assert not any(label in example.lower() for label in LABELS[qa])
 
 
 def test_copying_has_the_tokens_of_the_source():

@@ -83,6 +83,12 @@ class HFTokenizer:
         with _naming(self.name):
             return self.tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
 
+    def decode_inside(self, ids: Any) -> str:
+        """The text of ids, (T,), as they go on with a text: with the space that begins a word, if any."""
+        anchor = self.encode(_ANCHORS[-1]).tolist()
+        before, whole = self.decode(anchor), self.decode([*anchor, *np.asarray(ids).tolist()])
+        return whole.removeprefix(before) if whole.startswith(before) else self.decode(ids)
+
     def count_bytes(self, ids: Any) -> int:
         """UTF-8 bytes of the text of ids, (T,); the prefix and separators of documents stand for none."""
         ids = np.asarray(ids)

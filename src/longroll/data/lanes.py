@@ -29,10 +29,10 @@ class Lanes(Dataset[Item]):
     Every token that follows another in its document is predicted exactly once an epoch. The documents of an
     epoch are dealt to the lanes longest first, each to the lane with the least to read, and every lane
     shuffles its own. A document longer than a lane's share of the corpus (a single book) is dealt in pieces
-    of that share, lest all lanes read the same text or none: each piece begins with `starts` and the prefix of
-    a document, no prediction is lost, only what came before the piece. Where the lanes of the last epoch end is not level: without
-    `steps`, lanes that are done wait (windows of padding, `starts` True) for the others; with `steps`, the
-    next epoch is dealt on top, so that no lane ever waits.
+    of that share, lest all lanes read the same text or none: each piece begins with `starts` and the prefix
+    of a document, no prediction is lost, only what came before the piece. Where the lanes of the last epoch
+    end is not level: without `steps`, lanes that are done wait (windows of padding, `starts` True) for the
+    others; with `steps`, the next epoch is dealt on top, so that no lane ever waits.
     """
 
     def __init__(self, corpus: Corpus, length: int, lanes: int, *, steps: int | None = None, seed: int = 0):
@@ -77,7 +77,9 @@ def _pieces(corpus: Corpus, length: int, lanes: int) -> tuple[np.ndarray, np.nda
     The pieces are (pieces, 2) int64.
     """
     sizes = corpus.lengths - 1
-    share = max(1, -(-int(np.sum(-(-sizes // length))) // lanes) * length)  # predictions of a lane's fair share
+    share = max(
+        1, -(-int(np.sum(-(-sizes // length))) // lanes) * length
+    )  # predictions of a lane's fair share
     ids, offsets = corpus.ids, corpus.offsets
     if corpus.prefix_ids and (sizes > share).any():
         ids, offsets = _divided(corpus, share + 1)

@@ -1,7 +1,7 @@
 """The vocabulary files of RWKV World models (`rwkv_vocab_v20230424.txt`): greedy longest match over bytes.
 
-Format: BlinkDL/ChatRWKV, tokenizer/rwkv_tokenizer.py: a line is an id, a Python literal (str or bytes) and its
-length in bytes. Id 0, which the file leaves out, ends a text.
+Format: BlinkDL/ChatRWKV, tokenizer/rwkv_tokenizer.py: a line is an id, a Python literal (str or bytes) and
+its length in bytes. Id 0, which the file leaves out, ends a text.
 """
 
 import ast
@@ -72,6 +72,8 @@ class RWKVTokenizer:
         """
         return self._bytes(ids).decode("utf-8", errors="replace")
 
+    decode_inside = decode
+
     def count_bytes(self, ids: Any) -> int:
         """Bytes that ids, (T,), stand for."""
         return len(self._bytes(ids))
@@ -112,8 +114,8 @@ def _read(path: Path) -> dict[int, bytes]:
                 raise ValueError
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise LongrollError(
-                f"tokenizer {path}, line {number}: not a line of an RWKV vocabulary (an id, a Python literal, "
-                "its length in bytes)"
+                f"tokenizer {path}, line {number}: not a line of an RWKV vocabulary (an id, a Python "
+                "literal, its length in bytes)"
             ) from None
         tokens[id] = token
     if not tokens:

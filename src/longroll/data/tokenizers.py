@@ -47,6 +47,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Any) -> str:
         """The text of ids, (T,): an array, a tensor or a list."""
 
+    def decode_inside(self, ids: Any) -> str:
+        """The text of ids, (T,), as they go on with a text: with the space that begins a word, if any."""
+
     def count_bytes(self, ids: Any) -> int:
         """UTF-8 bytes of the text of ids, (T,)."""
 
@@ -81,6 +84,8 @@ class ByteTokenizer:
         if values.size and not 0 <= values.min() <= values.max() < self.vocab_size:
             raise LongrollError(f"token ids {values.min()} to {values.max()} are not all bytes (0 to 255)")
         return values.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    decode_inside = decode
 
     def count_bytes(self, ids: Any) -> int:
         """How many ids there are."""
@@ -141,8 +146,8 @@ def load_tokenizer(
     if vocab_size is not None and vocab_size <= ByteTokenizer.vocab_size:
         return _bytes(bos)
     raise LongrollError(
-        f"{reason.rstrip('.')}: name a tokenizer (`name_or_path`: a folder, a hub id, a vocabulary file of RWKV "
-        "World or bytes; the state-spaces/mamba checkpoints use EleutherAI/gpt-neox-20b, RWKV World models "
+        f"{reason.rstrip('.')}: name a tokenizer (`name_or_path`: a folder, a hub id, a vocabulary file of "
+        "RWKV World or bytes; state-spaces/mamba checkpoints use EleutherAI/gpt-neox-20b, RWKV World models "
         "rwkv_vocab_v20230424.txt)"
     )
 

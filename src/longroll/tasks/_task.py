@@ -38,6 +38,8 @@ class Sample:
     after it the question."""
     question: str = ""
     """What was asked, where the score needs it."""
+    prefix: int = 0
+    """Tokens at the beginning of the prompt that begin any text (BOS)."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -50,9 +52,15 @@ class Task:
 
     A subclass says how in `sample` and `score`. The same `rng` always gives the same sample.
 
+    A prompt begins with what the tokenizer begins every document with (BOS).
+
     Args:
         tokenizer: of the model.
         new_tokens: how many tokens the model may write; None: as many as the answer has.
+        chat_template: hand the prompt over as a message of the user, in the tokenizer's chat template.
+
+    Raises:
+        LongrollError: for `chat_template` and a tokenizer without one.
     """
 
     name: ClassVar[str] = "task"
@@ -65,9 +73,14 @@ class Task:
     stationary: ClassVar[bool] = True
     """Whether the text after an answer is like the text before: else its final state begins no text."""
 
-    def __init__(self, tokenizer: Tokenizer, *, new_tokens: int | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.new_tokens = new_tokens
+    def __init__(
+        self, tokenizer: Tokenizer, *, new_tokens: int | None = None, chat_template: bool = False
+    ) -> None:
+        self.tokenizer, self.new_tokens, self.chat_template = tokenizer, new_tokens, chat_template
+        self.opening = np.array(tokenizer.prefix_ids, dtype=np.int32)
+        self.closing = np.empty(0, dtype=np.int32)
+        if chat_template:
+            self.opening, self.closing = tokenizer.chat_frame()
 
     @property
     def stop_id(self) -> int | None:
@@ -101,11 +114,37 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same for two results to be comparable."""
-        return {"task": self.name, "tokenizer": self.tokenizer.name, "new_tokens": self.new_tokens}
+        return {
+            "task": self.name,
+            "tokenizer": self.tokenizer.name,
+            "new_tokens": self.new_tokens,
+            "prefix_ids": list(self.tokenizer.prefix_ids),
+            "chat_template": self.chat_template,
+        }
+
+    def begin(self, text: str) -> np.ndarray:
+        """Token ids of what begins the prompt, (T,) int32: the prefix or the frame of a chat, then `text`."""
+        inside = self.chat_template or not text
+        return np.concatenate([self.opening, self.encode(text) if inside else self.tokenizer.encode(text)])
+
+    def ask(self, question: str, cue: str) -> np.ndarray:
+        """Token ids of what ends the prompt, (T,) int32: the question, and the beginning of its answer.
+
+        In a chat the answer begins in the model's message.
+        """
+        if not self.chat_template:
+            return self.encode(f"{question} {cue}" if cue else question)
+        return np.concatenate([self.encode(question), self.closing, self.encode(cue)])
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of `opening` that begin any text: BOS."""
+        ids = self.tokenizer.prefix_ids
+        return len(ids) if tuple(self.opening[: len(ids)].tolist()) == ids else 0
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, (T,) int32."""
-        return self.tokenizer.encode(text)
+        """Token ids of a piece inside a prompt, (T,) int32."""
+        return self.tokenizer.encode_inside(text)
 
     def _room(self, length: int, fixed: int) -> int:
         """Tokens left for the haystack."""

@@ -1,10 +1,11 @@
 """BABILong: bAbI's facts scattered in order through a book, and a question about them.
 
-Source: booydar/babilong: babilong/babilong_utils.py (SentenceSampler, NoiseInjectionDataset),
-babilong/prompts.py, babilong/metrics.py, data/create_tasks.py. Facts stand at sorted uniform gaps between the
-book's sentences, one space between all sentences as in the published data. What differs: sentences end at
-`.`, `!` or `?` before white space (there nltk's untrained Punkt), the length counts the whole prompt exactly
-(there 300 tokens are set aside for instructions), and any books can be the noise (there PG-19).
+Construction: booydar/babilong: babilong/babilong_utils.py (SentenceSampler, NoiseInjectionDataset),
+babilong/metrics.py, data/create_tasks.py. Facts stand at sorted uniform gaps between the book's sentences,
+one space before every sentence. The prompts are in longroll's own words, or BABILong's as lm-eval ships
+them. What differs: sentences end at `.`, `!` or `?` before white space (there nltk's untrained Punkt), the
+length counts the whole prompt exactly (there 300 tokens are set aside for instructions), and any books can
+be the noise (there PG-19).
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from longroll.data import Tokenizer, read_documents
 from longroll.errors import LongrollError
 from longroll.tasks._task import Sample, Task
 from longroll.tasks.babi import Story, read_stories
-from longroll.tasks.babilong_prompts import EXAMPLES, INSTRUCTION, LABELS, POST_PROMPT, TEMPLATE
+from longroll.tasks.babilong_prompts import LABELS, SHORT, own_prompt
+from longroll.tasks.official import babilong_prompt, check_prompts
 
 QAS = tuple(LABELS)
 """The five of the leaderboard's mean."""
 NEW_TOKENS = 20
 SHORTEST = 10
 """Tokens of a sentence of noise, at least, as in the source."""
-SHORT_TEMPLATE = "{context}\nQuestion: {question}\nAnswer:"
-"""For models finetuned on the task: nothing that has to be understood first."""
 
 _END = re.compile(r"""(?<=[.!?])["'”’)\]]*\s+""")  # noqa: RUF001
 
@@ -41,10 +41,13 @@ class BABILong(Task):
         qa: "qa1" to "qa5".
         stories: the facts, from `read_stories`.
         books: texts to hide them in; none: facts alone, BABILong's 0k.
-        few_shot: the source's prompt with instructions and examples, or else `SHORT_TEMPLATE`.
+        few_shot: a prompt with instructions and examples; else text, question and "Answer:" alone.
+        prompts: "own" words, or the "official" ones that lm-eval ships; these come with examples.
+        chat_template: see `Task`.
 
     Raises:
-        LongrollError: for an unknown `qa` and for no stories.
+        LongrollError: for an unknown `qa`, for no stories, and for official prompts without lm-eval or
+            `few_shot`.
     """
 
     name = "babilong"
@@ -57,19 +60,21 @@ class BABILong(Task):
         books: Sequence[str] = (),
         *,
         few_shot: bool = True,
+        prompts: str = "own",
+        chat_template: bool = False,
     ) -> None:
-        super().__init__(tokenizer, new_tokens=NEW_TOKENS)
+        super().__init__(tokenizer, new_tokens=NEW_TOKENS, chat_template=chat_template)
         if qa not in LABELS:
             raise LongrollError(f"BABILong's {qa!r} is not one of {', '.join(QAS)}.")
         if not stories:
             raise LongrollError(f"There are no stories of {qa}.")
         self.qa, self.stories, self.books, self.few_shot = qa, stories, books, few_shot
-        template = SHORT_TEMPLATE
-        if few_shot:
-            words = {"instruction": INSTRUCTION[qa], "examples": EXAMPLES[qa], "post_prompt": POST_PROMPT[qa]}
-            template = TEMPLATE.format(**words, context="{context}", question="{question}")
-        before, self.tail = template.split("{context}")
-        self.head = self.encode(before)
+        self.prompts = check_prompts(prompts)
+        if prompts == "official" and not few_shot:
+            raise LongrollError("`prompts` official come with examples: ask for `few_shot` too.")
+        made = babilong_prompt if prompts == "official" else own_prompt
+        before, self.tail = (made(qa) if few_shot else SHORT).split("{context}")
+        self.head = self.begin(before)
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """Scatter the facts of a random story that fits; `length` counts prompt and answer, 0 asks for 0k.
@@ -78,8 +83,8 @@ class BABILong(Task):
         """
         for number in rng.permutation(len(self.stories))[:1000]:
             story = self.stories[number]
-            tail = self.encode(self.tail.format(question=story.question))
-            answer = self.encode(f" {story.answer}.")
+            tail = self.ask(self.tail.format(question=story.question), "")
+            answer = self.encode(f"{story.answer}." if self.chat_template else f" {story.answer}.")
             # each sentence, the first too, follows a space: pieces then tokenise as they do in running text
             facts = [self.encode(f" {fact}") for fact in story.facts]
             fixed = len(self.head) + sum(map(len, facts)) + len(tail) + len(answer)
@@ -94,7 +99,7 @@ class BABILong(Task):
             pieces += [fact for fact, at in zip(facts, gaps, strict=True) if at == gap] + noise[gap : gap + 1]
         prompt = np.concatenate([self.head, *pieces, tail])
         context = (len(self.head), len(prompt) - len(tail))
-        return Sample(prompt, answer, story.answer, context, story.question)
+        return Sample(prompt, answer, story.answer, context, story.question, prefix=self.prefix)
 
     def _noise(self, tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Sentences of `tokens` tokens together, the last one cut to fit."""
@@ -125,7 +130,7 @@ class BABILong(Task):
     def settings(self) -> dict[str, Any]:
         """With the prompt's form and digests of facts and noise."""
         digests = {"stories": _digest(map(str, self.stories)), "books": _digest(self.books)}
-        return super().settings() | {"few_shot": self.few_shot} | digests
+        return super().settings() | {"few_shot": self.few_shot, "prompts": self.prompts} | digests
 
 
 def _digest(texts: Iterable[str]) -> str:

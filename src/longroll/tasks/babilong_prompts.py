@@ -1,12 +1,8 @@
-"""The few-shot prompts and the labels of BABILong qa1-qa5, word for word.
+"""Prompts for BABILong qa1-qa5 in longroll's own words, and the labels that its metric looks for.
 
-Source: booydar/babilong (Apache-2.0), babilong/prompts.py (DEFAULT_TEMPLATE, DEFAULT_PROMPTS) and
-babilong/metrics.py (TASK_LABELS). The slips in the wording are the source's: results depend on them.
+`longroll.tasks.official` reads the official prompts. Source of the labels: booydar/babilong,
+babilong/metrics.py (TASK_LABELS).
 """
-
-TEMPLATE = (
-    "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\nQuestion: {question}"
-)
 
 _PLACES = frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"})
 LABELS = {
@@ -17,119 +13,72 @@ LABELS = {
     "qa5": frozenset({"bill", "fred", "jeff", "mary", "apple", "football", "milk"}),
 }
 
-_ONLY_FACTS = "You need to answer the question based only on the information from the facts."
-_CARRYING = (
-    "If a person got an item in the first location and travelled to the second location "
-    "the item is also in the second location. "
-    "If a person dropped an item in the first location and moved to the second location "
-    "the item remains in the first location."
-)
-_FORMAT = "Always return your answer in the following format: "
-_NOTHING_ELSE = " Do not write anything else after that."
+SHORT = "{context}\nQuestion: {question}\nAnswer:"
+"""For models finetuned on the task: nothing that has to be understood first."""
 
+_CARRIED = "People take things along when they walk and leave them where they put them down."
+_MOVES = f"A long text mentions who walks where and who carries what. {_CARRIED}"
+_INSTRUCTION = {
+    "qa1": "A long text mentions now and then where people go. Say where the person in question went last.",
+    "qa2": f"{_MOVES} Say where the thing is now.",
+    "qa3": f"{_MOVES} Say where the thing was just before the place in question.",
+    "qa4": "A long text mentions which room lies in which direction of another. Say which room is asked for.",
+    "qa5": "A long text mentions who hands what to whom. Say which person or which thing is asked for.",
+}
+_FORM = "Reply with a single word and a full stop."
 
-def _example(text: str, answer: str) -> str:
-    return f"<example>\n{text}\nAnswer: {answer}\n</example>"
-
-
-INSTRUCTION = {
-    "qa1": "I will give you context with the facts about positions of different persons hidden in some "
-    f"random text and a question. {_ONLY_FACTS} "
-    "If a person was in different locations, use the latest location to answer the question.",
-    "qa2": "I give you context with the facts about locations and actions of different persons "
-    f"hidden in some random text and a question.{_ONLY_FACTS}\n{_CARRYING}",
-    "qa3": "I give you context with the facts about locations and actions of different persons "
-    f"hidden in some random text and a question. {_ONLY_FACTS}\n{_CARRYING}",
-    "qa4": "I will give you context with the facts about different people, their location and actions, "
-    f"hidden in some random text and a question. {_ONLY_FACTS}",
-    "qa5": "I will give you context with the facts about locations and their relations hidden in some "
-    f"random text and a question. {_ONLY_FACTS}",
+_EXAMPLES = {
+    "qa1": (
+        ("Nora went to the cellar. Paul ran to the attic. Nora ran to the porch.", "Where is Nora?", "porch"),
+        ("Lena hurried to the stable. Otto walked to the barn.", "Where is Lena?", "stable"),
+    ),
+    "qa2": (
+        ("Nora took the lamp. Nora went to the cellar. Paul ran away.", "Where is the lamp?", "cellar"),
+        (
+            "Otto took the rope. Otto ran to the barn. Otto left the rope. Otto ran to the stable.",
+            "Where is the rope?",
+            "barn",
+        ),
+    ),
+    "qa3": (
+        (
+            "Nora took the lamp. Nora ran to the porch. Nora went to the cellar. Nora ran to the attic.",
+            "Where was the lamp before the attic?",
+            "cellar",
+        ),
+        (
+            "Otto ran to the barn. Otto took the rope. Otto walked to the stable.",
+            "Where was the rope before the stable?",
+            "barn",
+        ),
+    ),
+    "qa4": (
+        (
+            "The cellar is south of the attic. The porch is east of the attic.",
+            "What is the cellar south of?",
+            "attic",
+        ),
+        (
+            "The barn is west of the stable. The shed is north of the stable.",
+            "What is north of the stable?",
+            "shed",
+        ),
+    ),
+    "qa5": (
+        (
+            "Nora took the lamp. Nora handed the lamp to Otto. Paul ran to the attic.",
+            "Who did Nora hand the lamp to?",
+            "Otto",
+        ),
+        ("Lena took the rope. Lena passed the rope to Paul.", "What did Lena pass to Paul?", "rope"),
+    ),
 }
 
-POST_PROMPT = {
-    "qa1": f"{_FORMAT}The most recent location of ’person’ is ’location’.{_NOTHING_ELSE}",  # noqa: RUF001
-    "qa2": f"{_FORMAT}The ’item’ is in ’location’.{_NOTHING_ELSE}",  # noqa: RUF001
-    "qa3": f"{_FORMAT}Before the $location_1$ the $item$ was in the $location_2$.{_NOTHING_ELSE}",
-    "qa4": f"Your answer should contain only one word - location.{_NOTHING_ELSE}",
-    "qa5": f"Your answer should contain only one word.{_NOTHING_ELSE} Do not explain your answer.",
-}
 
-EXAMPLES = {
-    "qa1": "\n\n".join(
-        [
-            _example(
-                "Charlie went to the hallway. Judith come back to the kitchen. Charlie travelled to balcony. "
-                "Where is Charlie?",
-                "The most recent location of Charlie is balcony.",
-            ),
-            _example(
-                "Alan moved to the garage. Charlie went to the beach. Alan went to the shop. Rouse "
-                "travelled to balcony. Where is Alan?",
-                "The most recent location of Alan is shop.",
-            ),
-        ]
-    ),
-    "qa2": "\n".join(
-        [
-            _example(
-                "Charlie went to the kitchen. Charlie got a bottle. Charlie moved to the balcony. "
-                "Where is the bottle?",
-                "The bottle is in the balcony.",
-            ),
-            _example(
-                "Alan moved to the garage. Alan got a screw driver. Alan moved to the kitchen. Where "
-                "is the screw driver?",
-                "The screw driver is in the kitchen.",
-            ),
-        ]
-    ),
-    "qa3": "\n".join(
-        [
-            _example(
-                "John journeyed to the bedroom. Mary grabbed the apple. Mary went back to the bathroom. "
-                "Daniel journeyed to the bedroom. Daniel moved to the garden. Mary travelled to the kitchen. "
-                "Where was the apple before the kitchen?",
-                "Before the kitchen the apple was in the bathroom.",
-            ),
-            _example(
-                "John went back to the bedroom. John went back to the garden. John went back to the kitchen. "
-                "Sandra took the football. Sandra travelled to the garden. Sandra journeyed to the bedroom. "
-                "Where was the football before the bedroom?",
-                "Before the bedroom the football was in the garden.",
-            ),
-        ]
-    ),
-    "qa4": "\n".join(
-        [
-            _example(
-                "The hallway is south of the kitchen. The bedroom is north of the kitchen. "
-                "What is the kitchen south of?",
-                "bedroom",
-            ),
-            _example(
-                "The garden is west of the bedroom. The bedroom is west of the kitchen. "
-                "What is west of the bedroom?",
-                "garden",
-            ),
-        ]
-    ),
-    "qa5": "\n".join(
-        [
-            _example(
-                "Mary picked up the apple there. Mary gave the apple to Fred. Mary moved to the bedroom. "
-                "Bill took the milk there. Who did Mary give the apple to?",
-                "Fred",
-            ),
-            _example(
-                "Jeff took the football there. Jeff passed the football to Fred. Jeff got the milk there. "
-                "Bill travelled to the bedroom. Who gave the football?",
-                "Jeff",
-            ),
-            _example(
-                "Fred picked up the apple there. Fred handed the apple to Bill. "
-                "Bill journeyed to the bedroom. Jeff went back to the garden. What did Fred give to Bill?",
-                "apple",
-            ),
-        ]
-    ),
-}
+def own_prompt(qa: str) -> str:
+    """Return the few-shot prompt of a task, with `{context}` and `{question}` to be filled in."""
+    examples = [
+        f"Text:{SHORT.format(context=f' {facts}', question=question)} {answer}.\n\n"
+        for facts, question, answer in _EXAMPLES[qa]
+    ]
+    return f"{_INSTRUCTION[qa]} {_FORM}\n\n{''.join(examples)}Text:{SHORT}"

@@ -30,10 +30,17 @@ STRIDE = 64
 
 
 def last_window(window: int) -> Reading:
-    """Read only the last `window` tokens, from the zero state: a sliding window, by a reset before it."""
+    """Read only the last `window` tokens, from the zero state: a sliding window, by a reset before it.
+
+    What begins any text (BOS) is read first, and counts.
+    """
+
+    def cut(sample: Sample) -> np.ndarray:
+        prefix, text = np.split(sample.prompt, [sample.prefix])
+        return np.concatenate([prefix, text[-max(1, window - len(prefix)) :]])
 
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
-        return prefill(lm, [sample.prompt[-window:] for sample in samples])
+        return prefill(lm, [cut(sample) for sample in samples])
 
     return reading
 

@@ -37,7 +37,7 @@ class Copying(Task):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.letters = np.array([one_token(tokenizer, letter) for letter in LETTERS], dtype=np.int32)
-        self.begin, self.middle, self.end = (self.encode(mark) for mark in "$|.")
+        self.start, self.middle, self.end = (self.encode(mark) for mark in "$|.")
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """A random string of `length` letters; the prompt has two tokens more, the answer ends with `.`."""
@@ -45,9 +45,10 @@ class Copying(Task):
             raise LongrollError(f"length {length} (`length`): a string to copy has at least one letter.")
         drawn = rng.integers(len(LETTERS), size=length)
         letters = self.letters[drawn]
-        prompt = np.concatenate([self.begin, letters, self.middle])
+        prompt = np.concatenate([self.opening, self.start, letters, self.middle])
         answer = np.concatenate([letters, self.end])
-        return Sample(prompt, answer, "".join(LETTERS[i] for i in drawn), (1, length + 1))
+        target, first = "".join(LETTERS[i] for i in drawn), len(prompt) - length - 1
+        return Sample(prompt, answer, target, (first, first + length), prefix=self.prefix)
 
     def score(
         self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
@@ -128,7 +129,7 @@ def one_token(tokenizer: Tokenizer, character: str) -> int:
     Raises:
         LongrollError: for a tokenizer that has none.
     """
-    ids = tokenizer.encode(character)
+    ids = tokenizer.encode_inside(character)
     if len(ids) != 1:
         raise LongrollError(
             f"copying needs a token for each letter, and {tokenizer.name} has none for {character!r}: use "

@@ -9,8 +9,11 @@ import numpy as np
 
 from longroll.data import Corpus, Tokenizer
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""Of the passkey task (epfml/landmark-attention, llama/run_test.py) and of RULER."""
+NOISE = (
+    "Leaves drift over the pond. A clock ticks in the hall. Bread cools by the window. The road bends left. "
+    "Then all is quiet."
+)
+"""Five short sentences about nothing that is asked for, as the passkey task and RULER repeat."""
 
 
 HAYSTACK_TOKENS = 1 << 22
@@ -27,13 +30,12 @@ class Haystack(Protocol):
 
 
 class NoiseHaystack:
-    """`NOISE` repeated, beginning anew after the needle, cut wherever the length asks for it, as in the
-    source."""
+    """`NOISE` repeated, beginning anew after the needle, cut wherever the length asks for it."""
 
     name = "noise"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.first, self.rest = tokenizer.encode(NOISE), tokenizer.encode(f" {NOISE}")
+        self.first, self.rest = tokenizer.encode_inside(NOISE), tokenizer.encode_inside(f" {NOISE}")
 
     def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Repetitions for both sides; nothing is drawn."""
@@ -48,7 +50,7 @@ class TextHaystack:
     """Running text from a random place of a corpus; it begins again where the corpus ends."""
 
     def __init__(self, corpus: Corpus, name: str) -> None:
-        self.ids = corpus.joined()
+        self.ids = corpus.joined(prefix=False)
         self.name = name
 
     def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
