@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ def diagnose(
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
+    bos: o.Bos = None,
     train_length: o.TrainLength = None,
     length: o.Length = 16_384,
     sequences: o.Sequences = 16,
@@ -42,7 +44,7 @@ def diagnose(
     from longroll.report.export import slug
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    own_tokenizer = o.open_tokenizer(lm, model, tokenizer)
+    own_tokenizer = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,
         own_tokenizer,
@@ -62,6 +64,7 @@ def diagnose(
         explain=explain,
         seed=seed,
     )
+    found = replace(found, tokenizer=own_tokenizer.name, prefix_ids=list(own_tokenizer.prefix_ids))
     out.print(levels_table([found]))
     for line in findings(found):
         out.print(line, soft_wrap=True)

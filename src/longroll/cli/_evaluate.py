@@ -22,6 +22,7 @@ def loss(
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
+    bos: o.Bos = None,
     length: o.Length = 16_384,
     sequences: o.Sequences = 4,
     concatenate: o.Concatenate = False,
@@ -43,7 +44,7 @@ def loss(
     from longroll.results import LossResult, provenance
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    tok = o.open_tokenizer(lm, model, tokenizer)
+    tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,
         tok,
@@ -76,6 +77,8 @@ def loss(
             "sequences": tokens.shape[0],
             "max_position": length,
             "bytes_per_token": bytes_per_token,
+            "tokenizer": tok.name,
+            "prefix_ids": list(tok.prefix_ids),
             "curve": found.curve(),
             "loss": found.mean.tolist(),
             "provenance": provenance(lm, seed=seed, seconds=seconds),
@@ -93,21 +96,28 @@ def passkey(
     depths: t.Depths = "0.1,0.5,0.9",
     haystack: t.HaystackText = "noise",
     instruction: t.Instruction = True,
+    chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
     """Five digits told once in a long text, asked for at its end: right if the greedy tokens are these."""
     from longroll.tasks import Passkey, Row
 
     text = t.open_haystack(haystack, opened.tokenizer, split="validation", seed=opened.seed)
-    task = Passkey(opened.tokenizer, haystack=text, instruction=instruction)
+    task = Passkey(opened.tokenizer, haystack=text, instruction=instruction, chat_template=chat_template)
     return t.TaskGrid([Row(depth, task, depth) for depth in depths], opened.lm.train_length)
 
 
 @t.task_command(app, lengths="1k,4k,16k")
-def niah(opened: t.Opened, *, depths: t.Depths = "0.1,0.5,0.9") -> t.TaskGrid:
+def niah(
+    opened: t.Opened,
+    *,
+    depths: t.Depths = "0.1,0.5,0.9",
+    prompts: t.Prompts = "own",
+    chat_template: t.ChatTemplate = False,
+) -> t.TaskGrid:
     """RULER's niah_single_1: a number between lines of noise, right if it is anywhere in 128 tokens."""
     from longroll.tasks import Niah, Row
 
-    task = Niah(opened.tokenizer)
+    task = Niah(opened.tokenizer, prompts=prompts, chat_template=chat_template)
     return t.TaskGrid([Row(depth, task, depth) for depth in depths], opened.lm.train_length)
 
 
@@ -133,12 +143,15 @@ def babilong(
     books: t.Books = "none",
     qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
     few_shot: t.FewShot = True,
+    prompts: t.Prompts = "own",
+    chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
     """Facts of bAbI scattered through books, and a question about them, by the official metric."""
     from longroll.tasks import Row, open_babilong
 
     kinds = t.parse_kinds(qa)
-    tasks = open_babilong(opened.tokenizer, facts, books, kinds, few_shot=few_shot, train=False)
+    form = {"few_shot": few_shot, "prompts": prompts, "chat_template": chat_template}
+    tasks = open_babilong(opened.tokenizer, facts, books, kinds, train=False, **form)
     return t.TaskGrid([Row(task.qa, task) for task in tasks], opened.lm.train_length)
 
 

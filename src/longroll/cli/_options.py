@@ -32,6 +32,14 @@ TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help='A tokenizer folder, hub id, or "bytes". Default: the model\'s.'),
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin each document and prompt with BOS. Default: what the tokenizer itself does.",
+        show_default=False,
+    ),
+]
 TrainLength = Annotated[
     int | None, length_option(help="Length the model was trained at. Default: what its config says.")
 ]
@@ -91,12 +99,32 @@ def open_model(
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def open_tokenizer(lm: RecurrentLM, model: str, tokenizer: str | None) -> Tokenizer:
-    """The tokenizer named, or the model's own."""
-    from longroll.data import load_tokenizer
+def open_tokenizer(
+    lm: RecurrentLM,
+    model: str,
+    tokenizer: str | None,
+    *,
+    bos: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Tokenizer:
+    """The tokenizer named, or the model's own; says what it begins documents with."""
+    from longroll.cli._console import console
+    from longroll.data import ByteTokenizer, load_tokenizer
 
     path = None if model == "specimen" else model
-    return load_tokenizer(tokenizer, model_path=path, vocab_size=lm.vocab_size)
+    opened = load_tokenizer(
+        tokenizer,
+        model_path=path,
+        vocab_size=lm.vocab_size,
+        bos=bos,
+        trust_remote_code=trust_remote_code,
+    )
+    if not isinstance(opened, ByteTokenizer):
+        ids = opened.prefix_ids
+        first = f"with {opened.decode(ids)!r} (id {', '.join(map(str, ids))})" if ids else "without BOS"
+        why = "as the tokenizer does" if bos is None else "by --bos" if bos else "by --no-bos"
+        console.print(f"Documents begin {first}, {why}.", markup=False, highlight=False, soft_wrap=True)
+    return opened
 
 
 def read_corpus(
@@ -128,11 +156,18 @@ def read_sequences(
     concatenate: bool = False,
     seed: int = 0,
 ) -> tuple[torch.Tensor, float]:
-    """Long texts of the validation split, (sequences, length + 1), and the bytes of a token."""
-    from longroll.data import long_sequences
+    """Long texts of the validation split, (sequences, length + 1), and the bytes of a token of theirs."""
+    from longroll.cli._console import console
+    from longroll.data import bytes_per_token, long_sequences
 
     # joined documents need no more than what is asked; whole long ones have to be found among all
     max_tokens = 2 * sequences * (length + 1) if concatenate else None
     corpus = read_corpus(text, tokenizer, split="validation", column=column, max_tokens=max_tokens, seed=seed)
     tokens = long_sequences(corpus, length, sequences, concatenate=concatenate, seed=seed)
-    return tokens, corpus.bytes_per_token
+    short = int((corpus.lengths <= length).sum())
+    if short and not concatenate:
+        console.print(
+            f"{short} of {corpus.documents} documents are shorter than {length + 1} tokens and left out.",
+            highlight=False,
+        )
+    return tokens, bytes_per_token(tokens, tokenizer)

@@ -41,6 +41,7 @@ def posttrain(
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
+    bos: o.Bos = None,
     task: Annotated[
         TaskName | None, typer.Option(help="Train on a task, loss on its answers, rather than on --text.")
     ] = None,
@@ -121,7 +122,7 @@ def posttrain(
         save_steps=save_steps,
         seed=seed,
     )
-    tok = o.open_tokenizer(lm, model, tokenizer)
+    tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     data: Any
     if task is None:
         data = o.read_corpus(
@@ -133,8 +134,7 @@ def posttrain(
             facts=facts, books=text, kinds=qa, windows=windows,
         )  # fmt: skip
     log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume)
-    if hasattr(tok, "tokenizer"):
-        tok.tokenizer.save_pretrained(output)
+    tok.save(output)
     if json:
         PosttrainResult.from_json(
             {

@@ -43,9 +43,9 @@ Depths = Annotated[
 Samples = Annotated[int, typer.Option(help="Samples of each length and depth.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Samples read together.", min=1)]
 HaystackText = Annotated[
-    str, typer.Option(help='What the needle is hidden in: "noise" (as in the source), or text as for --text.')
+    str, typer.Option(help='What the needle is hidden in: "noise", or text as for --text.')
 ]
-Instruction = Annotated[bool, typer.Option(help="Begin with the source's description of the task.")]
+Instruction = Annotated[bool, typer.Option(help="Begin with a description of the task.")]
 Facts = Annotated[
     str,
     typer.Option(
@@ -59,7 +59,16 @@ Books = Annotated[
 Kinds = Annotated[str, typer.Option("--qa", help="Which of qa1 to qa5, with commas.")]
 FewShot = Annotated[
     bool,
-    typer.Option(help="The source's prompt with examples; --no-few-shot: for a model finetuned on the task."),
+    typer.Option(
+        help="Begin with a description and examples; --no-few-shot: for a model finetuned on the task."
+    ),
+]
+Prompts = Annotated[
+    str, typer.Option(help='Words of the prompts: "own", or "official" as lm-eval ships them (an extra).')
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option("--chat-template", help="Hand the prompt over in the chat template of the tokenizer."),
 ]
 HowRead = Annotated[
     str,
@@ -87,6 +96,7 @@ class TaskFlags:
     window: Window = None
     label: Label = None
     tokenizer: o.TokenizerName = None
+    bos: o.Bos = None
     device: o.Device = None
     dtype: o.Dtype = None
     trust_remote_code: o.TrustRemoteCode = False
@@ -163,7 +173,10 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     lm = o.open_model(
         flags.model, device=flags.device, dtype=flags.dtype, trust_remote_code=flags.trust_remote_code
     )
-    opened = Opened(lm, o.open_tokenizer(lm, flags.model, flags.tokenizer), flags.seed)
+    tokenizer = o.open_tokenizer(
+        lm, flags.model, flags.tokenizer, bos=flags.bos, trust_remote_code=flags.trust_remote_code
+    )
+    opened = Opened(lm, tokenizer, flags.seed)
     rows, train_length = grid_of(opened, **told)
     name = rows[0].task.name
     files = [file for file in (flags.json, flags.output and flags.output / f"{name}.json") if file]

@@ -5,7 +5,7 @@ from .documents import read_documents
 from .hf_tokenizer import HFTokenizer
 from .lanes import Lanes
 from .rwkv_tokenizer import RWKVTokenizer
-from .sequences import long_sequences
+from .sequences import bytes_per_token, long_sequences
 from .tokenizers import ByteTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .windows import Windows
 
@@ -17,6 +17,7 @@ __all__ = [
     "RWKVTokenizer",
     "Tokenizer",
     "Windows",
+    "bytes_per_token",
     "check_vocabulary",
     "load_tokenizer",
     "long_sequences",

@@ -7,6 +7,7 @@ import torch
 
 from ..errors import LongrollError
 from .corpus import Corpus
+from .tokenizers import Tokenizer
 
 logger = logging.getLogger("longroll")
 
@@ -52,6 +53,19 @@ def long_sequences(
     if len(found) < count:
         logger.warning("%s; going on with %d sequences", _shortage(corpus, length, count), len(found))
     return torch.from_numpy(np.stack(found).astype(np.int64))
+
+
+def bytes_per_token(tokens: torch.Tensor, tokenizer: Tokenizer) -> float:
+    """Return the UTF-8 bytes that a predicted token of these texts stands for, on average.
+
+    Nats per token / this / ln 2 = bits per byte.
+
+    Args:
+        tokens: (B, T + 1); the first of each is not predicted.
+        tokenizer: that made them.
+    """
+    predicted = tokens[:, 1:].numpy()
+    return sum(map(tokenizer.count_bytes, predicted)) / predicted.size
 
 
 def _cut(corpus: Corpus, joined: np.ndarray, size: int, count: int) -> list[np.ndarray]:

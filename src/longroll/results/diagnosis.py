@@ -164,6 +164,9 @@ class DiagnosisResult(Result):
     sequences: Count | None = None
     max_position: Count | None = None
     bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+    tokenizer: str | None = None
+    prefix_ids: list[int] | None = None
+    """What every sequence begins with: BOS."""
     edge: Count | None = None
     """Position at which the loss leaves its level in range; null for a model that holds."""
     severity: Number = None

@@ -21,6 +21,9 @@ class LossResult(Result):
     sequences: Count
     max_position: Count
     bytes_per_token: Annotated[float, Field(gt=0)] | None
+    tokenizer: str | None = None
+    prefix_ids: list[int] | None = None
+    """What every sequence begins with: BOS."""
     curve: Curve
     loss: Numbers
     """Mean over sequences at each position."""

@@ -162,7 +162,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def open_babilong(
-    tokenizer: Tokenizer, facts: str, books: str, kinds: Sequence[str], *, few_shot: bool, train: bool
+    tokenizer: Tokenizer, facts: str, books: str, kinds: Sequence[str], *, train: bool, **form: Any
 ) -> list[BABILong]:
     """Return the tasks named by `kinds`, with facts and books of one split.
 
@@ -171,12 +171,12 @@ def open_babilong(
         facts: bAbI's files or BABILong's hub id, as for `read_stories`.
         books: what `longroll.data.read_documents` reads, or "none" for facts alone.
         kinds: some of "qa1" to "qa5".
-        few_shot: see `BABILong`.
         train: take the training split, or else the test split of the facts and the held-out books.
+        form: `few_shot`, `prompts` and `chat_template` of `BABILong`.
 
     Raises:
         LongrollError: as `read_stories`, `read_documents` and `BABILong`.
     """
     texts = [] if books == "none" else list(read_documents(books, split="train" if train else "validation"))
     split = "train" if train else "test"
-    return [BABILong(tokenizer, qa, read_stories(facts, qa, split), texts, few_shot=few_shot) for qa in kinds]
+    return [BABILong(tokenizer, qa, read_stories(facts, qa, split), texts, **form) for qa in kinds]
