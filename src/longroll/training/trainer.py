@@ -53,6 +53,17 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             where there can be none.
     """
 
+    def __new__(cls, *arguments: Any, **kwargs: Any) -> Any:
+        """Refuse another trainer's loss, which would not be computed."""
+        rest = cls.__mro__[cls.__mro__.index(InitialStateMixin) + 1 :]
+        host = next(kind for kind in rest if "compute_loss" in vars(kind))
+        if host is not Trainer:
+            raise LongrollError(
+                f"{cls.__name__} would ignore the loss of {host.__name__} for its own: class "
+                f"{cls.__name__}(InitialStateMixin, {host.__name__})."
+            )
+        return super().__new__(cls, *arguments, **kwargs)
+
     def __init__(
         self,
         model: Any = None,
