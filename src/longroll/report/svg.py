@@ -6,6 +6,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
+from longroll.printable import printable
 from longroll.report.style import INK, TONES, WEB
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _page_root(text: str, description: str | None) -> str:
     box = re.search(r"viewBox=\"([^\"]+)\"", text[:end])
     if box is None:
         raise AssertionError("matplotlib wrote an <svg> without a viewBox")
-    named = f' aria-label="{html.escape(description)}"' if description else ""
+    named = f' aria-label="{html.escape(printable(description))}"' if description else ""
     width = float(box[1].split()[2])
     style = f"max-width:{width:g}px;stroke-linejoin:round;stroke-linecap:butt"
     root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}"'

@@ -136,6 +136,50 @@ class Coverage(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts(Section):
+    """Mean loss of each text in nats, for the comparison with another run."""
+
+    fingerprint: str
+    """Hash of the tokens."""
+    in_range: Numbers
+    far: Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Section):
+    """Nats by which the run reads above another, with the 95 % interval over texts."""
+
+    mean: Number
+    low: Number
+    high: Number
+    paired: bool
+    """Whether each text was compared with itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Section):
+    """The run against another one."""
+
+    label: str
+    in_range: Difference
+    far: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Section):
+    """What the dtype of the weights did."""
+
+    dtype: str
+    largest: Number = None
+    """The largest float16 activation."""
+    where: str | None = None
+    """The module that gave it."""
+    not_finite_from: Count | None = None
+    """The first position at which a loss is not finite."""
+    finite_in_float32: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdviceResult(Section):
     """What to do next: an intervention, its reasons, and a command."""
 
@@ -181,6 +225,11 @@ class DiagnosisResult(Result):
     advice: AdviceResult | None = None
     tasks: dict[str, Grid] | None = None
     intervention: str | None = None
+    """The intervention that the model was trained with, by its short name."""
+    texts: Texts | None = None
+    comparisons: dict[str, Comparison] | None = None
+    """Against the model before a repair (`against`), and against a `control`."""
+    precision: Precision | None = None
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
