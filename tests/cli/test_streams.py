@@ -34,3 +34,10 @@ def test_quiet_prints_results_alone_and_verbose_what_libraries_log(run):
     assert "perplexity" in printed and "not enough text" in errors and "loading configuration" not in errors
     printed, errors = run(*more, before=("--verbose",))
     assert "perplexity" in printed and "not enough text" in errors and "loading configuration" in errors
+
+
+def test_a_grid_goes_to_standard_output_once(capfd):
+    grid = ("evaluate", "copying", "specimen", "--lengths", "3,4", "--samples", "2", "--json", "-")
+    app(grid, standalone_mode=False)
+    printed, errors = capfd.readouterr()
+    assert len(json.loads(printed)["cells"]) == 2 and "length" in errors

@@ -18,6 +18,7 @@ from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
 from longroll.errors import LongrollError
+from longroll.printable import printable
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
 
@@ -80,5 +81,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    sys.stderr.write(f"longroll: {message}\n")
+    sys.stderr.write(f"longroll: {printable(message)}\n")
     raise SystemExit(2) from None

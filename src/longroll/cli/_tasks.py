@@ -167,6 +167,7 @@ def _flags(defaults: dict[str, Any]) -> list[inspect.Parameter]:
 def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> None:
     """Measure a grid with a progress bar, print its tables, and write results and figures."""
     from longroll.cli._console import out, progress
+    from longroll.files import is_stream
     from longroll.report import write_figures
     from longroll.tasks import run_task
 
@@ -180,6 +181,7 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     rows, train_length = grid_of(opened, **told)
     name = rows[0].task.name
     files = [file for file in (flags.json, flags.output and flags.output / f"{name}.json") if file]
+    resumed = next((file for file in files if not is_stream(file)), None)
     with progress(f"measuring {name}", total=len(rows) * len(flags.lengths) * flags.samples) as advance:
         found = run_task(
             lm,
@@ -192,11 +194,12 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
             window=flags.window,
             label=flags.label,
             seed=flags.seed,
-            file=files[0] if files else None,
+            file=resumed,
             progress=advance,
         )
-    for file in files[1:]:
-        found.write(file)
+    for file in files:
+        if file != resumed:
+            found.write(file)
     for table in found.tasks or {}:
         out.print(task_table([found], table))
     if flags.output:

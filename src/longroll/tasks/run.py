@@ -95,7 +95,7 @@ def finished_cells(file: Path, settings: dict[str, Any]) -> list[Cell]:
     Raises:
         LongrollError: the file holds something else, or the first setting that differs.
     """
-    if not file.exists():
+    if not file.is_file():
         return []
     (before,) = read_results(
         file, TaskResult, otherwise="holds no results of a task: name another file, or remove it."
