@@ -83,6 +83,10 @@ class Family:
         """The weights that `head` reads, those among them that are trained."""
         return [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
 
+    def architecture(self, model: PreTrainedModel) -> str:
+        """What a model is called in results."""
+        return model.config.model_type
+
     def layer_kind(self, model: PreTrainedModel, key: StateKey) -> str:
         """What the recurrence of a layer is called in `RecurrentLM.layers`."""
         return self.kind

@@ -160,18 +160,15 @@ class PlainModel(PreTrainedModel):
                 )
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Hand the wish to the module.
+        """Refuse: which parts of a module can be recomputed, its author knows.
 
         Raises:
-            LongrollError: where the module knows no such method.
+            LongrollError: always.
         """
-        enable = getattr(self.module, "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise LongrollError(
-                f"{self.name_or_path} has no method gradient_checkpointing_enable: leave out "
-                "`gradient_checkpointing`, or use torch.utils.checkpoint inside its forward."
-            )
-        enable(*args, **kwargs)
+        raise LongrollError(
+            f"{self.name_or_path}: `gradient_checkpointing` knows no layers of a wrapped module. Leave it "
+            "out, and use torch.utils.checkpoint inside the forward."
+        )
 
     def extra_repr(self) -> str:
         """How the state is laid out."""
@@ -355,6 +352,10 @@ class PlainFamily(Family):
     def width(self, model: Any) -> int:
         """Numbers of what the module returns for a token."""
         return model.config.hidden_size
+
+    def architecture(self, model: Any) -> str:
+        """The module's class."""
+        return type(model.module).__name__
 
     def layer_kind(self, model: Any, key: StateKey) -> str:
         """The module's own name of the state tensor."""

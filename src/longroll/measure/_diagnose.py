@@ -133,7 +133,7 @@ def diagnose(
     details: dict[str, Any] = {
         "label": label or (trained[-1] if trained else "base"),
         "model": lm.name,
-        "architecture": lm.model.config.model_type,
+        "architecture": lm.family.architecture(lm.model),
         "parameters": sum(p.numel() for p in lm.parameters()),
         "intervention": trained[-1] if trained else None,
         "train_length": train_length,
