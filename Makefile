@@ -11,8 +11,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check src tests benchmarks recipes
-	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/ruff check src tests benchmarks recipes examples
+	$(BIN)/ruff format --check src tests benchmarks recipes examples
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt

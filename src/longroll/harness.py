@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,14 @@ class LongrollLM(TemplateLM):
     Args:
         pretrained: as for `longroll.load`.
         tokenizer: default: the model's.
-        device, dtype, trust_remote_code: as for `longroll.load`.
+        device, dtype, trust_remote_code, plugin: as for `longroll.load`.
         batch_size: prompts read together.
         add_bos_token: put the tokenizer's special tokens before a prompt; None: as the tokenizer does.
         max_batch_size: ignored.
     """
+
+    plugin: str | None = None
+    """The plug-in named on longroll's command line."""
 
     def __init__(
         self,
@@ -60,13 +64,21 @@ class LongrollLM(TemplateLM):
         batch_size: int | str = BATCH_SIZE,
         add_bos_token: bool | None = None,
         trust_remote_code: bool = False,
+        plugin: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None  # lm_eval's default, which `hf` too takes for the best there is
-        self.lm = load(pretrained, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        path = None if pretrained == "specimen" else pretrained
+        self.lm = load(
+            pretrained,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            plugin=plugin or self.plugin,
+        )
+        built = self.lm.wrapped and not Path(pretrained).exists()  # a name that the plug-in knows
+        path = None if pretrained == "specimen" or built else pretrained
         self._tokenizer = load_tokenizer(tokenizer, model_path=path, vocab_size=self.lm.vocab_size)
         self.tokenizer = self._tokenizer.tokenizer if isinstance(self._tokenizer, HFTokenizer) else None
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH_SIZE
@@ -272,8 +284,9 @@ def _alike(one: Ids, other: Ids, most: int) -> int:
     return next(differing, most)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], *, plugin: str | None = None) -> None:
     """Run lm_eval's own command line with the model type `longroll` there to choose."""
+    LongrollLM.plugin = plugin
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *arguments]

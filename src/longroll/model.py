@@ -130,6 +130,11 @@ class RecurrentLM(nn.Module):
         return self.model.config.model_type not in BUILT_IN
 
     @property
+    def wrapped(self) -> bool:
+        """Whether the model is a module that `wrap` made a RecurrentLM of."""
+        return isinstance(self.model, PlainModel)
+
+    @property
     def train_length(self) -> int | None:
         """The length the model was trained at, where its config says so."""
         learned = self.family.learned_positions

@@ -20,7 +20,6 @@ from own_modules import VOCAB, build
 
 T, ROWS = 8, 2
 OPTIONS = PosttrainOptions(length=T, steps=4, batch_size=ROWS, learning_rate=1e-2, save_steps=2)
-every_kind = pytest.mark.parametrize("kind", INTERVENTIONS)
 
 
 def corpus(seed=0):
@@ -42,8 +41,7 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@every_kind
-@pytest.mark.parametrize("name", ["dict", "lstm"])
+@pytest.mark.parametrize(("name", "kind"), [*(("dict", kind) for kind in INTERVENTIONS), ("lstm", "sp")])
 def test_posttrain_resumes_and_the_folder_opens_again(name, kind, tmp_path):
     lm = fresh(name)
     before = {n: p.detach().clone() for n, p in lm.model.module.named_parameters()}

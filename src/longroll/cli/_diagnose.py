@@ -33,6 +33,7 @@ def diagnose(
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    plugin: o.PluginName = None,
     seed: o.Seed = 0,
     label: str = "base",
     json: o.Json = None,
@@ -43,7 +44,7 @@ def diagnose(
     from longroll.report import write_report
     from longroll.report.export import slug
 
-    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     own_tokenizer = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,

@@ -41,6 +41,7 @@ def doctor(
     packing: Packing = None,
     device: o.Device = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    plugin: o.PluginName = None,
     json: o.Json = None,
 ) -> None:
     """Say what this machine can run and which kernels are in use, with the reason."""
@@ -54,14 +55,15 @@ def doctor(
     if packing is not None:
         if families:
             raise LongrollError("`packing` tries one model and `families` tiny ones: give one of them.")
-        result = try_packing(packing, device=device, trust_remote_code=trust_remote_code)
+        result = try_packing(packing, device=device, trust_remote_code=trust_remote_code, plugin=plugin)
         for sentence in result["sentences"]:
             out.print(sentence, markup=False, soft_wrap=True)
         if json:
             PackingResult.from_json(result).write(json)
         return
-    if device is not None or trust_remote_code:
-        raise LongrollError("`device` and `trust_remote_code` belong to `packing`: give a model there too.")
+    for name, given in (("device", device), ("trust_remote_code", trust_remote_code), ("plugin", plugin)):
+        if given:
+            raise LongrollError(f"`{name}` belongs to `packing`: give a model there too.")
     found = examine()
     if families:
         found["families"] = try_families()
@@ -145,11 +147,13 @@ def try_families() -> list[dict[str, Any]]:
         return tabulate(device=device, advance=lambda: advance(next(done)))
 
 
-def try_packing(name: str, *, device: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def try_packing(
+    name: str, *, device: str | None, trust_remote_code: bool, plugin: str | None
+) -> dict[str, Any]:
     """Whether packed documents of a model see each other, as data."""
     from longroll.conformance.packing import open_for_packing, packing
 
-    model, lm = open_for_packing(name, device=device, trust_remote_code=trust_remote_code)
+    model, lm = open_for_packing(name, device=device, trust_remote_code=trust_remote_code, plugin=plugin)
     return {"model": name} | packing(model, lm).to_json()
 
 

@@ -30,6 +30,7 @@ def loss(
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    plugin: o.PluginName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
     output: o.Output = None,
@@ -43,7 +44,7 @@ def loss(
     from longroll.measure import position_loss
     from longroll.results import LossResult, provenance
 
-    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,

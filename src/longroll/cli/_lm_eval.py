@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from longroll.cli import _options as o
 
-def lm_eval(context: typer.Context) -> None:
+
+def lm_eval(context: typer.Context, plugin: o.PluginName = None) -> None:
     """lm-evaluation-harness with one more model type: --model longroll --model_args pretrained=MODEL."""
     from longroll.cli._console import hush_libraries
     from longroll.errors import LongrollError
@@ -18,4 +20,4 @@ def lm_eval(context: typer.Context) -> None:
             f"longroll lm-eval needs lm-evaluation-harness ({error.name} is missing): pip install "
             "'longroll[lm-eval]'."
         ) from None
-    main(context.args)
+    main(context.args, plugin=plugin)

@@ -54,6 +54,14 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default:
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
+PluginName = Annotated[
+    str | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE[:BUILD]",
+        help="Import this module of yours first; its function BUILD makes the model by its name.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0, max=2**32 - 1)]
 
 
@@ -88,7 +96,12 @@ Output = Annotated[
 
 
 def open_model(
-    model: str, *, device: str | None, dtype: str | None, trust_remote_code: bool = False
+    model: str,
+    *,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool = False,
+    plugin: str | None = None,
 ) -> RecurrentLM:
     """Load a model, and say so while it takes its time."""
     from longroll.cli._console import console, hush_libraries
@@ -96,7 +109,7 @@ def open_model(
 
     hush_libraries()
     with console.status(console.render_str(f"loading {model}")):
-        return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
 
 
 def open_tokenizer(
@@ -111,7 +124,8 @@ def open_tokenizer(
     from longroll.cli._console import console
     from longroll.data import ByteTokenizer, load_tokenizer
 
-    path = None if model == "specimen" else model
+    built = lm.wrapped and not Path(model).exists()  # `model` is a name that the plug-in knows
+    path = None if model == "specimen" or built else model
     opened = load_tokenizer(
         tokenizer,
         model_path=path,

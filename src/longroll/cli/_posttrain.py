@@ -83,6 +83,7 @@ def posttrain(
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
+    plugin: o.PluginName = None,
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
@@ -100,7 +101,7 @@ def posttrain(
         noise_std=noise_std,
         momentum=momentum,
     )
-    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     length = train_length or lm.train_length
     if length is None:
         raise LongrollError("The model does not say at which length it was trained: give --train-length.")

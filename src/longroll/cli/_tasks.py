@@ -100,6 +100,7 @@ class TaskFlags:
     device: o.Device = None
     dtype: o.Dtype = None
     trust_remote_code: o.TrustRemoteCode = False
+    plugin: o.PluginName = None
     seed: o.Seed = 0
     json: o.Json = None
     output: o.Output = None
@@ -172,7 +173,11 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     from longroll.tasks import run_task
 
     lm = o.open_model(
-        flags.model, device=flags.device, dtype=flags.dtype, trust_remote_code=flags.trust_remote_code
+        flags.model,
+        device=flags.device,
+        dtype=flags.dtype,
+        trust_remote_code=flags.trust_remote_code,
+        plugin=flags.plugin,
     )
     tokenizer = o.open_tokenizer(
         lm, flags.model, flags.tokenizer, bos=flags.bos, trust_remote_code=flags.trust_remote_code

@@ -99,7 +99,7 @@ def packing(model: Any, lm: RecurrentLM | None, *, seed: int = 0) -> Packing:
 
 
 def open_for_packing(
-    name: str, *, device: str | None = None, trust_remote_code: bool = False
+    name: str, *, device: str | None = None, trust_remote_code: bool = False, plugin: str | None = None
 ) -> tuple[Any, RecurrentLM | None]:
     """The model of a checkpoint, and the same opened by longroll where longroll knows it.
 
@@ -109,7 +109,7 @@ def open_for_packing(
     from longroll.model import load
 
     try:
-        lm = load(name, device=device, trust_remote_code=trust_remote_code)
+        lm = load(name, device=device, trust_remote_code=trust_remote_code, plugin=plugin)
     except LongrollError as refusal:
         from transformers import AutoModelForCausalLM
 

@@ -198,7 +198,13 @@ def diagnose(
         iid, drift = watch.iid(), end_drift(tokens, max(16, train_length // 8), seed=seed)
         if suffers:
             advice = advise(
-                lm.name, train_length, breaks=breaks, iid=iid, ends=drift, tokens_per_second=speed
+                lm.name if lm.flags is not None else None,
+                train_length,
+                flags=lm.flags or (),
+                breaks=breaks,
+                iid=iid,
+                ends=drift,
+                tokens_per_second=speed,
             )
         details |= {"iid": iid.to_json(), "stationarity": drift.to_json()}
         if explain:

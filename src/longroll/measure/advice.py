@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ def after_repair(model: str, repair: str | None, price: Comparison | None) -> Ad
 
 
 def advise(
-    model: str,
+    model: str | None,
     train_length: int,
     *,
+    flags: Sequence[str] = (),
     breaks: bool = True,
     iid: IIDTest,
     ends: EndDrift,
@@ -107,8 +109,9 @@ def advise(
     section 4), and State Passing where a text's end is no place to start another (section 6.2).
 
     Args:
-        model: its name, for the command.
+        model: its name, for the command; None: no command opens it.
         train_length: T.
+        flags: what the command needs besides to open it.
         breaks: whether its loss rises above its level in range, rather than only above a fresh start's.
         iid: of its states at T.
         ends: of the texts.
@@ -137,7 +140,9 @@ def advise(
         else:
             why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
     arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
-    command = shlex.join(["longroll", "posttrain", model, *arguments, "--output", "repaired"])
+    command = model and shlex.join(
+        ["longroll", "posttrain", model, *flags, *arguments, "--output", "repaired"]
+    )
     if not breaks:
         might = f"a repair by {name} may win that back, at some loss in range"
         return Advice(None, f"It keeps its level, so leave it alone; {might}.")
