@@ -132,7 +132,7 @@ def test_diagnosis_report_and_tasks():
 class Letters:
     """A tokenizer of a few letters."""
 
-    name, vocab_size, separator_id = "letters", VOCAB, None
+    name, vocab_size, separator_id, prefix_ids = "letters", VOCAB, None, ()
 
     def encode(self, text):
         return np.array([ord(c) % VOCAB for c in text], dtype=np.int32)
