@@ -1,4 +1,4 @@
-"""`python -m longroll`: the command line."""
+"""`python -m longroll` and `torchrun -m longroll`: the command line."""
 
 from longroll.cli import main
 

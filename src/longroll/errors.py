@@ -7,3 +7,6 @@ class LongrollError(Exception):
     Arguments stand in backticks under their Python names; the command line writes its flags in their place
     (`longroll.cli._flags`).
     """
+
+    told = False
+    """Whether another process has said it."""

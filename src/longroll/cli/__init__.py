@@ -69,6 +69,8 @@ def main() -> None:
     try:
         status = app(prog_name="longroll", standalone_mode=False)
     except LongrollError as error:
+        if error.told:
+            raise SystemExit(2) from None
         _fail(str(error))
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help

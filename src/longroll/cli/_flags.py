@@ -71,4 +71,5 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         except LongrollError as error:
             flags = {param.name: param.opts[0] for param in self.params if param.param_type_name == "option"}
-            raise LongrollError(in_flags(str(error), flags)) from error
+            error.args = (in_flags(str(error), flags),)
+            raise

@@ -88,8 +88,11 @@ def posttrain(
     json: o.Json = None,
 ) -> None:
     """Train a model for a few hundred steps whose sequences start from other states than zero."""
+    import time
+
     from longroll.cli._console import out
     from longroll.errors import LongrollError
+    from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
 
@@ -127,29 +130,41 @@ def posttrain(
     data: Any
     if task is None:
         data = o.read_corpus(
-            text, tok, split="train", column=text_column, max_tokens=options.tokens + 1, seed=seed
+            text,
+            tok,
+            split="train",
+            column=text_column,
+            max_tokens=options.tokens * world_size() + 1,
+            seed=seed,
         )
     else:
         data = t.training_rows(
             task, tok, options, intervention=intervention, haystack=haystack, instruction=instruction,
             facts=facts, books=text, kinds=qa, windows=windows,
         )  # fmt: skip
-    log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume)
-    tok.save(output)
-    if json:
-        PosttrainResult.from_json(
-            {
-                "model": lm.name,
-                "output": str(output),
-                "intervention": intervention.value,
-                "task": task,
-                "options": vars(options),
-                "log": log,
-                "provenance": provenance(lm, seed=seed, seconds=seconds),
-            }
-        ).write(json)
-    rate = "" if resume else f" ({options.tokens / seconds:,.0f} tokens/s)"
-    out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
+    began = time.perf_counter()
+
+    def finish(log: list[dict[str, Any]]) -> None:
+        tok.save(output)
+        if json:
+            PosttrainResult.from_json(
+                {
+                    "model": lm.name,
+                    "output": str(output),
+                    "intervention": intervention.value,
+                    "task": task,
+                    "options": vars(options),
+                    "processes": world_size(),
+                    "log": log,
+                    "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+                }
+            ).write(json)
+
+    _, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume, finish=finish)
+    tokens = options.tokens * world_size()
+    rate = "" if resume else f" ({tokens / seconds:,.0f} tokens/s)"
+    if rank() == 0:
+        out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
 
 
 def make_intervention(
@@ -176,7 +191,7 @@ def make_intervention(
     return INTERVENTIONS[choice](**options)
 
 
-def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = False):
+def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = False, finish=None):
     """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
     import time
 
@@ -187,5 +202,7 @@ def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = F
     name = "zero states" if intervention is None else type(intervention).__name__
     with progress(f"training from {name}", total=options.steps) as advance, stops_between_steps() as stop:
         callbacks = [training_progress(advance), stop]
-        log = posttrain(lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks)
+        log = posttrain(
+            lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks, finish=finish
+        )
     return log, time.perf_counter() - began

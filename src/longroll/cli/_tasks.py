@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -250,11 +249,12 @@ def training_rows(
     """
     from longroll.cli._console import console
     from longroll.errors import LongrollError
+    from longroll.ranks import world_size
     from longroll.tasks import TaskRows, training_rows
 
     if task == "copying" and intervention == "tbptt":
         raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
-    lanes = options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    lanes = options.batch_size * world_size()
     rows = training_rows(
         task,
         tokenizer,

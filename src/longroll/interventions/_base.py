@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.state import RecurrentState
 
@@ -19,15 +21,16 @@ class Intervention:
     """Chooses the state that each row of a training batch starts from.
 
     A subclass says how in `_choose`; the training loop asks `initial_state` before each (micro-)batch and
-    hands the final state to `observe` after it.
+    hands the final state to `observe` after it. Draws are keyed by the seed, the number of the batch and the
+    number of the row among the rows of all ranks, so that N ranks draw what one process with all rows draws.
 
     Args:
         zero_probability: how often a row starts from the zero state all the same, 0 to 1.
         conv: act on the conv part of the state too; else it starts from zero. KV is never touched.
-        seed: of the draws.
+        seed: of the draws, 0 or above.
 
     Raises:
-        LongrollError: for a probability outside [0, 1].
+        LongrollError: for a probability outside [0, 1] and a negative seed.
     """
 
     name = "intervention"
@@ -35,23 +38,26 @@ class Intervention:
     def __init__(self, *, zero_probability: float = 0.0, conv: bool = True, seed: int = 0) -> None:
         if not 0 <= zero_probability <= 1:
             raise LongrollError(f"`zero_probability` {zero_probability} is not a probability: 0 to 1.")
+        if seed < 0:
+            raise LongrollError(f"`seed` {seed} must be 0 or above.")
         self.zero_probability = zero_probability
         self.conv = conv
         self.seed = seed
-        self._generator: torch.Generator | None = None
-        self._generator_state: Tensor | None = None
+        self._batches = 0  # that started from a state so far
         self._set: Tensor | None = None  # rows of this batch that did not start from zero by chance
 
     def initial_state(self, batch: Batch) -> RecurrentState | None:
         """The state the rows of `batch` start from; None is the zero state (before anything was observed)."""
-        input_ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        state = self._choose(batch, len(input_ids))
-        if state is None or self.zero_probability == 0:
-            return state
-        device = next(iter(state.values())).device
-        draws = torch.rand(len(input_ids), generator=self._draws(device), device=device)
-        self._set = draws >= self.zero_probability
-        return state.where(self._set)
+        rows = len(batch if isinstance(batch, Tensor) else batch["input_ids"])
+        state = self._choose(batch, rows)
+        if state is None:
+            return None
+        if self.zero_probability > 0:
+            draws = [np.random.default_rng(key).random() for key in self._keys(rows)]
+            self._set = torch.tensor(draws) >= self.zero_probability
+            state = state.where(self._set)
+        self._batches += 1
+        return state
 
     def observe(self, final_state: RecurrentState) -> None:
         """Take note of the final state of a batch; it is detached here."""
@@ -59,13 +65,17 @@ class Intervention:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors only, so that it loads with `weights_only`."""
-        generator = self._generator_state if self._generator is None else self._generator.get_state()
-        return {"memory": self._memory(), "generator": generator}
+        return {"memory": self._memory(), "seed": self.seed, "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._recall(state["memory"])
-        self._generator, self._generator_state = None, state["generator"]
+        self.seed, self._batches = state["seed"], state["batches"]
+
+    def load_ranks(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
+        """Go on from the `state_dict` of every rank of a run as one rank of another number of ranks."""
+        memory = self._deal([state["memory"] for state in states], rank, world_size)
+        self.load_state_dict({**states[0], "memory": memory})
 
     def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
         """The state for `rows` rows."""
@@ -80,12 +90,27 @@ class Intervention:
     def _recall(self, memory: Mapping[str, Any]) -> None:
         pass
 
-    def _draws(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-            if self._generator_state is not None:
-                self._generator.set_state(self._generator_state)
-        return self._generator
+    def _deal(self, memories: list[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
+        """The memory of a rank, from those of the ranks before: all the same unless a subclass says how."""
+        return memories[0]
+
+    def _keys(self, rows: int) -> list[np.random.SeedSequence]:
+        """What the draws of each row are seeded by, whichever rank has the row."""
+        first = ranks.rank() * rows
+        return [np.random.SeedSequence([self.seed, self._batches, row]) for row in range(first, first + rows)]
+
+    def _generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
+        """A generator a row."""
+        seeds = [int(key.generate_state(1, np.uint64)[0]) for key in self._keys(rows)]
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Draw standard normal numbers (K, B, ...), each row b by its generator; `like` is (K, 1, ...)."""
+    noise = like.new_empty(len(generators), like.shape[0], *like.shape[2:])
+    for row, generator in zip(noise, generators, strict=True):
+        row.normal_(generator=generator)
+    return noise.transpose(0, 1).contiguous()
 
 
 def fit_rows(state: RecurrentState, rows: int) -> RecurrentState:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
-from longroll.interventions._base import Batch, Intervention
+from longroll.interventions._base import Batch, Intervention, normal
 from longroll.state import RecurrentState
 
 
@@ -41,11 +42,12 @@ class FittedNoise(Intervention):
         if not self.moments:
             return None
 
+        generators = self._generators(rows, next(iter(self.moments.values())).device)
+
         def draw(like: Tensor, moments: Tensor) -> Tensor:
             mean, square = moments.split(1, dim=1)
-            noise = mean.new_empty(like.shape[0], rows, *like.shape[2:])
             std = (square - mean.square()).clamp_min(0).sqrt()
-            return torch.addcmul(mean, noise.normal_(generator=self._draws(mean.device)), std)
+            return torch.addcmul(mean, normal(mean.expand_as(like), generators), std)
 
         return self.like.map_stacked(draw, self.moments)
 
@@ -53,11 +55,10 @@ class FittedNoise(Intervention):
         if not self.like:
             self.like = final_state.map(lambda t: t.new_zeros(()).expand(1, *t.shape[1:]))
 
-        def update(stack: Tensor, *old: Tensor) -> Tensor:
-            new = _over_ranks(_moments(stack.float()))
-            return torch.lerp(new, old[0], self.momentum) if old else new
-
-        self.moments = final_state.map_stacked(update, *((self.moments,) if self.moments else ()))
+        new = _over_ranks(final_state.map_stacked(_moments), final_state.batch_size)
+        if self.moments:
+            new = new.map_stacked(lambda now, old: torch.lerp(now, old, self.momentum), self.moments)
+        self.moments = new
 
     def _memory(self) -> dict[str, Any]:
         shapes = {name: list(t.shape) for name, t in self.like.named().items()}
@@ -72,12 +73,19 @@ class FittedNoise(Intervention):
 
 def _moments(tensor: Tensor) -> Tensor:
     """Mean and mean square of a stack (K, B, H, ...) over the batch and inside a head: (K, 2, H, 1, ...)."""
+    tensor = tensor.float()
     axes = [axis for axis in range(1, tensor.ndim) if axis != 2]
     return torch.cat([t.mean(dim=axes, keepdim=True) for t in (tensor, tensor.square())], dim=1)
 
 
-def _over_ranks(moment: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(moment)
-        moment /= dist.get_world_size()
-    return moment
+def _over_ranks(moments: RecurrentState, rows: int) -> RecurrentState:
+    """The moments of the rows of all ranks; each has as many `rows` as it has."""
+    if ranks.alone():
+        return moments
+    flat = torch.cat([t.flatten() for t in moments.values()])
+    flat = torch.cat([flat * rows, flat.new_tensor([rows])])
+    dist.all_reduce(flat)
+    parts = (flat[:-1] / flat[-1]).split([t.numel() for t in moments.values()])
+    return RecurrentState(
+        {key: part.view_as(t) for (key, t), part in zip(moments.items(), parts, strict=True)}
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longroll.errors import LongrollError
-from longroll.interventions._base import Batch, Intervention
+from longroll.interventions._base import Batch, Intervention, normal
 from longroll.state import RecurrentState
 
 
@@ -39,11 +39,8 @@ class RandomNoise(Intervention):
         if self.shapes is None:
             return None
 
-        def draw(like: torch.Tensor) -> torch.Tensor:
-            noise = like.new_empty(like.shape[0], rows, *like.shape[2:])
-            return noise.normal_(std=self.std, generator=self._draws(like.device))
-
-        return self.shapes.map_stacked(draw)
+        generators = self._generators(rows, next(iter(self.shapes.values())).device)
+        return self.shapes.map_stacked(lambda like: normal(like, generators).mul_(self.std))
 
     def _learn(self, final_state: RecurrentState) -> None:
         if self.shapes is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from longroll.interventions._base import Batch, Intervention, fit_rows
 from longroll.state import RecurrentState
 
@@ -37,3 +39,7 @@ class StatePassing(Intervention):
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
         self.passed = RecurrentState.from_named(memory) if memory else None
+
+    def _deal(self, memories: list[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
+        rows = {name: torch.cat([memory[name] for memory in memories]) for name in memories[0]}
+        return {name: t.tensor_split(world_size)[rank].clone() for name, t in rows.items()}

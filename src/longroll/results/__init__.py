@@ -1,7 +1,8 @@
 """Results are data: a dataclass for each kind, its schema version, its JSON, and what made it."""
 
+from longroll.results._fingerprint import fingerprint, fingerprint_of_arrays
 from longroll.results._json import read_json, write_json
-from longroll.results._provenance import provenance
+from longroll.results._provenance import package_versions, provenance
 from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_results
 from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
 from longroll.results.benchmark import BenchmarkResult
@@ -57,6 +58,9 @@ __all__ = [
     "TaskResult",
     "Tasks",
     "Texts",
+    "fingerprint",
+    "fingerprint_of_arrays",
+    "package_versions",
     "provenance",
     "read_json",
     "read_result",

@@ -21,6 +21,8 @@ class PosttrainResult(Result):
     task: str | None
     options: dict[str, Any]
     """The fields of `longroll.training.PosttrainOptions`."""
+    processes: int = 1
+    """Each read `batch_size` rows."""
     log: list[dict[str, Any]]
     """Entries of transformers' Trainer."""
     provenance: Provenance | None = None

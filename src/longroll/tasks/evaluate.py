@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
 from longroll.results import TaskResult, provenance
+from longroll.results import fingerprint as fingerprint  # used beside `evaluate_grid`
 from longroll.tasks._task import EVALUATION, Task, random_of
 from longroll.tasks.generate import Reading, answer, prefill_samples
 
@@ -210,12 +210,3 @@ def task_result(
         names = {task.name: task.metric} | {f"{task.name}_{name}": name for name in others}
         result["tasks"] = {key: grid(cells, rows, lengths, name) for key, name in names.items()}
     return TaskResult.from_json(result, source=task.name)
-
-
-def fingerprint(lm: RecurrentLM) -> str:
-    """Tells the weights of models of one name apart: a hash of a little of every tensor."""
-    digest = hashlib.sha256()
-    for name, parameter in lm.model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

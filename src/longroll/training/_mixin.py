@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from longroll.training._arguments import check_trainer_arguments, check_training
 from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.weights import projects
+from longroll.training.whole import WholeCheckpointsMixin
 
 _SEVERAL_TEXTS = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "PPO", "Reward", "PRM", "GKD", "Distill")
 """How the names of TRL's trainers begin that read several texts for one loss."""
@@ -35,7 +37,7 @@ _WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_ori
 _REPLACED = KNOWN | {"past_key_values", "cache_params", "state", "use_cache", "cache_position"}
 
 
-class InitialStateMixin:
+class InitialStateMixin(WholeCheckpointsMixin):
     """Let a Trainer's sequences start from the state that an intervention chooses; the loss is the host's.
 
     Put it before the host: `class MyTrainer(InitialStateMixin, SFTTrainer)`, and pass `intervention=` beside
@@ -128,7 +130,7 @@ class InitialStateMixin:
                 "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
                 "launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
-        state = self.accelerator.state  # type: ignore[attr-defined]
+        state = self.accelerator.state
         plugin = getattr(state, "dynamo_plugin", None)
         if plugin is not None and getattr(plugin.backend, "value", "NO") not in ("NO", "no"):
             raise LongrollError(
@@ -180,7 +182,7 @@ class InitialStateMixin:
     def train(self, *arguments: Any, **kwargs: Any) -> Any:
         """The host's, with the live check of a new run."""
         self._live_check = LiveCheck(self.base)
-        return super().train(*arguments, **kwargs)  # type: ignore[misc]
+        return super().train(*arguments, **kwargs)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
@@ -320,22 +322,25 @@ class InitialStateMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.intervention is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it
             torch.save(self.intervention.state_dict(), self._memory_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None or self.intervention is None:
             return
-        file = self._memory_file(checkpoint)
-        if not file.is_file():
+        files = [Path(checkpoint) / f"intervention_{rank}.pt" for rank in range(len(os.listdir(checkpoint)))]
+        found = [file for file in files if file.is_file()]
+        if not found:
             raise LongrollError(
-                f"{checkpoint} has no {file.name}: it was not saved by longroll with an intervention and as "
-                "many processes."
+                f"{checkpoint} has no intervention_0.pt: it was not saved by longroll with an intervention."
             )
-        memory = torch.load(file, map_location=self.args.device, weights_only=True)
-        if memory["generator"] is not None:
-            memory["generator"] = memory["generator"].cpu()
-        self.intervention.load_state_dict(memory)
+        rank, world_size = self.args.process_index, self.args.world_size
+        load = functools.partial(torch.load, map_location=self.args.device, weights_only=True)
+        if len(found) == world_size:
+            self.intervention.load_state_dict(load(found[rank]))
+        else:
+            self.intervention.load_ranks([load(file) for file in found], rank, world_size)
 
 
 def _in_order(dataset: Any) -> bool:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
+from longroll import ranks
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
 from longroll.files import try_folder
@@ -26,11 +24,12 @@ from longroll.history import record
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.results import write_json
+from longroll.training import checkpoints
 from longroll.training.guard import LossGuard
+from longroll.training.identity import check_same_run, describe_run
 from longroll.training.trainer import InitialStateTrainer
 
 _STARTED = "run.json"
-_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change what is learned
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 _READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
@@ -93,7 +92,7 @@ class PosttrainOptions:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the run reads."""
+        """Tokens that each process reads."""
         return self.steps * self.accumulation * self.batch_size * self.length
 
 
@@ -106,8 +105,12 @@ def posttrain(
     *,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
+    finish: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Post-train `lm` in place and save it to `output` as an ordinary HF checkpoint.
+
+    Under torchrun or accelerate launch N processes train together, each on its own rows: `batch_size` rows on
+    each of them are N times `batch_size` rows on one.
 
     Args:
         lm: the model.
@@ -117,22 +120,24 @@ def posttrain(
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
         resume: go on from the last whole checkpoint there, if there is one, by the same options.
         callbacks: for HF Trainer.
+        finish: called on rank 0 with the log when the model is saved, before the run can no longer be
+            resumed: a run that is killed in it is finished by `resume`.
 
     Returns:
-        Trainer's log, an entry every 10 steps or sooner.
+        Trainer's log, an entry every 10 steps or sooner; empty for a run that was killed when all was done.
 
     Raises:
         LongrollError: for text that does not fit the model, an output that holds another model or cannot be
-            written, too little text, a run resumed by other options, a full disk, and a loss that is not
-            finite.
+            written, too little text, a run resumed with another model, text or other options, a full disk,
+            and a loss that is not finite.
     """
-    output = _writable(Path(output), resume)
-    checkpoints = output / "checkpoints"
-    started = _described(options, intervention)
-    if resume:
-        _check_same_run(checkpoints / _STARTED, started)
+    output = Path(output)
+    folder = output / "checkpoints"
+    arguments = _arguments(options, folder, on_cpu=lm.device.type == "cpu")  # the processes meet here
+    if ranks.on_first(lambda: _is_done(output, resume)):
+        return []
     micro_steps = options.steps * options.accumulation
-    rows = options.batch_size
+    rows = options.batch_size * ranks.world_size()
     data: Dataset
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
@@ -144,34 +149,12 @@ def posttrain(
                 f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
                 f"there are {corpus.tokens}: give more text, or a smaller `batch_size`."
             )
-        data = Lanes(corpus, options.length, rows * _world_size(), steps=micro_steps, seed=options.seed)
+        data = Lanes(corpus, options.length, rows, steps=micro_steps, seed=options.seed)
     else:
-        num_items = micro_steps * rows * _world_size()
-        data = Windows(corpus, options.length, seed=options.seed, num_items=num_items)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=options.steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=round(options.warmup * options.steps),
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.clip,
-        bf16=options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing,
-        use_cpu=lm.device.type == "cpu",
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        logging_steps=max(1, min(10, options.steps // 10)),
-        logging_nan_inf_filter=False,  # LossGuard must see them
-        report_to=[],
-        disable_tqdm=True,
-        seed=options.seed,
-        train_sampling_strategy="sequential",
-        dataloader_drop_last=True,
-    )
+        data = Windows(corpus, options.length, seed=options.seed, num_items=micro_steps * rows)
+    started = describe_run(lm, corpus, options, intervention, ranks.world_size())
+    ranks.on_first(lambda: _start(folder, started, resume))
+    set_seed(options.seed)  # of the adapters
     model = _with_lora(lm.model, options.lora_rank)
     trainer = InitialStateTrainer(
         model,
@@ -183,21 +166,49 @@ def posttrain(
         callbacks=[LossGuard(), *(callbacks or [])],
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        write_json(checkpoints / _STARTED, started)
     with _full_disk_is_said(output):
-        trainer.train(resume_from_checkpoint=_last_whole(checkpoints) if resume else None)
+        trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
         if options.lora_rank:
             lm.model = model.merge_and_unload()
         lm.eval()
         if trainer.is_world_process_zero():
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
-            record(lm.model.config, started)
-            lm.model.save_pretrained(output)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            record(lm.model.config, started["arguments"])
+            with checkpoints.aside(output) as partial:
+                lm.model.save_pretrained(partial)
+            if finish is not None:
+                finish(list(trainer.state.log_history))
+            checkpoints.remove(folder)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
     return list(trainer.state.log_history)
+
+
+def _arguments(options: PosttrainOptions, folder: Path, *, on_cpu: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=round(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        use_cpu=on_cpu,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, options.steps // 10)),
+        logging_nan_inf_filter=False,  # LossGuard must see them
+        report_to=[],
+        disable_tqdm=True,
+        seed=options.seed,
+        train_sampling_strategy="sequential",
+        dataloader_drop_last=True,
+    )
 
 
 def _with_lora(model: Any, rank: int) -> Any:
@@ -216,8 +227,13 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _writable(output: Path, resume: bool) -> Path:
-    interrupted = (output / "checkpoints").exists()
+def _is_done(output: Path, resume: bool) -> bool:
+    """Check that the run may begin, or go on; True where all that is left of it is to clean up."""
+    folder = output / "checkpoints"
+    interrupted, removing = folder.exists(), checkpoints.removal_of(folder).exists()
+    if resume and removing and not interrupted:
+        checkpoints.clear_partial(output)
+        return True
     if (output / "config.json").exists() and not (resume and interrupted):
         raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
     if interrupted and not resume:
@@ -228,33 +244,17 @@ def _writable(output: Path, resume: bool) -> Path:
         try_folder(output)
     except OSError as error:
         raise LongrollError(f"`output` {output} cannot be written: {error.strerror}.") from None
-    return output
+    checkpoints.clear_partial(output)
+    return False
 
 
-def _described(options: PosttrainOptions, intervention: Intervention | None) -> dict[str, Any]:
-    """What makes a run this run, by argument."""
-    described = {name: value for name, value in vars(options).items() if name not in _FREE}
-    described["intervention"] = "none" if intervention is None else intervention.name
-    for name, value in vars(intervention).items() if intervention else ():
-        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
-            described[name] = value
-    return described
-
-
-def _check_same_run(file: Path, started: dict[str, Any]) -> None:
-    before = json.loads(file.read_bytes()) if file.is_file() else {}
-    for name, value in before.items():
-        if started.get(name) != value:
-            raise LongrollError(
-                f"`resume`: the run was started with `{name}` {value}, not "
-                f"{started.get(name)}: go on as it was started, or name another `output`."
-            )
-
-
-def _last_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end, which is its trainer_state.json."""
-    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
+def _start(folder: Path, started: dict[str, Any], resume: bool) -> None:
+    """Note what the run is, or check that it is the one that goes on."""
+    file = folder / _STARTED
+    if resume and file.is_file():
+        check_same_run(file, started)
+    else:
+        write_json(file, started)
 
 
 @contextlib.contextmanager
@@ -269,7 +269,3 @@ def _full_disk_is_said(output: Path) -> Iterator[None]:
             f"`output` {output} cannot be written to: {error}. Make room and go on by `resume`, where a "
             "checkpoint was written."
         ) from error
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

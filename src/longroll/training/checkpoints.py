@@ -1,0 +1,188 @@
+"""Checkpoints that are whole or not there: written aside, synced, renamed, and committed by a manifest.
+
+`transformers.Trainer` writes into checkpoint-N in place, so that a run killed there leaves a folder that
+looks like a checkpoint. Here a folder is a checkpoint from the moment its manifest is written, which is last.
+The manifest holds the sizes and SHA-256 sums of all files; a run resumes only where they still hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longroll.errors import LongrollError
+from longroll.files import write_whole
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+"""Where checkpoints are written before they are committed."""
+_REMOVED = ".removed-"
+_PREFIX = "checkpoint-"
+
+logger = logging.getLogger("longroll")
+
+
+def commit(partial: Path, folder: Path) -> None:
+    """Turn the finished folder `partial` into the checkpoint `folder`, on the same file system.
+
+    A process killed before the end leaves `folder` without a manifest, or none; an earlier `folder` of that
+    name is removed.
+    """
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:  # hashing and syncing release the GIL
+        entries = dict(zip((str(f.relative_to(partial)) for f in files), pool.map(_seal, files), strict=True))
+    for directory in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+        sync(directory)
+    remove(folder)
+    partial.rename(folder)
+    sync(folder.parent)
+    write_whole(folder / MANIFEST, json.dumps({"files": entries}, indent=1).encode())
+    sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None: every file is as it was committed."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _damage_of(folder / name, *expected[name]), expected)
+        return next((what for what in found if what), None)
+
+
+def any_in(folder: Path) -> bool:
+    """Return whether `folder` holds a checkpoint, whole or not."""
+    return bool(_newest_first(folder))
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in `folder`, with a warning for each newer one that is damaged."""
+    for checkpoint in _newest_first(folder):
+        what = damage(checkpoint)
+        if what is None:
+            return checkpoint
+        logger.warning("%s is damaged and not used: %s.", checkpoint, what)
+    return None
+
+
+def checkpoint_to_resume(folder: Path, asked: str | os.PathLike[str] | bool | None) -> str | None:
+    """Resolve the `resume_from_checkpoint` of `Trainer.train`.
+
+    Args:
+        folder: of the checkpoints.
+        asked: a checkpoint; True: the newest whole one in `folder`, or none, with a warning, where all are
+            damaged; None, False: none.
+
+    Raises:
+        LongrollError: for a named checkpoint that is damaged, and True where there is none.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        if not any_in(folder):
+            raise LongrollError(f"{folder} holds no checkpoint: train without resume_from_checkpoint.")
+        found = newest_whole(folder)
+        if found is None:
+            logger.warning("No checkpoint in %s is whole: the run starts anew.", folder)
+        return str(found) if found else None
+    what = damage(Path(asked))
+    if what is not None:
+        raise LongrollError(f"{asked} is no whole checkpoint: {what}. Resume from another one.")
+    return str(asked)
+
+
+def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
+    """Remove all but the `keep` newest committed checkpoints and `best`, and what was not committed.
+
+    Args:
+        folder: of the checkpoints.
+        keep: at least 1; None or 0: keep all.
+        best: a checkpoint that stays.
+    """
+    committed = [c for c in _newest_first(folder) if (c / MANIFEST).is_file()]
+    kept = set(committed[:keep] if keep else committed) | {Path(best) for best in (best,) if best}
+    for checkpoint in _newest_first(folder):
+        if checkpoint not in kept:
+            remove(checkpoint)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed in `folder`."""
+    for path in [folder / PARTIAL, *folder.glob(f"{_REMOVED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder by a rename first: a process killed meanwhile leaves no half of it under its name."""
+    if folder.exists():
+        gone = removal_of(folder)
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def removal_of(folder: Path) -> Path:
+    """Return where `remove` keeps a folder while it removes it."""
+    return folder.with_name(_REMOVED + folder.name)
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write in, whose files are moved into `folder` when they are whole and on the disk."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        sync(file)
+        file.replace(folder / file.name)
+    sync(folder)
+    partial.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file or folder to its disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def _seal(file: Path) -> dict[str, Any]:
+    sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _damage_of(file: Path, size: int, digest: str) -> str | None:
+    try:
+        found = file.stat().st_size
+        if found != size:
+            return f"{file.name} has {found} bytes, not {size}"
+        return None if _sha256(file) == digest else f"{file.name} has other contents than were saved"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

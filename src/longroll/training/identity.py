@@ -1,0 +1,113 @@
+"""What makes a run this run: a resumed one must be the same, or say what differs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from longroll.data import Corpus
+from longroll.errors import LongrollError
+from longroll.interventions import Intervention
+from longroll.model import RecurrentLM
+from longroll.results import fingerprint, fingerprint_of_arrays, package_versions, read_json
+
+_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing")  # do not change what is learned
+_SAMPLED = 8  # rows of a task that are compared
+_WHAT = {
+    "model": "another model: its weights differ",
+    "text": "another `text`, or other rows of `task`",
+    "data": "another `task`",
+    "tokenizer": "another `tokenizer`",
+}
+
+logger = logging.getLogger("longroll")
+
+
+def describe_run(
+    lm: RecurrentLM, data: Corpus | Dataset, options: Any, intervention: Intervention | None, world_size: int
+) -> dict[str, Any]:
+    """Return what identifies a run, as JSON: arguments, model, text, tokenizer, task, processes, versions."""
+    arguments = {name: value for name, value in vars(options).items() if name not in _FREE}
+    arguments["intervention"] = "none" if intervention is None else intervention.name
+    for name, value in vars(intervention).items() if intervention else ():
+        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
+            arguments[name] = value
+    if isinstance(data, Corpus):
+        content = {"data": "text", "tokenizer": data.tokenizer}
+        content["text"] = fingerprint_of_arrays([data.ids, data.offsets])
+    else:
+        tasks = getattr(data, "tasks", [getattr(data, "task", None)])
+        names = [task.name for task in tasks if task is not None]
+        content = {"data": " ".join([type(data).__name__, *names])}
+        content["text"] = fingerprint_of_arrays(_rows(data))
+    return {
+        "arguments": arguments,
+        **content,
+        "model": fingerprint(lm),
+        "world_size": world_size,
+        "versions": package_versions(),
+        "device": lm.device.type,
+    }
+
+
+def check_same_run(file: Path, now: dict[str, Any]) -> None:
+    """Compare a run with the one that `file` describes.
+
+    Other versions and devices are warned of. Another number of processes is the same run if they read as many
+    rows together, which is said.
+
+    Raises:
+        LongrollError: for another model, text, tokenizer, task or argument.
+    """
+    before = read_json(file)
+    if not isinstance(before, dict) or before.keys() != now.keys():
+        raise LongrollError(f"`resume`: {file} describes no run of this longroll: name another `output`.")
+    _check_rows(before, now)
+    for name in before["arguments"] | now["arguments"]:
+        was, given = before["arguments"].get(name), now["arguments"].get(name)
+        if name != "batch_size" and was != given:
+            raise LongrollError(
+                f"`resume`: the run was started with `{name}` {was}, not {given}: go on as it "
+                "was started, or name another `output`."
+            )
+    for name, what in _WHAT.items():
+        if before[name] != now[name]:
+            raise LongrollError(
+                f"`resume`: the run was started with {what} ({before[name]}, not {now[name]}): go on as it "
+                "was started, or name another `output`."
+            )
+    for package in before["versions"] | now["versions"]:
+        was, given = before["versions"].get(package), now["versions"].get(package)
+        if was != given:
+            logger.warning("The run was started with %s %s, not %s.", package, was, given)
+    if before["device"] != now["device"]:
+        logger.warning("The run was started on %s, not %s.", before["device"], now["device"])
+
+
+def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """The rows of a micro-batch of all ranks must stay."""
+    was, given = before["world_size"], now["world_size"]
+    rows = before["arguments"]["batch_size"] * was
+    if rows != now["arguments"]["batch_size"] * given:
+        mend = f"`batch_size` {rows // given}" if rows % given == 0 else f"a number that divides {rows}"
+        raise LongrollError(
+            f"`resume`: the run was started with `batch_size` {before['flags']['batch_size']} on {was} "
+            f"processes, {rows} rows together; on {given} processes give {mend}, or name another `output`."
+        )
+    if was != given:
+        logger.warning(
+            "The run was started on %d processes and goes on on %d: its %d rows and their states "
+            "are dealt anew.",
+            was, given, rows,
+        )  # fmt: skip
+
+
+def _rows(data: Any) -> list[Any]:
+    """Some rows of a dataset, from its beginning to its end, and how many it has."""
+    size = len(data)
+    chosen = sorted({round(i * (size - 1) / (_SAMPLED - 1)) for i in range(_SAMPLED)}) if size else []
+    items = [data[index] for index in chosen]
+    return [[size], *(item[name] for item in items for name in sorted(item))]

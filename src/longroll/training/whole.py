@@ -1,0 +1,66 @@
+"""Checkpoints of a Trainer that are whole or not there, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from longroll import ranks
+from longroll.training import checkpoints
+
+
+class WholeCheckpointsMixin:
+    """Have a `transformers.Trainer` write checkpoints aside and resume only from whole ones.
+
+    Every rank writes its part into `output_dir`/.partial; once all are there, rank 0 commits the checkpoint
+    (`longroll.training.checkpoints`). `resume_from_checkpoint=True` takes the newest whole one.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    accelerator: Any
+    _aside = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`.
+
+        Raises:
+            LongrollError: for a checkpoint that is damaged or was not written to its end.
+        """
+        folder = Path(str(self.args.output_dir))
+
+        def prepare() -> str | None:
+            checkpoints.clear_partial(folder)
+            return checkpoints.checkpoint_to_resume(folder, resume_from_checkpoint)
+
+        return super().train(  # type: ignore[misc]
+            ranks.on_first(prepare), *args, **kwargs
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)  # type: ignore[misc]
+        return os.path.join(folder, checkpoints.PARTIAL) if self._aside else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        partial = folder / checkpoints.PARTIAL / name
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self._aside = False
+        self._finish_current_push()  # type: ignore[attr-defined]  # of a folder about to be renamed
+        if self.state.best_model_checkpoint == str(partial):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.commit(partial, folder / name)
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,76 @@
+"""What the processes of test_ranks.py run: `torchrun ranked.py RUNS`, each run a call of `posttrain`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from longroll import RecurrentLM, ranks
+from longroll.conformance.tiny import VOCAB, build
+from longroll.data import Corpus
+from longroll.interventions import INTERVENTIONS
+from longroll.training import PosttrainOptions, posttrain
+
+SIZES = (70, 9, 33, 50, 21, 8, 40, 61, 300, 120)
+
+
+def corpus_of(sizes=SIZES, seed=0) -> Corpus:
+    ids = np.random.default_rng(seed).integers(0, VOCAB, sum(sizes)).astype(np.int32)
+    return Corpus(ids, np.cumsum([0, *sizes]).astype(np.int64), len(ids))
+
+
+class Killed(TrainerCallback):
+    """Kills a rank by SIGKILL at the beginning of a step."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step and ranks.rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(kind, output, *, options, resume=False, kill=None, kill_rank=0, family="mamba2", dtype="float32"):
+    """Post-train a tiny model; the result is `output`, or an interrupted run in it."""
+    lm = RecurrentLM(build(family, 0, getattr(torch, dtype)))
+    makes = {"zero_probability": 0.3, "seed": 3}
+    intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
+    callbacks = [] if kill is None else [Killed(kill, kill_rank)]
+    log = posttrain(
+        lm,
+        corpus_of(),
+        intervention,
+        PosttrainOptions(**options),
+        output,
+        resume=resume,
+        callbacks=callbacks,
+        finish=lambda log: Path(output, "log.json").write_text(json.dumps(log)),
+    )
+    return lm, log
+
+
+def run_forked(number: int, one: dict) -> int:
+    """A run in a process of its own, which may be killed: importing torch for each takes most of the time."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # its keys in the store of the launcher
+    try:
+        run(**one)
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, one in enumerate(json.loads(sys.argv[1])):
+        status = run_forked(number, one)
+        print(f"run {number} rank {ranks.rank()} status {status}", flush=True)

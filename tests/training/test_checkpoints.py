@@ -1,0 +1,199 @@
+"""Checkpoints are whole or not there: torn and damaged ones are passed over, and nothing good is removed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from ranked import run
+from safetensors.torch import load_file
+
+from longroll import LongrollError
+from longroll.training import checkpoints
+
+OPTIONS = {"length": 8, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
+
+
+class Died(Exception):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def fill(folder: Path, step: int) -> Path:
+    """A committed checkpoint of two files, one in a folder."""
+    partial = folder / checkpoints.PARTIAL / f"checkpoint-{step}"
+    (partial / "inner").mkdir(parents=True)
+    (partial / "one.pt").write_bytes(os.urandom(100))
+    (partial / "inner" / "two.json").write_text(json.dumps(list(range(step))))
+    checkpoints.commit(partial, folder / f"checkpoint-{step}")
+    return folder / f"checkpoint-{step}"
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "missing": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "flipped": flip,
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"0"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["one.pt", "inner/two.json", checkpoints.MANIFEST])
+def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, caplog):
+    older, newer = fill(tmp_path, 9), fill(tmp_path, 10)
+    assert checkpoints.newest_whole(tmp_path) == newer and not caplog.records
+    DAMAGES[damage](newer / name)
+    if name == checkpoints.MANIFEST and damage in ("flipped", "longer"):
+        (newer / name).write_bytes(b"{" + (newer / name).read_bytes())  # one bit may leave it readable
+    assert checkpoints.newest_whole(tmp_path) == older
+    assert "checkpoint-10" in caplog.text and Path(name).name in caplog.text
+    with pytest.raises(LongrollError, match=r"checkpoint-10.*" + Path(name).name):
+        checkpoints.checkpoint_to_resume(tmp_path, str(newer))
+
+
+def test_killed_anywhere_in_a_commit_the_older_one_is_found(tmp_path, monkeypatch):
+    """Each file operation in turn is the last that is done."""
+    older, reached = fill(tmp_path, 1), 0
+    for last in range(100):
+        count = 0
+
+        def die(function, last=last):
+            def counted(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count > last:
+                    raise Died
+                return function(*args, **kwargs)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", die(os.fsync))
+            patch.setattr(os, "replace", die(os.replace))
+            patch.setattr(Path, "rename", die(Path.rename))
+            try:
+                fill(tmp_path, 2)
+            except Died:
+                found = checkpoints.newest_whole(tmp_path)
+                assert found == older or checkpoints.damage(found) is None
+                reached += found == older
+            else:
+                break
+        shutil.rmtree(tmp_path / "checkpoint-2", ignore_errors=True)
+        checkpoints.clear_partial(tmp_path)
+    assert reached > 5 and checkpoints.newest_whole(tmp_path).name == "checkpoint-2"
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    best, *_ = (fill(tmp_path, step) for step in (1, 2, 10, 9))
+    torn = fill(tmp_path, 3)
+    (torn / checkpoints.MANIFEST).unlink()
+    checkpoints.rotate(tmp_path, 2, str(best))
+    assert {path.name for path in tmp_path.glob("check*")} == {
+        "checkpoint-1",
+        "checkpoint-9",
+        "checkpoint-10",
+    }
+
+
+# ---- in a run
+
+
+def killed_at(step, output, kind="sp"):
+    class Kill(Exception):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Killer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == step:
+                raise Kill
+
+    import ranked
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(ranked, "Killed", lambda *_: Killer())
+        run(kind, str(output), options=OPTIONS, kill=step)
+
+
+def weights(output):
+    return load_file(Path(output) / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    run("sp", str(output), options=OPTIONS)
+    return weights(output)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("trainer_state.json", "empty"),
+        ("optimizer.pt", "missing"),
+        ("model.safetensors", "flipped"),
+        ("intervention_0.pt", "flipped"),
+        ("intervention_0.pt", "missing"),
+        ("rng_state.pth", "missing"),
+        ("scheduler.pt", "empty"),
+    ],
+)
+def test_a_run_resumes_past_damage(name, damage, tmp_path, undisturbed, caplog):
+    output = tmp_path / "out"
+    killed_at(5, output)
+    DAMAGES[damage](output / "checkpoints" / "checkpoint-4" / name)
+    run("sp", str(output), options=OPTIONS, resume=True)
+    assert f"checkpoint-4 is damaged and not used: {name}" in caplog.text
+    assert_same(weights(output), undisturbed)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(tmp_path, undisturbed, caplog):
+    output = tmp_path / "out"
+    killed_at(5, output)
+    for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
+        flip(checkpoint / "optimizer.pt")
+    run("sp", str(output), options=OPTIONS, resume=True)
+    assert "starts anew" in caplog.text
+    assert_same(weights(output), undisturbed)
+
+
+@pytest.mark.parametrize("where", ["aside", "finish", "remove"])
+def test_a_run_killed_while_it_ends_is_finished_by_resume(where, tmp_path, undisturbed, monkeypatch):
+    """In the final save, in what follows it, and in the removal of the checkpoints."""
+    import ranked
+
+    output = tmp_path / "out"
+
+    def die(*_, **__):
+        raise Died
+
+    with monkeypatch.context() as patch, pytest.raises(Died):
+        if where == "aside":
+            replace = Path.replace
+            patch.setattr(
+                Path, "replace", lambda self, to: die() if self.suffix == ".json" else replace(self, to)
+            )
+        elif where == "finish":
+            patch.setattr(ranked.json, "dumps", die)  # in `finish`, and in nothing before it
+            patch.setattr(checkpoints.json, "dumps", json.dumps)
+        else:
+            patch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: die() if path.exists() else None)
+        run("sp", str(output), options=OPTIONS)
+    run("sp", str(output), options=OPTIONS, resume=True)
+    assert_same(weights(output), undisturbed)
+    assert {path.name for path in output.iterdir()} >= {"config.json", "log.json"}
+    assert not [path for path in output.iterdir() if path.is_dir()]
