@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
-from longroll.state import RecurrentState
+from longroll.state import RecurrentState, StateKey
 
 
 class Group(NamedTuple):
@@ -33,11 +33,13 @@ class Group(NamedTuple):
     """(N,) whether a document starts from zero rather than from the state of its row."""
     last: Tensor
     """Which documents are the last of their rows."""
+    rows: bool
+    """The documents are the rows of the batch, all of them and in their order, going on from their states."""
 
     def to(self, device: torch.device) -> Group:
         """The same on a device, its lengths excepted."""
-        place, lengths, *others = self
-        return Group(place.to(device), lengths, *(t.to(device) for t in others))
+        moved = {name: getattr(self, name).to(device) for name in ("place", "tokens", "row", "fresh", "last")}
+        return self._replace(**moved)
 
 
 class Documents:
@@ -79,6 +81,7 @@ class Documents:
         first = torch.ones_like(new)  # of the tokens of a row
         first[1:] = row[1:] != row[:-1]
         heads = (new | first).nonzero().squeeze(1)
+        self._batch = shape[0]
         self._place = row * shape[1] + time
         self._head = heads
         self._length = torch.diff(heads, append=torch.tensor([len(row)]))
@@ -125,11 +128,12 @@ class Documents:
         tokens = real.flatten().nonzero().squeeze(1)
         row, fresh, last = (t[chosen] for t in (self._row, self._fresh, self._last))
         padding = lengths if len(tokens) < real.numel() else None
-        return Group(place, padding, tokens, row, fresh, last.nonzero().squeeze(1))
+        rows = self.rows and len(chosen) == self._batch
+        return Group(place, padding, tokens, row, fresh, last.nonzero().squeeze(1), rows)
 
 
 def _cheapest(lengths: list[int], overhead: int) -> list[int]:
-    """Sizes of the groups (longest documents first) that cost least, with padding and the forwards' overhead."""
+    """Sizes of the groups, longest documents first, that cost least with padding and overhead counted."""
     cost, first = [0] * (len(lengths) + 1), [0] * (len(lengths) + 1)
     for stop in range(1, len(lengths) + 1):
         costs = [cost[start] + overhead + (stop - start) * lengths[start] for start in range(stop)]
@@ -153,14 +157,18 @@ class Results:
 
     def __init__(self, shape: torch.Size, state: RecurrentState | None) -> None:
         self.shape, self.state = shape, state
+        self._whole = False
         self._outputs: list[tuple[Tensor, Tensor]] = []  # places in the flattened batch, and what is there
         self._finals: list[tuple[Tensor, RecurrentState]] = []  # rows, and their states
 
     def add(self, group: Group, output: Tensor, final: RecurrentState) -> None:
         """Take the outputs (N, L, D) and the final states of a group."""
+        self._whole = group.rows
         place = group.place.flatten()[group.tokens]
         self._outputs.append((place, output.flatten(0, 1)[group.tokens]))
-        self._finals.append((group.row[group.last], final.rows(group.last)))
+        if not group.rows:  # most launches on a GPU are made for states
+            final = final.rows(group.last)
+        self._finals.append((group.row[group.last], final))
 
     def whole(self) -> tuple[Tensor, RecurrentState]:
         """Outputs (B, T, D), zero at padding, and the state after the last token of each row."""
@@ -169,12 +177,7 @@ class Results:
         rows = torch.cat([row for row, _ in self._finals])
         states = [state for _, state in self._finals]
         final = {
-            key: _placed(
-                rows,
-                torch.cat([state[key] for state in states]),
-                self.shape[0],
-                None if self.state is None else self.state.get(key),
-            )
+            key: states[0][key] if self._whole else self._final(key, rows, states)
             for key in states[0]
             if key.part != "attention"
         }
@@ -183,6 +186,10 @@ class Results:
         return outputs.unflatten(0, self.shape), RecurrentState(
             final, seen=0 if ragged else seen + self.shape[1], ragged=ragged
         )
+
+    def _final(self, key: StateKey, rows: Tensor, states: list[RecurrentState]) -> Tensor:
+        others = None if self.state is None else self.state.get(key)
+        return _placed(rows, torch.cat([state[key] for state in states]), self.shape[0], others)
 
 
 def _placed(index: Tensor, values: Tensor, size: int, others: Tensor | None = None) -> Tensor:

@@ -188,7 +188,9 @@ class Family:
             padding = None
             if group.lengths is not None:
                 padding = Padding(group.lengths, group.place.shape[1], input_ids.device)
-            if state is None or (apart and group.fresh[0]):
+            if group.rows:
+                initial = state
+            elif state is None or (apart and group.fresh[0]):
                 initial = anew and anew.rows(group.row)
             elif apart or restart == "state":
                 initial = state.rows(group.row)
