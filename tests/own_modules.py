@@ -13,14 +13,14 @@ class Recurrence(nn.Module):
     convolution), batch first or second.
     """
 
-    def __init__(self, layout="dict", layers=2, head=True):
+    def __init__(self, layout="dict", layers=2, head=True, vocab=VOCAB):
         super().__init__()
         self.layout, self.layers = layout, layers
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.embedding = nn.Embedding(vocab, WIDTH)
         self.conv = nn.ParameterList(torch.randn(TAIL + 1, WIDTH) for _ in range(layers))
         self.decay = nn.Parameter(torch.randn(layers, WIDTH))
         self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
-        self.out = nn.Linear(WIDTH, VOCAB)
+        self.out = nn.Linear(WIDTH, vocab)
         self.returns_logits = head
 
     def unpack(self, state, rows):
@@ -65,11 +65,11 @@ class Recurrence(nn.Module):
 class RNN(nn.Module):
     """nn.GRU or nn.LSTM, whose batch axis is 1, with tied embeddings."""
 
-    def __init__(self, kind=nn.GRU, layers=2):
+    def __init__(self, kind=nn.GRU, layers=2, vocab=VOCAB):
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.embedding = nn.Embedding(vocab, WIDTH)
         self.rnn = kind(WIDTH, WIDTH, layers, batch_first=True)
-        self.out = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.out = nn.Linear(WIDTH, vocab, bias=False)
         self.out.weight = self.embedding.weight
 
     def forward(self, ids, state=None):

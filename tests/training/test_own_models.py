@@ -11,12 +11,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 import longroll
 from longroll import TBPTT, InitialStateTrainer, LongrollError, StatePassing
-from longroll.data import Corpus, Lanes
+from longroll.data import ByteTokenizer, Corpus, Lanes
 from longroll.interventions import INTERVENTIONS
 from longroll.tasks import Copying, Row
 from longroll.tasks.evaluate import evaluate_grid
 from longroll.training import PosttrainOptions, posttrain
-from own_modules import VOCAB, build
+from own_modules import RNN, VOCAB, Recurrence, build
 
 T, ROWS = 8, 2
 OPTIONS = PosttrainOptions(length=T, steps=4, batch_size=ROWS, learning_rate=1e-2, save_steps=2)
@@ -129,19 +129,8 @@ def test_diagnosis_report_and_tasks():
     assert [row["layer"] for row in found["states"]["layers"]] == [layer.layer for layer in lm.layers]
 
 
-class Letters:
-    """A tokenizer of a few letters."""
-
-    name, vocab_size, separator_id, prefix_ids = "letters", VOCAB, None, ()
-
-    def encode(self, text):
-        return np.array([ord(c) % VOCAB for c in text], dtype=np.int32)
-
-    def decode(self, ids):
-        return "".join(chr(97 + int(i) % 26) for i in ids)
-
-
-@pytest.mark.parametrize("name", ["dict", "gru"])
-def test_tasks_read_prompts_of_different_lengths(name):
-    cells = evaluate_grid(fresh(name), [Row(None, Copying(Letters()))], [3, 5], samples=3)
+@pytest.mark.parametrize("module", [Recurrence(vocab=256), RNN(vocab=256)])
+def test_tasks_read_prompts_of_different_lengths(module):
+    lm = longroll.wrap(module, vocab_size=256)
+    cells = evaluate_grid(lm, [Row(None, Copying(ByteTokenizer()))], [3, 5], samples=3)
     assert [cell["length"] for cell in cells] == [3, 5]
