@@ -9,10 +9,14 @@ from longroll.cli import _options as o
 
 def lm_eval(context: typer.Context, plugin: o.PluginName = None) -> None:
     """lm-evaluation-harness with one more model type: --model longroll --model_args pretrained=MODEL."""
-    from longroll.cli._console import hush_libraries
+    from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
 
     hush_libraries()
+    if {"--help", "-h"} & set(context.args) or not context.args:
+        from longroll.harness_arguments import help_text
+
+        out.print(help_text(), highlight=False, soft_wrap=True)
     try:
         from longroll.harness import main
     except ImportError as error:
