@@ -147,7 +147,7 @@ class LongrollLM(TemplateLM):
         return cls(**{**flags, **arg_dict})
 
     @property
-    def eot_token_id(self) -> int | None:  # type: ignore[override]
+    def eot_token_id(self) -> int | None:
         """The token that ends a text; None for a tokenizer without EOS."""
         if self._tokenizer.separator_id is None and self.tokenizer is None:
             return LINE_END
