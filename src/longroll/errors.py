@@ -10,3 +10,8 @@ class LongrollError(Exception):
 
     told = False
     """Whether another process has said it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, short enough to stand inside one line of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longroll._plugins import Build, Plugin
 from longroll._self_check import check_chunks, check_gradients, check_pure, check_weights
-from longroll.errors import LongrollError
+from longroll.checkpoint import Checkpoint, common_dtype, stored_tensors, unused_names, weight_files
+from longroll.errors import LongrollError, first_line
 from longroll.families import (
     BUILT_IN,
     MODEL_TYPE,
@@ -31,6 +33,8 @@ from longroll.families import (
 )
 from longroll.families._family import Restart
 from longroll.state import Part, RecurrentState
+
+logger = logging.getLogger("longroll")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class RecurrentLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, name: str = "") -> None:
         super().__init__()
+        self.adapted: Any = model if hasattr(model, "get_base_model") else None
+        model = _base_model(model)
         if not isinstance(model, PreTrainedModel):
             raise LongrollError(
                 f"{type(model).__name__} is no model of transformers: longroll.wrap(module, vocab_size=...)."
@@ -66,6 +72,7 @@ class RecurrentLM(nn.Module):
         self.family.prepare(model)
         self.model = model
         self.name = name or model.config.name_or_path or model.config.model_type
+        self.checkpoint: Checkpoint | None = None
         self.flags: tuple[str, ...] | None = ()
         """What the command line needs besides `name` to open the model again; None: it cannot."""
         self._layers: list[RecurrentLayer] | None = None
@@ -253,6 +260,16 @@ def wrap(
     return lm
 
 
+def _base_model(model: Any) -> PreTrainedModel:
+    """The model inside peft's wrapper, which runs the adapters that sit on its layers."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise LongrollError(
+            f"{type(model).__name__}: adapters that add tokens to the prompt cannot be read with a state: "
+            "use LoRA, or another method that adapts layers."
+        )
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load(
     path_or_hub_id: str | Path,
     *,
@@ -280,6 +297,24 @@ def load(
         LongrollError: for a missing or broken checkpoint, an unknown architecture, a plug-in that fails, a
             failed self-check.
     """
+    lm = read(path_or_hub_id, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
+    if lm.checkpoint is not None and lm.checkpoint.unused:
+        logger.warning(
+            "%s: %d tensors of its files are not in %s and not used (posttrain copies them): %s.",
+            lm.name, len(lm.checkpoint.unused), type(lm.model).__name__, _few(lm.checkpoint.unused),
+        )  # fmt: skip
+    return lm
+
+
+def read(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    plugin: str | Build | None = None,
+) -> RecurrentLM:
+    """`load` without its notices."""
     device = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype_of(dtype)
@@ -291,7 +326,9 @@ def load(
             lm = lm.to(dtype)
     else:
         dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        lm = RecurrentLM(_open(name, dtype, trust_remote_code), name=name)
+        model, checkpoint = _open(name, dtype, trust_remote_code)
+        lm = RecurrentLM(model, name=name)
+        lm.checkpoint = checkpoint
     if imported is not None:
         lm.flags = imported.flags
     elif trust_remote_code:
@@ -301,11 +338,19 @@ def load(
     return lm
 
 
-def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTrainedModel:
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[PreTrainedModel, Checkpoint]:
     folder = SPECIMEN if name == "specimen" else Path(name)
     source = str(folder) if folder.exists() else name
     if is_rwkv_file(source):
         return load_rwkv(Path(source), dtype=dtype)
+    base = _base_of_adapter(source)
+    if base is not None:
+        model, checkpoint = _open(base, dtype, trust_remote_code)
+        return _with_adapter(model, source), checkpoint
     config = _read_config(source)
     if is_original(config):
         return load_original(_local_folder(source), dtype=dtype)
@@ -323,9 +368,50 @@ def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> PreTr
             "`trust_remote_code`."
         )
     family_of(model_type)
-    return _load_transformers(
-        model_class(model_type) or AutoModelForCausalLM, source, dtype, trust_remote_code
+    loader = model_class(model_type) or AutoModelForCausalLM
+    model, unexpected = _load_transformers(loader, source, dtype, trust_remote_code)
+    folder = _local_folder(source, only_config=True)  # where transformers keeps the rest too
+    stored = stored_tensors(folder)
+    return model, Checkpoint(
+        folder, common_dtype(stored.values()), unused=unused_names(stored, model, unexpected)
     )
+
+
+def _base_of_adapter(source: str) -> str | None:
+    """What a PEFT folder adapts; None for a folder of any other kind.
+
+    Raises:
+        LongrollError: for a folder that holds an adapter and whole weights, of which one would be ignored.
+    """
+    folder = _local_folder(source, only_config=True)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    if weight_files(folder):
+        raise LongrollError(
+            f"{source} holds whole weights and an adapter: remove {file.name} to read the weights alone, or "
+            "the weights to read the adapter on its base."
+        )
+    base = _json_object(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise LongrollError(
+            f"{file} names no base_model_name_or_path: merge the adapter, and name the result."
+        )
+    if base == source:
+        raise LongrollError(f"{file} names itself as its base_model_name_or_path: name the model it adapts.")
+    return base
+
+
+def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
+    """`model` with the adapter of a PEFT folder merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise LongrollError(f"{source} is a PEFT adapter: pip install 'longroll[lora]'.") from None
+    try:
+        return PeftModel.from_pretrained(model, source).merge_and_unload()
+    except Exception as error:  # of another model, of another kind, damaged
+        raise LongrollError(f"{source} cannot be merged into its base: {first_line(error)}") from error
 
 
 def _load_code(source: str, config: dict) -> None:
@@ -376,8 +462,7 @@ def _device_of(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise LongrollError(f"`device` {device} is not to be had here: {reason}. Try cpu.") from None
+        raise LongrollError(f"`device` {device} cannot be used here: {first_line(error)}. Try cpu.") from None
 
 
 def _dtype_of(name: str) -> torch.dtype:
@@ -391,6 +476,10 @@ def _read_config(source: str) -> dict:
     path = _local_folder(source, only_config=True) / "config.json"
     if not path.is_file():
         raise LongrollError(f"{source} has no config.json: name a folder that holds a model.")
+    return _json_object(path)
+
+
+def _json_object(path: Path) -> dict:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -427,7 +516,7 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
         raise LongrollError(f"{source} is not a model folder: check the path.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json"] if only_config else ["config.json", "pytorch_model.bin"]
+    patterns = ["config.json", "adapter_config.json"] + ([] if only_config else ["pytorch_model.bin"])
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
@@ -439,7 +528,7 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
 
 def _load_transformers(
     loader: Any, source: str, dtype: torch.dtype | str, trust_remote_code: bool
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
     try:
         loaded: Any = loader.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -451,7 +540,7 @@ def _load_transformers(
         if info[problem]:
             keys = sorted(map(str, info[problem]))
             raise LongrollError(f"{source}: {len(keys)} weights are {problem.split('_')[0]}: {keys[:3]}.")
-    return model
+    return model, info["unexpected_keys"]
 
 
 __all__ = ["SPECIMEN", "RecurrentLM", "RecurrentLayer", "load", "wrap"]

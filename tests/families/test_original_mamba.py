@@ -235,6 +235,39 @@ def test_what_has_no_counterpart_is_refused(config, message, tmp_path):
         longroll.load(tmp_path)
 
 
+HUGE = 10**7
+
+
+@pytest.mark.parametrize(
+    ("config", "entry"),
+    [
+        ({"d_model": HUGE}, "d_model is 10000000 there and 32 in the file"),
+        ({"n_layer": HUGE}, "n_layer is 10000000 there and 2 in the file"),
+        ({"d_model": 2.5}, "d_model must be a whole number"),
+        ({"n_layer": True}, "n_layer must be a whole number"),
+        ({"n_layer": 0}, "n_layer must be a whole number"),
+        ({"d_model": "32"}, "d_model must be a whole number"),
+        ({"ssm_cfg": ["Mamba2"]}, "ssm_cfg must be an object"),
+        ({"ssm_cfg": {"layer": ["Mamba2"]}}, "known are"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, "headdim must be a whole number"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 24}}, "headdim 24 does not divide"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": HUGE}}, "by the config"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": -1}}, "ngroups must be a whole number"),
+        ({"ssm_cfg": {"layer": "Mamba1", "d_state": 2**62}}, "no model has these sizes|by the config"),
+        ({"ssm_cfg": {"layer": "Mamba1", "expand": HUGE}}, "by the config"),
+        ({"ssm_cfg": {"layer": "Mamba1", "dt_rank": HUGE}}, "by the config"),
+        ({"ssm_cfg": {"layer": "Mamba1", "d_conv": None}}, "d_conv must be a whole number"),
+    ],
+)
+def test_odd_sizes_are_refused_before_memory_is_taken(config, entry, tmp_path):
+    layer = (config.get("ssm_cfg") or {}).get("layer") if isinstance(config.get("ssm_cfg"), dict) else None
+    kind = "mamba2" if layer == "Mamba2" else "mamba1"
+    write(tmp_path, SSM[kind], **config)
+    with pytest.raises(LongrollError, match=entry) as caught:
+        longroll.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_settings_of_the_initialisation_change_nothing(tmp_path):
     ssm = SSM["mamba1_sized"]
     weights = write(tmp_path, ssm, ssm_cfg=ssm | {"dt_min": 0.01, "dt_scale": 2.0, "use_fast_path": False})

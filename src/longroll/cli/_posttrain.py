@@ -25,6 +25,13 @@ class Choice(StrEnum):
     none = "none"
 
 
+class Weights(StrEnum):
+    """How trained weights are held."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+
+
 class TaskName(StrEnum):
     """The tasks one can train on."""
 
@@ -71,7 +78,13 @@ def posttrain(
     noise_std: Annotated[float, typer.Option(help="Std of random noise.")] = 1.0,
     momentum: Annotated[float, typer.Option(help="Of the moments that fitted noise fits.")] = 0.9,
     lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(help="Autocast to bfloat16. Default: on a GPU, for a checkpoint in 16 bits."),
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="How trained weights are held; bf16 loses small updates.")
+    ] = Weights.float32,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -120,6 +133,7 @@ def posttrain(
         weight_decay=weight_decay,
         clip=clip,
         bf16=bf16,
+        weights=weights.value,
         gradient_checkpointing=gradient_checkpointing,
         cuda_graphs=cuda_graphs,
         lora_rank=lora_rank,
@@ -160,10 +174,13 @@ def posttrain(
                 }
             ).write(json)
 
-    _, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume, finish=finish)
+    log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume, finish=finish)
     tokens = options.tokens * world_size()
     rate = "" if resume else f" ({tokens / seconds:,.0f} tokens/s)"
     if rank() == 0:
+        if log and "loss_saved" in log[-1]:
+            trained, saved, kept = (log[-1][key] for key in ("loss_trained", "loss_saved", "saved_dtype"))
+            out.print(f"First batch from zero: {trained:.4f} nats as trained, {saved:.4f} as saved ({kept}).")
         out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
 
 

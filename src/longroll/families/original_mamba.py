@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from longroll.errors import LongrollError
+from longroll.checkpoint import Checkpoint, Stored, common_dtype
+from longroll.errors import LongrollError, first_line
 
 _EMBEDDINGS = "backbone.embeddings.weight"
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -29,42 +32,86 @@ def is_original(config: dict[str, Any]) -> bool:
     return "model_type" not in config and {"d_model", "n_layer"} <= config.keys()
 
 
-def load_original(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_original(folder: Path, *, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Checkpoint]:
     """Load an original checkpoint into transformers' `MambaForCausalLM` or `Mamba2ForCausalLM`.
+
+    The sizes in the config are held to the tensors of the file before any memory is taken for them.
 
     Raises:
         LongrollError: for a file that cannot be read or holds more than tensors, attention or MLP layers,
-            settings without a counterpart in transformers, and weights that do not fit.
+            settings without a counterpart in transformers, sizes that are none, and weights that do not fit.
     """
     source = json.loads((folder / "config.json").read_text())
     weights_file = folder / "pytorch_model.bin"
     if not weights_file.is_file():
         raise LongrollError(f"{folder} has an original state-spaces config.json but no pytorch_model.bin.")
     weights = {_rename(name): tensor for name, tensor in read_weights(weights_file).items()}
-    if _EMBEDDINGS not in weights:
-        raise LongrollError(f"{weights_file} does not fit its config.json: missing {[_EMBEDDINGS]}.")
+    _check_sizes(source, weights, weights_file)
     vocab_size = weights[_EMBEDDINGS].shape[0]  # padded beyond the config's vocab_size
-    model = AutoModelForCausalLM.from_config(_config(source, vocab_size, folder))
+    config = _config(source, vocab_size, folder)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # sizes that no tensor has, or that do not divide each other
+        raise LongrollError(f"{folder}: no model has these sizes: {first_line(error)}") from None
     if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
         weights["lm_head.weight"] = weights[_EMBEDDINGS]
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # sizes
-        raise LongrollError(f"{weights_file} does not fit its config.json: {error}") from None
-    if missing or unexpected:
-        raise LongrollError(
-            f"{weights_file} does not fit its config.json: missing {missing[:3]}, extra {unexpected[:3]}."
-        )
-    return model.to(next(iter(weights.values())).dtype if dtype == "auto" else dtype)
+    _check_shapes(model, weights, weights_file)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    own = common_dtype(Stored(weights_file, t.dtype, t.numel()) for t in weights.values())
+    model.to(own if dtype == "auto" else dtype)
+    return model, Checkpoint(folder, own, "state-spaces")
 
 
-def read_weights(weights_file: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict; a pickle that holds anything else is refused with a LongrollError."""
+def read_weights(weights_file: Path) -> dict[str, Tensor]:
+    """Read a state dict; a file that holds anything else is refused with a LongrollError."""
     try:
-        return torch.load(weights_file, map_location="cpu", weights_only=True)
+        weights = torch.load(weights_file, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated file, and a pickle that would run code, come up here
         raise LongrollError(f"{weights_file} cannot be read as plain weights: {error}") from None
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in weights.items()
+    ):
+        raise LongrollError(f"{weights_file} must hold a state dict: names and floating-point tensors.")
+    return weights
+
+
+def _check_sizes(source: dict[str, Any], weights: dict[str, Tensor], file: Path) -> None:
+    """Refuse numbers of the config that are no sizes, and a width and depth that are not the file's."""
+    ssm = source.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise LongrollError(f"{file.parent}: ssm_cfg must be an object, not {ssm!r}.")
+    sizes = {name: source[name] for name in ("d_model", "n_layer")}
+    names = {name for defaults in _DEFAULTS.values() for name in defaults}
+    sizes |= {f"ssm_cfg.{name}": ssm[name] for name in names & ssm.keys()}
+    for name, value in sizes.items():
+        auto = name == "ssm_cfg.dt_rank" and value == "auto"
+        if not auto and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise LongrollError(f"{file.parent}: {name} must be a whole number above 0, not {value!r}.")
+    if _EMBEDDINGS not in weights or weights[_EMBEDDINGS].ndim != 2:
+        raise LongrollError(f"{file} does not fit its config.json: missing {[_EMBEDDINGS]}.")
+    layers = {name.split(".")[2] for name in weights if name.startswith("backbone.layers.")}
+    found = {"d_model": weights[_EMBEDDINGS].shape[1], "n_layer": len(layers)}
+    for name, size in found.items():
+        if source[name] != size:
+            raise LongrollError(
+                f"{file} does not fit its config.json: {name} is {source[name]} there and {size} in the file."
+            )
+
+
+def _check_shapes(model: PreTrainedModel, weights: dict[str, Tensor], file: Path) -> None:
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise LongrollError(f"{file} does not fit its config.json: missing {missing[:3]}, extra {extra[:3]}.")
+    for name, like in expected.items():
+        if weights[name].shape != like.shape:
+            raise LongrollError(
+                f"{file} does not fit its config.json: {name} is {tuple(weights[name].shape)} in the file "
+                f"and {tuple(like.shape)} by the config."
+            )
 
 
 def _rename(name: str) -> str:
@@ -90,11 +137,13 @@ def _config(source: dict[str, Any], vocab_size: int, folder: Path) -> PreTrained
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
-    defaults = _DEFAULTS.get(layer, {})
+    defaults = _DEFAULTS.get(str(layer), {})
     unknown = sorted(ssm.keys() - defaults.keys() - _WITHOUT_EFFECT)
     if defaults and unknown:
         raise LongrollError(f"{folder}: ssm_cfg {unknown} has no counterpart in transformers.")
     ssm = defaults | ssm
+    if layer == "Mamba2" and source["d_model"] * ssm["expand"] % ssm["headdim"]:
+        raise LongrollError(f"{folder}: ssm_cfg.headdim {ssm['headdim']} does not divide expand x d_model.")
     if layer == "Mamba1":
         return MambaConfig(
             **common,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from longroll.checkpoint import Checkpoint
 from longroll.errors import LongrollError
 from longroll.families.fla_models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
 from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
@@ -64,7 +65,7 @@ def is_rwkv_file(name: str) -> bool:
     return name.endswith(".pth")
 
 
-def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Checkpoint]:
     """Open a `.pth` file as `RWKV7ForCausalLM` or `RWKV6ForCausalLM`.
 
     Raises:
@@ -74,8 +75,6 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     if not path.is_file():
         raise LongrollError(f"{path} does not exist: check the path of the .pth file.")
     weights = read_weights(path)
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise LongrollError(f"{path} is not an RWKV checkpoint: it must hold a state dict.")
     try:
         if "blocks.0.att.r_k" in weights:
             model = _empty(RWKV7ForCausalLM, RWKV7Config(**_sizes(path, weights), **_sizes_7(weights)))
@@ -97,10 +96,9 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
             raise LongrollError(f"{path} does not fit together: {name} has shape {shapes}.")
         weights[name] = weights[name].reshape(like.shape).contiguous()
     model.load_state_dict(weights, assign=True)
-    dtype = (
-        weights["lm_head.weight"].dtype if isinstance(dtype, str) else dtype
-    )  # some hold decays in float32
-    return model.to(dtype)  # type: ignore[arg-type]
+    own = weights["lm_head.weight"].dtype  # some hold decays in float32
+    model.to(own if isinstance(dtype, str) else dtype)  # type: ignore[arg-type]
+    return model, Checkpoint(path, own, "rwkv")
 
 
 def _empty(model_class: type[PreTrainedModel], config: RWKV7Config | RWKV6Config) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.trainer_utils import SchedulerType
 
 from longroll import ranks
+from longroll.checkpoint import Checkpoint
 from longroll.data import Corpus, Lanes, Windows, check_vocabulary
 from longroll.errors import LongrollError
 from longroll.files import try_folder
@@ -27,7 +29,9 @@ from longroll.results import write_json
 from longroll.training import checkpoints
 from longroll.training.guard import LossGuard
 from longroll.training.identity import check_same_run, describe_run
+from longroll.training.saving import batch_loss, reread, save_checkpoint
 from longroll.training.trainer import InitialStateTrainer
+from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
 
 _STARTED = "run.json"
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
@@ -60,8 +64,10 @@ class PosttrainOptions:
     """AdamW's."""
     clip: float = 1.0
     """Largest norm of the gradient."""
-    bf16: bool = False
-    """Autocast to bfloat16."""
+    bf16: bool | None = None
+    """Autocast to bfloat16. None: where the model is in 16 bits, on a GPU that has bfloat16."""
+    weights: str = "float32"
+    """How trained weights are held: `float32`, or `bf16`, which loses small updates and saves memory."""
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
     cuda_graphs: bool = False
@@ -87,6 +93,10 @@ class PosttrainOptions:
             raise LongrollError(f"`schedule` {self.schedule} is not one transformers knows: {known}.")
         if not 0 < self.decay_speed < math.inf:
             raise LongrollError(f"`decay_speed` {self.decay_speed} must be above 0.")
+        if self.weights not in WEIGHTS:
+            raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
+        if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
+            raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -131,9 +141,10 @@ def posttrain(
             written, too little text, a run resumed with another model, text or other options, a full disk,
             and a loss that is not finite.
     """
+    _check_adapters(lm, options)
     output = Path(output)
     folder = output / "checkpoints"
-    arguments = _arguments(options, folder, on_cpu=lm.device.type == "cpu")  # the processes meet here
+    arguments = _arguments(lm, options, folder)  # the processes meet here
     if ranks.on_first(lambda: _is_done(output, resume)):
         return []
     micro_steps = options.steps * options.accumulation
@@ -155,13 +166,17 @@ def posttrain(
     started = describe_run(lm, corpus, options, intervention, ranks.world_size())
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
-    model = _with_lora(lm.model, options.lora_rank)
+    source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
+    model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
+    if options.bf16 is False:
+        widen(model)
     trainer = InitialStateTrainer(
         model,
         arguments,
         intervention=intervention,
         decay_speed=options.decay_speed,
         cuda_graphs=options.cuda_graphs,
+        weights=options.weights,
         train_dataset=data,
         callbacks=[LossGuard(), *(callbacks or [])],
     )
@@ -169,14 +184,22 @@ def posttrain(
     with _full_disk_is_said(output):
         trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
-        if options.lora_rank:
-            lm.model = model.merge_and_unload()
         lm.eval()
+        batch = next(iter(trainer.get_train_dataloader()))
+        mixed = options.weights == "bf16"  # which only autocast reads
+        with trainer.accelerator.autocast() if mixed else contextlib.nullcontext():
+            trained = batch_loss(trainer.lm, batch)
+        if model is not lm.model:
+            lm.model, lm.adapted = model.merge_and_unload(), None
         if trainer.is_world_process_zero():
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
             record(lm.model.config, started["arguments"])
             with checkpoints.aside(output) as partial:
-                lm.model.save_pretrained(partial)
+                save_checkpoint(lm.model, partial, source=source)
+            if not lm.own:  # which only its plug-in opens
+                trainer.state.log_history[-1].update(reread(output, lm, source, batch, trained))
+            if mixed:
+                lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
             if finish is not None:
                 finish(list(trainer.state.log_history))
             checkpoints.remove(folder)
@@ -184,7 +207,7 @@ def posttrain(
     return list(trainer.state.log_history)
 
 
-def _arguments(options: PosttrainOptions, folder: Path, *, on_cpu: bool) -> TrainingArguments:
+def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
@@ -195,9 +218,9 @@ def _arguments(options: PosttrainOptions, folder: Path, *, on_cpu: bool) -> Trai
         warmup_steps=round(options.warmup * options.steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
-        bf16=options.bf16,
+        bf16=_autocasts(lm, options),
         gradient_checkpointing=options.gradient_checkpointing,
-        use_cpu=on_cpu,
+        use_cpu=lm.device.type == "cpu",
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -209,6 +232,22 @@ def _arguments(options: PosttrainOptions, folder: Path, *, on_cpu: bool) -> Trai
         train_sampling_strategy="sequential",
         dataloader_drop_last=True,
     )
+
+
+def _check_adapters(lm: RecurrentLM, options: PosttrainOptions) -> None:
+    if getattr(lm.model, "_hf_peft_config_loaded", False) and lm.adapted is None:
+        raise LongrollError(
+            "The model holds adapters that transformers put there, which would be saved without it: open "
+            "their folder with longroll.load, or wrap the model with peft."
+        )
+    if lm.adapted is not None and options.lora_rank:
+        raise LongrollError("`lora_rank`: the model has adapters already; leave it out, or merge them first.")
+
+
+def _autocasts(lm: RecurrentLM, options: PosttrainOptions) -> bool:
+    if options.bf16 is None:
+        return has_bf16(lm.device) and any(in_16_bits(p) for p in lm.model.parameters())
+    return options.bf16
 
 
 def _with_lora(model: Any, rank: int) -> Any:

@@ -20,7 +20,7 @@ from longroll.training._collate import Collator
 from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import hidden_loss, next_token_loss
-from longroll.training.weights import DECAYS
+from longroll.training.weights import DECAYS, hold_weights, precision
 
 
 class InitialStateTrainer(InitialStateMixin, Trainer):
@@ -46,6 +46,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
             gradient checkpointing, no fp16, the plain loss. Batches of another shape than the first, padded
             and packed ones run as without.
+        weights: `float32`: parameters in 16 bits are trained in float32, under bf16 autocast on a GPU, and
+            `save_model` writes matrices in 16 bits again. `bf16`: matrices stay in (or come to) bfloat16.
         **kwargs: as for Trainer.
 
     Raises:
@@ -73,12 +75,18 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         intervention: Intervention | str | None = None,
         decay_speed: float = 1.0,
         cuda_graphs: bool = False,
+        weights: str = "float32",
         **kwargs: Any,
     ) -> None:
         if isinstance(model, str | Path):
             on_cpu = args is not None and args.use_cpu
             model = load(model, device="cpu" if on_cpu else None, dtype=torch.float32)
-        model = model.model if isinstance(model, RecurrentLM) else model
+        source = model.checkpoint if isinstance(model, RecurrentLM) else None
+        if isinstance(model, RecurrentLM):
+            model = model.adapted or model.model
+        self._saved_dtype = None if model is None else hold_weights(model, args, weights)
+        if source is not None and source.dtype in (torch.bfloat16, torch.float16):
+            self._saved_dtype = source.dtype
         self.decay_speed = decay_speed
         # accelerate replaces the forward later, for autocast
         self._replaced_forward = model is not None and "forward" in vars(unwrapped(model))
@@ -200,6 +208,13 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         return data_collator
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; matrices that were in 16 bits are saved in them, but in checkpoints to resume from."""
+        if self._saved_dtype is None or _internal_call or self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        with precision(self.base, self._saved_dtype):
+            return super().save_model(output_dir, _internal_call)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, with the decays in groups of their own."""

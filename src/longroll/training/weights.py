@@ -1,11 +1,23 @@
-"""The weights of a run: which of them weight decay shrinks, which set how fast a state is forgotten."""
+"""The weights of a run: which of them are matrices, which are decays, and in what precision each is held."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from longroll.errors import LongrollError
+
+logger = logging.getLogger("longroll")
+
+WEIGHTS = ("float32", "bf16")
+"""How the weights that are trained can be held."""
 
 DECAYS = (
     *("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias"),  # Mamba, Zamba, Gated DeltaNet, KDA
@@ -37,3 +49,89 @@ def projects(model: nn.Module) -> set[str]:
         if axes > 1 or isinstance(owner, nn.Linear | nn.Embedding | Conv1D):
             found.add(name)
     return found
+
+
+def in_16_bits(parameter: torch.Tensor) -> bool:
+    """Whether a tensor is bfloat16 or float16."""
+    return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def widen(model: nn.Module) -> bool:
+    """Hold the parameters that are trained in float32 where they are in 16 bits; whether any was.
+
+    AdamW's updates are smaller than 16 bits can add: 1/256 of a weight in bfloat16, 1/2048 in float16.
+    """
+    narrow = [p for p in model.parameters() if p.requires_grad and in_16_bits(p)]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    return bool(narrow)
+
+
+def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the matrices in `dtype` and the other parameters, few and small, in float32 or wider."""
+    matrices = projects(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            narrow = name in matrices or dtype.itemsize > 4
+            parameter.data = parameter.data.to(dtype if narrow else torch.float32)
+
+
+@contextlib.contextmanager
+def precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """`set_precision`, undone at the end."""
+    wide = {parameter: parameter.data for parameter in model.parameters()}
+    try:
+        set_precision(model, dtype)
+        yield
+    finally:
+        for parameter, data in wide.items():
+            parameter.data = data
+
+
+def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | None:
+    """Hold what is trained as `weights` says, under autocast where that is narrower than the weights.
+
+    `float32` widens parameters that are in 16 bits; frozen ones, as under LoRA, stay as they are. `bf16`
+    keeps matrices in bfloat16 and all else in float32.
+
+    Args:
+        model: what is trained.
+        args: transformers' TrainingArguments, whose `bf16` may be turned on; None: as they are by default.
+        weights: one of `WEIGHTS`.
+
+    Returns:
+        The 16-bit dtype that the trained matrices had before, None for any other.
+
+    Raises:
+        LongrollError: for another word, and for bf16 with fp16's gradient scaling.
+    """
+    if weights not in WEIGHTS:
+        raise LongrollError(f"`weights` {weights} is not one of {', '.join(WEIGHTS)}.")
+    before = next((p.dtype for p in model.parameters() if p.requires_grad and in_16_bits(p)), None)
+    if weights == "bf16":
+        if args is not None and args.fp16:
+            raise LongrollError("`weights` bf16 does not go with fp16: leave one of them out.")
+        set_precision(model, torch.bfloat16)
+        saved = 2 * sum(p.numel() for p in model.parameters() if in_16_bits(p)) / 2**30
+        logger.warning(
+            "--weights bf16: updates below 1/256 of a weight are lost in the matrices, so they learn less at "
+            "the same learning rate; it saves %.2f GiB of weights, and as much of gradients.",
+            saved,
+        )
+        _autocast(args)
+    elif before is not None:
+        widen(model)
+        if has_bf16(next(model.parameters()).device):
+            _autocast(args)
+    return before
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _autocast(args: Any) -> None:
+    """What `TrainingArguments(bf16=True)` says, where no other precision is asked for."""
+    if args is not None and args.mixed_precision == "no":
+        args.bf16, args.mixed_precision = True, "bf16"
