@@ -93,7 +93,7 @@ def test_shards_in_a_folder(tmp_path: Path):
         ("a.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b"\xff\xfe", "cannot be read as lines"),
         ("a.jsonl.gz", b"no gzip", "cannot be read as lines"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0, mtime=0)[:-12], "cannot be read as lines"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-12], "cannot be read as lines"),
         ("a.parquet", b"PAR1 nonsense", "cannot be read as Parquet"),
         ("a.jsonl", b"", "has no text"),
     ],
