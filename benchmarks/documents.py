@@ -23,7 +23,7 @@ from torch import Tensor
 import longroll
 from longroll.conformance.laws import random_state
 from longroll.conformance.tiny import from_config
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 from longroll.training.loss import loss_and_state
 
 _SMALL = {"vocab_size": 512, "num_hidden_layers": 2, "hidden_size": 256}
@@ -138,7 +138,8 @@ def main() -> None:
         found += measure(name, arguments.device, arguments.turns)
     made = provenance(seed=0, seconds=time.perf_counter() - began, device=arguments.device)
     if arguments.json:
-        write_json(arguments.json, {"kind": "benchmark", "rows": found, "provenance": made})
+        result = {"what": "documents", "rows": found, "provenance": made}
+        BenchmarkResult.from_json(result).write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from gpu_train import SHAPES
 
 import longroll
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 
 
 def main() -> None:
@@ -54,9 +54,8 @@ def main() -> None:
     print(f"{between}: time {ratios['time']:.2f}, peak memory {ratios['peak_memory']:.3f}")
     if options.json:
         made = provenance(lm, seed=0, seconds=time.perf_counter() - started)
-        write_json(
-            options.json, {"options": vars(options), "rows": rows, "ratios": ratios, "provenance": made}
-        )
+        result = {"options": vars(options), "rows": rows, "ratios": ratios, "provenance": made}
+        BenchmarkResult.from_json({"what": "gpu_evaluation", **result}).write(options.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import longroll
 from longroll.conformance import laws
 from longroll.conformance.tiny import from_config
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 from longroll.training.loss import loss_and_state
 
 COMMON = {"vocab_size": 32_000, "hidden_size": 1024, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -88,7 +88,8 @@ def main() -> None:
         print(f"{family:16} first step {first:6.1f} s, second {second * 1e3:7.1f} ms", flush=True)
         if options.json:
             made = provenance(seed=0, seconds=time.perf_counter() - began, device=options.device)
-            write_json(options.json, {"rows": rows, "provenance": made})
+            result = {"what": "gpu_first_step", "rows": rows, "provenance": made}
+            BenchmarkResult.from_json(result).write(options.json)
 
 
 if __name__ == "__main__":

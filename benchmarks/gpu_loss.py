@@ -21,7 +21,7 @@ from torch import Tensor
 
 import longroll
 from longroll.conformance.tiny import from_config
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 from longroll.training import loss as losses
 
 SHAPES = ["8192x1024x50288", "32768x1024x50288", "8192x2048x128256", "32768x2048x128256"]
@@ -143,7 +143,8 @@ def main() -> None:
             )
         if options.json:
             made = provenance(seed=0, seconds=time.perf_counter() - began, device=options.device)
-            write_json(options.json, {"rows": table, "provenance": made})
+            result = {"what": "gpu_loss", "rows": table, "provenance": made}
+            BenchmarkResult.from_json(result).write(options.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from triton.testing import do_bench
 
 from longroll.ops.gpu.selective_scan import selective_scan
 from longroll.ops.gpu.ssd import ssd
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 
 TURNS = 7
 
@@ -153,7 +153,8 @@ def main() -> None:
             )
         if options.json:
             made = provenance(seed=0, seconds=time.perf_counter() - began, device="cuda")
-            write_json(options.json, {"ops": table, "provenance": made})
+            result = {"what": "gpu_ops", "ops": table, "provenance": made}
+            BenchmarkResult.from_json(result).write(options.json)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 import longroll
 from longroll.ops._backend import SWITCH
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import loss_and_state
 
@@ -242,7 +242,8 @@ def main() -> None:
         if options.json:
             made = provenance(seed=0, seconds=time.perf_counter() - began, device=options.device)
             arguments = vars(options) | {"parameters": parameters}
-            write_json(options.json, {"options": arguments, "rows": table, "provenance": made})
+            result = {"what": "gpu_train", "options": arguments, "rows": table, "provenance": made}
+            BenchmarkResult.from_json(result).write(options.json)
 
 
 def run(bench: Bench, turns: tuple[torch.Tensor, ...]) -> list[Row]:

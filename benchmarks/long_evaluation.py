@@ -86,10 +86,11 @@ def main() -> None:
     }
     print("131k / 16k: " + ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
     if arguments.json:
-        from longroll.results import provenance, write_json
+        from longroll.results import BenchmarkResult, provenance
 
         made = provenance(seed=0, seconds=time.perf_counter() - began)
-        write_json(arguments.json, {"medians": medians, "ratios": ratios, "provenance": made})
+        result = {"what": "long_evaluation", "medians": medians, "ratios": ratios, "provenance": made}
+        BenchmarkResult.from_json(result).write(arguments.json)
 
 
 if __name__ == "__main__":

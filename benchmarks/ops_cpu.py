@@ -24,7 +24,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from longroll import ops
 from longroll.ops import reference
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 
 SIZES = {"one long row": (1, 1024, 8, 64, 64), "many short rows": (8, 128, 4, 32, 32)}  # B, T, H, K, V
 D_STATE = 16
@@ -170,9 +170,9 @@ def main() -> None:
                 )
                 print(f"  {name:17} {task:21} ours {1e3 * medians['ours']:6.1f}, {others}")
     if options.json:
-        result = {"kind": "benchmark", "what": "ops_cpu", "note": options.note, "results": results}
+        result = {"what": "ops_cpu", "note": options.note, "results": results}
         source = provenance(seed=0, seconds=time.perf_counter() - began)
-        write_json(options.json, result | {"provenance": source})
+        BenchmarkResult.from_json(result | {"provenance": source}).write(options.json)
 
 
 if __name__ == "__main__":

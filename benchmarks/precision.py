@@ -74,15 +74,16 @@ def main() -> None:
         print(f"{start:>7}-{stop:<7}  {cells}")
     print(f"largest float16 activation: {activations[0]:,.0f} in {activations[1]}")
     if arguments.json:
-        from longroll.results import provenance, write_json
+        from longroll.results import BenchmarkResult, provenance
 
         result = {
+            "what": "precision",
             "octaves": octaves(length),
             "runs": rows,
             "largest_float16_activation": activations[0],
             "provenance": provenance(seed=0, seconds=time.perf_counter() - began),
         }
-        write_json(arguments.json, result)
+        BenchmarkResult.from_json(result).write(arguments.json)
 
 
 if __name__ == "__main__":

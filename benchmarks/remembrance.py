@@ -19,7 +19,7 @@ import longroll
 from longroll.measure.distances import head_distance
 from longroll.measure.remembrance import remembrance_map
 from longroll.model import RecurrentLM
-from longroll.results import provenance, write_json
+from longroll.results import BenchmarkResult, provenance
 
 TARGET = 0.6
 
@@ -97,7 +97,7 @@ def main() -> None:
         "provenance": provenance(lm, seed=0, seconds=time.perf_counter() - began),
     }
     if options.json:
-        write_json(options.json, result)
+        BenchmarkResult.from_json(result).write(options.json)
     print(
         f"{lm.name}: {options.starts} starts, T = {options.length}, {options.rows} row(s): staggered "
         f"{best['staggered']:.2f} s; {ratio:.2f} of {options.starts} forwards (target {TARGET}), "

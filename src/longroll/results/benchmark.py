@@ -14,6 +14,6 @@ class BenchmarkResult(Result):
 
     kind: Literal["benchmark"] = "benchmark"
     schema_version: Version = SCHEMA_VERSION
-    what: str
+    what: str | None = None
     """Name of the benchmark."""
     provenance: Provenance
