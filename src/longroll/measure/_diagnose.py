@@ -180,13 +180,13 @@ def diagnose(
         "states": watch and watch.statistics.statistics().to_json(),
     }
     comparisons = {name: compare(details | {"levels": levels}, run, seed=seed) for name, run in runs.items()}
-    details["comparisons"] = {name: found.to_json() for name, found in comparisons.items()}
-    prices = ", ".join(found.price for found in comparisons.values())
+    details["comparisons"] = {name: comparison.to_json() for name, comparison in comparisons.items()}
+    prices = ", ".join(comparison.price for comparison in comparisons.values())
     made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
     sentence = _sentence(verdict, edge, severity, length, prices)
-    found = Diagnosis(verdict, edge, severity, levels, sentence, "", details | {"provenance": made})
+    diagnosis = Diagnosis(verdict, edge, severity, levels, sentence, "", details | {"provenance": made})
     if save is not None:
-        save(found)
+        save(diagnosis)
     precision = check_precision(lm, tokens, carried, activations, train_length)
     details["precision"] = precision.to_json()
     _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)

@@ -68,12 +68,12 @@ class CausalTest:
     @property
     def explained(self) -> bool | None:
         """Whether leaving the training range explains some of the damage; None where that cannot be told."""
-        found = self.all_heads
-        if found is None or not math.isfinite(found.recovered):
+        recovery = self.all_heads
+        if recovery is None or not math.isfinite(recovery.recovered):
             return None
-        if found.recovered >= _EXPLAINS:
+        if recovery.recovered >= _EXPLAINS:
             return True
-        return None if found.high > _EXPLAINS else False
+        return None if recovery.high > _EXPLAINS else False
 
     @property
     def sentence(self) -> str:
@@ -198,13 +198,13 @@ def state_ablation(
     )
 
     def measure(choices: list[list[Head]]) -> list[Recovery]:
-        found = []
+        recoveries = []
         for heads, losses in zip(choices, trials.losses(choices, spans), strict=True):
             before = torch.stack([carried.losses[:, a:b].mean(dim=1) for a, b in spans], dim=1)
             shares = (before.double() - losses).mean(dim=1, keepdim=True) / damage
             mean, low, high = (t.item() for t in bootstrap_mean(shares))
-            found.append(Recovery(heads, mean, low, high))
-        return found
+            recoveries.append(Recovery(heads, mean, low, high))
+        return recoveries
 
     ranked = coverage.ranking()[:candidates]
     layers = [Head(layer.key.layer, None) for layer in coverage.layers]
@@ -249,16 +249,16 @@ class _Trials:
     def losses(self, choices: Sequence[list[Head]], spans: list[tuple[int, int]]) -> list[Tensor]:
         """For each choice of heads, the mean loss of every text over every span, (B, spans) float64."""
         step = max(1, _ROWS // len(self.tokens))
-        found: list[Tensor] = []
+        means: list[Tensor] = []
         for i in range(0, len(choices), step):
             some = choices[i : i + step]
             losses = self._read([set(heads) for heads in some], spans)
             columns = torch.stack([losses[:, :, a:b].mean(dim=2) for a, b in spans], dim=2)
-            found.extend(columns.unbind(0))
+            means.extend(columns.unbind(0))
             self.done += len(some)
             if self.progress is not None:
                 self.progress(self.done)
-        return found
+        return means
 
     def _read(self, choices: list[set[Head]], spans: list[tuple[int, int]]) -> Tensor:
         """Losses (choices, B, L) float64; NaN before the first span."""
@@ -272,8 +272,8 @@ class _Trials:
             piece = self.tokens[:, start : stop + 1].repeat(len(choices), 1)
             hidden, state = self.lm(piece[:, :-1], self._hold(state, held), logits=False)
             if stop > first:
-                found = token_losses(self.lm, hidden, piece[:, 1:]).double().cpu()
-                losses[:, :, start:stop] = found.unflatten(0, (len(choices), texts))
+                piece_losses = token_losses(self.lm, hidden, piece[:, 1:]).double().cpu()
+                losses[:, :, start:stop] = piece_losses.unflatten(0, (len(choices), texts))
         return losses
 
     def _mask(self, layer: LayerCoverage, choices: list[set[Head]]) -> Tensor:

@@ -79,11 +79,11 @@ def after_repair(model: str, repair: str | None, price: Comparison | None) -> Ad
     if price is None:
         command = shlex.join(["longroll", "diagnose", model, "--against", "BASE.json"])
         return Advice(None, f"{holds}; its price in range shows against the model before.", command)
-    found = price.in_range
-    if found.high is None:
-        dear = found.mean > WORTH_SAVING
+    paid = price.in_range
+    if paid.high is None:
+        dear = paid.mean > WORTH_SAVING
     else:
-        dear = found.sign > 0 and found.high > WORTH_SAVING
+        dear = paid.sign > 0 and paid.high > WORTH_SAVING
     if dear:
         return Advice(
             None,

@@ -60,16 +60,16 @@ class Comparison:
     @property
     def price(self) -> str:
         """What the run costs in range, as the end of a sentence."""
-        found, against = self.in_range, f"against {self.label}"
-        if not math.isfinite(found.mean):
+        paid, against = self.in_range, f"against {self.label}"
+        if not math.isfinite(paid.mean):
             return f"without a finite loss in range to compare {against}"
-        if found.low is None or found.high is None:
-            return f"{_signed(found.mean)} nats in range {against}, which holds no interval: measure it again"
-        interval = f"({_signed(found.low)} to {_signed(found.high)})"
-        if not found.sign:
+        if paid.low is None or paid.high is None:
+            return f"{_signed(paid.mean)} nats in range {against}, which holds no interval: measure it again"
+        interval = f"({_signed(paid.low)} to {_signed(paid.high)})"
+        if not paid.sign:
             return f"no cost in range shows {against} {interval}"
-        verb = "costs" if found.sign > 0 else "gains"
-        return f"{verb} {_signed(abs(found.mean))} nats in range {against} {interval}"
+        verb = "costs" if paid.sign > 0 else "gains"
+        return f"{verb} {_signed(abs(paid.mean))} nats in range {against} {interval}"
 
 
 def text_losses(tokens: Tensor, carried: PositionLoss, train_length: int) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def explain_coverage(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Which heads left their training range and, for a model that breaks, which of them do the damage."""
-    found = watch.coverage.coverage()
-    section = found.to_json()
+    coverage = watch.coverage.coverage()
+    section = coverage.to_json()
     if healthy:
         return section
     measured, length = tokens.shape[1] - 1, _CAUSAL_LENGTHS * train_length
@@ -78,7 +78,7 @@ def explain_coverage(
     test = state_ablation(
         lm,
         tokens[:, : length + 1],
-        found,
+        coverage,
         train_length,
         carried=PositionLoss(carried.losses[:, :length]),
         progress=stage(progress, "holding heads in range"),

@@ -41,7 +41,7 @@ class IIDTest:
     @property
     def ranks(self) -> tuple[float, float]:
         """Median effective rank over heads, of the states and of the noise."""
-        real, drawn = (torch.cat(list(found.values())) for found in (self.states, self.noise))
+        real, drawn = (torch.cat(list(ranks.values())) for ranks in (self.states, self.noise))
         return real.nanmedian().item(), drawn.nanmedian().item()
 
     def to_json(self) -> dict:

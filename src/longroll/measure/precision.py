@@ -108,14 +108,14 @@ class Float16Watch:
 
     def largest(self) -> tuple[float | None, str | None]:
         """The largest activation and its module; of several that overflowed, the first to run."""
-        found = {name: t.item() for name, t in self._largest.items()}
-        for name, value in found.items():
+        largest = {name: t.item() for name, t in self._largest.items()}
+        for name, value in largest.items():
             if not math.isfinite(value):
                 return math.inf, name
-        if not found:
+        if not largest:
             return None, None
-        most = max(found, key=lambda name: found[name])
-        return found[most], most
+        most = max(largest, key=lambda name: largest[name])
+        return largest[most], most
 
 
 def check_precision(
@@ -137,12 +137,12 @@ def check_precision(
     if finite.all():
         return Precision(name, *watch.largest())
     first = int((~finite).any(dim=0).nonzero()[0])
-    found = None
+    finite_there = None
     if dtype in _HALF:
         row = int((~finite[:, first]).nonzero()[0])
         stop = max(2 * first, first + train_length)
-        found = _finite_in_float32(lm, tokens[row : row + 1, : stop + 1])
-    return Precision(name, *watch.largest(), first, found)
+        finite_there = _finite_in_float32(lm, tokens[row : row + 1, : stop + 1])
+    return Precision(name, *watch.largest(), first, finite_there)
 
 
 def _finite_in_float32(lm: RecurrentLM, tokens: Tensor) -> bool | None:

@@ -127,18 +127,18 @@ def remembrance_map(
     row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
     groups = tokens.split(_rows_at_once(lm, row_bytes, len(joining))) if together else [tokens]
     work = _Work(progress, max(ends), len(groups) if together else len(joining))
-    found = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
-    for rows, out in zip(groups, found.split([len(g) for g in groups]), strict=True):
+    distances = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
+    for rows, out in zip(groups, distances.split([len(g) for g in groups]), strict=True):
         read = _read_together if together else _read_apart
         for end, hidden in read(lm, rows, joining, sorted(set(ends)), chunk_size, work):
             measured = head_distance(lm, hidden[0], hidden, distance)
             measured[0] = 0  # the text against itself
             out[:, : len(hidden), sorted(set(ends)).index(end)] = measured.T.double().cpu()
-    blank = found.new_full((tokens.shape[0], 1, found.shape[2]), torch.nan)  # starts past every end
-    found = torch.cat([found, blank], dim=1)
+    blank = distances.new_full((tokens.shape[0], 1, distances.shape[2]), torch.nan)  # starts past every end
+    distances = torch.cat([distances, blank], dim=1)
     row_of = [joining.index(t) if t in joining else len(joining) for t in starts]
     column_of = [sorted(set(ends)).index(t) for t in ends]
-    return Remembrance(found[:, row_of][:, :, column_of], starts, ends, distance)
+    return Remembrance(distances[:, row_of][:, :, column_of], starts, ends, distance)
 
 
 def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:
@@ -197,17 +197,17 @@ def _read_apart(
     lm: RecurrentLM, tokens: Tensor, starts: list[int], ends: list[int], chunk_size: int | None, work: _Work
 ) -> Iterable[tuple[int, Tensor]]:
     """The same, one start after another: for states that cannot stand in one batch (KV)."""
-    found: dict[int, list[Tensor]] = {end: [] for end in ends}
+    hidden_at: dict[int, list[Tensor]] = {end: [] for end in ends}
     for start in starts:
         stops = [end - start for end in ends if end > start]
         text = tokens[:, start : ends[-1]]
         for chunk in roll_out(lm, text, chunk_size=chunk_size, stops=stops):
             stop = start + chunk.start + chunk.hidden.shape[1]
-            if stop in found:
-                found[stop].append(chunk.hidden[:, -1])
+            if stop in hidden_at:
+                hidden_at[stop].append(chunk.hidden[:, -1])
         work.add(ends[-1])
     for end in ends:
-        yield end, torch.stack(found[end])
+        yield end, torch.stack(hidden_at[end])
 
 
 def _check(
