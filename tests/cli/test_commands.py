@@ -64,8 +64,18 @@ def test_from_diagnosis_to_report(place):
     before, after = load_file(place / "model/model.safetensors"), load_file(place / "sp/model.safetensors")
     assert before.keys() == after.keys() and any(not before[k].equal(after[k]) for k in before)
 
-    ran = longroll("diagnose", "sp", *MEASURE, "--label", "sp", "--json", "after.json", cwd=place)
+    ran = longroll("diagnose", "none", *MEASURE, "--no-explain", "--json", "plain.json", cwd=place)
     assert ran.returncode == 0, ran.stderr
+    assert json.loads((place / "plain.json").read_text())["label"] == "none"
+    compared = ("--against", "base.json", "--control", "plain.json")
+    ran = longroll("diagnose", "sp", *MEASURE, *compared, "--json", "after.json", cwd=place)
+    assert ran.returncode == 0, ran.stderr
+    after = json.loads((place / "after.json").read_text())
+    assert after["label"] == "sp" and after["comparisons"]["control"]["in_range"]["paired"]
+    assert " in range against base" in after["sentence"] and " against none" in after["sentence"]
+    assert "eave it alone" not in ran.stdout
+    ran = longroll("diagnose", "sp", *MEASURE, "--against", "none.json", cwd=place)
+    assert ran.returncode == 2 and "none.json is no diagnosis" in ran.stderr
     drawn = ("base.json", "after.json", "--output", "page", "--figures", "figures", "--format", "svg")
     ran = longroll("report", *drawn, cwd=place)
     assert ran.returncode == 0, ran.stderr

@@ -10,15 +10,16 @@ from longroll import LongrollError, diagnose
 from longroll.history import history, record
 from longroll.measure.advice import after_repair
 from longroll.measure.compare import Comparison, Difference, compare
+from longroll.results import DiagnosisResult
 
 
-def run(rows, *, label="run", fingerprint="a", **other) -> dict:
-    """A diagnosis's JSON whose texts have these losses, in range and far."""
-    texts = {"fingerprint": fingerprint, "in_range": list(rows), "far": list(rows)}
+def run(rows, *, label="run", fingerprint="a", **other) -> DiagnosisResult:
+    """A diagnosis whose texts have these losses, in range and far."""
     mean = sum(rows) / len(rows)
-    return {"label": label, "train_length": 16, "max_position": 64, "texts": texts} | {
-        "levels": {"in_range": mean, "far": mean}, **other,
-    }  # fmt: skip
+    texts = {"fingerprint": fingerprint, "in_range": list(rows), "far": list(rows)}
+    data = {"label": label, "verdict": "healthy", "train_length": 16, "max_position": 64, "texts": texts}
+    levels = {"in_range": mean, "far": mean}
+    return DiagnosisResult.from_json(data | {"levels": levels} | other)
 
 
 def losses(seed: int, rows: int = 16, mean: float = 1.4, spread: float = 0.3) -> torch.Tensor:
@@ -59,11 +60,13 @@ def test_other_texts_are_compared_by_their_means():
 
 
 def test_older_files_hold_no_interval():
-    old = run([1.0, 1.2])
-    del old["texts"]
+    old = run([1.0, 1.2], texts=None)
     found = compare(run([1.5, 1.7]), old)
     assert found.in_range.mean == pytest.approx(0.5) and found.in_range.low is None
-    assert found.in_range.sign == 0 and "no interval" in found.price
+    assert (
+        found.in_range.sign == 0
+        and "0.50 nats higher in range against run, without an interval" in found.price
+    )
 
 
 def test_runs_of_another_end_are_not_compared_there():

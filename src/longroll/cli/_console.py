@@ -163,11 +163,13 @@ def levels_table(runs: Sequence[DiagnosisResult]) -> Table:
     """Loss in nats (perplexity) of diagnoses side by side, and the std of the state at the end."""
     table = Table(title=f"{runs[0].model}: loss in nats (perplexity), T = {runs[0].train_length}")
     table.add_column("positions")
+    several = len({run.sequences for run in runs}) > 1
     for run in runs:
-        table.add_column(run.label or "", justify="right")
+        texts = f" ({run.sequences} texts)" if several else ""
+        table.add_column(f"{run.label or ''}{texts}", justify="right")
     for key, name in LEVELS.items():
-        if any(math.isfinite(run.level(key)) for run in runs):
-            table.add_row(name, *(_loss(run.level(key)) for run in runs))
+        if any(_measured(run, key) for run in runs):
+            table.add_row(name, *(_loss(run, key) for run in runs))
     if all(run.states for run in runs):
         table.add_row(f"state std at {runs[0].train_length}", *(_std(run, at_end=False) for run in runs))
         table.add_row("state std at the end", *(_std(run, at_end=True) for run in runs))
@@ -175,9 +177,16 @@ def levels_table(runs: Sequence[DiagnosisResult]) -> Table:
     return table
 
 
-def _loss(value: float) -> str:
+def _measured(run: DiagnosisResult, key: str) -> bool:
+    """Whether a run reaches a level, be its loss finite or not."""
+    times = int(key.removesuffix("x")) if key.endswith("x") else 0
+    return times * (run.train_length or 0) <= (run.max_position or 0) if times else True
+
+
+def _loss(run: DiagnosisResult, key: str) -> str:
+    value = run.level(key)
     if math.isnan(value):
-        return "-"
+        return "not finite" if _measured(run, key) else "-"
     return f"{value:.3f} ({math.exp(value):.2f})" if value < 50 else f"{value:.1f}"
 
 

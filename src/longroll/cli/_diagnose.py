@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,20 +31,30 @@ def diagnose(
     explain: Annotated[
         bool, typer.Option(help="Look for the causes too: about three times the work.")
     ] = True,
+    against: Annotated[
+        Path | None, typer.Option(help="Result of the model before its repair: gives the price in range.")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="Result of a model after as many plain steps: the price beside these.")
+    ] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
     plugin: o.PluginName = None,
     seed: o.Seed = 0,
-    label: str = "base",
+    label: Annotated[
+        str | None, typer.Option(help="Name of the run. Default: the intervention of posttrain, else base.")
+    ] = None,
     json: o.Json = None,
     output: o.Output = None,
 ) -> None:
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
+    from longroll.files import is_stream
     from longroll.report import write_report
     from longroll.report.export import slug
 
+    before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     own_tokenizer = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
@@ -55,6 +66,17 @@ def diagnose(
         concatenate=concatenate,
         seed=seed,
     )
+
+    def write(result: DiagnosisResult, *, early: bool = False) -> DiagnosisResult:
+        """Write the result to its files; as far as it is known (`early`), not into a stream."""
+        prefix_ids = list(own_tokenizer.prefix_ids)
+        result = replace(result, tokenizer=own_tokenizer.name, prefix_ids=prefix_ids)
+        named = output and output / f"{slug(result.label or '') or 'diagnosis'}.json"
+        for path in (json, named):
+            if path and not (early and is_stream(path)):
+                result.write(path)
+        return result
+
     found = run_diagnosis(
         lm,
         tokens,
@@ -63,25 +85,37 @@ def diagnose(
         bytes_per_token=bytes_per_token,
         chunk_size=chunk_size,
         explain=explain,
+        against=before,
+        control=plain,
         seed=seed,
+        save=lambda diagnosis: write(diagnosis.result(), early=True),
     )
-    found = replace(found, tokenizer=own_tokenizer.name, prefix_ids=list(own_tokenizer.prefix_ids))
-    out.print(levels_table([found]))
+    found = write(found)
+    runs = [run for run in (before, plain, found) if run]
+    out.print(levels_table(runs))
     for line in findings(found):
         out.print(line, soft_wrap=True)
-    if json:
-        found.write(json)
     if output:
-        found.write(output / f"{slug(label) or 'diagnosis'}.json")
-        write_report([found], output / "report.html")
+        write_report(runs, output / "report.html")
 
 
-def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str, **options: Any) -> DiagnosisResult:
+def _read(path: Path) -> DiagnosisResult:
+    from longroll.errors import LongrollError
+    from longroll.results import DiagnosisResult, read_results
+
+    otherwise = f"is no diagnosis: make one with `longroll diagnose MODEL --json {path}`."
+    runs = read_results(path, DiagnosisResult, otherwise=otherwise)
+    if len(runs) > 1:
+        raise LongrollError(f"{path} holds {len(runs)} diagnoses: give a file of one.")
+    return runs[0]
+
+
+def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **options: Any) -> DiagnosisResult:
     """`longroll.diagnose` with a progress bar; its result."""
     from longroll.cli._console import stages
     from longroll.measure import diagnose
 
-    with stages(label) as advance:
+    with stages(label or lm.name) as advance:
         return diagnose(lm, tokens, label=label, progress=advance, **options).result()
 
 

@@ -59,19 +59,6 @@ def loss(
     with progress("measuring", total=length) as advance:
         found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance)
     seconds = time.perf_counter() - began
-    curve = found.curve(per_octave=1)
-    table = Table(title=f"{model}: {tokens.shape[0]} texts, {tokens[:, 1:].numel() / seconds:,.0f} tokens/s")
-    for column in ("positions", "loss (nats)", "95 % interval", "perplexity", "bits per byte"):
-        table.add_column(column, justify="right")
-    for i, mean in enumerate(curve["loss"]):
-        table.add_row(
-            f"{curve['start'][i]}-{curve['stop'][i]}",
-            f"{mean:.4f}",
-            f"{curve['low'][i]:.4f} - {curve['high'][i]:.4f}",
-            f"{math.exp(mean):.3f}" if mean < 700 else "inf",
-            f"{mean / math.log(2) / bytes_per_token:.4f}",
-        )
-    out.print(table)
     result = LossResult.from_json(
         {
             "model": lm.name,
@@ -88,6 +75,19 @@ def loss(
     for file in (json, output and output / "loss.json"):
         if file:
             result.write(file)
+    curve = found.curve(per_octave=1)
+    table = Table(title=f"{model}: {tokens.shape[0]} texts, {tokens[:, 1:].numel() / seconds:,.0f} tokens/s")
+    for column in ("positions", "loss (nats)", "95 % interval", "perplexity", "bits per byte"):
+        table.add_column(column, justify="right")
+    for i, mean in enumerate(curve["loss"]):
+        table.add_row(
+            f"{curve['start'][i]}-{curve['stop'][i]}",
+            f"{mean:.4f}",
+            f"{curve['low'][i]:.4f} - {curve['high'][i]:.4f}",
+            "inf" if mean > 700 else f"{math.exp(mean):.3f}",
+            f"{mean / math.log(2) / bytes_per_token:.4f}",
+        )
+    out.print(table)
 
 
 @t.task_command(app, lengths="256,1k,4k,16k")

@@ -32,7 +32,6 @@ from longroll.model import RecurrentLM
 from longroll.results import DiagnosisResult, provenance
 
 Verdict = Literal["healthy", "fades", "explodes"]
-Run = Any
 
 TOLERANCE = 0.05
 """Nats: a loss above that of a fresh start by less than this is not called a break."""
@@ -82,8 +81,8 @@ def diagnose(
     bytes_per_token: float | None = None,
     chunk_size: int | None = None,
     explain: bool = True,
-    against: Run | None = None,
-    control: Run | None = None,
+    against: Diagnosis | DiagnosisResult | Mapping[str, Any] | None = None,
+    control: Diagnosis | DiagnosisResult | Mapping[str, Any] | None = None,
     seed: int = 0,
     save: Callable[[Diagnosis], object] | None = None,
     progress: Progress | None = None,
@@ -106,8 +105,8 @@ def diagnose(
         chunk_size: tokens of a row in one forward.
         explain: measure remembrance too, which states left their range, and which of them do the damage:
             about three times the work.
-        against: the diagnosis of the model before a repair, or its JSON: the sentence names the price.
-        control: the same of a model that took plain steps from zero states.
+        against: a diagnosis of the model before a repair, or its JSON: the sentence names the price.
+        control: likewise of a model that took plain steps from zero states.
         seed: of the bootstrap, the permutations and the noise that states are compared with.
         save: called with the diagnosis as far as the losses tell it, before causes are looked for.
         progress: see `Progress`.
@@ -142,9 +141,9 @@ def diagnose(
         "bytes_per_token": bytes_per_token,
     }
     others = {"against": against, "control": control}
-    runs = {name: run if isinstance(run, Mapping) else run.to_json() for name, run in others.items() if run}
+    runs = {name: _result(run, f"`{name}`") for name, run in others.items() if run is not None}
     for name, run in runs.items():
-        check_comparable(details, run, f"`{name}`")
+        check_comparable(run, train_length, bytes_per_token, f"`{name}`")
     watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
     rolled = time.perf_counter()
     with Float16Watch(lm) as activations:
@@ -179,12 +178,13 @@ def diagnose(
         "texts": text_losses(tokens, carried, train_length),
         "states": watch and watch.statistics.statistics().to_json(),
     }
-    comparisons = {name: compare(details | {"levels": levels}, run, seed=seed) for name, run in runs.items()}
+    diagnosis = Diagnosis(verdict, edge, severity, levels, "", "", details)
+    comparisons = {name: compare(diagnosis.result(), run, seed=seed) for name, run in runs.items()}
     details["comparisons"] = {name: comparison.to_json() for name, comparison in comparisons.items()}
     prices = ", ".join(comparison.price for comparison in comparisons.values())
-    made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
     sentence = _sentence(verdict, edge, severity, length, prices)
-    diagnosis = Diagnosis(verdict, edge, severity, levels, sentence, "", details | {"provenance": made})
+    made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
+    diagnosis = replace(diagnosis, sentence=sentence, details=details | {"provenance": made})
     if save is not None:
         save(diagnosis)
     precision = check_precision(lm, tokens, carried, activations, train_length)
@@ -229,6 +229,12 @@ def diagnose(
     if precision.sentence:
         sentence = f"{sentence} {precision.sentence}"
     return Diagnosis(verdict, edge, severity, levels, sentence, advice.sentence, details)
+
+
+def _result(run: Diagnosis | DiagnosisResult | Mapping[str, Any], source: str) -> DiagnosisResult:
+    if isinstance(run, Diagnosis):
+        return run.result()
+    return run if isinstance(run, DiagnosisResult) else DiagnosisResult.from_json(run, source=source)
 
 
 def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:

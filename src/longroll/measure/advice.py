@@ -88,7 +88,7 @@ def after_repair(model: str, repair: str | None, price: Comparison | None) -> Ad
         return Advice(
             None,
             f"{holds}, at a price in range. A lower one may do: fewer steps, a tenth of the rows from zero "
-            "(`zero_probability`), or TBPTT.",
+            "states, or TBPTT.",
         )
     return Advice(None, f"{holds}: keep it.")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.measure._position_loss import PositionLoss
 from longroll.measure.bootstrap import bootstrap_mean
+from longroll.results import DiagnosisResult
 
 _BYTES = 0.01  # by which the bytes of a token may differ: more is another tokenizer
 
@@ -64,12 +64,14 @@ class Comparison:
         if not math.isfinite(paid.mean):
             return f"without a finite loss in range to compare {against}"
         if paid.low is None or paid.high is None:
-            return f"{_signed(paid.mean)} nats in range {against}, which holds no interval: measure it again"
-        interval = f"({_signed(paid.low)} to {_signed(paid.high)})"
+            way = "lower" if paid.mean < 0 else "higher"
+            size = _nats(abs(paid.mean))
+            return f"reads {size} nats {way} in range {against}, without an interval: measure both again"
+        interval = f"({_nats(paid.low)} to {_nats(paid.high)})"
         if not paid.sign:
             return f"no cost in range shows {against} {interval}"
         verb = "costs" if paid.sign > 0 else "gains"
-        return f"{verb} {_signed(abs(paid.mean))} nats in range {against} {interval}"
+        return f"{verb} {_nats(abs(paid.mean))} nats in range {against} {interval}"
 
 
 def text_losses(tokens: Tensor, carried: PositionLoss, train_length: int) -> dict[str, Any]:
@@ -92,35 +94,36 @@ def text_losses(tokens: Tensor, carried: PositionLoss, train_length: int) -> dic
     }
 
 
-def compare(run: Mapping[str, Any], other: Mapping[str, Any], *, seed: int = 0) -> Comparison:
-    """Compare two diagnoses, given as their JSON.
+def compare(run: DiagnosisResult, other: DiagnosisResult, *, seed: int = 0) -> Comparison:
+    """Compare two diagnoses.
 
     Args:
         run: the one to be judged.
         other: of the model before, or of a control.
         seed: of the bootstrap.
     """
-    same_end = run.get("max_position") == other.get("max_position")
+    same_end = run.max_position == other.max_position
     return Comparison(
-        str(other.get("label") or "another run"),
+        other.label or "another run",
         _difference(run, other, "in_range", seed),
         _difference(run, other, "far", seed) if same_end else None,
     )
 
 
-def check_comparable(run: Mapping[str, Any], other: Mapping[str, Any], argument: str) -> None:
-    """Refuse runs whose losses are not of the same kind of token or not of the same range.
+def check_comparable(
+    other: DiagnosisResult, train_length: int, bytes_per_token: float | None, argument: str
+) -> None:
+    """Refuse another run whose losses are of another range or of another kind of token.
 
     Raises:
         LongrollError: naming `argument`, which gave `other`.
     """
-    lengths = run.get("train_length"), other.get("train_length")
-    if lengths[0] != lengths[1]:
+    if other.train_length != train_length:
         raise LongrollError(
-            f"{argument} was trained at {lengths[1]} tokens and this model at {lengths[0]}: their losses in "
-            "range are of other positions. Give both the same train_length."
+            f"{argument} was trained at {other.train_length} tokens and this model at {train_length}: their "
+            "losses in range are of other positions. Give both the same `train_length`."
         )
-    sizes = [one.get("bytes_per_token") or math.nan for one in (run, other)]
+    sizes = [size or math.nan for size in (bytes_per_token, other.bytes_per_token)]
     if max(sizes) > (1 + _BYTES) * min(sizes):
         raise LongrollError(
             f"{argument} has tokens of {sizes[1]:.2f} bytes and this run of {sizes[0]:.2f}: nats of two "
@@ -128,15 +131,14 @@ def check_comparable(run: Mapping[str, Any], other: Mapping[str, Any], argument:
         )
 
 
-def _difference(run: Mapping[str, Any], other: Mapping[str, Any], level: str, seed: int) -> Difference:
-    texts = [one.get("texts") or {} for one in (run, other)]
-    if not all(kept.get(level) for kept in texts):
-        means = [_number((one.get("levels") or {}).get(level)) for one in (run, other)]
-        return Difference(means[0] - means[1], None, None, False)
+def _difference(run: DiagnosisResult, other: DiagnosisResult, level: str, seed: int) -> Difference:
+    if run.texts is None or other.texts is None:
+        return Difference(run.level(level) - other.level(level), None, None, False)
     ours, theirs = (
-        torch.tensor([_number(value) for value in kept[level]], dtype=torch.float64) for kept in texts
+        torch.tensor([math.nan if x is None else x for x in getattr(texts, level)], dtype=torch.float64)
+        for texts in (run.texts, other.texts)
     )
-    if texts[0].get("fingerprint") == texts[1].get("fingerprint") and len(ours) == len(theirs):
+    if run.texts.fingerprint == other.texts.fingerprint and len(ours) == len(theirs):
         mean, low, high = (t.item() for t in bootstrap_mean((ours - theirs)[:, None], seed=seed))
         return Difference(mean, low, high, True)
     return _unpaired(ours, theirs, seed)
@@ -155,10 +157,6 @@ def _unpaired(ours: Tensor, theirs: Tensor, seed: int) -> Difference:
     )
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _signed(nats: float) -> str:
+def _nats(nats: float) -> str:
     """Nats to two places, to three where two would show next to nothing."""
     return f"{nats:.2f}" if abs(nats) >= 0.095 else f"{nats:.3f}"

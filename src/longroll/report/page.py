@@ -45,6 +45,7 @@ def render(runs: Sequence[AnyRun], *, title: str | None = None) -> str:
         further=further,
         summary=verdict.summary(styled),
         levels=verdict.levels(styled),
+        notes=verdict.notes(styled),
         level_unit="bits per byte" if common_unit(runs) == "bits_per_byte" else "nats per token",
         plates=[_drawn(plate, f"p{i}") for i, plate in enumerate(plates(runs))],
         made=[_made(run, style) for run, style in styled],

@@ -49,7 +49,7 @@ class Level:
 
 def statements(styled: Styled) -> tuple[list[Statement], list[Statement]]:
     """Return the headline (the base, then the best other run) and the statements on all further runs."""
-    said = [_statement(run, style) for run, style in styled]
+    said = [_statement(run, style, _price(run, styled)) for run, style in styled]
     if len(styled) == 1:
         return said, []
     best = _best(styled)
@@ -90,7 +90,41 @@ def levels(styled: Styled) -> list[Level]:
     return rows
 
 
-def _statement(run: Run, style: RunStyle) -> Statement:
+def notes(styled: Styled) -> list[str]:
+    """Say of every run in what it was measured unlike the first, so that its levels differ by that too."""
+    (first, first_style), *others = styled
+    said = []
+    for run, style in others:
+        for name, (mine, base) in {
+            "texts": (run.sequences, first.sequences),
+            "positions": (run.max_position, first.max_position),
+            "dtype": (run.provenance and run.provenance.dtype, first.provenance and first.provenance.dtype),
+        }.items():
+            if mine and base and mine != base:
+                said.append(f"{style.label} has {name} {mine}, {first_style.label} {base}.")
+        prints = [one.texts.fingerprint for one in (run, first) if one.texts]
+        if len(set(prints)) > 1 and run.sequences == first.sequences:
+            said.append(f"{style.label} was measured on other texts than {first_style.label}.")
+    return said
+
+
+def _price(run: Run, styled: Styled) -> str:
+    """What a run costs in range against the base and the control; nothing where its sentence says it."""
+    base = styled[0][0]
+    others = [base, *(other for other, style in styled if style.role == "none")]
+    if run is base or run.comparisons or len(train_lengths([run, *others])) > 1:
+        return ""
+    if common_unit([run, *others]) != "perplexity":
+        return ""
+    from longroll.measure.compare import compare
+
+    compared = [compare(run, other) for other in others if other is not run]
+    prices = [comparison.price for comparison in compared if comparison.in_range.low is not None]
+    text = ", ".join(prices)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _statement(run: Run, style: RunStyle, price: str) -> Statement:
     word = run.verdict
     plain = {
         "healthy": "Holds at every length measured.",
@@ -103,7 +137,7 @@ def _statement(run: Run, style: RunStyle) -> Statement:
     # what to do next is said to the model that was diagnosed, not to its repairs
     advice = " ".join([*rest, (run.advice and run.advice.sentence) or ""]).strip()
     advice = advice if style.role == "base" else ""
-    return Statement(style, word, units.typeset(first), units.typeset(advice))
+    return Statement(style, word, units.typeset(f"{first} {price}".strip()), units.typeset(advice))
 
 
 def _cell(run: Run, key: str, unit: str, base: float | None) -> Cell:
