@@ -207,3 +207,45 @@ def test_unwritable_path_is_said_clearly(tmp_path):
     with pytest.raises(LongrollError, match="Cannot write"):
         write_report([run("base")], tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]  # no temporary file is left
+
+
+def bare(label, *, sequences=4, fingerprint="a", level=1.4, **changes):
+    """A run of a verdict, levels and the losses of its texts, each a little apart."""
+    rows = [level + 0.3 * i for i in range(sequences)]
+    mean = sum(rows) / sequences
+    return {
+        "label": label, "verdict": "healthy", "sentence": "Holds to 8k: the loss stays at its level.",
+        "train_length": 128, "max_position": 8192, "sequences": sequences,
+        "levels": {"in_range": mean, "far": mean}, **changes,
+        "texts": {"fingerprint": fingerprint, "in_range": rows, "far": rows},
+    }  # fmt: skip
+
+
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
+def test_prices_of_repairs_are_named_against_base_and_control():
+    text = text_of(render([bare("base"), bare("sp", level=1.95), bare("none", level=1.42)]))
+    assert "Costs 0.55 nats in range against base (0.55 to 0.55), costs 0.53 nats" in text
+    assert "in range against none (0.53 to 0.53)" in text
+    assert "Costs 0.020 nats in range against base" in text  # the control's own
+    same = text_of(render([bare("base"), bare("sp")]))
+    assert "No cost in range shows against base (0.000 to 0.000)" in same
+
+
+def test_a_price_in_the_sentence_is_not_said_twice():
+    comparisons = {"against": {"label": "base", "in_range": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
+    told = bare("sp", sentence="Holds to 8k; costs 0.50 nats in range.", comparisons=comparisons)
+    assert "against base" not in text_of(render([bare("base"), told]))
+
+
+def test_runs_measured_otherwise_are_marked():
+    text = text_of(render([bare("base"), bare("sp", sequences=16), bare("tbptt", fingerprint="b")]))
+    assert "sp was measured on 16 texts, base on 4 texts." in text
+    assert "tbptt was measured on other texts than base." in text
+    other = bare("sp", max_position=4096, provenance={"dtype": "float16"})
+    text = text_of(render([bare("base", provenance={"dtype": "float32"}), other]))
+    assert "sp was measured to position 4096, base to position 8192." in text
+    assert "sp was measured in float16, base in float32." in text
+    assert "was measured" not in text_of(render([bare("base"), bare("sp")]))

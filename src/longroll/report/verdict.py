@@ -95,13 +95,14 @@ def notes(styled: Styled) -> list[str]:
     (first, first_style), *others = styled
     said = []
     for run, style in others:
-        for name, (mine, base) in {
-            "texts": (run.sequences, first.sequences),
-            "positions": (run.max_position, first.max_position),
-            "dtype": (run.provenance and run.provenance.dtype, first.provenance and first.provenance.dtype),
+        for how, (mine, base) in {
+            "on {} texts": (run.sequences, first.sequences),
+            "to position {}": (run.max_position, first.max_position),
+            "in {}": (run.provenance and run.provenance.dtype, first.provenance and first.provenance.dtype),
         }.items():
             if mine and base and mine != base:
-                said.append(f"{style.label} has {name} {mine}, {first_style.label} {base}.")
+                here, there = how.format(mine), how.format(base)
+                said.append(f"{style.label} was measured {here}, {first_style.label} {there}.")
         prints = [one.texts.fingerprint for one in (run, first) if one.texts]
         if len(set(prints)) > 1 and run.sequences == first.sequences:
             said.append(f"{style.label} was measured on other texts than {first_style.label}.")
