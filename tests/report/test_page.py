@@ -235,7 +235,8 @@ def test_prices_of_repairs_are_named_against_base_and_control():
 
 
 def test_a_price_in_the_sentence_is_not_said_twice():
-    comparisons = {"against": {"label": "base", "in_range": {"mean": 0.5, "low": 0.4, "high": 0.6}}}
+    price = {"mean": 0.5, "low": 0.4, "high": 0.6, "paired": True}
+    comparisons = {"against": {"label": "base", "in_range": price, "far": None}}
     told = bare("sp", sentence="Holds to 8k; costs 0.50 nats in range.", comparisons=comparisons)
     assert "against base" not in text_of(render([bare("base"), told]))
 
