@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, Mamba2F
 
 import longroll
 from longroll import Family, LongrollError
-from longroll.families import FAMILIES
+from longroll.families import FAMILIES, register_packages
 
 CONFIG = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8,
@@ -145,6 +145,7 @@ def test_a_broken_package_is_named_and_harms_nothing_else(checkpoint, tmp_path, 
         longroll.families.family_of("unheard_of")
     with pytest.raises(LongrollError, match="The package broken_family ") as caught:
         longroll.load(checkpoint)
+    assert register_packages() == [str(caught.value)]
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 

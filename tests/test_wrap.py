@@ -1,15 +1,20 @@
 """`longroll.wrap`: a module of one's own obeys the laws of every family, or is refused by name."""
 
 import re
+import typing
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 import longroll
+import zoo
 from longroll import LongrollError
 from longroll.conformance import laws
+from longroll.families._state_tree import Leaf
 from longroll.state import RecurrentState, StateKey
 from own_modules import RNN, VOCAB, WIDTH, Recurrence
 
@@ -197,6 +202,8 @@ def grow(hidden, state):
         (Lambda(lambda hidden, state: (hidden, {"h": state, "n": 3})), "returns int as n"),
         (Lambda(lambda hidden, state: (hidden, state.sum(0))), "no axis is the batch"),
         (Lambda(lambda hidden, state: (hidden, state @ state.mT)), "more than one axis may be the batch"),
+        (Lambda(lambda hidden, state: (hidden, torch.complex(state, state))), "state is complex"),
+        (Lambda(lambda hidden, state: (hidden, {"a.b": state, "a": {"b": state}})), "have one name"),
         (Lambda(grow), "needs a family of its own (longroll.register_family)"),
         (nn.Embedding(VOCAB, VOCAB), "forward(ids, state) fails where state is None"),
         (nn.GRU(2, 2), "forward(ids, state) fails where state is None"),
@@ -207,6 +214,64 @@ def test_what_is_wrong_is_named(module, words):
     with pytest.raises(LongrollError, match=re.escape(words)) as caught:
         longroll.wrap(module, vocab_size=VOCAB, name="mine")
     assert str(caught.value).startswith("mine") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"module": "gru"}, "`module` is a str, not an nn.Module"),
+        ({"module": zoo.build("mamba")}, "use longroll.RecurrentLM"),
+        ({"module": zoo.lm_of("mamba")}, "is a RecurrentLM: it needs no wrap"),
+        ({"vocab_size": 0}, "`vocab_size` is 0"),
+        ({"vocab_size": 2.0}, "`vocab_size` is 2.0"),
+        ({"train_length": -3}, "`train_length` is -3"),
+        ({"head": "out"}, "`head` is 'out': give a submodule"),
+        ({"head": nn.Linear(3, VOCAB)}, "`head` fails on what forward returns, a tensor of shape (2, 3, 29)"),
+        ({"vocab_size": VOCAB + 1}, "and vocab_size is 30"),
+    ],
+)
+def test_arguments_are_checked(arguments, words):
+    with pytest.raises(LongrollError, match=re.escape(words)):
+        longroll.wrap(**({"module": Recurrence(), "vocab_size": VOCAB} | arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_of_every_precision(dtype):
+    lm = wrapped("stacked", dtype=dtype)
+    assert {t.dtype for t in lm.zero_state(2).values()} == {dtype}
+    again = lm.to(torch.float64)  # zeros that stand for missing parts follow the weights
+    logits, state = again(tokens(2, 3), again.zero_state(2).part("recurrent"))
+    assert {t.dtype for t in (logits, *state.values())} == {torch.float64}
+
+
+class Named(typing.NamedTuple):
+    h: torch.Tensor
+    started: torch.Tensor
+
+
+def test_named_tuples_and_flags():
+    module = Lambda(lambda hidden, state: (hidden, Named(state, torch.ones(len(state)).bool())))
+    module.start = lambda state: state.h
+    lm = longroll.wrap(module, vocab_size=VOCAB)
+    assert {leaf.path: leaf.part for leaf in lm.model.tree.leaves} == {
+        "h": "recurrent",
+        "started": "attention",
+    }
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_a_leaf_is_split_and_joined(shape, data):
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    tensor = torch.randn(shape)
+    keys = tuple(StateKey(i, "recurrent") for i in range(shape[0] if axis else 1))
+    rest = tuple(size for i, size in enumerate(shape) if i != axis)
+    leaf = Leaf("h", axis, "recurrent", rest, None, keys)
+    parts = leaf.split(tensor)
+    assert all(t.shape[0] == shape[axis] and t.ndim > 1 for t in parts.values())
+    assert torch.equal(leaf.join(parts, shape[axis], tensor.dtype, tensor.device), tensor)
+    zero = leaf.join({}, shape[axis], tensor.dtype, tensor.device)
+    assert torch.equal(zero, torch.zeros_like(tensor))
 
 
 def test_a_head_is_given_and_never_inferred():

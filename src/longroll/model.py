@@ -245,6 +245,8 @@ def wrap(
         LongrollError: for a forward or a state that is not as said here, arguments that do not fit them, and
             a failed self-check; it names the tensor.
     """
+    if isinstance(module, RecurrentLM):
+        raise LongrollError(f"{module.name} is a RecurrentLM: it needs no wrap.")
     model = PlainModel(
         module,
         vocab_size=vocab_size,

@@ -86,12 +86,13 @@ def examine() -> dict[str, Any]:
     import torch
 
     from longroll.errors import LongrollError
-    from longroll.families import FAMILIES
+    from longroll.families import FAMILIES, register_packages
     from longroll.model import load
     from longroll.results import provenance
 
     made = provenance(seed=0, seconds=0.0)
     gpu = torch.cuda.is_available()
+    problems = register_packages()
     rows = [
         {
             "family": name,
@@ -101,7 +102,8 @@ def examine() -> dict[str, Any]:
         }
         for name, family in FAMILIES.items()
     ]
-    problems = [] if gpu else ["no GPU: fine for small models; a 370m model takes hours here"]
+    if not gpu:
+        problems.append("no GPU: fine for small models; a 370m model takes hours here")
     try:
         load("specimen")
         specimen = "specimen: loads, self-check passed"

@@ -4,7 +4,7 @@ from longroll.families.architectures import FAMILIES, Family
 from longroll.families.fla_models import model_class
 from longroll.families.original_mamba import is_original, load_original
 from longroll.families.plain import MODEL_TYPE, PlainFamily, PlainModel
-from longroll.families.registry import BUILT_IN, family_of, known_family, register_family
+from longroll.families.registry import BUILT_IN, family_of, known_family, register_family, register_packages
 from longroll.families.rwkv_pth import is_rwkv_file, load_rwkv
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "load_rwkv",
     "model_class",
     "register_family",
+    "register_packages",
 ]

@@ -129,7 +129,11 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
     """
     pairs, _ = pytree.tree_flatten_with_path(tree)
     found = {".".join(map(_name, path)) or LONE: leaf for path, leaf in pairs}
+    if len(found) < len(pairs):
+        raise LongrollError(f"tensors of the state have one name: {', '.join(found)}.")
     for path, leaf in found.items():
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            raise LongrollError(f"{path} is complex: return torch.view_as_real of it, real numbers only.")
         if not isinstance(leaf, Tensor):
             raise LongrollError(
                 f"forward returns {type(leaf).__name__} as {path}: a state is a tensor, or a tuple, list or "

@@ -70,7 +70,8 @@ class PlainModel(PreTrainedModel):
         part: Mapping[str, Part] | None = None,
     ) -> None:
         name = name or type(module).__name__
-        super().__init__(PlainConfig(vocab_size, train_length=train_length, name_or_path=name))
+        _check_arguments(module, vocab_size, train_length, head)
+        super().__init__(PlainConfig(vocab_size, train_length=train_length, built=name, name_or_path=name))
         self.module = module
         self._head_function, self._head_path = head, None
         if isinstance(head, nn.Module):  # by path: deepcopy and peft may put another module there
@@ -185,7 +186,8 @@ class PlainModel(PreTrainedModel):
                 seen[rows, tokens] = self._try(self._ids(rows, tokens), None)
         output, first = seen[_ROWS[0], _TOKENS[0]]
         self.config.hidden_size = output.shape[-1]
-        logits = self.head(output)
+        with _failing(f"`head` fails on what forward returns, {_kind(output)}"):
+            logits = self.head(output)
         if not isinstance(logits, Tensor) or logits.shape != (*output.shape[:2], vocabulary):
             returns = "head gives" if self.has_head else "forward returns"
             mend = "" if self.has_head else " If these are hidden states, give head=."
@@ -236,14 +238,9 @@ class PlainModel(PreTrainedModel):
 
     def _try(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         with unwritten(state):
-            try:
+            given = "None, which is the zero state" if state is None else "one that it returned"
+            with _failing(f"forward(ids, state) fails where state is {given}"):
                 return self(ids, state, logits=False)
-            except LongrollError:
-                raise
-            except Exception as error:
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
-                given = "None, which is the zero state" if state is None else "a state that it returned"
-                raise LongrollError(f"forward(ids, state) fails where state is {given}: {said}") from error
 
     def _ids(self, rows: int, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -294,6 +291,33 @@ def _saying(name: str) -> Iterator[None]:
         yield
     except LongrollError as error:
         raise LongrollError(f"{name}: {error}") from error.__cause__
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Say in one line what an error of the user's code means."""
+    try:
+        yield
+    except LongrollError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise LongrollError(f"{what}: {said}") from error
+
+
+def _check_arguments(module: Any, vocab_size: int, train_length: int | None, head: Any) -> None:
+    if isinstance(module, PreTrainedModel):
+        raise LongrollError(
+            f"`module` is a {type(module).__name__}: for a model of transformers use longroll.RecurrentLM, and "
+            "longroll.register_family where longroll does not know it."
+        )
+    if not isinstance(module, nn.Module):
+        raise LongrollError(f"`module` is a {type(module).__name__}, not an nn.Module.")
+    if head is not None and not callable(head):
+        raise LongrollError(f"`head` is {head!r}: give a submodule of the module, or a function.")
+    for name, size in (("vocab_size", vocab_size), ("train_length", train_length)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise LongrollError(f"`{name}` is {size!r}: give a number, 1 or above.")
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

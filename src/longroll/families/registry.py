@@ -72,6 +72,17 @@ def known_family(model_type: str | None) -> Family | None:
     return FAMILIES.get(model_type)  # type: ignore[arg-type]
 
 
+def register_packages() -> list[str]:
+    """Register every family that an installed package names; what is wrong with one is a line."""
+    problems = []
+    for model_type in _entry_points():
+        try:
+            known_family(model_type)
+        except LongrollError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _entry_points() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
