@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, named
 
 Build = Callable[[str], Any]
 """`build(name) -> RecurrentLM | nn.Module | PreTrainedModel`."""
@@ -60,5 +60,4 @@ class Plugin:
         except LongrollError as error:
             raise LongrollError(f"`plugin` {self.name}: {error}") from error
         except (Exception, SystemExit) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise LongrollError(f"`plugin` {self.name} fails: {said}") from error
+            raise LongrollError(f"`plugin` {self.name} fails: {named(error)}") from error

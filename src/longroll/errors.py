@@ -15,3 +15,8 @@ class LongrollError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, short enough to stand inside one line of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def named(error: BaseException) -> str:
+    """What an exception of the user's own code says, with its class, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

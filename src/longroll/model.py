@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from longroll._plugins import Build, Plugin
 from longroll._self_check import check_chunks, check_gradients, check_pure, check_weights
 from longroll.checkpoint import Checkpoint, common_dtype, stored_tensors, unused_names, weight_files
-from longroll.errors import LongrollError, first_line
+from longroll.errors import LongrollError, first_line, named
 from longroll.families import (
     BUILT_IN,
     MODEL_TYPE,
@@ -425,8 +425,9 @@ def _load_code(source: str, config: dict) -> None:
         try:
             get_class_from_dynamic_module(reference, source)
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise LongrollError(f"{source}: its code cannot be loaded ({reference}): {said}") from error
+            raise LongrollError(
+                f"{source}: its code cannot be loaded ({reference}): {named(error)}"
+            ) from error
 
 
 def _build(plugin: Plugin, name: str) -> RecurrentLM:
@@ -507,8 +508,9 @@ def _logits_width(module: nn.Module) -> int:
     try:
         return module(ids, None)[0].shape[-1]
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise LongrollError(f"{type(module).__name__}: forward(ids, None) gives no logits: {said}") from error
+        raise LongrollError(
+            f"{type(module).__name__}: forward(ids, None) gives no logits: {named(error)}"
+        ) from error
 
 
 def _local_folder(source: str, *, only_config: bool = False) -> Path:

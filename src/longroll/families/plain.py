@@ -15,20 +15,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, named
 from longroll.families._family import Family, unwrapped
 from longroll.families._padding import Padding
-from longroll.families._state_tree import Leaf, StateTree, batch_axes, check_paths, keys_of, named_leaves
+from longroll.families._probe import describe, probe, unwritten
 from longroll.state import Part, RecurrentState, StateKey
 
 MODEL_TYPE = "longroll_module"
-_ROWS, _TOKENS = (2, 3), (3, 5)  # of the forwards that show how a state is laid out
-_TAIL = 16  # tokens after which a short convolution has forgotten
-
 Head = Callable[[Tensor], Tensor]
 
 
@@ -83,7 +79,7 @@ class PlainModel(PreTrainedModel):
         self.post_init()
         self.all_tied_weights_keys = self._tied_weights_keys = _tied(self)
         with _saying(name):
-            self.tree = self._probe(batch_axis, dict(part or {}))
+            self.tree = probe(self, batch_axis, dict(part or {}))
 
     def init_weights(self) -> None:
         """Leave the weights as they are: transformers would draw new ones."""
@@ -92,11 +88,11 @@ class PlainModel(PreTrainedModel):
         """Logits, or what the module returns before the head, and the state as the module lays it out."""
         returned = self.module(input_ids, state)
         if not isinstance(returned, tuple | list) or len(returned) != 2:
-            raise LongrollError(f"forward returns {_kind(returned)}, not (logits, state).")
+            raise LongrollError(f"forward returns {describe(returned)}, not (logits, state).")
         output, final = returned
         if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[:2] != input_ids.shape:
             raise LongrollError(
-                f"forward returns {_kind(output)} for ids {tuple(input_ids.shape)}: its first output "
+                f"forward returns {describe(output)} for ids {tuple(input_ids.shape)}: its first output "
                 "is (batch, tokens, ...)."
             )
         return (self.head(output) if logits else output), final
@@ -151,8 +147,7 @@ class PlainModel(PreTrainedModel):
                 tensors |= load_file(file, device=str(self.device))
             missing, strange = self.load_state_dict(tensors, strict=False)
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise LongrollError(f"{folder}: its weights cannot be loaded: {said}") from error
+            raise LongrollError(f"{folder}: its weights cannot be loaded: {named(error)}") from error
         missing = [name for name in missing if name not in self.all_tied_weights_keys]
         for problem, names in (("are missing", missing), ("are not the module's", strange)):
             if names:
@@ -175,113 +170,10 @@ class PlainModel(PreTrainedModel):
         """How the state is laid out."""
         return f"vocab_size={self.config.vocab_size}, state=({self.tree})"
 
-    @torch.no_grad()
-    def _probe(self, batch_axis: int | Mapping[str, int] | None, part: dict[str, Part]) -> StateTree:
-        """See how the state is laid out: in forwards of several sizes, and from a state of noise."""
-        was_training, vocabulary = self.training, self.config.vocab_size
-        self.eval()
-        seen: dict[tuple[int, int], tuple[Tensor, Any]] = {}
-        for rows in _ROWS:
-            for tokens in _TOKENS:
-                seen[rows, tokens] = self._try(self._ids(rows, tokens), None)
-        output, first = seen[_ROWS[0], _TOKENS[0]]
-        self.config.hidden_size = output.shape[-1]
-        with _failing(f"`head` fails on what forward returns, {_kind(output)}"):
-            logits = self.head(output)
-        if not isinstance(logits, Tensor) or logits.shape != (*output.shape[:2], vocabulary):
-            returns = "head gives" if self.has_head else "forward returns"
-            mend = "" if self.has_head else " If these are hidden states, give head=."
-            raise LongrollError(f"{returns} {_kind(logits)}, and vocab_size is {vocabulary}.{mend}")
-        leaves = {sizes: named_leaves(final) for sizes, (_, final) in seen.items()}
-        for path, tensor in leaves[_ROWS[0], _TOKENS[0]].items():
-            longer = leaves[_ROWS[0], _TOKENS[1]][path]
-            if tensor.shape != longer.shape:
-                raise LongrollError(
-                    f"{path} has shape {tuple(tensor.shape)} after {_TOKENS[0]} tokens and "
-                    f"{tuple(longer.shape)} after {_TOKENS[1]}: a state that grows, as keys and values do, "
-                    "needs a family of its own (longroll.register_family)."
-                )
-        axes = batch_axes({rows: leaves[rows, _TOKENS[0]] for rows in _ROWS}, batch_axis)
-        examples = leaves[_ROWS[0], _TOKENS[0]]
-        check_paths("part", part, list(examples))
-        for path, chosen in part.items():
-            if chosen not in ("recurrent", "conv", "attention"):
-                raise LongrollError(f"part of {path}: {chosen!r} is not recurrent, conv or attention.")
-        _, spec = pytree.tree_flatten(first)
-        parts: dict[str, Part] = self._parts(spec, examples) | part
-        if "recurrent" not in parts.values():
-            raise LongrollError(
-                f"no tensor of the state is recurrent: {', '.join(f'{p} is {k}' for p, k in parts.items())}. "
-                "Set part={path: 'recurrent'} where that is wrong."
-            )
-        keys = keys_of(axes, parts, examples)
-        self.train(was_training)
-        return StateTree(
-            spec,
-            tuple(
-                Leaf(
-                    path,
-                    axes[path],
-                    parts[path],
-                    tuple(size for axis, size in enumerate(tensor.shape) if axis != axes[path]),
-                    None if tensor.dtype == self.dtype else tensor.dtype,
-                    keys[path],
-                )
-                for path, tensor in examples.items()
-            ),
-        )
-
     @property
     def has_head(self) -> bool:
         """Whether the module returns hidden states."""
         return bool(self._head_path or self._head_function)
-
-    def _try(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        with unwritten(state):
-            given = "None, which is the zero state" if state is None else "one that it returned"
-            with _failing(f"forward(ids, state) fails where state is {given}"):
-                return self(ids, state, logits=False)
-
-    def _ids(self, rows: int, tokens: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.config.vocab_size, (rows, tokens), generator=generator)
-        return ids.to(self.device)
-
-    def _parts(self, spec: Any, examples: Mapping[str, Tensor]) -> dict[str, Part]:
-        """The part of each leaf: what forgets where it started within a few tokens is a short convolution.
-
-        Integers (positions, token ids) are context, which goes under `attention`.
-        """
-        parts: dict[str, Part] = {
-            path: "recurrent" if t.is_floating_point() else "attention" for path, t in examples.items()
-        }
-        noise = {path: _noise(t, 0) if t.is_floating_point() else t.clone() for path, t in examples.items()}
-        ids = self._ids(_ROWS[0], _TAIL)
-        self._try(ids, _tree(noise, spec))  # a state written in place: said before autograd says it
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cudnn's GRU: not in eval mode
-            start = {path: t.clone().requires_grad_(t.is_floating_point()) for path, t in noise.items()}
-            output, after_one = self._try(ids[:, :1], _tree(start, spec))
-            _, after_all = self._try(ids, _tree(start, spec))
-            soon, late = named_leaves(after_one), named_leaves(after_all)
-            for path in start:
-                used = parts[path] == "recurrent" and _reaches([output, *soon.values()], start[path])
-                # of a final state that is detached nothing can be told: the self-check refuses it
-                if used and late[path].requires_grad and not _reaches([late[path]], start[path]):
-                    parts[path] = "conv"
-        return parts
-
-
-@contextlib.contextmanager
-def unwritten(state: Any) -> Iterator[None]:
-    """Raise a LongrollError where the block writes into a tensor of `state`."""
-    tensors = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor) and not t.is_inference()]
-    before = [t._version for t in tensors]
-    yield
-    if before != [t._version for t in tensors]:
-        raise LongrollError(
-            "forward writes in place into the state that it is given: make a new tensor (h = h * a, not "
-            "h *= a), since the caller may read the old state again."
-        )
 
 
 @contextlib.contextmanager
@@ -293,23 +185,11 @@ def _saying(name: str) -> Iterator[None]:
         raise LongrollError(f"{name}: {error}") from error.__cause__
 
 
-@contextlib.contextmanager
-def _failing(what: str) -> Iterator[None]:
-    """Say in one line what an error of the user's code means."""
-    try:
-        yield
-    except LongrollError:
-        raise
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise LongrollError(f"{what}: {said}") from error
-
-
 def _check_arguments(module: Any, vocab_size: int, train_length: int | None, head: Any) -> None:
     if isinstance(module, PreTrainedModel):
         raise LongrollError(
-            f"`module` is a {type(module).__name__}: for a model of transformers use longroll.RecurrentLM, and "
-            "longroll.register_family where longroll does not know it."
+            f"`module` is a {type(module).__name__}: for a model of transformers use longroll.RecurrentLM, "
+            "and longroll.register_family where longroll does not know it."
         )
     if not isinstance(module, nn.Module):
         raise LongrollError(f"`module` is a {type(module).__name__}, not an nn.Module.")
@@ -318,31 +198,6 @@ def _check_arguments(module: Any, vocab_size: int, train_length: int | None, hea
     for name, size in (("vocab_size", vocab_size), ("train_length", train_length)):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise LongrollError(f"`{name}` is {size!r}: give a number, 1 or above.")
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
-
-
-def _reaches(targets: list[Tensor], start: Tensor) -> bool:
-    ends = [t for t in targets if t.requires_grad]
-    weights = [_noise(t, 1) for t in ends]
-    if not ends:
-        return False
-    (gradient,) = torch.autograd.grad(ends, [start], weights, retain_graph=True, allow_unused=True)
-    return gradient is not None and bool(gradient.ne(0).any())
-
-
-def _tree(leaves: Mapping[str, Tensor], spec: Any) -> Any:
-    return pytree.tree_unflatten(list(leaves.values()), spec)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return (
-        f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
-    )
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -381,7 +236,7 @@ class PlainFamily(Family):
         """The module's class."""
         return type(model.module).__name__
 
-    def layer_kind(self, model: Any, key: StateKey) -> str:
+    def layerdescribe(self, model: Any, key: StateKey) -> str:
         """The module's own name of the state tensor."""
         return model.tree.path_of(key)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, named
 from longroll.families import fla_models  # noqa: F401 (fills the table)
 from longroll.families.architectures import FAMILIES, Family
 
@@ -95,10 +95,9 @@ def _load_entry(entry: EntryPoint) -> None:
         if isinstance(found, Family):
             register_family(entry.name, found)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise LongrollError(
             f"The package {package} names {entry.value} for the model type {entry.name!r} (entry points of "
-            f"{ENTRY_POINTS}), which cannot be loaded: {said}. Mend or remove {package}."
+            f"{ENTRY_POINTS}), which cannot be loaded: {named(error)}. Mend or remove {package}."
         ) from error
     if entry.name not in FAMILIES:
         raise LongrollError(
