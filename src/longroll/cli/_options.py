@@ -160,6 +160,24 @@ def read_corpus(
         )
 
 
+def read_training_text(
+    text: str, tokenizer: Tokenizer, *, column: str | None, max_tokens: int, seed: int
+) -> Corpus:
+    """The training split of a source; of a file of `messages` conversations, with the loss on answers."""
+    from longroll.data import ChatCorpus, HFTokenizer, is_chat, read_conversations
+    from longroll.errors import LongrollError
+
+    if not is_chat(text, column):
+        return read_corpus(text, tokenizer, split="train", column=column, max_tokens=max_tokens, seed=seed)
+    if not isinstance(tokenizer, HFTokenizer):
+        raise LongrollError(
+            f"{text} is chat data and the tokenizer {tokenizer.name} has no chat template: name one that has "
+            "by --tokenizer."
+        )
+    conversations = read_conversations(text, column=column, split="train")
+    return ChatCorpus.from_conversations(conversations, tokenizer, max_tokens=max_tokens)
+
+
 def read_sequences(
     text: str,
     tokenizer: Tokenizer,

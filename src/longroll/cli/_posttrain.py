@@ -143,14 +143,8 @@ def posttrain(
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     data: Any
     if task is None:
-        data = o.read_corpus(
-            text,
-            tok,
-            split="train",
-            column=text_column,
-            max_tokens=options.tokens * world_size() + 1,
-            seed=seed,
-        )
+        most = options.tokens * world_size() + 1
+        data = o.read_training_text(text, tok, column=text_column, max_tokens=most, seed=seed)
     else:
         data = t.training_rows(
             task, tok, options, intervention=intervention, haystack=haystack, instruction=instruction,

@@ -46,6 +46,18 @@ def read_rows(path: Path, text_column: str | None) -> Iterator[str]:
     return texts(_readable(rows, path, what), text_column, str(path))
 
 
+def read_columns(path: Path, column: str) -> Iterator[Row]:
+    """The rows of a file as they are, for columns that hold no text; of Parquet only `column`.
+
+    Raises:
+        LongrollError: the file is damaged or may not be read.
+    """
+    name = inner_name(path)
+    if name.endswith(".parquet"):
+        return _parquet_rows(path, column)
+    return _readable(_lines(path) if name.endswith(LINES) else _json(path), path, "rows of JSON")
+
+
 def texts(rows: Iterable[Row], text_column: str | None, where: str) -> Iterator[str]:
     """The text of each of `rows`; the column is chosen by the first one."""
     rows = iter(rows)
@@ -199,17 +211,38 @@ class _Cells(dict[str, str]):
         return iter(self.names)
 
 
+def _parquet_source(path: Path) -> Any:
+    """The file, or its bytes where it is compressed."""
+    import pyarrow as pa
+
+    if path.name.lower().endswith(".parquet"):
+        return path
+    with open_bytes(path) as file:
+        return pa.BufferReader(file.read())
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+    """The rows of a Parquet file's column, a few at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pa.parquet.ParquetFile(_parquet_source(path)) as table:
+            columns = [name for name in table.schema_arrow.names if name == column]
+            for batch in table.iter_batches(batch_size=64, columns=columns) if columns else ():
+                yield from batch.to_pylist()
+    except (pa.ArrowException, *DAMAGE, Unreadable) as problem:
+        said = " ".join(str(problem).split())[:200]
+        raise LongrollError(f"{path} cannot be read as Parquet: {said}") from None
+
+
 def _parquet(path: Path, text_column: str | None) -> Iterator[str]:
     """The text of a Parquet file's rows, a few at a time and no other column."""
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        source: Any = path
-        if not path.name.lower().endswith(".parquet"):
-            with open_bytes(path) as file:
-                source = pa.BufferReader(file.read())
-        with pa.parquet.ParquetFile(source) as table:
+        with pa.parquet.ParquetFile(_parquet_source(path)) as table:
             schema = table.schema_arrow
             strings = [field.name for field in schema if _is_text(field.type)]
             column = choose_column(schema.names, strings, text_column, str(path))

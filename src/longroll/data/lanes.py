@@ -63,12 +63,18 @@ class Lanes(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
         start, size, starts = self.windows[index // self.lanes, index % self.lanes].tolist()
-        input_ids = torch.full((self.length,), PADDING, dtype=torch.int64)
-        shift_labels = torch.full((self.length,), IGNORED, dtype=torch.int64)
-        if size:
-            ids = torch.from_numpy(self.ids[start : start + size + 1].astype(np.int64))
-            input_ids[:size], shift_labels[:size] = ids[:-1], ids[1:]
-        return {"input_ids": input_ids, "shift_labels": shift_labels, "starts": torch.tensor(bool(starts))}
+        return padded_window(self.ids[start : start + size + 1], self.length, starts=bool(starts))
+
+
+def padded_window(ids: np.ndarray, length: int, *, starts: bool) -> Item:
+    """The item of a window of tokens and the one after them, (at most length + 1,), padded on the right."""
+    input_ids = torch.full((length,), PADDING, dtype=torch.int64)
+    shift_labels = torch.full((length,), IGNORED, dtype=torch.int64)
+    size = max(0, len(ids) - 1)
+    if size:
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        input_ids[:size], shift_labels[:size] = tokens[:-1], tokens[1:]
+    return {"input_ids": input_ids, "shift_labels": shift_labels, "starts": torch.tensor(starts)}
 
 
 def _pieces(corpus: Corpus, length: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:

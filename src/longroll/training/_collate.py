@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from longroll.errors import LongrollError
 from longroll.training._batch import DROPPED, IGNORED
+
+logger = logging.getLogger("longroll")
 
 _FILLS = {"labels": IGNORED, "shift_labels": IGNORED, "attention_mask": 0, "starts": 0}
 
@@ -59,9 +61,7 @@ class Collator:
         dropped = [name for name, value in item.items() if name in DROPPED or not _numeric(value)]
         if new := sorted(set(dropped) - self._said):
             self._said.update(new)
-            warnings.warn(
-                f"Columns that no forward takes are dropped: {', '.join(new)}.", UserWarning, stacklevel=2
-            )
+            logger.warning("columns that no forward takes are dropped: %s", ", ".join(new))
         return {name: value for name, value in item.items() if name not in dropped}
 
     def _stacked(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -19,7 +19,15 @@ from transformers.trainer_utils import SchedulerType
 
 from longroll import ranks
 from longroll.checkpoint import Checkpoint
-from longroll.data import Corpus, Lanes, Windows, check_vocabulary
+from longroll.data import (
+    ChatCorpus,
+    ChatLanes,
+    ChatWindows,
+    Corpus,
+    Lanes,
+    Windows,
+    check_vocabulary,
+)
 from longroll.errors import LongrollError
 from longroll.files import try_folder
 from longroll.history import record
@@ -124,7 +132,8 @@ def posttrain(
 
     Args:
         lm: the model.
-        corpus: tokenised training text; or rows of a task (`longroll.tasks`), read in their order.
+        corpus: tokenised training text or conversations; or rows of a task (`longroll.tasks`), read in their
+            order.
         intervention: None is the plain control.
         options: how.
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
@@ -147,22 +156,9 @@ def posttrain(
     arguments = _arguments(lm, options, folder)  # the processes meet here
     if ranks.on_first(lambda: _is_done(output, resume)):
         return []
-    micro_steps = options.steps * options.accumulation
-    rows = options.batch_size * ranks.world_size()
-    data: Dataset
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
-    if not isinstance(corpus, Corpus):
-        data = corpus
-    elif isinstance(intervention, TBPTT):
-        if corpus.tokens < rows * options.length:
-            raise LongrollError(
-                f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
-                f"there are {corpus.tokens}: give more text, or a smaller `batch_size`."
-            )
-        data = Lanes(corpus, options.length, rows, steps=micro_steps, seed=options.seed)
-    else:
-        data = Windows(corpus, options.length, seed=options.seed, num_items=micro_steps * rows)
+    data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus
     started = describe_run(lm, corpus, options, intervention, ranks.world_size())
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
@@ -248,6 +244,22 @@ def _autocasts(lm: RecurrentLM, options: PosttrainOptions) -> bool:
     if options.bf16 is None:
         return has_bf16(lm.device) and any(in_16_bits(p) for p in lm.model.parameters())
     return options.bf16
+
+
+def _rows_of(corpus: Corpus, intervention: Intervention | None, options: PosttrainOptions) -> Dataset:
+    """Rows of text, in the order in which they are read."""
+    steps, rows = options.steps * options.accumulation, options.batch_size * ranks.world_size()
+    chat = isinstance(corpus, ChatCorpus)
+    if not isinstance(intervention, TBPTT):
+        windows: Any = ChatWindows if chat else Windows
+        return windows(corpus, options.length, seed=options.seed, num_items=steps * rows)
+    if corpus.tokens < rows * options.length:
+        raise LongrollError(
+            f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
+            f"there are {corpus.tokens}: give more text, or a smaller `batch_size`."
+        )
+    lanes: Any = ChatLanes if chat else Lanes
+    return lanes(corpus, options.length, rows, steps=steps, seed=options.seed)
 
 
 def _with_lora(model: Any, rank: int) -> Any:

@@ -201,7 +201,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         counted = [
             {"labels": t, "shift_labels": t} for t in (read_batch(batch).targets for batch in batch_samples)
         ]
-        return super()._get_num_items_in_batch(counted, device)
+        found = super()._get_num_items_in_batch(counted, device)
+        return found.clamp_min(1) if isinstance(found, Tensor) else found  # a batch may have no target
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset  # the collator does
