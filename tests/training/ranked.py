@@ -24,18 +24,25 @@ def corpus_of(sizes=SIZES, seed=0) -> Corpus:
     return Corpus(ids, np.cumsum([0, *sizes]).astype(np.int64), len(ids))
 
 
-class Killed(TrainerCallback):
-    """Kills a rank by SIGKILL at the beginning of a step."""
+class Abandoned(Exception):
+    """Ends a run in the midst, as if every rank had been killed."""
 
-    def __init__(self, step: int, rank: int) -> None:
+
+class Killed(TrainerCallback):
+    """Ends a run at the beginning of a step: `rank` by SIGKILL; None: every rank abandons it."""
+
+    def __init__(self, step: int, rank: int | None) -> None:
         self.step, self.rank = step, rank
 
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step and ranks.rank() == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self.step:
+            if self.rank is None:
+                raise Abandoned
+            if ranks.rank() == self.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(kind, output, *, options, resume=False, kill=None, kill_rank=0, family="mamba2", dtype="float32"):
+def run(kind, output, *, options, resume=False, kill=None, kill_rank=None, family="mamba2", dtype="float32"):
     """Post-train a tiny model; the result is `output`, or an interrupted run in it."""
     lm = RecurrentLM(build(family, 0, getattr(torch, dtype)))
     makes = {"zero_probability": 0.3, "seed": 3}
@@ -54,23 +61,12 @@ def run(kind, output, *, options, resume=False, kill=None, kill_rank=0, family="
     return lm, log
 
 
-def run_forked(number: int, one: dict) -> int:
-    """A run in a process of its own, which may be killed: importing torch for each takes most of the time."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # its keys in the store of the launcher
-    try:
-        run(**one)
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)
-    except BaseException as error:
-        print(type(error).__name__, error, flush=True)
-        os._exit(1)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for number, one in enumerate(json.loads(sys.argv[1])):
-        status = run_forked(number, one)
-        print(f"run {number} rank {ranks.rank()} status {status}", flush=True)
+    for one in json.loads(sys.argv[1]):
+        try:
+            run(**one)
+        except Abandoned:
+            continue
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)

@@ -336,7 +336,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 f"{checkpoint} has no intervention_0.pt: it was not saved by longroll with an intervention."
             )
         rank, world_size = self.args.process_index, self.args.world_size
-        load = functools.partial(torch.load, map_location=self.args.device, weights_only=True)
+        device = self.args.device
+        place = "cpu" if device.type == "cpu" else device  # torch does not load to "cpu:0"
+        load = functools.partial(torch.load, map_location=place, weights_only=True)
         if len(found) == world_size:
             self.intervention.load_state_dict(load(found[rank]))
         else:

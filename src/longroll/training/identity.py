@@ -94,7 +94,7 @@ def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
     if rows != now["arguments"]["batch_size"] * given:
         mend = f"`batch_size` {rows // given}" if rows % given == 0 else f"a number that divides {rows}"
         raise LongrollError(
-            f"`resume`: the run was started with `batch_size` {before['flags']['batch_size']} on {was} "
+            f"`resume`: the run was started with `batch_size` {before['arguments']['batch_size']} on {was} "
             f"processes, {rows} rows together; on {given} processes give {mend}, or name another `output`."
         )
     if was != given:

@@ -1,0 +1,98 @@
+"""Law 8: N ranks are one process with N times the batch; killed and resumed, they are never killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranked import run
+from safetensors.torch import load_file
+
+from longroll import LongrollError
+from longroll.interventions import INTERVENTIONS
+
+KINDS = ["none", *INTERVENTIONS]
+BASE = {"length": 8, "steps": 6, "learning_rate": 1e-2, "save_steps": 2, "accumulation": 2, "batch_size": 2}
+ALONE = BASE | {"batch_size": 4}
+SECONDS = 20  # in which a rank ends after another died; the launcher's own limit is 30
+
+
+def torchrun(runs: list[dict], processes: int = 2) -> subprocess.CompletedProcess:
+    """Run them one after another on so many processes."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(here / "ranked.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, json.dumps(runs)], capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def spec(root: Path, name: str, kind: str, **more) -> dict:
+    return {"kind": kind, "output": str(root / name / kind), "options": BASE, **more}
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((output / "log.json").read_text()) if "loss" in entry]
+
+
+def assert_same_result(found: Path, expected: Path, tolerance: float) -> None:
+    one, other = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Each intervention on two ranks: undisturbed, and ended in the midst; the last one by SIGKILL."""
+    root = tmp_path_factory.mktemp("ranks")
+    ends = [spec(root, "killed", kind, kill=3 + i % 3) for i, kind in enumerate(KINDS)]
+    ends[-1]["kill_rank"] = 1
+    began = time.monotonic()
+    died = torchrun([*(spec(root, "two", kind) for kind in KINDS), *ends])
+    assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr
+    assert time.monotonic() - began < 200
+    shutil.copytree(root / "killed", root / "moved")
+    resumed = torchrun([spec(root, "killed", kind, resume=True) for kind in KINDS])
+    assert resumed.returncode == 0, resumed.stderr
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one_of_twice_the_batch(kind, root):
+    run(kind, str(root / "one" / kind), options=ALONE)
+    assert_same_result(root / "two" / kind, root / "one" / kind, 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ended_in_the_midst_and_resumed_is_undisturbed(kind, root):
+    assert_same_result(root / "killed" / kind, root / "two" / kind, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(kind, rank, root, tmp_path):
+    began = time.monotonic()
+    died = torchrun([spec(tmp_path, "killed", kind, kill=5, kill_rank=rank)])
+    assert died.returncode != 0 and f"rank      : {rank}" in died.stderr
+    assert time.monotonic() - began < 60 + SECONDS
+    assert torchrun([spec(tmp_path, "killed", kind, resume=True)]).returncode == 0
+    assert_same_result(tmp_path / "killed" / kind, root / "two" / kind, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_on_another_number_of_processes(kind, root, caplog):
+    """From two to one: refused with other rows, dealt anew with the same."""
+    moved = spec(root, "moved", kind, resume=True)
+    with pytest.raises(LongrollError, match=r"2 processes, 4 rows together.*give `batch_size` 4"):
+        run(**moved)
+    run(**(moved | {"options": ALONE}))
+    assert "its 4 rows and their states are dealt anew" in caplog.text
+    assert_same_result(root / "moved" / kind, root / "two" / kind, 2e-6)
