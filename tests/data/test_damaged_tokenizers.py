@@ -1,4 +1,4 @@
-"""Tokenizer files damaged at random: they open and work, or one line says what is wrong; never bytes instead."""
+"""Tokenizer files damaged at random: they open and work, or one line says what is wrong; never bytes."""
 
 from pathlib import Path
 

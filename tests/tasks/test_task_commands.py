@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from longroll.cli import app
 from longroll.errors import LongrollError
+from tokenizer_kinds import trained
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,34 @@ def test_tasks_stand_in_the_report_of_their_diagnosis(place):
 def test_a_mistake_is_named(place, arguments, named):
     with pytest.raises(LongrollError, match=named):
         run(place, "evaluate", *arguments)
+
+
+class TestBos:
+    """Of a tokenizer that adds BOS itself: the choice is printed, measured and written down."""
+
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("bos")
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "num_heads": 4, "head_dim": 16}
+        Mamba2ForCausalLM(Mamba2Config(vocab_size=340, n_groups=1, **shape)).save_pretrained(folder)
+        trained("bytes", bos="<s>", eos="</s>", add_bos=True).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(("flag", "ids"), [((), [0]), (("--bos",), [0]), (("--no-bos",), [])])
+    def test_the_choice_is_printed_and_kept(self, place, model, flag, ids):
+        measured = ("--text", "books", "--length", 64, "--sequences", 4, "--concatenate", *flag)
+        for command, file in (("evaluate loss", "loss.json"), ("diagnose", "diagnosis.json")):
+            more = ("--train-length", 16, "--no-explain") if command == "diagnose" else ()
+            said = run(place, *command.split(), model, *measured, *more, "--json", file)
+            assert ("Documents begin with '<s>' (id 0)" if ids else "Documents begin without BOS") in said
+            assert json.loads((place / file).read_text())["prefix_ids"] == ids
+        task = ("--lengths", "400", "--depths", "0.5", "--samples", 1, "--json", "bos-task.json")
+        run(place, "evaluate", "passkey", model, *task, *flag)
+        assert json.loads((place / "bos-task.json").read_text())["settings"]["prefix_ids"] == ids
+        (place / "bos-task.json").unlink()
+
+    def test_a_task_reads_no_rows(self, place):
+        with pytest.raises(LongrollError, match="--text-column body: --task passkey"):
+            told = ("--task", "passkey", "--text-column", "body", "--output", "never")
+            run(place, "posttrain", "model", *told)

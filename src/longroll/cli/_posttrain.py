@@ -140,6 +140,8 @@ def posttrain(
         save_steps=save_steps,
         seed=seed,
     )
+    if task is not None and text_column is not None:
+        raise LongrollError(f"--text-column {text_column}: --task {task.value} reads no rows of text.")
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     data: Any
     if task is None:
