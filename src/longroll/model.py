@@ -69,6 +69,11 @@ class RecurrentLM(nn.Module):
                 f"{type(model).__name__} is no model of transformers: longroll.wrap(module, vocab_size=...)."
             )
         self.family = PlainFamily() if isinstance(model, PlainModel) else family_of(model.config.model_type)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise LongrollError(
+                f"{model.config.model_type}: some weights are offloaded or were never loaded: put the whole "
+                "model on a device, without offloading in its device_map."
+            )
         self.family.prepare(model)
         self.model = model
         self.name = name or model.config.name_or_path or model.config.model_type
@@ -143,15 +148,50 @@ class RecurrentLM(nn.Module):
 
     @property
     def train_length(self) -> int | None:
-        """The length the model was trained at, where its config says so."""
-        learned = self.family.learned_positions
-        config = self.model.config
-        for entry in ("train_length", learned, "max_position_embeddings", "context_length"):
-            for holder in (config, config.get_text_config()):
-                value = getattr(holder, entry, None) if entry else None
-                if value is not None:
-                    return int(value)
+        """The length the model was trained at, where its config says so: see `find_train_length`."""
+        found = self._stated_length()
+        return found and found[0]
+
+    def find_train_length(self, given: int | None = None) -> tuple[int, str]:
+        """The training length T, and where it comes from.
+
+        `train_length` and RWKV's `context_length` mean the training length. `max_position_embeddings` bounds
+        the positions of attention, which is the training length where all layers are attention; hybrids state
+        what their attention could reach (Jamba: 262,144), and recurrent models a default that nothing reads.
+
+        Args:
+            given: what the user says; it goes before everything else.
+
+        Raises:
+            LongrollError: for a config that does not say.
+        """
+        if given is not None:
+            return given, "as given"
+        found = self._stated_length()
+        if found is None:
+            positions = self._entry("max_position_embeddings")
+            reach = f" (max_position_embeddings {positions} says how far it may read)" if positions else ""
+            raise LongrollError(
+                f"{self.name} does not say at which length it was trained{reach}: give `train_length`."
+            )
+        return found
+
+    def _stated_length(self) -> tuple[int, str] | None:
+        entries = ["train_length", "context_length"]
+        if self.family.kind == "attention":
+            entries += [self.family.learned_positions or "", "max_position_embeddings"]
+        for entry in entries:
+            value = self._entry(entry) if entry else None
+            if value is not None:
+                return value, f"{entry} in the model's config"
         return None
+
+    def _entry(self, entry: str) -> int | None:
+        """A number of the config, or of its text model's."""
+        config = self.model.config
+        holders = (holder for holder in (config, config.get_text_config()))
+        values = (getattr(holder, entry, None) for holder in holders)
+        return next((int(value) for value in values if value), None)
 
     @property
     def layers(self) -> list[RecurrentLayer]:

@@ -374,10 +374,19 @@ def test_controls_have_no_recurrent_layers(name):
 
 
 def test_train_length_is_what_the_config_says():
-    assert lm_of("zamba2", max_position_embeddings=77).train_length == 77
     assert lm_of("mamba2", train_length=128).train_length == 128
     assert lm_of("rwkv", context_length=33).train_length == 33
     assert lm_of("mamba2").train_length is None
+
+
+@pytest.mark.parametrize("name", ["zamba2", "jamba", "lfm2", "gla", "rwkv7", "qwen3_next"])
+def test_positions_that_attention_may_reach_are_no_training_length(name):
+    lm = lm_of(name, max_position_embeddings=262_144)
+    assert lm.train_length is None
+    with pytest.raises(LongrollError, match=r"max_position_embeddings 262144 .* give `train_length`"):
+        lm.find_train_length()
+    assert lm.find_train_length(77) == (77, "as given")
+    assert lm_of(name, train_length=33).find_train_length() == (33, "train_length in the model's config")
 
 
 def test_learned_positions_end_where_they_end():

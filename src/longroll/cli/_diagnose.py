@@ -56,6 +56,7 @@ def diagnose(
 
     before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
+    train_length = o.find_train_length(lm, train_length)
     own_tokenizer = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,

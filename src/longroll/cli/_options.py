@@ -112,6 +112,15 @@ def open_model(
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
 
 
+def find_train_length(lm: RecurrentLM, given: int | None) -> int:
+    """T, after saying where it comes from."""
+    from longroll.cli._console import console
+
+    length, origin = lm.find_train_length(given)
+    console.print(f"T = {length:,} ({'--train-length' if given else origin}).", highlight=False)
+    return length
+
+
 def open_tokenizer(
     lm: RecurrentLM,
     model: str,

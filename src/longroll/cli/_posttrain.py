@@ -104,7 +104,6 @@ def posttrain(
     import time
 
     from longroll.cli._console import out
-    from longroll.errors import LongrollError
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
@@ -118,9 +117,7 @@ def posttrain(
         momentum=momentum,
     )
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
-    length = train_length or lm.train_length
-    if length is None:
-        raise LongrollError("The model does not say at which length it was trained: give --train-length.")
+    length = o.find_train_length(lm, train_length)
     options = PosttrainOptions(
         length=length,
         steps=steps,

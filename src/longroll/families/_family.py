@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -232,6 +232,14 @@ class Family:
                 f"{model.config.model_type} has embeddings for {limit} positions and was asked for {stop}: "
                 f"read {limit} tokens or less (`tokens.shape[1]`)."
             )
+        for kind, limit in _switching_rope(model):
+            if stop > limit:
+                raise LongrollError(
+                    f"{model.config.model_type} turns its keys by other angles once it has read more than "
+                    f"{limit} positions (rope_type {kind!r}), so that chunks of one text would not fit: read "
+                    f"{limit} tokens or less (`tokens.shape[1]`), or set a rope_type that stays, as yarn, in "
+                    "its config."
+                )
 
 
 def unwrapped(module: Any) -> Any:
@@ -259,6 +267,16 @@ def _check_activation(model: PreTrainedModel) -> None:
 
 def _modeling(model: PreTrainedModel) -> ModuleType:
     return importlib.import_module(type(model).__module__)
+
+
+def _switching_rope(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """The kinds of RoPE whose frequencies depend on the length read, and up to which length they do not."""
+    config = model.config.get_text_config()
+    entries = getattr(config, "rope_parameters", None) or {}
+    for rope in (entries, *entries.values()):  # of some models, one for each kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("dynamic", "longrope"):
+            yield kind, rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:

@@ -22,6 +22,7 @@ from longroll import ops
 from longroll.families._cache import StateCache
 from longroll.families._norms import is_fused
 from longroll.families._padding import limited_steps, no_step
+from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
 from longroll.ops._common import product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
@@ -30,9 +31,8 @@ from longroll.ops._short_conv import last_inputs
 def own_mixers(model: PreTrainedModel) -> None:
     """Give the mixers of `model` the forwards below; doing it twice is harmless."""
     for module in model.modules():
-        if type(module) in _FORWARDS and "forward" not in vars(module):
-            forward = _FORWARDS[type(module)]
-            module.forward = functools.partial(_in_longroll, forward, module, module.forward)
+        if type(module) in _FORWARDS:
+            replace_forward(module, functools.partial(_in_longroll, _FORWARDS[type(module)], module))
 
 
 def _in_longroll(

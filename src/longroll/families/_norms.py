@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm, MambaRMSNormGated
 
+from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
 from longroll.ops._common import product_dtype, state_dtype
 
@@ -22,8 +23,8 @@ _WIDEST = 8192  # numbers that share a mean, which one program of the kernel hol
 def fuse_norms(model: PreTrainedModel) -> None:
     """Let the norms of `model` run in one kernel where there is one; doing it twice is harmless."""
     for module in model.modules():
-        if _code(type(module)) in _KNOWN and "forward" not in vars(module):
-            module.forward = functools.partial(_forward, module, module.forward)
+        if _code(type(module)) in _KNOWN:
+            replace_forward(module, functools.partial(_forward, module))
 
 
 def _code(kind: type[nn.Module]) -> tuple:

@@ -18,6 +18,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from longroll import ops
 from longroll.families._cache import StateCache
 from longroll.families._family import Family
+from longroll.families._replace import replace_forward
 
 
 class Minimax(Family):
@@ -27,10 +28,8 @@ class Minimax(Family):
         """Give the lightning attention a forward over longroll's op."""
         super().prepare(model)
         for module in model.modules():
-            if isinstance(module, MiniMaxLightningAttention) and "forward" not in vars(module):
-                module.forward = functools.partial(  # type: ignore[assignment]
-                    _forward, module, module.forward
-                )
+            if isinstance(module, MiniMaxLightningAttention):
+                replace_forward(module, functools.partial(_forward, module))
 
 
 def _forward(

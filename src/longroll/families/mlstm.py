@@ -7,14 +7,15 @@ m, which only keeps numbers small, hardly matters to what is read.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from longroll.families._family import Family
+from longroll.families._replace import replace_forward
 from longroll.state import RecurrentState, StateKey
 
 
@@ -92,6 +93,10 @@ def _true(memory: Tensor, normalizer: Tensor, exponent: Tensor) -> list[Tensor]:
     return [memory * exponent.exp().unsqueeze(-1), normalizer * exponent.exp(), exponent]
 
 
+def _at_any_token(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **({"mode": "inference"} | kwargs))
+
+
 class Xlstm(Family):
     """xLSTM."""
 
@@ -99,9 +104,7 @@ class Xlstm(Family):
         """Let the layers stop at any token: `mode = "train"` in a config needs chunks, and gives no state."""
         super().prepare(model)
         for block in model.base_model.blocks:  # type: ignore[union-attr]
-            backend = block.mlstm_layer.mlstm_backend
-            if not isinstance(backend.forward, functools.partial):
-                backend.forward = functools.partial(backend.forward, mode="inference")
+            replace_forward(block.mlstm_layer.mlstm_backend, _at_any_token)
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> XlstmState:
         """The container that starts a forward from `state`."""

@@ -18,6 +18,7 @@ from transformers.models.recurrent_gemma.modeling_recurrent_gemma import Recurre
 from longroll.families._cache import StateCache
 from longroll.families._family import Family
 from longroll.families._padding import Padding
+from longroll.families._replace import replace_forward
 from longroll.state import RecurrentState
 
 
@@ -29,10 +30,8 @@ class RecurrentGemma(Family):
         super().prepare(model)
         for layer, decoder in enumerate(model.base_model.layers):  # type: ignore[arg-type]
             block = decoder.temporal_block
-            if isinstance(block, RecurrentGemmaRecurrentBlock) and not hasattr(block.forward, "func"):
-                block.forward = functools.partial(  # type: ignore[method-assign]
-                    _forward, block, layer, block.forward
-                )
+            if isinstance(block, RecurrentGemmaRecurrentBlock):
+                replace_forward(block, functools.partial(_forward, block, layer))
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> StateCache:
         """The cache that starts a forward from `state`."""

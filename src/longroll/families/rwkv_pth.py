@@ -118,7 +118,8 @@ def _sizes(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
         "intermediate_size": weights["blocks.0.ffn.key.weight"].shape[0],
         "norm_first": "blocks.0.ln0.weight" in weights,
         "group_norm_eps": 64e-5,  # whatever the head size
-        "max_position_embeddings": int(length[1]) if length else None,  # the training length, or unknown
+        "max_position_embeddings": None,
+        "train_length": int(length[1]) if length else None,
         "bos_token_id": 0,
         "eos_token_id": 0,
     }

@@ -117,9 +117,7 @@ def diagnose(
     """
     began = time.perf_counter()
     rows, length = tokens.shape[0], tokens.shape[1] - 1
-    train_length = train_length or lm.train_length
-    if train_length is None:
-        raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
+    train_length, _ = lm.find_train_length(train_length)
     if length <= train_length:
         raise LongrollError(
             f"{length} positions do not go past `train_length` {train_length}: raise `tokens.shape[1]`."
