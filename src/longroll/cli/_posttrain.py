@@ -104,6 +104,7 @@ def posttrain(
     import time
 
     from longroll.cli._console import out
+    from longroll.errors import LongrollError
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
