@@ -295,3 +295,14 @@ class TestTextColumn:
 def test_no_such_user(tmp_path: Path):
     with pytest.raises(LongrollError, match="no such file or folder"):
         read_documents("~nobody-of-this-name/text.txt")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "all"])
+def test_what_cannot_be_read_is_named_whichever_side_it_is_on(tmp_path: Path, caplog, split: str):
+    many_files(tmp_path)
+    bad = ["case.py", *(f"old{i}.txt" for i in range(11))]
+    assert {side_of(name) for name in bad} == {"train", "validation"}
+    for name in bad:
+        (tmp_path / name).write_bytes("naïve café ".encode("latin-1") * 90)
+    list(read_documents(tmp_path, split=split))
+    assert "12 files not read: 12 not UTF-8 (" in caplog.text and len(caplog.records) == 1

@@ -130,7 +130,7 @@ def test_a_mistake_is_named(place, arguments, named):
 
 
 class TestBos:
-    """Of a tokenizer that adds BOS itself: the choice is printed, measured and written down."""
+    """A tokenizer adds BOS itself: the choice is printed, measured and written down."""
 
     @pytest.fixture(scope="class")
     def model(self, tmp_path_factory) -> Path:

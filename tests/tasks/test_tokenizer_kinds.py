@@ -43,7 +43,7 @@ def drawn(task, seed: int = 0):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_are_the_tokens_of_their_text(kind, bos):
-    """Of one text read as a whole: as many tokens, the same text, BOS once and first."""
+    """A prompt has as many tokens as its text read as a whole, and BOS once and first."""
     tokenizer = tokenizer_of(kind, bos=bos)
     for task in tasks(tokenizer):
         sample = drawn(task)

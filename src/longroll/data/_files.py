@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import LongrollError
@@ -139,17 +139,42 @@ def read_text(path: Path, notes: Skipped) -> str:
             data = file.read()
     except DAMAGE as problem:
         raise unreadable(problem) from None
+    text, wrong = _decoded(data)
+    if wrong:
+        notes.replaced[path.name] = wrong
+    return text
+
+
+def _decoded(data: bytes) -> tuple[str, int]:
+    """The text of `data`, and how many places of it are not in its encoding.
+
+    Raises:
+        Unreadable: so many that it is in another encoding.
+    """
     encoding = encoding_of(data)
     try:
-        return data.decode(encoding)
+        return data.decode(encoding), 0
     except UnicodeDecodeError as problem:
         text = data.decode(encoding, errors="replace")
         wrong = text.count("\ufffd") - (data.count(b"\xef\xbf\xbd") if encoding == "utf-8-sig" else 0)
         if wrong > max(1, len(data) // REPLACED) or len(text) < 10 * wrong:
             found = f"byte 0x{data[problem.start]:02x} at {problem.start}"
             raise Unreadable(f"not {encoding.removesuffix('-sig').upper()}", found) from None
-    notes.replaced[path.name] = wrong
-    return text
+    return text, wrong
+
+
+def note_unreadable(files: Iterable[Path], notes: Skipped) -> None:
+    """Note which of `files` would be skipped, judged by their first 8 KiB."""
+    for path in files:
+        try:
+            check_readable(path)
+            if not is_rows(path):
+                with open_bytes(path) as file:
+                    _decoded(file.read(SNIFFED))
+        except Unreadable as problem:
+            notes.add(path, problem)
+        except DAMAGE as problem:
+            notes.add(path, unreadable(problem))
 
 
 def documents_in(path: Path, text_column: str | None, notes: Skipped, *, alone: bool) -> Iterator[str]:

@@ -5,12 +5,12 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from ..errors import LongrollError
 from ._compressed import MAGIC, Unreadable
-from ._files import Skipped, check_readable, documents_in, files_below, standard_library
+from ._files import Skipped, check_readable, documents_in, files_below, note_unreadable, standard_library
 from ._hub import hub_documents
 from ._rows import ROWS, is_rows
 from ._split import SPLITS, divide_documents, divide_files
@@ -18,6 +18,8 @@ from ._split import SPLITS, divide_documents, divide_files
 logger = logging.getLogger("longroll")
 
 STDLIB = "stdlib"
+LOOKED_AT = 10_000
+"""Files of the other side of a split that are looked at, at most."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _FILE_ENDINGS = (".txt", ".md", ".py", *ROWS, *MAGIC)
 
@@ -129,6 +131,9 @@ def _local(
     if seed is not None:
         random.Random(seed).shuffle(parts)
     alone = files == [source]
+    if not alone and source != STDLIB:  # the other side of the split is not read, and looked at all the same
+        read = {file for file, _ in parts}
+        note_unreadable(islice((file for file in files if file not in read), LOOKED_AT), notes)
     return _noted(
         source,
         split,
