@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint mutants clean
 quickstart: $(VENV)/.installed
 	$(BIN)/longroll quickstart --output longroll-out
 
@@ -11,9 +11,13 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check src tests benchmarks recipes examples
-	$(BIN)/ruff format --check src tests benchmarks recipes examples
+	$(BIN)/ruff check src tests benchmarks recipes examples dev
+	$(BIN)/ruff format --check src tests benchmarks recipes examples dev
 	$(BIN)/mypy
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[mutants]"
+	$(BIN)/python dev/mutants.py --json dev/mutants.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,4 +29,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) longroll-out
+	rm -rf $(VENV) longroll-out mutants
