@@ -3,8 +3,8 @@
     make mutants                                     # 300 mutants; minutes on 16 cores, an hour on 2
     python dev/mutants.py --sample 20 --only "longroll.interventions.*"
 
-What is mutated, and by which tests, stands in pyproject.toml under [tool.mutmut]. The summary names every survivor
-with its change; dev/mutants.md explains those that no test can kill.
+What is mutated, and which tests are tried, stands in pyproject.toml under [tool.mutmut]. The summary names every
+survivor with its change; dev/mutants.md explains those that no test can kill.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> int:
     summary = {
         "mutants": len(names), "tried": len(sample), "killed": len(sample) - len(survivors), "survivors": changes
     }  # fmt: skip
-    print(f"{summary['killed']} of {len(sample)} mutants killed, from {len(names)}; {len(survivors)} survive")
+    print(f"{summary['killed']} of {len(sample)} mutants killed; {len(survivors)} survive")
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if survivors else 0
