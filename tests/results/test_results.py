@@ -2,16 +2,21 @@
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import zoo
+from longroll import diagnose
 from longroll.errors import LongrollError
 from longroll.results import (
     KINDS,
     SCHEMA_VERSION,
     DiagnosisResult,
     LossResult,
+    Section,
     TaskResult,
     read_json,
     read_result,
@@ -90,6 +95,32 @@ def test_what_is_written_opens_as_it_was(tmp_path, data):
     assert result.to_json() == written
 
 
+def test_a_changed_result_keeps_what_the_schema_does_not_name():
+    result = DiagnosisResult.from_json(DIAGNOSIS | {"mine": 1})
+    changed = result.changed(label="other")
+    assert changed.to_json() == result.to_json() | {"label": "other"} and result.label == "base"
+
+
+def unnamed(section):
+    """Fields of a section that its dataclass does not name."""
+    if isinstance(section, Section):
+        yield from vars(section).keys() - {field.name for field in fields(section)}
+        section = vars(section)
+    inner = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
+    for value in inner:
+        yield from unnamed(value)
+
+
+def test_the_schema_names_every_field_of_a_diagnosis():
+    """Two models, one of them held against the other: every section is there."""
+    lm = zoo.lm_of("mamba2", vocab_size=64)
+    tokens = torch.randint(64, (8, 65), generator=torch.Generator().manual_seed(0))
+    before = diagnose(lm, tokens, train_length=16)
+    result = diagnose(lm, tokens, train_length=16, against=before, control=before).result()
+    assert result.coverage and result.iid and result.remembrance and result.comparisons
+    assert set(unnamed(result)) == set()
+
+
 def test_numbers_that_are_not_finite_become_null():
     loss = {"model": "m", "sequences": 1, "max_position": 2, "bytes_per_token": None}
     curve = {"position": [1.0], "loss": [float("nan")]}
@@ -148,8 +179,8 @@ def test_a_fault_is_one_line_with_file_and_field(tmp_path, data, place, value, s
     [
         ("", "is not JSON"),
         ("{", "is not JSON"),
-        ("[" * 10_000 + "]" * 10_000, "is not JSON"),
-        ('{"a":' * 10_000 + "1" + "}" * 10_000, "is not JSON"),
+        ("[" * 10_000 + "]" * 10_000, "is nested too deeply"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "is nested too deeply"),
         ('{"kind": 1' + "0" * 5_000 + "}", "is not JSON"),
         ("[]", "no result"),
         ("null", "no result"),

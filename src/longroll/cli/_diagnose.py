@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +70,7 @@ def diagnose(
     def write(result: DiagnosisResult, *, early: bool = False) -> DiagnosisResult:
         """Write the result to its files; as far as it is known (`early`), not into a stream."""
         prefix_ids = list(own_tokenizer.prefix_ids)
-        result = replace(result, tokenizer=own_tokenizer.name, prefix_ids=prefix_ids)
+        result = result.changed(tokenizer=own_tokenizer.name, prefix_ids=prefix_ids)
         named = output and output / f"{slug(result.label or '') or 'diagnosis'}.json"
         for path in (json, named):
             if path and not (early and is_stream(path)):

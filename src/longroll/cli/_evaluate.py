@@ -159,7 +159,8 @@ def babilong(
 @app.command("compare", cls=Command)
 def compare(
     results: Annotated[
-        list[Path], typer.Argument(help="Files that the task commands wrote, or recipes/results/*.json.")
+        list[Path],
+        typer.Argument(help="Files of one run, as the task commands write them, or of several."),
     ],
     output: o.Output = None,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import typer
@@ -45,6 +45,28 @@ def in_one_line(error: Any) -> str:
     """What typer says of a wrong command line, and whose --help explains it."""
     said = " ".join(error.format_message().split()).rstrip(".")
     return f"{said} (see {error.ctx.command_path} --help)" if error.ctx else said
+
+
+def unread(
+    context: typer.Context, chosen: str, value: str | None, readers: Mapping[str, Collection[str | None]]
+) -> list[str]:
+    """Say which flags of the command line the value of another flag does not read, a sentence each.
+
+    Args:
+        context: of the command.
+        chosen: the parameter whose value decides, `task` or `intervention`.
+        value: its value.
+        readers: the values that read each parameter.
+    """
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    said = []
+    for name, values in readers.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and value not in values:
+            read = [f"{flags[chosen]} {reader}" if reader else "training on text" for reader in values]
+            here = f"has {flags[chosen]} {value}" if value else "trains on text"
+            said.append(f"{flags[name]} belongs to {' or '.join(sorted(read))}, and this run {here}")
+    return said
 
 
 class Command(TyperCommand):

@@ -10,6 +10,7 @@ import typer
 
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
+from longroll.cli._flags import unread
 
 if TYPE_CHECKING:
     from longroll.interventions import Intervention
@@ -41,7 +42,26 @@ class TaskName(StrEnum):
     babilong = "babilong"
 
 
+READ_BY_TASK: dict[str, set[str | None]] = {
+    "text": {None, "babilong"},
+    "haystack": {"passkey"},
+    "instruction": {"passkey"},
+    "facts": {"babilong"},
+    "qa": {"babilong"},
+    "windows": {"passkey", "niah", "babilong"},
+}
+"""The tasks that read a flag; None is training on text. `text_column` is refused with any task."""
+READ_BY_INTERVENTION: dict[str, set[str | None]] = {
+    "zero_probability": {"sp", "tbptt", "fitted", "random"},
+    "conv": {"sp", "tbptt", "fitted", "random"},
+    "noise_std": {"random"},
+    "momentum": {"fitted"},
+}
+"""The interventions that read a flag."""
+
+
 def posttrain(
+    context: typer.Context,
     model: o.Model,
     output: Annotated[Path, typer.Option(help="Folder for the repaired model.", callback=o.folder_to_write)],
     intervention: Annotated[Choice, typer.Option(help="Which state sequences start from.")] = Choice.sp,
@@ -103,12 +123,16 @@ def posttrain(
     """Train a model for a few hundred steps whose sequences start from other states than zero."""
     import time
 
-    from longroll.cli._console import out
+    from longroll.cli._console import console, out
     from longroll.errors import LongrollError
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
 
+    for wrong in unread(context, "intervention", intervention, READ_BY_INTERVENTION):
+        raise LongrollError(f"{wrong}: leave it out.")
+    for left_out in unread(context, "task", task, READ_BY_TASK):
+        console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
     chosen = make_intervention(
         intervention,
         zero_probability=zero_probability,

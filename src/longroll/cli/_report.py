@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -62,7 +61,7 @@ def report(
                     f"{path} is no finished task of a diagnosis labelled {task.label!r}: use the same "
                     "--label for both, or `longroll evaluate compare`."
                 )
-            loaded[place] = replace(loaded[place], tasks={**(loaded[place].tasks or {}), **task.tasks})
+            loaded[place] = loaded[place].changed(tasks={**(loaded[place].tasks or {}), **task.tasks})
     out.print(str(write_report(loaded, output / "report.html", title=title)))
     if figures:
         for path in write_figures(loaded, figures, format.value):

@@ -7,6 +7,7 @@ from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_re
 from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
 from longroll.results.benchmark import BenchmarkResult
 from longroll.results.diagnosis import (
+    IID,
     AdviceResult,
     Causal,
     Comparison,
@@ -19,6 +20,7 @@ from longroll.results.diagnosis import (
     Precision,
     Remembrance,
     States,
+    Stationarity,
     Texts,
 )
 from longroll.results.doctor import DoctorResult, PackingResult
@@ -28,6 +30,7 @@ from longroll.results.quickstart import QuickstartResult
 from longroll.results.task import Cell, Grid, Score, TaskResult
 
 __all__ = [
+    "IID",
     "KINDS",
     "SCHEMA_VERSION",
     "AdviceResult",
@@ -55,6 +58,7 @@ __all__ = [
     "Score",
     "Section",
     "States",
+    "Stationarity",
     "TaskResult",
     "Tasks",
     "Texts",

@@ -60,6 +60,8 @@ def decode(text: bytes, source: str | Path) -> Any:
     try:
         return pydantic_core.from_json(text)
     except ValueError as error:
+        if "recursion" in str(error):
+            raise LongrollError(f"{source} is nested too deeply: name a file of results.") from None
         raise LongrollError(f"{source} is not JSON ({error}): name a file of results.") from None
 
 

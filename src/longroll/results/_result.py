@@ -5,6 +5,7 @@ pydantic validates the fields. A field that the schema does not name stays in th
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -55,6 +56,15 @@ class Section:
     def to_json(self) -> dict[str, Any]:
         """Plain data: every field by its name, null where it holds nothing."""
         return {name: _plain(value) for name, value in vars(self).items()}
+
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with other values of some fields.
+
+        `dataclasses.replace` would drop the fields that the schema does not name.
+        """
+        other = copy.copy(self)
+        vars(other).update(values)
+        return other
 
 
 class Result(Section):

@@ -114,6 +114,8 @@ class Causal(Section):
     recovered: Number
     low: Number = None
     high: Number = None
+    heads: list[list[Count | None]] | None = None
+    """Layer and head of each; null for a whole layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +126,17 @@ class Coverage(Section):
     layers: list[Count] | None = None
     significant: Marks | None = None
     """Whether the shift is more than sampling noise."""
+    log_variance_ratio: Table | None = None
+    energy: Table | None = None
+    p: Table | None = None
+    in_range: Positions | None = None
+    """Positions of the in-range states."""
+    far: Positions | None = None
+    """Positions of the far states."""
+    false_discoveries: float | None = None
+    """Share of the heads called significant that may be so by chance."""
+    ranking: list[str] | None = None
+    """Heads by how far they are out."""
     causal: list[Causal] | None = None
     causal_sentence: str | None = None
     explained: bool | None = None
@@ -133,6 +146,27 @@ class Coverage(Section):
         for i, (row, marks) in enumerate(zip(self.map, self.significant or [], strict=False)):
             if len(row) != len(marks):
                 raise ValueError(f"significant[{i}] has {len(marks)} entries, map[{i}] has {len(row)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IID(Section):
+    """Whether the states where training ends could be IID noise."""
+
+    share_not_iid: Number
+    """Share of the heads that are not IID."""
+    state_rank: Number
+    """Median effective rank of the states."""
+    noise_rank: Number
+    """Median effective rank of Fitted Noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stationarity(Section):
+    """Whether the texts end as they go on."""
+
+    drift: Number
+    p: Number
+    stationary: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +254,8 @@ class DiagnosisResult(Result):
     curve: Curve | None = None
     excess: Excess | None = None
     states: States | None = None
+    iid: IID | None = None
+    stationarity: Stationarity | None = None
     remembrance: Remembrance | None = None
     coverage: Coverage | None = None
     advice: AdviceResult | None = None
