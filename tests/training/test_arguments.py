@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
@@ -28,6 +29,16 @@ def test_every_argument_of_this_transformers_is_decided(names, table, added):
     assert set(names) - set(table) == set(), "decide what becomes of these, in training/_arguments.py"
     assert set(table) - set(names) <= added
     assert all(row.reason for row in table.values())
+
+
+def test_the_documented_table_is_this_one():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    for table in (TRAINING_ARGUMENTS, ACCELERATOR_CONFIG, TRAINER):
+        for name, row in table.items():
+            assert any(
+                f"`{name}`" in line and f"| {row.verdict} | {row.reason} |" in line for line in lines
+            ), name
 
 
 def trainer(folder, args=None, **given):

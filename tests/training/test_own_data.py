@@ -134,6 +134,25 @@ def test_metrics_see_labels_in_trainers_convention(name, tmp_path):
             assert found["eval_loss"] == pytest.approx(hf["eval_loss"], rel=1e-4)
 
 
+def test_logits_for_metrics_are_preprocessed(tmp_path):
+    trainer = InitialStateTrainer(
+        build("mamba2"),
+        arguments(tmp_path),
+        eval_dataset=Windows(corpus_of(seed=1), T, num_items=4),
+        compute_metrics=lambda seen: {"rows": seen.predictions.ndim},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    assert trainer.evaluate()["eval_rows"] == 2
+
+
+def test_a_routers_loss_of_padded_rows_is_refused(tmp_path):
+    model = build("jamba", output_router_logits=True)
+    trainer = InitialStateTrainer(model, arguments(tmp_path), processing_class=Tokenizer())
+    batch = trainer.data_collator(ragged(3))
+    with pytest.raises(LongrollError, match="output_router_logits"):
+        trainer.compute_loss(model.train(), batch)
+
+
 def test_a_folder_and_a_name(tmp_path):
     build("mamba2").save_pretrained(tmp_path / "model")
     trainer = InitialStateTrainer(str(tmp_path / "model"), arguments(tmp_path), intervention="tbptt")
@@ -151,11 +170,14 @@ def test_an_unknown_key_stops_before_the_first_step(tmp_path):
     assert not moved(model, "mamba2")
 
 
-LOSSES = ["label_smoothing_factor", "compute_loss_func", "output_router_logits"]
+LOSSES = ["label_smoothing_factor", "neftune_noise_alpha", "compute_loss_func", "output_router_logits"]
 
 
-@pytest.mark.parametrize("name", ["jamba", "qwen3_next", "granitemoehybrid", "minimax"])
-@pytest.mark.parametrize("what", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("jamba", what) for what in LOSSES]
+    + [(name, LOSSES[-1]) for name in ("qwen3_next", "granitemoehybrid", "minimax")],
+)
 def test_losses_are_transformers_trainers(name, what, tmp_path):
     calls = []
 
@@ -163,7 +185,7 @@ def test_losses_are_transformers_trainers(name, what, tmp_path):
         calls.append(labels)
         return outputs.logits.float().pow(2).sum() / num_items_in_batch
 
-    options = {what: 0.3} if what == "label_smoothing_factor" else {}
+    options = {what: 0.3} if what in ("label_smoothing_factor", "neftune_noise_alpha") else {}
     given = {what: func} if what == "compute_loss_func" else {}
     ids = torch.randint(3, VOCAB, (16, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row.where(row > 9, -100)} for row in ids]
