@@ -38,7 +38,7 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     "label_smoothing_factor": Row("tested", "the loss is transformers' LabelSmoother"),
     "neftune_noise_alpha": Row("tested", "a hook on the embedding adds the noise"),
     "bf16": Row("tested", "autocast; the recurrence keeps its state in float32"),
-    "fp16": Row("neutral", "autocast with a scaled loss, on a GPU only"),
+    "fp16": Row("neutral", "autocast with a scaled loss, on a GPU only; no test has seen it"),
     "gradient_accumulation_steps": Row("tested", "a state in and a state out for each micro-batch"),
     "average_tokens_across_devices": Row("tested", "the loss is divided by the tokens of all ranks"),
     **_rows("tested", "layers run again in backward, from the same state", "gradient_checkpointing"),
@@ -64,7 +64,7 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     ),
     "deepspeed": Row("refused", "no run with a state under DeepSpeed has been seen: use DDP or FSDP"),
     **_rows(
-        "neutral", "FSDP shards weights; the live check of each run watches the state", "fsdp fsdp_config"
+        "neutral", "FSDP shards weights; tests need GPUs for it, so the live check of each run watches the state", "fsdp fsdp_config"
     ),
     "ddp_static_graph": Row(
         "refused", "the first step, which has no state yet, has another graph than the rest: leave it out"
