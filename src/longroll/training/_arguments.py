@@ -64,7 +64,9 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     ),
     "deepspeed": Row("refused", "no run with a state under DeepSpeed has been seen: use DDP or FSDP"),
     **_rows(
-        "neutral", "FSDP shards weights; tests need GPUs for it, so the live check of each run watches the state", "fsdp fsdp_config"
+        "neutral",
+        "FSDP shards weights; tests need GPUs for it, so the live check of each run watches the state",
+        "fsdp fsdp_config",
     ),
     "ddp_static_graph": Row(
         "refused", "the first step, which has no state yet, has another graph than the rest: leave it out"
