@@ -99,3 +99,18 @@ def test_other_faults(tmp_path: Path):
         (tmp_path / "w.txt").write_bytes(content)
         with pytest.raises(LongrollError, match=r"w\.txt"):
             load_tokenizer(tmp_path / "w.txt")
+
+
+def test_found_in_a_hub_repository_before_its_code_is_run(tmp_path: Path, monkeypatch):
+    path = vocabulary(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+
+    def needs_code(*_, **told):
+        assert not told["trust_remote_code"]
+        raise ValueError("please pass the argument `trust_remote_code=True`")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", needs_code)
+    monkeypatch.setattr("longroll.data.tokenizers.why_not_there", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: str(path))
+    found = load_tokenizer(model_path="fla-hub/rwkv7", vocab_size=65_536)
+    assert isinstance(found, RWKVTokenizer) and found.encode(" the").tolist() == [257]

@@ -88,6 +88,19 @@ class TestErrors:
         with pytest.raises(LongrollError, match="does not run"):
             load_tokenizer(tmp_path)
 
+    def test_code_is_run_when_asked(self, bpe_folder: str, tmp_path: Path, monkeypatch):
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        for path in Path(bpe_folder).iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "tokenizer_config.json").write_text(
+            '{"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "eos_token": "<end>"}'
+        )
+        (tmp_path / "own.py").write_text(
+            "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+        )
+        found = load_tokenizer(tmp_path, trust_remote_code=True)
+        assert type(found.tokenizer).__name__ == "Own" and found.separator_id == 0
+
     def test_missing(self, monkeypatch):
         from huggingface_hub import constants
 

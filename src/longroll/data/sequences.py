@@ -63,9 +63,15 @@ def bytes_per_token(tokens: torch.Tensor, tokenizer: Tokenizer) -> float:
     Args:
         tokens: (B, T + 1); the first of each is not predicted.
         tokenizer: that made them.
+
+    Raises:
+        LongrollError: the tokens stand for no text at all.
     """
     predicted = tokens[:, 1:].numpy()
-    return sum(map(tokenizer.count_bytes, predicted)) / predicted.size
+    size = sum(map(tokenizer.count_bytes, predicted))
+    if not size:
+        raise LongrollError(f"the tokens of these texts stand for no text by tokenizer {tokenizer.name}")
+    return size / predicted.size
 
 
 def _cut(corpus: Corpus, joined: np.ndarray, size: int, count: int) -> list[np.ndarray]:

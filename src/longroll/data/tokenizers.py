@@ -17,6 +17,8 @@ _FILES = (
     "vocab.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 _RWKV_FILES = "rwkv_vocab*.txt"
+WORLD = "rwkv_vocab_v20230424.txt"
+"""The vocabulary of RWKV World, as its repositories on the hub name it."""
 
 
 class Tokenizer(Protocol):
@@ -187,6 +189,16 @@ def _beside(path: Path) -> Path | None:
     return path if there else None
 
 
+def _hub_vocabulary(name: str) -> Path | None:
+    """The vocabulary of RWKV World in a hub repository, downloaded; None if it has none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, WORLD, local_files_only=offline()))
+    except Exception:  # not there, or not reachable: the HTTP client's own errors differ between releases
+        return None
+
+
 def _downloaded(name: str) -> bool:
     """Whether files of the tokenizer of this hub id are on this machine."""
     from huggingface_hub import try_to_load_from_cache
@@ -230,6 +242,8 @@ def _load(
             raise LongrollError(f"tokenizer {name!r}: no such folder here, and {reason}") from None
         said = " ".join(str(problem).split())[:300] or type(problem).__name__
         if "trust_remote_code" in str(problem):
+            if not local and (vocabulary := _hub_vocabulary(str(name_or_path))) is not None:
+                return RWKVTokenizer(vocabulary, bos=bos)
             said = (
                 "it needs code from its repository, which longroll does not run unless `trust_remote_code` "
                 "is set; a tokenizer.json needs none"
