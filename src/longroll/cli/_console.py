@@ -1,26 +1,20 @@
-"""Where progress and tables go: progress to stderr, results to stdout."""
+"""Where lines and tables go: notices to stderr, results to stdout."""
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from longroll.printable import printable
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from longroll.results import DiagnosisResult
 
 
@@ -81,79 +75,6 @@ def hush_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-@contextmanager
-def progress(what: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar that shows how much of `total` is done; call what it yields with the amount."""
-    with _bars() as bar:
-        task = bar.add_task(printable(what), total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
-@contextmanager
-def stages(label: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar for work in several stages: call what it yields with the stage, what is done of it, its total."""
-    with _bars() as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(printable(f"{label}: {stage}"), total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield advance
-
-
-def _bars() -> Progress:
-    name = TextColumn("{task.description}", markup=False)
-    return Progress(
-        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-    )
-
-
-def training_progress(advance: Callable[[int], None]) -> TrainerCallback:
-    """A Trainer callback that moves a bar."""
-    from transformers import TrainerCallback
-
-    class Bar(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            advance(state.global_step)
-
-    return Bar()
-
-
-@contextmanager
-def stops_between_steps() -> Iterator[TrainerCallback]:
-    """A Trainer callback that lets an interrupt wait for the end of the step; a second one does not wait.
-
-    An exception may come up anywhere, in a destructor too, where Python drops it and trains on.
-    """
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        asked = False
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-
-    stop = Stop()
-
-    def ask(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-        console.print("stopping after this step; interrupt again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 LEVELS = {"in_range": "in range", "2x": "2x T", "8x": "8x T", "64x": "64x T", "far": "last octave"}

@@ -112,7 +112,7 @@ def _read(path: Path) -> DiagnosisResult:
 
 def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **options: Any) -> DiagnosisResult:
     """`longroll.diagnose` with a progress bar; its result."""
-    from longroll.cli._console import stages
+    from longroll.cli._progress import stages
     from longroll.measure import diagnose
 
     with stages(label or lm.name) as advance:

@@ -139,7 +139,7 @@ def try_families() -> list[dict[str, Any]]:
     """The laws, tried on this machine's GPU or else its CPU."""
     import torch
 
-    from longroll.cli._console import progress
+    from longroll.cli._progress import progress
     from longroll.conformance.table import tabulate
     from longroll.conformance.tiny import CONFIGS, ON_GPU
 

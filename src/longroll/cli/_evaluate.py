@@ -40,7 +40,8 @@ def loss(
 
     from rich.table import Table
 
-    from longroll.cli._console import out, progress
+    from longroll.cli._console import out
+    from longroll.cli._progress import progress
     from longroll.measure import position_loss
     from longroll.results import LossResult, provenance
 

@@ -104,11 +104,12 @@ def open_model(
     plugin: str | None = None,
 ) -> RecurrentLM:
     """Load a model, and say so while it takes its time."""
-    from longroll.cli._console import console, hush_libraries
+    from longroll.cli._console import hush_libraries
+    from longroll.cli._progress import waiting
     from longroll.model import load
 
     hush_libraries()
-    with console.status(console.render_str(f"loading {model}")):
+    with waiting(f"loading {model}"):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
 
 
@@ -154,7 +155,7 @@ def read_corpus(
     text: str, tokenizer: Tokenizer, *, split: str, column: str | None, max_tokens: int | None, seed: int
 ) -> Corpus:
     """Read and tokenise text with a progress bar."""
-    from longroll.cli._console import progress
+    from longroll.cli._progress import progress
     from longroll.data import Corpus
 
     with progress(f"reading {text}", total=max_tokens) as advance:

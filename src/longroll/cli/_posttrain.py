@@ -33,6 +33,15 @@ class Weights(StrEnum):
     bf16 = "bf16"
 
 
+class ReportTo(StrEnum):
+    """The loggers of HF Trainer that can be asked for."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 class TaskName(StrEnum):
     """The tasks one can train on."""
 
@@ -111,6 +120,9 @@ def posttrain(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Steps as one CUDA graph: faster where a model is small.")
     ] = False,
+    report_to: Annotated[
+        ReportTo, typer.Option(help="Where the log goes too; tensorboard: --output/runs.")
+    ] = ReportTo.none,
     save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: o.Device = None,
@@ -160,6 +172,7 @@ def posttrain(
         cuda_graphs=cuda_graphs,
         lora_rank=lora_rank,
         save_steps=save_steps,
+        report_to=report_to.value,
         seed=seed,
     )
     if task is not None and text_column is not None:
@@ -199,7 +212,9 @@ def posttrain(
         if log and "loss_saved" in log[-1]:
             trained, saved, kept = (log[-1][key] for key in ("loss_trained", "loss_saved", "saved_dtype"))
             out.print(f"First batch from zero: {trained:.4f} nats as trained, {saved:.4f} as saved ({kept}).")
-        out.print(f"{options.steps} steps in {seconds:.0f} s{rate}: {output}")
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        learnt = f", loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+        out.print(f"{options.steps} steps in {seconds:.0f} s{rate}{learnt}: {output}")
 
 
 def make_intervention(
@@ -230,13 +245,13 @@ def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = F
     """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
     import time
 
-    from longroll.cli._console import progress, stops_between_steps, training_progress
+    from longroll.cli._progress import progress, stops_between_steps, training_progress
     from longroll.training import posttrain
 
     began = time.perf_counter()
     name = "zero states" if intervention is None else type(intervention).__name__
     with progress(f"training from {name}", total=options.steps) as advance, stops_between_steps() as stop:
-        callbacks = [training_progress(advance), stop]
+        callbacks = [training_progress(advance, tokens=options.tokens // options.steps), stop]
         log = posttrain(
             lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks, finish=finish
         )

@@ -166,7 +166,8 @@ def _flags(defaults: dict[str, Any]) -> list[inspect.Parameter]:
 
 def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> None:
     """Measure a grid with a progress bar, print its tables, and write results and figures."""
-    from longroll.cli._console import out, progress
+    from longroll.cli._console import out
+    from longroll.cli._progress import progress
     from longroll.files import is_stream
     from longroll.report import write_figures
     from longroll.tasks import run_task
@@ -217,7 +218,7 @@ def parse_kinds(text: str) -> list[str]:
 
 def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
     """Noise, or text of a split, read with a progress bar."""
-    from longroll.cli._console import progress
+    from longroll.cli._progress import progress
     from longroll.tasks import open_haystack
     from longroll.tasks.haystack import HAYSTACK_TOKENS
 

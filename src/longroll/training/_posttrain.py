@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import SchedulerType
 
 from longroll import ranks
@@ -41,6 +43,7 @@ from longroll.training.saving import batch_loss, reread, save_checkpoint
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
 
+REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 _STARTED = "run.json"
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
@@ -84,6 +87,8 @@ class PosttrainOptions:
     """Train LoRA adapters of this rank on the linear layers and merge them; 0: train all weights."""
     save_steps: int = 100
     """A checkpoint to resume from every so many steps."""
+    report_to: str = "none"
+    """Where Trainer sends its log too: tensorboard (`output`/runs), wandb, mlflow; none."""
     seed: int = 0
     """Of the data order."""
 
@@ -105,6 +110,7 @@ class PosttrainOptions:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
         if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
             raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
+        _check_reporter(self.report_to)
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -177,6 +183,9 @@ def posttrain(
         callbacks=[LossGuard(), *(callbacks or [])],
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
+            callback.logging_dir = callback.logging_dir or str(output / "runs")
     with _full_disk_is_said(output):
         trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
@@ -221,8 +230,9 @@ def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> Trai
         save_steps=options.save_steps,
         save_total_limit=2,
         logging_steps=max(1, min(10, options.steps // 10)),
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # LossGuard must see them
-        report_to=[],
+        report_to=options.report_to,
         disable_tqdm=True,
         seed=options.seed,
         train_sampling_strategy="sequential",
@@ -260,6 +270,13 @@ def _rows_of(corpus: Corpus, intervention: Intervention | None, options: Posttra
         )
     lanes: Any = ChatLanes if chat else Lanes
     return lanes(corpus, options.length, rows, steps=steps, seed=options.seed)
+
+
+def _check_reporter(name: str) -> None:
+    if name not in REPORTERS:
+        raise LongrollError(f"`report_to` {name} is not one of {', '.join(REPORTERS)}.")
+    if name != "none" and find_spec(name) is None:
+        raise LongrollError(f"`report_to` {name} needs a package that is not here: pip install {name}.")
 
 
 def _with_lora(model: Any, rank: int) -> Any:
