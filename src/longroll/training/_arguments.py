@@ -51,7 +51,7 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     **_rows(
         "refused",
         "torch.compile reuses a graph that was traced without a state: train without it, or pass "
-        "cuda_graphs=True (--cuda-graphs)",
+        "`cuda_graphs`",
         "torch_compile torch_compile_backend torch_compile_mode",
     ),
     **_rows(

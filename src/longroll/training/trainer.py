@@ -110,7 +110,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             )
         if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
             raise LongrollError(
-                "A step as one CUDA graph has the plain loss: leave out --cuda-graphs, or label smoothing, "
+                "A step as one CUDA graph has the plain loss: leave out `cuda_graphs`, or label smoothing, "
                 "compute_loss_func and output_router_logits."
             )
         dtype = torch.bfloat16 if self.args.bf16 else None
