@@ -9,10 +9,10 @@ import longroll
 
 SOURCE = Path(longroll.__file__).parent
 LAYERS = (
-    ("errors", "printable", "stacks", "history"),
-    ("files", "ops"),
+    ("errors", "printable", "stacks", "history", "heads", "checkpoint"),
+    ("files", "ops", "ranks"),
     ("state", "results"),
-    ("families", "interventions", "data", "heads"),
+    ("families", "interventions", "data"),
     ("model",),
     ("measure",),
     ("tasks", "training", "report"),
@@ -22,7 +22,7 @@ LAYERS = (
 )
 """Packages and modules, lowest first: each imports from lower layers only; the last is the package itself."""
 
-PARTS = {"_plugins": "model", "_self_check": "model", "__main__": "longroll"}
+PARTS = {"_plugins": "model", "_self_check": "model", "harness_arguments": "harness", "__main__": "longroll"}
 """Private modules, by what they are a part of."""
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -35,8 +35,8 @@ def strings(tree: ast.AST):
 def test_only_the_command_line_speaks_of_flags():
     told = []
     for path in SOURCE.rglob("*.py"):
-        if path.is_relative_to(SOURCE / "cli"):
-            continue
+        if path.is_relative_to(SOURCE / "cli") or path.name.startswith("harness"):
+            continue  # the harness speaks of lm_eval's flags
         for node in strings(ast.parse(path.read_text())):
             text = re.sub(r"`longroll [^`]*`", "", node.value)  # a whole command is no flag
             if FLAG.search(text) and not re.fullmatch(r"--[a-z-]+", text):

@@ -79,7 +79,7 @@ def test_bf16_weights_say_what_they_cost(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "longroll"):
         run(lm, tmp_path / "out", weights="bf16")
     (line,) = (r.getMessage() for r in caplog.records if r.name == "longroll")
-    assert "1/256" in line and "--weights bf16" in line and "\n" not in line
+    assert "1/256" in line and "`weights` bf16" in line and "\n" not in line
     files = load_file(tmp_path / "out" / "model.safetensors")
     name = "backbone.layers.0.mixer.A_log"
     assert files[name].dtype == torch.float32 and (files[name] != start.float()).all()

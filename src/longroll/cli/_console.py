@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from longroll.cli._flags import in_flags, running
 from longroll.printable import printable
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class _Notices(logging.Handler):
         elif _verbosity > 0:
             text = f"{record.name}: {text}"
         style = "yellow" if record.levelno >= logging.WARNING else None
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(in_flags(text, running), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def hush_libraries() -> None:

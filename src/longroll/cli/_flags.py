@@ -1,4 +1,4 @@
-"""Errors of the library name Python's arguments; a command's errors name its flags."""
+"""Errors and notices of the library name Python's arguments; a command's name its flags."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ ALIASES = {
 """Parameters of commands that hand over a value under another name than the library's."""
 
 
+running: dict[str, str] = {}
+"""The flags of the command that runs, by parameter; notices of the library are told in them too."""
+
+
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """Write flags in place of the Python arguments that a message names in backticks.
 
     Args:
-        message: of a LongrollError.
+        message: of a LongrollError, or a notice.
         flags: of the command, by parameter; an argument that no parameter sets stays as it is.
     """
 
@@ -89,9 +93,10 @@ class Command(TyperCommand):
         Raises:
             LongrollError: of the library, in flags.
         """
+        running.clear()
+        running.update((p.name, p.opts[0]) for p in self.params if p.param_type_name == "option")
         try:
             return super().invoke(ctx)
         except LongrollError as error:
-            flags = {param.name: param.opts[0] for param in self.params if param.param_type_name == "option"}
-            error.args = (in_flags(str(error), flags),)
+            error.args = (in_flags(str(error), running),)
             raise

@@ -114,7 +114,7 @@ def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | Non
         set_precision(model, torch.bfloat16)
         saved = 2 * sum(p.numel() for p in model.parameters() if in_16_bits(p)) / 2**30
         logger.warning(
-            "--weights bf16: updates below 1/256 of a weight are lost in the matrices, so they learn less at "
+            "`weights` bf16: updates below 1/256 of a weight are lost in the matrices, so they learn less at "
             "the same learning rate; it saves %.2f GiB of weights, and as much of gradients.",
             saved,
         )
