@@ -1,6 +1,7 @@
 """lm-evaluation-harness: the scores of its own `hf` model, without truncation and with shared beginnings."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,15 @@ def test_a_long_prompt_is_read_whole_and_in_pieces(ours, where, monkeypatch):
         logits, _ = ours.lm(torch.tensor([ids[:-1]]))
     losses = logits[0].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[-scored:, 0]
     assert abs(found - losses.double().sum().item()) <= 1e-5 * scored + 1e-4
+
+
+@pytest.mark.parametrize("where", ["argument", "command line"])
+def test_a_plugin_builds_the_model(where, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    plugin = "examples.own_gru:build"
+    monkeypatch.setattr(LongrollLM, "plugin", plugin if where == "command line" else None)
+    lm = LongrollLM("gru", device="cpu", plugin=plugin if where == "argument" else None)
+    (answer,) = lm.loglikelihood([Instance("loglikelihood", {}, ("abc", "d"), 0)])
+    ids = torch.tensor([list(b"abc")])
+    expected = lm.lm(ids)[0][0, -1].log_softmax(-1)[ord("d")].item()
+    assert answer[0] == pytest.approx(expected, abs=1e-5) and lm.tokenizer_name == "bytes"

@@ -62,6 +62,16 @@ def test_posttrain_resumes_and_the_folder_opens_again(name, kind, tmp_path):
     assert (config["plugin"], config["built"]) == ("own_modules:build", name)
 
 
+def test_what_python_wrapped_a_function_builds_again(tmp_path):
+    """No plug-in was named: the folder notes the model's name."""
+    lm = longroll.wrap(build("gru"), vocab_size=VOCAB, name="gru")
+    assert lm.flags is None  # no command opens it
+    posttrain(lm, corpus(), None, OPTIONS, tmp_path / "out")
+    names = []
+    again = longroll.load(tmp_path / "out", plugin=lambda name: names.append(name) or build(name))
+    assert names == ["gru"] and torch.equal(again(tokens(1, 5))[0], lm(tokens(1, 5))[0])
+
+
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     posttrain(fresh("gru"), corpus(), None, OPTIONS, tmp_path / "gru")
     with pytest.raises(LongrollError, match=r"`plugin` names what builds it \(own_modules:build\)"):
