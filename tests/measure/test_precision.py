@@ -74,13 +74,26 @@ def test_without_memory_for_float32_nothing_is_claimed(monkeypatch):
 def test_activations_near_the_limit_are_said(share):
     lm, texts = zoo.lm_of("mamba2", dtype=torch.float16), zoo.tokens(4, 65)
     largest = share * LIMIT
-    lm.model.backbone.layers[0].mixer.in_proj.register_forward_hook(
+    lm.model.backbone.layers[0].mixer.out_proj.register_forward_hook(
         lambda m, i, out: out.clamp(-1, 1) * (largest / out.clamp(-1, 1).abs().max())
     )
     found = diagnose(lm, texts, train_length=TRAIN_LENGTH, explain=False)
     assert found.details["precision"]["largest"] == pytest.approx(largest, rel=0.01)
-    assert found.details["precision"]["where"].endswith("layers.0.mixer.in_proj")
+    assert found.details["precision"]["where"].startswith("backbone.layers.")
     assert ("near float16's limit" in found.sentence) == (share > precision.NEAR)
+
+
+def test_what_float32_holds_is_said_too():
+    """The scan of a Mamba-2 gives its norm more than float16 holds; longroll's losses are finite."""
+    lm = zoo.lm_of("mamba2", dtype=torch.float16)
+    with torch.no_grad():
+        for mixer in (layer.mixer for layer in lm.model.backbone.layers):
+            mixer.A_log.fill_(-8.0)
+            mixer.in_proj.weight.mul_(16)
+    found = diagnose(lm, zoo.tokens(4, 201), train_length=TRAIN_LENGTH, explain=False)
+    assert found.details["precision"]["largest"] > LIMIT
+    assert found.details["precision"]["where"].endswith("mixer.norm")
+    assert "past float16's limit" in found.sentence and "held in float32 here" in found.sentence
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

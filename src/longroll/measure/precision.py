@@ -33,9 +33,9 @@ class Precision:
 
     dtype: str
     largest: float | None = None
-    """The largest float16 activation; infinite where one overflowed; None for another dtype."""
+    """The largest activation of a float16 model; infinite where one overflowed; None for another dtype."""
     where: str | None = None
-    """The module that gave it."""
+    """The module that took or gave it."""
     not_finite_from: int | None = None
     """The first position at which a loss is not finite."""
     finite_in_float32: bool | None = None
@@ -70,14 +70,20 @@ class Precision:
             return f"{at}, and finite in float32{over}."
         if self.largest is None or self.largest < NEAR * LIMIT:
             return None
+        where = "near" if self.largest <= LIMIT else "past"
+        held = "" if self.largest <= LIMIT else ", held in float32 here"
         return (
-            f"Activations reach {self.largest:,.0f}{place}, near float16's limit of {LIMIT:,.0f}: read this "
-            "model in bfloat16 or float32."
+            f"Activations reach {self.largest:,.0f}{place}, {where} float16's limit of {LIMIT:,.0f}{held}: "
+            "read this model in bfloat16 or float32."
         )
 
 
 class Float16Watch:
-    """Notes the largest float16 activation of every module while it is entered; costs nothing elsewhere."""
+    """Notes the largest number that each module of a float16 model takes or gives, while it is entered.
+
+    Of other models nothing is noted. Numbers in float32 count too: what reaches a norm may pass the limit
+    here, and overflow in other code for the same model.
+    """
 
     def __init__(self, lm: RecurrentLM) -> None:
         self.modules = {name: module for name, module in lm.model.named_modules() if name}
@@ -97,9 +103,9 @@ class Float16Watch:
             hook.remove()
 
     def _hook(self, name: str) -> Any:
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, Tensor) and tensor.dtype == torch.float16 and tensor.numel():
+        def note(_module: nn.Module, inputs: tuple, output: Any) -> None:
+            for tensor in (*inputs, *(output if isinstance(output, tuple) else (output,))):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                     largest = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()
                     before = self._largest.get(name)
                     self._largest[name] = largest if before is None else torch.maximum(before, largest)
