@@ -46,7 +46,8 @@ class Skipped:
     def __str__(self) -> str:
         parts = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.files.items()]
         count = sum(map(len, self.files.values()))
-        said = [f"{count} file{'s'[: count > 1]} not read: {', '.join(parts)}"] if parts else []
+        files = "1 file" if count == 1 else f"{count} files"
+        said = [f"{files} not read: {', '.join(parts)}"] if parts else []
         if self.replaced:
             counts = [f"{name}: {count}" for name, count in self.replaced.items()]
             said.append(f"bytes that are not UTF-8 read as U+FFFD ({_some(counts)})")
