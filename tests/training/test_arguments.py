@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+from test_trainer import quick_collections
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -12,6 +13,8 @@ from longroll import InitialStateTrainer, LongrollError, StatePassing
 from longroll.training import _arguments
 from longroll.training._arguments import ACCELERATOR_CONFIG, TRAINER, TRAINING_ARGUMENTS
 from zoo import build
+
+__all__ = ["quick_collections"]  # a fixture of each test here
 
 _ADDED = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # by transformers 5.23
 

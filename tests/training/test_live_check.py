@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from test_trainer import assert_same_weights, data_for, train
+from test_trainer import assert_same_weights, data_for, quick_collections, train
 from transformers import TrainingArguments
 
 from longroll import TBPTT, FittedNoise, InitialStateTrainer, LongrollError, RandomNoise, StatePassing
 from longroll.families._cache import StateCache
 from longroll.training._live_check import LiveCheck
 from zoo import build
+
+__all__ = ["quick_collections"]  # a fixture of each test here
 
 KINDS = {"random": RandomNoise, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT}
 

@@ -5,13 +5,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_batch import Tokenizer
-from test_trainer import ROWS, SGD, T, arguments, assert_same_weights, corpus_of, lanes, moved, train
+from test_trainer import (
+    ROWS,
+    SGD,
+    T,
+    arguments,
+    assert_same_weights,
+    corpus_of,
+    lanes,
+    moved,
+    quick_collections,
+    train,
+)
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from longroll import TBPTT, InitialStateTrainer, LongrollError, StatePassing
 from longroll.data import StreamingLanes, Windows
 from zoo import VOCAB, build, lm_of
+
+__all__ = ["quick_collections"]  # a fixture of each test here
 
 
 def ragged(rows=12, seed=0):
@@ -176,7 +189,8 @@ LOSSES = ["label_smoothing_factor", "neftune_noise_alpha", "compute_loss_func", 
 @pytest.mark.parametrize(
     ("name", "what"),
     [("jamba", what) for what in LOSSES]
-    + [(name, LOSSES[-1]) for name in ("qwen3_next", "granitemoehybrid", "minimax")],
+    + [pytest.param(n, LOSSES[-1], marks=pytest.mark.slow) for n in ("granitemoehybrid", "minimax")]
+    + [("qwen3_next", LOSSES[-1])],
 )
 def test_losses_are_transformers_trainers(name, what, tmp_path):
     calls = []

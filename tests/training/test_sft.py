@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import assert_same_weights, data_for, train
+from test_trainer import assert_same_weights, data_for, quick_collections, train
 from transformers import Trainer, TrainingArguments
 
 from longroll import InitialStateMixin, InitialStateTrainer, LongrollError, StatePassing
@@ -13,6 +13,8 @@ from zoo import VOCAB, build, lm_of
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+
+__all__ = ["quick_collections"]  # a fixture of each test here
 
 
 class SFT(InitialStateMixin, trl.SFTTrainer):
@@ -176,7 +178,7 @@ def test_trainers_of_pairs_are_refused(name, tmp_path):
         type("Pairs", (InitialStateMixin, host), {})(build("mamba2"), TrainingArguments(str(tmp_path)))
 
 
-def test_a_host_that_reads_other_texts_is_refused(tmp_path):
+def test_hosts_with_losses_of_their_own(tmp_path):
     class Host(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             ids = inputs["input_ids"]
@@ -190,6 +192,15 @@ def test_a_host_that_reads_other_texts_is_refused(tmp_path):
         def compute_loss(self, model, inputs, *args, **kwargs):
             return next(model.parameters()).sum()
 
+    class Own(Trainer):
+        """A loss without labels."""
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert "labels" not in inputs
+            return model(input_ids=inputs["input_ids"]).logits.float().pow(2).mean()
+
+    made = type("Mixed", (InitialStateMixin, Own), {})
+    train(build("mamba2"), StatePassing(), [{"input_ids": [3, 4, 5]}] * 8, tmp_path, spy=made)
     for host, said in ((Host, "several times"), (Other, "other rows"), (Never, "did not call")):
         with pytest.raises(LongrollError, match=said):
             made = type("Mixed", (InitialStateMixin, host), {})

@@ -55,7 +55,8 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
     Args:
         inputs: `input_ids` (B, T); `labels` (B, T), aligned with the inputs, or `shift_labels` (B, T), the
             token after each input.
-        strict: refuse keys that the loss does not read; else a host trainer hands them to the model.
+        strict: refuse keys that the loss does not read, and batches without targets; else these are a host
+            trainer's own affair.
 
     Raises:
         LongrollError: for an unknown key, a batch without tokens or targets, a mask of another shape, and
@@ -71,6 +72,8 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
         raise LongrollError("The batch has no `input_ids` (B, T): give rows of token ids.")
     mask = _mask(inputs, ids)
     starts = _starts(inputs, ids, mask)
+    if not strict and inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        return Rows(ids, torch.full_like(ids, IGNORED), mask, starts)
     return Rows(ids, _targets(inputs, ids, mask, starts), mask, starts)
 
 

@@ -35,14 +35,21 @@ class LiveCheck:
         self.model = model
         self.done = False
 
+    def due(self, state: RecurrentState | None) -> bool:
+        """Whether a batch that starts from `state` would be checked; all ranks ask together."""
+        if self.done or state is None or not torch.is_grad_enabled():
+            return False
+        return _any_rank(_is_nonzero(state))
+
     def read(self, read: Read, state: RecurrentState | None) -> Tensor:
         """`read(state)`, checked where the check is due.
 
         Raises:
             LongrollError: when the state does not reach the hidden states.
         """
-        if self.done or state is None or not torch.is_grad_enabled() or not _any_rank(_is_nonzero(state)):
+        if not self.due(state):
             return read(state)
+        assert state is not None
         self.done = True
         device = next(iter(state.values())).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -137,7 +137,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches
             train()
         state = self._choose(model, inputs)
-        if not self._live_check.done:
+        if self._live_check.due(state):  # by an eager forward: a graph cannot be asked
             with self.accelerator.autocast():
                 self._read(model, rows, state)
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
