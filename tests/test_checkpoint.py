@@ -129,3 +129,37 @@ def test_adapters_of_the_prompt_are_refused():
     model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(LongrollError, match="tokens to the prompt"):
         RecurrentLM(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_quantised_weights_are_read_as_what_they_stand_for(name, bits, tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    build(
+        name, hidden_size=64, vocab_size=256, **({"num_heads": 8} if name == "mamba2" else {})
+    ).save_pretrained(tmp_path / "in")
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in", quantization_config=how, device_map="cpu")
+    model.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(LongrollError, match="dequantize"):
+        RecurrentLM(model)
+    with caplog.at_level(logging.WARNING, "longroll"):
+        lm = longroll.load(tmp_path / "quantised")
+    assert [r for r in caplog.records if "is quantised (bitsandbytes" in r.getMessage()]
+    ids = tokens(2, 20)
+    expected = model(ids).logits  # with a gradient: bitsandbytes' inference on a CPU wants other sizes
+    assert_close(lm(ids)[0], expected, 1e-4 if bits == 4 else 0.3)  # 8 bits round activations too
+    assert lm.model.dtype == torch.float32 and lm.checkpoint.unused == ()
+    save_checkpoint(lm.model, tmp_path, source=lm.checkpoint)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert_close(longroll.load(tmp_path)(ids)[0], lm(ids)[0], 0.05)
+
+
+def test_a_model_that_cannot_be_dequantised_is_refused(tmp_path, monkeypatch):
+    build("mamba2").save_pretrained(tmp_path)
+    model = type(build("mamba2"))
+    monkeypatch.setattr(model, "is_quantized", True, raising=False)
+    with pytest.raises(LongrollError, match="open the checkpoint that it was made from"):
+        longroll.load(tmp_path)

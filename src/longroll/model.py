@@ -74,6 +74,11 @@ class RecurrentLM(nn.Module):
                 f"{model.config.model_type}: some weights are offloaded or were never loaded: put the whole "
                 "model on a device, without offloading in its device_map."
             )
+        if getattr(model, "is_quantized", False):
+            raise LongrollError(
+                f"{model.config.model_type} is quantised, and mixers read weights as numbers: open its "
+                "folder with longroll.load, or call its dequantize() first."
+            )
         self.family.prepare(model)
         self.model = model
         self.name = name or model.config.name_or_path or model.config.model_type
@@ -414,9 +419,34 @@ def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple
     model, unexpected = _load_transformers(loader, source, dtype, trust_remote_code)
     folder = _local_folder(source, only_config=True)  # where transformers keeps the rest too
     stored = stored_tensors(folder)
-    return model, Checkpoint(
-        folder, common_dtype(stored.values()), unused=unused_names(stored, model, unexpected)
-    )
+    own = common_dtype(stored.values())
+    if getattr(model, "is_quantized", False):
+        model, unexpected = _dequantised(model, source, dtype), set()  # the files' scales are used
+        own = own or getattr(torch, str(_entry_of(config, "dtype", "torch_dtype")), torch.float16)
+    return model, Checkpoint(folder, own, unused=unused_names(stored, model, unexpected))
+
+
+def _entry_of(config: dict, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name)), None)
+
+
+def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model whose weights are the numbers that the quantised ones stand for."""
+    method = getattr(model, "quantization_method", None)
+    method = getattr(method, "value", method)
+    try:
+        plain = model.dequantize()
+    except Exception as error:
+        raise LongrollError(
+            f"{source} is quantised ({method}), and transformers cannot turn its weights into plain ones: "
+            "open the checkpoint that it was made from."
+        ) from error
+    logger.warning(
+        "%s is quantised (%s): it is read, trained and saved as the plain weights that it stands for.",
+        source, method,
+    )  # fmt: skip
+    plain._weight_conversions = None  # would quantise what is saved
+    return plain.to(dtype) if isinstance(dtype, torch.dtype) else plain
 
 
 def _base_of_adapter(source: str) -> str | None:
