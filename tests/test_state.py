@@ -34,11 +34,10 @@ def test_is_an_immutable_mapping():
 
 def test_every_operation_leaves_the_state_alone(tmp_path):
     state, same = make_state(), make_state()
-    state.detach().to(torch.float64).rows([2, 0]).zeros_like()
+    state.detach().to(torch.float64).rows([2, 0])
     state.map(lambda t: t + 1)
     state.where(torch.tensor([True, False, True]))
     state.part("conv")
-    state.norms()
     state.save(tmp_path / "state.safetensors")
     assert_same_state(state, same)
 
@@ -111,15 +110,6 @@ def test_detach_cuts_the_graph():
     assert state[StateKey(0, "recurrent")].requires_grad
     detached = state.detach()
     assert not detached[StateKey(0, "recurrent")].requires_grad and detached.seen == 4
-
-
-def test_norms_are_of_rows_and_skip_ids():
-    state = make_state()
-    norms = state.norms()
-    assert StateKey(0, "conv", 1) not in norms  # token ids
-    for key, norm in norms.items():
-        expected = torch.stack([row.square().sum().sqrt() for row in state[key]])
-        torch.testing.assert_close(norm, expected)
 
 
 def test_named_round_trip():

@@ -41,7 +41,7 @@ MOST_PROMPTS = 64
 PROMPT_TOKENS = 256
 """Tokens of each prompt in one forward that make the choice: fewer would keep no device busy."""
 LINE_END = 10  # begins a text of bytes, which have no special token for it
-_LOGITS = 2**24  # numbers of logits that exist at once, 64 MiB
+_SCORED = 2**24  # numbers of logits that exist at once, 64 MiB
 
 Ids = Sequence[int] | np.ndarray
 
@@ -359,7 +359,7 @@ class LongrollLM(TemplateLM):
         """Log-probabilities of the targets (B, T) that count, summed (B,); whether each is the argmax."""
         total = torch.zeros(len(hidden), dtype=torch.float64)
         greedy = torch.ones(len(hidden), dtype=torch.bool)
-        size = max(1, _LOGITS // (hidden.shape[0] * self.lm.vocab_size))
+        size = max(1, _SCORED // (hidden.shape[0] * self.lm.vocab_size))
         for h, y, kept in zip(*(t.split(size, dim=1) for t in (hidden, targets, counted)), strict=True):
             logits = self.lm.head(h)
             found = logits.log_softmax(dim=-1).gather(2, y.to(logits.device)[..., None])[..., 0].cpu()

@@ -114,10 +114,6 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             return RecurrentState(kept, seen=self.seen, ragged=self.ragged)
         return RecurrentState(kept)
 
-    def zeros_like(self) -> RecurrentState:
-        """The zero state of the same shapes."""
-        return self.map(torch.zeros_like)
-
     def where(self, mask: Tensor, other: RecurrentState | None = None) -> RecurrentState:
         """Rows of this state where `mask` (B,) is true, of `other` (default: the zero state) elsewhere."""
 
@@ -131,10 +127,6 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             if any(t.is_cuda for t in self.values()):  # pinned, its copy waits for nothing
                 mask = mask.pin_memory()
         return self.map_stacked(choose, *(() if other is None else (other,)))
-
-    def norms(self) -> dict[StateKey, Tensor]:
-        """Euclidean norm of each row of each floating tensor, (B,) each."""
-        return {key: t.float().flatten(1).norm(dim=1) for key, t in self.items() if t.is_floating_point()}
 
     def named(self) -> dict[str, Tensor]:
         """The tensors under string names, as `safetensors` and state dicts want them."""

@@ -128,14 +128,6 @@ def test_one_file_is_one_document(tmp_path: Path):
     )
 
 
-def test_limit_stops_after_whole_documents(tmp_path: Path):
-    for i in range(5):
-        (tmp_path / f"{i}.txt").write_text("ü" * 10, encoding="utf-8")  # 20 bytes
-    assert len(list(read_documents(tmp_path, split="all", limit_bytes=41))) == 3
-    assert len(list(read_documents(tmp_path, split="all", limit_bytes=40))) == 2
-    assert list(read_documents(tmp_path, split="all", limit_bytes=0)) == []
-
-
 def test_several_sources_take_turns(tmp_path: Path):
     for name, count in (("a", 3), ("b", 1)):
         (tmp_path / name).mkdir()

@@ -23,7 +23,7 @@ def drops_the_cache(model, patch):
 def reads_from_zero(model, patch):
     def hook(module, args, kwargs):
         cache = kwargs["cache_params"]
-        cache.initial = cache.initial.zeros_like()
+        cache.initial = cache.initial.map(torch.zeros_like)
         return args, kwargs
 
     model.base_model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -29,7 +29,6 @@ def read_documents(
     *,
     split: str = "train",
     text_column: str | None = None,
-    limit_bytes: int | None = None,
     seed: int | None = None,
 ) -> Iterator[str]:
     """Read whole documents lazily; documents without any visible character are left out.
@@ -51,7 +50,6 @@ def read_documents(
         split: "train", "validation" or "all", or a hub dataset's own.
         text_column: the column of text of rows; None: `text`, `content` or the only one of strings. Text
             without rows is refused with it, in a folder skipped.
-        limit_bytes: stop after the document with which this many UTF-8 bytes were read.
         seed: read the files of folders in an order shuffled by it, for when a limit cuts the reading short;
             None: in the order of their paths. Rows are always read in their order.
 
@@ -61,8 +59,7 @@ def read_documents(
             or a source without any text.
     """
     streams = [_never_empty(_stream(one, split, text_column, seed), one, split) for one in _separate(source)]
-    documents = _in_turn(streams)
-    return documents if limit_bytes is None else _up_to(documents, limit_bytes)
+    return _in_turn(streams)
 
 
 def _separate(source: str | Path) -> list[str | Path]:
@@ -179,14 +176,6 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
                 yield next(stream)
             except StopIteration:
                 streams.remove(stream)
-
-
-def _up_to(documents: Iterator[str], limit_bytes: int) -> Iterator[str]:
-    """Documents until they hold `limit_bytes` of UTF-8; the last one is not cut."""
-    read = 0
-    while read < limit_bytes and (text := next(documents, None)) is not None:
-        read += len(text.encode("utf-8", errors="replace"))
-        yield text
 
 
 def _path(source: str | Path) -> Path:

@@ -95,10 +95,6 @@ class HFTokenizer:
         none = [*self.prefix_ids, *([] if self.separator_id is None else [self.separator_id])]
         return len(self.decode(ids[~np.isin(ids, none)]).encode("utf-8", errors="replace"))
 
-    def bytes_per_token(self, text: str) -> float:
-        """UTF-8 bytes of `text` for each of its tokens."""
-        return len(text.encode("utf-8", errors="replace")) / max(1, len(self.encode(text)))
-
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids that the chat template puts before and after one message of the user.
 

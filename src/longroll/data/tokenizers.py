@@ -93,10 +93,6 @@ class ByteTokenizer:
         """How many ids there are."""
         return len(ids)
 
-    def bytes_per_token(self, text: str = "") -> float:
-        """Exactly 1."""
-        return 1.0
-
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes have no chat template."""
         raise LongrollError("`chat_template`: the tokens are bytes, which have no chat template")

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longroll.ops._common import state_dtype
-from longroll.ops._ssd import NO_LIMIT
+from longroll.ops._common import NO_LIMIT, state_dtype
 
 _NO_STEP = -1e4  # softplus of it is 0, whatever the bias, in every dtype
 

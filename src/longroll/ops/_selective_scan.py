@@ -24,6 +24,7 @@ from longroll.ops._common import (
     room_for,
     spans,
     state_dtype,
+    ungate,
     zeros_for,
 )
 
@@ -253,7 +254,7 @@ def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> 
         wide, narrow = steps.x.shape, steps.B.shape
         dy_ = _cut(dy, span, dtype)
         if z is not None:
-            dy_ = _ungate(_cut(z, span, dtype), dy_, _output(steps, D, scratch), _place(dz, span), scratch)
+            dy_ = ungate(_cut(z, span, dtype), dy_, _output(steps, D, scratch), _place(dz, span), scratch)
 
         g = torch.mul(steps.C.unsqueeze(4), dy_.unsqueeze(3), out=scratch("g", *h.shape))
         _place(dC, span).copy_(_over_channels(h, dy_, scratch("narrow", *narrow)))
@@ -277,16 +278,6 @@ def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> 
             dD += torch.mul(dy_, steps.x, out=scratch("product", *wide)).sum((0, 1, 2))
         _place(dx, span).copy_(dx_)
     return dx, ddt, drates, dB, dC, dD, dz, ddt_bias, dstate
-
-
-def _ungate(z: Tensor, dy: Tensor, ungated: Tensor, dz: Tensor, scratch: Scratch) -> Tensor:
-    """Write the gate's gradient into `dz`; return that of the output before the gate."""
-    sigmoid = torch.sigmoid(z, out=scratch("sigmoid", *z.shape))
-    gate = torch.mul(z, sigmoid, out=scratch("gate", *z.shape))
-    ungated.mul_(dy)
-    inner = torch.mul(dy, gate, out=scratch("dy", *z.shape))
-    dz.copy_(sigmoid.addcmul_(gate, sigmoid, value=-1).add_(gate).mul_(ungated))  # s + z s (1 - s)
-    return inner
 
 
 def _walk_back(steps: _Steps, g: Tensor, powers: Tensor, dstate: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from longroll.ops._backend import kernel_for
 from longroll.ops._common import (
     LOG2_E,
+    NO_LIMIT,
     Scratch,
     Span,
     cast,
@@ -24,10 +25,9 @@ from longroll.ops._common import (
     room_for,
     spans,
     state_dtype,
+    ungate,
     zeros_for,
 )
-
-NO_LIMIT = (0.0, float("inf"))
 
 
 def ssd(
@@ -296,7 +296,7 @@ def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep,
             dy_ = scratch("dy", *dy_.shape).copy_(dy_)
         else:
             z_ = _heads(z, span, groups).to(dtype)
-            dy_ = _ungate(z_, dy_, _output(chunks, read, D, scratch), _heads(dz, span, groups), scratch)
+            dy_ = ungate(z_, dy_, _output(chunks, read, D, scratch), _heads(dz, span, groups), scratch)
 
         ddtx, dB_, dC_, dlog = _within(chunks, dy_, scratch)
         from_start = None
@@ -328,16 +328,6 @@ def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep,
         _groups(dB, span).copy_(dB_)
         _groups(dC, span).copy_(dC_)
     return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dstate
-
-
-def _ungate(z: Tensor, dy: Tensor, ungated: Tensor, dz: Tensor, scratch: Scratch) -> Tensor:
-    """Write the gate's gradient into `dz`; return that of the output before the gate."""
-    sigmoid = torch.sigmoid(z, out=scratch("sigmoid", *z.shape))
-    gate = torch.mul(z, sigmoid, out=scratch("gate", *z.shape))
-    ungated.mul_(dy)
-    inner = torch.mul(dy, gate, out=scratch("dy", *z.shape))
-    dz.copy_(sigmoid.addcmul_(gate, sigmoid, value=-1).add_(gate).mul_(ungated))  # s + z s (1 - s)
-    return inner
 
 
 def _within(chunks: _Chunks, dy: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._common import no_autocast
+from longroll.ops._common import NO_LIMIT, no_autocast
 from longroll.ops.gpu import rms_norm, short_conv, ssd
 
 
@@ -137,7 +137,7 @@ class _Mamba2(torch.autograd.Function):
             )
             raw = dt.float() + dt_bias
             draw = dsteps * raw.sigmoid()
-            if shape.dt_limit != ssd.NO_LIMIT:
+            if shape.dt_limit != NO_LIMIT:
                 size, (low, high) = F.softplus(raw), shape.dt_limit
                 draw = draw * ((size >= low) & (size <= high))
             if out is not None:

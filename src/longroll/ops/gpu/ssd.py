@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._common import cast, no_autocast
+from longroll.ops._common import NO_LIMIT, cast, no_autocast
 
-NO_LIMIT = (0.0, float("inf"))
 CHUNK = 64
 WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
