@@ -52,6 +52,9 @@ def test_everything_learns_and_the_file_keeps_it(name, dtype, tmp_path):
     assert log[-1]["saved_dtype"] == str(dtype)[6:]
     assert log[-1]["loss_trained"] == pytest.approx(log[-1]["loss_saved"], abs=0.05)
     assert not list((tmp_path / "out").glob(".*"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\n") and "states by `sp`" in card
+    assert all(line in card for line in ("| steps | 3 |", "| weight_decay | 0.1 |", "| transformers | "))
 
 
 def test_transformers_opens_it_in_the_checkpoints_dtype(tmp_path):

@@ -37,6 +37,7 @@ from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints
+from longroll.training.card import model_card
 from longroll.training.guard import LossGuard
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.saving import batch_loss, reread, save_checkpoint
@@ -200,7 +201,7 @@ def posttrain(
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
             record(lm.model.config, started["arguments"])
             with checkpoints.aside(output) as partial:
-                save_checkpoint(lm.model, partial, source=source)
+                save_checkpoint(lm.model, partial, source=source, card=model_card(lm, started))
             if not lm.own:  # which only its plug-in opens
                 trainer.state.log_history[-1].update(reread(output, lm, source, batch, trained))
             if mixed:

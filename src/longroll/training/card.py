@@ -1,0 +1,42 @@
+"""The model card of a post-trained model: what was done to it, in README.md beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longroll.history import history
+from longroll.model import RecurrentLM
+
+
+def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
+    """Markdown with the metadata that the hub reads.
+
+    Args:
+        lm: the model; its config tells of the runs before this one.
+        run: what identifies the run (`identity.describe_run`): `arguments`, `data`, fingerprints, `versions`.
+    """
+    arguments, earlier = run["arguments"], history(lm.model.config)[:-1]
+    head = ["---", "library_name: transformers", "tags: [longroll]"]
+    if lm.name.count("/") == 1 and not Path(lm.name).exists():
+        head.append(f"base_model: {lm.name}")
+    start = (
+        "zero states" if arguments["intervention"] == "none" else f"states by `{arguments['intervention']}`"
+    )
+    lines = [
+        *head, "---",
+        f"# {Path(lm.name).name}, post-trained from {start}",
+        f"{arguments['steps']} steps of {arguments['batch_size']} x {arguments['length']} tokens by longroll, "
+        f"whose sequences started from {start}. transformers or fla opens it without longroll.",
+        "",
+        "| option | |", "|---|---|",
+        *(f"| {name} | {value} |" for name, value in arguments.items()),
+        *(f"| {name} | {run[name]} |" for name in ("data", "tokenizer", "text", "model") if name in run),
+        f"| processes | {run['world_size']} |",
+        *(f"| {package} | {version} |" for package, version in run["versions"].items()),
+    ]  # fmt: skip
+    if earlier:
+        told = ", ".join(f"{step['intervention']} ({step.get('steps', '?')} steps)" for step in earlier)
+        lines += ["", f"It had been post-trained before: {told}."]
+    return "\n".join(lines) + "\n"
