@@ -27,8 +27,8 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
     lines = [
         *head, "---",
         f"# {Path(lm.name).name}, post-trained from {start}",
-        f"{arguments['steps']} steps of {arguments['batch_size']} x {arguments['length']} tokens by longroll, "
-        f"whose sequences started from {start}. transformers or fla opens it without longroll.",
+        f"{arguments['steps']} steps of {arguments['batch_size']} x {arguments['length']} tokens by longroll; "
+        f"sequences started from {start}. transformers or fla opens the model without longroll.",
         "",
         "| option | |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in arguments.items()),
