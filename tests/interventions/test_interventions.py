@@ -187,6 +187,31 @@ def test_state_passing_hands_on_the_last_batch_exactly(sizes):
         passing.observe(last)
 
 
+@few
+@given(st.integers(0, 99), st.sampled_from([0.3, 0.7, 1.0]))
+def test_a_passed_state_waits_while_its_row_starts_from_zero(seed, probability):
+    passing = StatePassing(zero_probability=probability, seed=seed)
+    passing.observe(final_state(seed=100))
+    waiting = final_state(seed=100).detach().part("recurrent", "conv")
+    for number in range(6):
+        state = passing.initial_state(batch())
+        taken = state[H].flatten(1).any(1)
+        assert_same_state(state, waiting.where(taken))
+        final = final_state(seed=number).detach().part("recurrent", "conv")
+        passing.observe(final)
+        waiting = final.where(taken, waiting)
+        assert_same_state(passing.passed, waiting)
+
+
+def test_no_state_waits_for_the_rows_of_a_batch_of_another_size():
+    passing = StatePassing(zero_probability=1.0)
+    passing.observe(final_state(rows=4, seed=1))
+    passing.initial_state(batch(3))
+    last = final_state(rows=3, seed=2)
+    passing.observe(last)
+    assert_same_state(passing.passed, last.detach().part("recurrent", "conv"))
+
+
 # ---- TBPTT
 
 
