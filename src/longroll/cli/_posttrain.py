@@ -245,13 +245,13 @@ def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = F
     """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
     import time
 
-    from longroll.cli._progress import progress, stops_between_steps, training_progress
+    from longroll.cli._progress import progress, training_progress
     from longroll.training import posttrain
 
     began = time.perf_counter()
     name = "zero states" if intervention is None else type(intervention).__name__
-    with progress(f"training from {name}", total=options.steps) as advance, stops_between_steps() as stop:
-        callbacks = [training_progress(advance, tokens=options.tokens // options.steps), stop]
+    with progress(f"training from {name}", total=options.steps) as advance:
+        callbacks = [training_progress(advance, tokens=options.tokens // options.steps)]
         log = posttrain(
             lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks, finish=finish
         )

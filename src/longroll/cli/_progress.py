@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -123,36 +121,3 @@ def training_progress(advance: Callable[..., None], *, tokens: int) -> TrainerCa
                 self.loss = f"loss {float(logs['loss']):.3f}, "
 
     return Report()
-
-
-@contextmanager
-def stops_between_steps() -> Iterator[TrainerCallback]:
-    """A Trainer callback that lets an interrupt wait for the end of the step; a second one does not wait.
-
-    An exception may come up anywhere, in a destructor too, where Python drops it and trains on.
-    """
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        asked = False
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-
-    stop = Stop()
-
-    def ask(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-        console.print("stopping after this step; interrupt again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

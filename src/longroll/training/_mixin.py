@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from longroll.data import Windows
 from longroll.errors import LongrollError
@@ -24,9 +24,11 @@ from longroll.families._family import unwrapped
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+from longroll.training import stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
 from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
+from longroll.training.guard import Guard, check_weights
 from longroll.training.weights import projects
 from longroll.training.whole import WholeCheckpointsMixin
 
@@ -64,6 +66,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
 
     model: Any
     args: TrainingArguments
+    optimizer: Any
+    add_callback: Any
+    _tr_loss: torch.Tensor
     _signature_columns: Any
 
     def __new__(cls, *arguments: Any, **kwargs: Any) -> Any:
@@ -118,6 +123,8 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self.intervention = intervention_of(intervention)
         self._projections = projects(self.model)  # now: FSDP flattens matrices
         self._live_check = LiveCheck(self.base)
+        self._guard = Guard()
+        self.add_callback(_Stop(self))
         self._check_model()
         self._check_lanes()
 
@@ -181,7 +188,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
 
     def train(self, *arguments: Any, **kwargs: Any) -> Any:
         """The host's, with the live check of a new run."""
-        self._live_check = LiveCheck(self.base)
+        self._live_check, self._guard = LiveCheck(self.base), Guard()
         return super().train(*arguments, **kwargs)
 
     def compute_loss(
@@ -219,6 +226,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             )
         if not final.part("recurrent"):
             self._live_check.stop("the model gave back no state")
+        self._guard.see(final)
         self.intervention.observe(final)
 
     def _read(
@@ -316,6 +324,24 @@ class InitialStateMixin(WholeCheckpointsMixin):
         names = [name for name, _ in model.named_parameters()]
         return [name for name in names if _WRAPPERS.sub("", name) in self._projections]
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The host's; the gradients are ready, and the optimizer has not moved."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self._guard.before_step(
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            self.state.global_step + 1,
+            self._tr_loss,
+            norm.full_tensor() if hasattr(norm, "full_tensor") else norm,
+            stop=bool(stop.asked()),
+            scaled=getattr(self.accelerator, "scaler", None) is not None,
+        )
+        return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._guard.settle()
+        check_weights(self.model)
+        super()._save_checkpoint(model, trial)
+
     def _memory_file(self, folder: str) -> Path:
         return Path(folder) / f"intervention_{self.args.process_index}.pt"
 
@@ -343,6 +369,18 @@ class InitialStateMixin(WholeCheckpointsMixin):
             self.intervention.load_state_dict(load(found[rank]))
         else:
             self.intervention.load_ranks([load(file) for file in found], rank, world_size)
+
+
+class _Stop(TrainerCallback):
+    """Ends a run that was asked to stop after its step, with a checkpoint."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer saves, then stops."""
+        if self.trainer._guard.stop:
+            control.should_save = control.should_training_stop = True
 
 
 def _in_order(dataset: Any) -> bool:

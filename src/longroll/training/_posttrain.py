@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,14 +39,17 @@ from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints
 from longroll.training.card import model_card
-from longroll.training.guard import LossGuard
+from longroll.training.guard import check_weights
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.saving import batch_loss, reread, save_checkpoint
+from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
 
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 _STARTED = "run.json"
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_DIED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 _READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
@@ -181,14 +185,17 @@ def posttrain(
         cuda_graphs=options.cuda_graphs,
         weights=options.weights,
         train_dataset=data,
-        callbacks=[LossGuard(), *(callbacks or [])],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
             callback.logging_dir = callback.logging_dir or str(output / "runs")
-    with _full_disk_is_said(output):
-        trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
+    with _faults_are_said(output, options):
+        with stops_between_steps():
+            trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
+            _check_stopped(trainer, options)
+        check_weights(model)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
         lm.eval()
         batch = next(iter(trainer.get_train_dataloader()))
@@ -232,7 +239,7 @@ def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> Trai
         save_total_limit=2,
         logging_steps=max(1, min(10, options.steps // 10)),
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # LossGuard must see them
+        logging_nan_inf_filter=False,  # the guard must see them
         report_to=options.report_to,
         disable_tqdm=True,
         seed=options.seed,
@@ -326,15 +333,43 @@ def _start(folder: Path, started: dict[str, Any], resume: bool) -> None:
         write_json(file, started)
 
 
+def _check_stopped(trainer: InitialStateTrainer, options: PosttrainOptions) -> None:
+    """End a run that a signal stopped as the signal would have."""
+    if trainer.state.global_step < options.steps:
+        if asked() == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _full_disk_is_said(output: Path) -> Iterator[None]:
-    """One line for a disk that is full; torch and safetensors have errors of their own for it."""
+def _faults_are_said(output: Path, options: PosttrainOptions) -> Iterator[None]:
+    """One line for a full disk, too little memory, and another process that died."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+            raise LongrollError(_what_would_fit(options)) from error
+        if ranks.world_size() > 1 and any(sign in str(error) for sign in _DIED):
+            raise LongrollError(
+                f"Rank {ranks.rank()} lost another process of the run, which the launcher names: go on by "
+                "`resume`."
+            ) from error
         if not any(sign in str(error) for sign in _FULL):
             raise
         raise LongrollError(
             f"`output` {output} cannot be written to: {error}. Make room and go on by `resume`, where a "
             "checkpoint was written."
         ) from error
+
+
+def _what_would_fit(options: PosttrainOptions) -> str:
+    tokens = f"{options.batch_size} x {options.length} tokens"
+    mends = []
+    if options.batch_size > 1:
+        half = options.batch_size // 2
+        mends.append(f"`batch_size` {half} with `accumulation` {options.accumulation * 2}")
+    if not options.gradient_checkpointing:
+        mends.append("`gradient_checkpointing`")
+    if not options.lora_rank:
+        mends.append("`lora_rank` 16, which trains fewer weights")
+    return f"Out of memory in a micro-batch of {tokens}: take {', or '.join(mends) or 'a smaller model'}."

@@ -74,10 +74,11 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
                 "was started, or name another `output`."
             )
     for name, what in _WHAT.items():
-        if before[name] != now[name]:
+        was, given = before.get(name), now.get(name)
+        if was != given:
             raise LongrollError(
-                f"`resume`: the run was started with {what} ({before[name]}, not {now[name]}): go on as it "
-                "was started, or name another `output`."
+                f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was started, or "
+                "name another `output`."
             )
     for package in before["versions"] | now["versions"]:
         was, given = before["versions"].get(package), now["versions"].get(package)

@@ -1,0 +1,127 @@
+"""A state or loss that is not finite, signals, too little memory: what a run says, and what it keeps."""
+
+import json
+import os
+import signal
+
+import pytest
+import ranked
+import torch
+from ranked import run
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from longroll import LongrollError, StateKey
+from longroll.training import checkpoints, guard
+
+OPTIONS = {"length": 8, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
+
+
+class At(TrainerCallback):
+    """Calls a function at the beginning of a step."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.function(_["model"], _["optimizer"])
+
+
+def run_with(callback, output, monkeypatch, kind="sp", **more):
+    with monkeypatch.context() as patch:
+        patch.setattr(ranked, "Killed", lambda *_: callback)
+        return run(kind, str(output), options=OPTIONS | more, kill=0)
+
+
+def saved(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("layer", "head"), [(0, 1), (1, 0)])
+def test_a_state_that_is_not_finite_is_named_before_the_optimizer_moves(layer, head, tmp_path, monkeypatch):
+    """The final state alone, which no loss of its batch reads."""
+    weights = {}
+    see = guard.Guard.see
+
+    def see_spoilt(self, final_state):
+        if self.step_begun:
+            spoilt = final_state.detach().map(torch.clone)
+            spoilt[StateKey(layer, "recurrent")][1, head, 0, 0] = torch.inf
+            final_state = spoilt
+        see(self, final_state)
+
+    def note(model, _):
+        guard.Guard.step_begun = True
+        weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(guard.Guard, "see", see_spoilt)
+    monkeypatch.setattr(guard.Guard, "step_begun", False, raising=False)
+    kept = {}
+    original = guard.Guard.before_step
+
+    def before_step(self, optimizer, *args, **kwargs):
+        try:
+            original(self, optimizer, *args, **kwargs)
+        except LongrollError:
+            kept.update({id(p): p.detach().clone() for g in optimizer.param_groups for p in g["params"]})
+            raise
+
+    monkeypatch.setattr(guard.Guard, "before_step", before_step)
+    with pytest.raises(LongrollError, match=f"Step 4: the state of layer {layer}, head {head} is not finite"):
+        run_with(At(3, note), tmp_path / "out", monkeypatch)
+    assert sorted(t.sum().item() for t in kept.values()) == sorted(t.sum().item() for t in weights.values())
+    newest = checkpoints.newest_whole(tmp_path / "out" / "checkpoints")
+    assert newest.name == "checkpoint-2" and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "sp", "fitted"])
+def test_a_loss_that_is_not_finite_stops_at_its_step(kind, tmp_path, monkeypatch):
+    def spoil(model, _):
+        with torch.no_grad():
+            model.get_output_embeddings().weight[3, 0] = torch.nan
+
+    with pytest.raises(LongrollError, match=r"Step 4: .* is not finite.*`learning_rate`"):
+        run_with(At(3, spoil), tmp_path / "out", monkeypatch, kind)
+    assert all(t.isfinite().all() for t in saved(tmp_path / "out" / "checkpoints" / "checkpoint-2").values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Set by what the guard does not see: between the last step and the save."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 6:
+                with torch.no_grad():
+                    next(model.parameters()).view(-1)[0] = torch.inf
+
+    with pytest.raises(LongrollError, match=r"weights .* are not finite"):
+        run_with(Spoil(), tmp_path / "out", monkeypatch)
+    assert checkpoints.newest_whole(tmp_path / "out" / "checkpoints").name == "checkpoint-4"
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=str
+)
+def test_a_signal_finishes_the_step_and_saves(number, ends, tmp_path, monkeypatch):
+    before = signal.getsignal(number)
+    with pytest.raises(ends):
+        run_with(At(2, lambda *_: os.kill(os.getpid(), number)), tmp_path / "out", monkeypatch, "tbptt")
+    assert signal.getsignal(number) == before
+    assert checkpoints.newest_whole(tmp_path / "out" / "checkpoints").name == "checkpoint-3"
+    run("tbptt", str(tmp_path / "out"), options=OPTIONS, resume=True)
+    run("tbptt", str(tmp_path / "never"), options=OPTIONS)
+    one, other = saved(tmp_path / "out"), saved(tmp_path / "never")
+    assert all(one[name].equal(other[name]) for name in other)
+    logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("out", "never")]
+    assert [entry.get("loss") for entry in logs[0]] == [entry.get("loss") for entry in logs[1]]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=str)
+def test_too_little_memory_says_what_would_fit(error, tmp_path, monkeypatch):
+    def die(*_):
+        raise error
+
+    with pytest.raises(LongrollError, match=r"2 x 8 tokens.*`batch_size` 1 with `accumulation` 2"):
+        run_with(At(1, die), tmp_path / "out", monkeypatch)
