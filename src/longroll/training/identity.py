@@ -77,8 +77,8 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
         was, given = before.get(name), now.get(name)
         if was != given:
             raise LongrollError(
-                f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was started, or "
-                "name another `output`."
+                f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was "
+                "started, or name another `output`."
             )
     for package in before["versions"] | now["versions"]:
         was, given = before["versions"].get(package), now["versions"].get(package)
