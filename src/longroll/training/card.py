@@ -18,6 +18,7 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
         run: what identifies the run (`identity.describe_run`): `arguments`, `data`, fingerprints, `versions`.
     """
     arguments, earlier = run["arguments"], history(lm.model.config)[:-1]
+    rows, length = arguments["batch_size"], arguments["length"]
     head = ["---", "library_name: transformers", "tags: [longroll]"]
     if lm.name.count("/") == 1 and not Path(lm.name).exists():
         head.append(f"base_model: {lm.name}")
@@ -27,8 +28,8 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
     lines = [
         *head, "---",
         f"# {Path(lm.name).name}, post-trained from {start}",
-        f"{arguments['steps']} steps of {arguments['batch_size']} x {arguments['length']} tokens by longroll; "
-        f"sequences started from {start}. transformers or fla opens the model without longroll.",
+        f"{arguments['steps']} steps of {rows} x {length} tokens by longroll. "
+        f"Sequences started from {start}. transformers or fla opens the model without longroll.",
         "",
         "| option | |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in arguments.items()),
