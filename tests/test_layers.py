@@ -82,3 +82,8 @@ def test_no_module_shares_the_name_of_what_its_package_exports():
             exported = set(getattr(package, "__all__", ()))
             shared = {each for each in modules & exported if not hasattr(getattr(package, each), "__path__")}
             assert not shared, f"{name}: {shared} are modules and exported names"
+
+
+def test_no_module_is_named_like_a_package_that_is_imported():
+    foreign = {other.split(".")[0] for name in MODULES for other in imports(name)} - {"longroll"}
+    assert {name for name in MODULES if name.rpartition(".")[2] in foreign} == set()

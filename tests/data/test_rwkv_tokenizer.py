@@ -110,7 +110,7 @@ def test_found_in_a_hub_repository_before_its_code_is_run(tmp_path: Path, monkey
         raise ValueError("please pass the argument `trust_remote_code=True`")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", needs_code)
-    monkeypatch.setattr("longroll.data.tokenizers.why_not_there", lambda *_: None)
+    monkeypatch.setattr("longroll.data._tokenizers.why_not_there", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: str(path))
     found = load_tokenizer(model_path="fla-hub/rwkv7", vocab_size=65_536)
     assert isinstance(found, RWKVTokenizer) and found.encode(" the").tolist() == [257]

@@ -1,5 +1,6 @@
 """Text: documents from anywhere, tokens, and the ways they are handed out."""
 
+from ._tokenizers import ByteTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatCorpus, ChatLanes, ChatWindows, is_chat, read_conversations
 from .corpus import Corpus
 from .documents import read_documents
@@ -8,7 +9,6 @@ from .lanes import Lanes
 from .rwkv_tokenizer import RWKVTokenizer
 from .sequences import bytes_per_token, long_sequences
 from .streaming import StreamingLanes
-from .tokenizers import ByteTokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .windows import Windows
 
 __all__ = [

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LongrollError
+from ._tokenizers import Tokenizer
 from .documents import STDLIB, read_documents
-from .tokenizers import Tokenizer
 
 Progress = Callable[[int, int | None], None]
 """Called after each document with the tokens so far and the tokens asked for (None: all there are)."""
@@ -81,7 +81,7 @@ class Corpus:
             LongrollError: no text has a token, or `max_tokens` is not positive.
         """
         if tokenizer is None:
-            from .tokenizers import ByteTokenizer
+            from ._tokenizers import ByteTokenizer
 
             tokenizer = ByteTokenizer()
         if max_tokens is not None and max_tokens < 1:

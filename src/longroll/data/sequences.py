@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ..errors import LongrollError
+from ._tokenizers import Tokenizer
 from .corpus import Corpus
-from .tokenizers import Tokenizer
 
 logger = logging.getLogger("longroll")
 
