@@ -1,3 +1,5 @@
+import importlib
+
 """Data of one's own: each row trains as it would alone, and metrics see labels as Trainer gives them."""
 
 import numpy as np
@@ -158,12 +160,23 @@ def test_logits_for_metrics_are_preprocessed(tmp_path):
     assert trainer.evaluate()["eval_rows"] == 2
 
 
-def test_a_routers_loss_of_padded_rows_is_refused(tmp_path):
-    model = build("jamba", output_router_logits=True)
+@pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
+def test_a_routers_loss_is_that_of_the_real_tokens(name, tmp_path):
+    model = build(name, output_router_logits=True, router_aux_loss_coef=0.5).train()
     trainer = InitialStateTrainer(model, arguments(tmp_path), processing_class=Tokenizer())
     batch = trainer.data_collator(ragged(3))
-    with pytest.raises(LongrollError, match="output_router_logits"):
-        trainer.compute_loss(model.train(), batch)
+    losses, routed = [], []
+    for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        alone = model(input_ids=ids[real][None], use_cache=False)
+        losses.append(F.cross_entropy(alone.logits[0, :-1], ids[real][1:], reduction="none"))
+        routed.append(alone.router_logits)
+    layers = tuple(
+        torch.cat([r.reshape(-1, r.shape[-1]) for r in layer]) for layer in zip(*routed, strict=True)
+    )
+    modeling = importlib.import_module(type(model).__module__)
+    router = modeling.load_balancing_loss_func(layers, layers[0].shape[-1], model.config.num_experts_per_tok)
+    expected = torch.cat(losses).mean() + 0.5 * router
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_folder_and_a_name(tmp_path):

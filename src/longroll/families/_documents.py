@@ -8,7 +8,7 @@ A family that cannot keep padding out of its state reads documents of one length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,12 +160,14 @@ class Results:
         self._whole = False
         self._outputs: list[tuple[Tensor, Tensor]] = []  # places in the flattened batch, and what is there
         self._finals: list[tuple[Tensor, RecurrentState]] = []  # rows, and their states
+        self._routed: list[list[Tensor]] = []
 
-    def add(self, group: Group, output: Tensor, final: RecurrentState) -> None:
-        """Take the outputs (N, L, D) and the final states of a group."""
+    def add(self, group: Group, output: Tensor, final: RecurrentState, routed: Sequence[Tensor] = ()) -> None:
+        """Take the outputs (N, L, D), final states and router logits (N * L, E a layer) of a group."""
         self._whole = group.rows
         place = group.place.flatten()[group.tokens]
         self._outputs.append((place, output.flatten(0, 1)[group.tokens]))
+        self._routed.append([logits.reshape(-1, logits.shape[-1])[group.tokens] for logits in routed])
         if not group.rows:  # most launches on a GPU are made for states
             final = final.rows(group.last)
         self._finals.append((group.row[group.last], final))
@@ -186,6 +188,13 @@ class Results:
         return outputs.unflatten(0, self.shape), RecurrentState(
             final, seen=0 if ragged else seen + self.shape[1], ragged=ragged
         )
+
+    @property
+    def router_logits(self) -> tuple[Tensor, ...] | None:
+        """Router logits (B * T, E) of each layer with experts, zero at padding; None without experts."""
+        places = torch.cat([place for place, _ in self._outputs])
+        layers = zip(*self._routed, strict=True)
+        return tuple(_placed(places, torch.cat(layer), self.shape.numel()) for layer in layers) or None
 
     def _final(self, key: StateKey, rows: Tensor, states: list[RecurrentState]) -> Tensor:
         others = None if self.state is None else self.state.get(key)

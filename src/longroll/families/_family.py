@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from longroll.errors import LongrollError
 from longroll.families import _heads
@@ -198,9 +198,13 @@ class Family:
                 initial = state.rows(group.row).where(~group.fresh)
             ids = input_ids.flatten()[group.place]
             output, final = self._run_rows(module, ids, initial, padding, logits)
-            results.add(group, output.logits if logits else output.last_hidden_state, final)
+            values = output.logits if logits else output.last_hidden_state
+            results.add(group, values, final, getattr(output, "router_logits", None) or ())
         outputs, final = results.whole()
-        return (CausalLMOutput(logits=outputs) if logits else BaseModelOutput(outputs)), final
+        router_logits: Any = results.router_logits
+        if logits:
+            return MoeCausalLMOutputWithPast(logits=outputs, router_logits=router_logits), final
+        return MoeModelOutputWithPast(last_hidden_state=outputs, router_logits=router_logits), final
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
         """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""

@@ -271,11 +271,6 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 body.forward = forward
             if torch.is_grad_enabled() or not reading:
                 reading["final"] = final
-            if rest.get("output_router_logits") and getattr(output, "router_logits", None) is None:
-                raise LongrollError(
-                    "The router's loss (output_router_logits) of padded or packed rows is not computed: give "
-                    "rows of one length, or set config.output_router_logits = False."
-                )
             return _without(self.family.cache_argument, output)
 
         body.forward = forward
