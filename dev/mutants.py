@@ -3,8 +3,8 @@
     make mutants                                     # 300 mutants; minutes on 16 cores, an hour on 2
     python dev/mutants.py --sample 20 --only "longroll.interventions.*"
 
-What is mutated, and which tests are tried, stands in pyproject.toml under [tool.mutmut]. The summary names every
-survivor with its change; dev/mutants.md explains those that no test can kill.
+What is mutated, and which tests are tried, stands in pyproject.toml under [tool.mutmut]. The summary names
+every survivor with its change; dev/mutants.md explains those that no test can kill.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ def main() -> int:
         changes[name] = {"exit_code": code, "called": code != _NO_TESTS, "change": lines}
         print(name, "" if code == 0 else f"(exit code {code})", *lines, sep="\n  ")
     summary = {
-        "mutants": len(names), "tried": len(sample), "killed": len(sample) - len(survivors), "survivors": changes
-    }  # fmt: skip
+        "mutants": len(names),
+        "tried": len(sample),
+        "killed": len(sample) - len(survivors),
+        "survivors": changes,
+    }
     print(f"{summary['killed']} of {len(sample)} mutants killed; {len(survivors)} survive")
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,6 +1,6 @@
-import importlib
-
 """Data of one's own: each row trains as it would alone, and metrics see labels as Trainer gives them."""
+
+import importlib
 
 import numpy as np
 import pytest
