@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from longroll.errors import LongrollError
@@ -21,6 +22,20 @@ def rank() -> int:
 def world_size() -> int:
     """Return how many processes there are."""
     return dist.get_world_size() if _together() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Let the processes that a launcher started meet, to measure together: over gloo, on any device."""
+    if not _together() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+
+def local_device(device: str | None) -> str | None:
+    """Return the device of this process where no device, or the GPU, is asked for: one GPU a process."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone or device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def alone() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranked import run
+from ranked import measure, run
 from safetensors.torch import load_file
 
 from longroll import LongrollError
@@ -55,7 +55,8 @@ def root(tmp_path_factory):
     ends = [spec(root, "killed", kind, kill=3 + i % 3) for i, kind in enumerate(KINDS)]
     ends[-1]["kill_rank"] = 1
     began = time.monotonic()
-    died = torchrun([*(spec(root, "two", kind) for kind in KINDS), *ends])
+    never = [spec(root, "two", kind) for kind in KINDS]
+    died = torchrun([*never, {"output": str(root / "cells" / "two")}, *ends])
     assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr
     assert time.monotonic() - began < 200
     shutil.copytree(root / "killed", root / "moved")
@@ -96,3 +97,9 @@ def test_a_run_goes_on_on_another_number_of_processes(kind, root, caplog):
     run(**(moved | {"options": ALONE}))
     assert "its 4 rows and their states are dealt anew" in caplog.text
     assert_same_result(root / "moved" / kind, root / "two" / kind, 2e-6)
+
+
+def test_two_ranks_measure_what_one_does(root):
+    measure(root / "cells" / "one")
+    one, *two = ((root / "cells" / name).read_text() for name in ("one.0", "two.0", "two.1"))
+    assert two == [one, one] and len(json.loads(one)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -61,11 +62,25 @@ def options(
     """Options of every command, given before its name."""
     if quiet and verbose:
         raise LongrollError("--quiet and --verbose contradict each other: give one of them.")
-    _console.set_verbosity(-1 if quiet else int(verbose))
+    first = os.environ.get("RANK", "0") == "0"  # one rank speaks; each says its own errors
+    _console.set_verbosity(-1 if quiet or not first else int(verbose))
+    _console.out.quiet = not first
 
 
 def main() -> None:
     """Run a command; a problem the user can mend is one line, not a traceback."""
+    try:
+        _run()
+    except SystemExit as end:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _run() -> None:
     try:
         status = app(prog_name="longroll", standalone_mode=False)
     except LongrollError as error:

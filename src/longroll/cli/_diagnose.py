@@ -50,9 +50,12 @@ def diagnose(
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
     from longroll.files import is_stream
+    from longroll.ranks import rank
     from longroll.report import write_report
     from longroll.report.export import slug
 
+    if rank() > 0:
+        return  # a diagnosis is not dealt: rank 0 makes it
     before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     train_length = o.find_train_length(lm, train_length)

@@ -107,8 +107,10 @@ def open_model(
     from longroll.cli._console import hush_libraries
     from longroll.cli._progress import waiting
     from longroll.model import load
+    from longroll.ranks import local_device
 
     hush_libraries()
+    device = local_device(device)
     with waiting(f"loading {model}"):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
 

@@ -169,6 +169,7 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     from longroll.cli._console import out
     from longroll.cli._progress import progress
     from longroll.files import is_stream
+    from longroll.ranks import join, rank
     from longroll.report import write_figures
     from longroll.tasks import run_task
 
@@ -182,6 +183,7 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     tokenizer = o.open_tokenizer(
         lm, flags.model, flags.tokenizer, bos=flags.bos, trust_remote_code=flags.trust_remote_code
     )
+    join()
     opened = Opened(lm, tokenizer, flags.seed)
     rows, train_length = grid_of(opened, **told)
     name = rows[0].task.name
@@ -202,6 +204,8 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
             file=resumed,
             progress=advance,
         )
+    if rank() > 0:
+        return
     for file in files:
         if file != resumed:
             found.write(file)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
@@ -46,6 +47,7 @@ def evaluate_grid(
     finished: Sequence[Cell] = (),
     save: Callable[[list[Cell]], object] | None = None,
     progress: Callable[[int], None] | None = None,
+    dealt: bool = False,
 ) -> list[Cell]:
     """Measure every cell, the shortest lengths first.
 
@@ -63,6 +65,7 @@ def evaluate_grid(
         finished: cells measured before, with the same settings: these are kept.
         save: called with all cells after each new one.
         progress: called with how many samples are done, kept ones included.
+        dealt: deal the samples of each cell to the ranks, each of which must call this and gets all cells.
 
     Returns:
         The cells of the grid, kept ones included.
@@ -72,6 +75,8 @@ def evaluate_grid(
     """
     if samples < 1 or batch_size < 1:
         raise LongrollError(f"`samples` {samples}, `batch_size` {batch_size}: both are at least 1.")
+    rank, world_size = (ranks.rank(), ranks.world_size()) if dealt else (0, 1)
+    together = min(batch_size, -(-samples // world_size))  # so that no rank waits for want of a batch
     cells = list(finished)
     known = {(cell["length"], cell["row"]) for cell in cells}
     done = 0
@@ -79,13 +84,18 @@ def evaluate_grid(
         for row in rows:
             if (length, row.name) not in known:
                 cell = Cell(length=length, row=row.name, samples=samples)
-                began, batches = time.perf_counter(), []
-                for start in range(0, samples, batch_size):
-                    numbers = range(start, min(start + batch_size, samples))
-                    batches += _measure(lm, row, length, numbers, seed, reading)
+                began = time.perf_counter()
+                answered: dict[int, _Answered] = {}
+                for start in range(rank * together, samples, world_size * together):
+                    numbers = range(start, min(start + together, samples))
+                    answered |= zip(numbers, _measure(lm, row, length, numbers, seed, reading), strict=True)
                     if progress is not None:
-                        progress(done + len(batches))
-                cells.append(cell | _summarise(batches) | {"seconds": round(time.perf_counter() - began, 3)})
+                        progress(done + len(answered))
+                if dealt:
+                    for part in ranks.gather(answered):
+                        answered |= part
+                in_order = [answered[number] for number in range(samples)]
+                cells.append(cell | _summarise(in_order) | {"seconds": round(time.perf_counter() - began, 3)})
                 if save is not None:
                     save(cells)
             done += samples

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.results import TaskResult, read_results
@@ -45,6 +46,8 @@ def run_task(
         file: the result file; written after every cell.
         progress: called with how many samples are done.
 
+    Where a process group is up, every rank must call this: samples are dealt to the ranks, rank 0 writes.
+
     Raises:
         LongrollError: for a file of something else, of another model or of other settings, and for what
             `evaluate_grid` and `make_reading` refuse.
@@ -54,7 +57,9 @@ def run_task(
     settings = {"weights": fingerprint(lm), "samples": samples, "seed": seed, "reading": reading}
     settings |= {} if reading == "plain" else {"window": window}
     settings |= task.settings()
-    cells = finished_cells(file, settings) if file else []
+    dealt = not ranks.alone()
+    cells = ranks.on_first(lambda: finished_cells(file, settings) if file else [])
+    file = file if ranks.rank() == 0 else None  # the others hand over their part
     chosen = make_reading(reading, lm, window=window, rows=rows, length=max(lengths))
     began = time.perf_counter()
 
@@ -82,6 +87,7 @@ def run_task(
         finished=cells,
         save=(lambda cells: result(cells).write(file)) if file else None,
         progress=progress,
+        dealt=dealt,
     )
     found = result(cells)
     if file:
