@@ -44,6 +44,8 @@ class Intervention:
         self.conv = conv
         self.seed = seed
         self._batches = 0  # that started from a state so far
+        self._drawn = 0  # chances so far, those of all ranks
+        self._stream: torch.Generator | None = None  # of the chances, where `_drawn` of them were drawn
         self._set: Tensor | None = None  # rows of this batch that did not start from zero by chance
 
     def initial_state(self, batch: Batch) -> RecurrentState | None:
@@ -53,8 +55,7 @@ class Intervention:
         if state is None:
             return None
         if self.zero_probability > 0:
-            draws = [np.random.default_rng(key).random() for key in self._keys(rows)]
-            self._set = torch.tensor(draws) >= self.zero_probability
+            self._set = self._chances(rows) >= self.zero_probability
             state = state.where(self._set)
         self._batches += 1
         return state
@@ -65,12 +66,13 @@ class Intervention:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors only, so that it loads with `weights_only`."""
-        return {"memory": self._memory(), "seed": self.seed, "batches": self._batches}
+        return {"memory": self._memory(), "seed": self.seed, "batches": self._batches, "drawn": self._drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._recall(state["memory"])
-        self.seed, self._batches = state["seed"], state["batches"]
+        self.seed, self._batches, self._drawn = state["seed"], state["batches"], state["drawn"]
+        self._stream = None
 
     def load_ranks(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
         """Go on from the `state_dict` of every rank of a run as one rank of another number of ranks."""
@@ -93,6 +95,15 @@ class Intervention:
     def _deal(self, memories: list[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
         """The memory of a rank, from those of the ranks before: all the same unless a subclass says how."""
         return memories[0]
+
+    def _chances(self, rows: int) -> Tensor:
+        """A number in [0, 1) a row (B,), the rows of all ranks drawn one after another."""
+        if self._stream is None:
+            self._stream = torch.Generator().manual_seed(self.seed)
+            torch.rand(self._drawn, generator=self._stream)
+        first, total = ranks.rank() * rows, ranks.world_size() * rows
+        self._drawn += total
+        return torch.rand(total, generator=self._stream)[first : first + rows]
 
     def _keys(self, rows: int) -> list[np.random.SeedSequence]:
         """What the draws of each row are seeded by, whichever rank has the row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,13 +43,21 @@ class FittedNoise(Intervention):
             return None
 
         generators = self._generators(rows, next(iter(self.moments.values())).device)
+        return self.noise(lambda like: normal(like, generators))
 
-        def draw(like: Tensor, moments: Tensor) -> Tensor:
+    def noise(self, draw: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """Noise of the fitted moments from standard normal numbers.
+
+        Args:
+            draw: gives the numbers (K, rows, ...) for a stack (K, 1, ...) of K tensors that are alike.
+        """
+
+        def scale(like: Tensor, moments: Tensor) -> Tensor:
             mean, square = moments.split(1, dim=1)
             std = (square - mean.square()).clamp_min(0).sqrt()
-            return torch.addcmul(mean, normal(mean.expand_as(like), generators), std)
+            return torch.addcmul(mean, draw(mean.expand_as(like)), std)
 
-        return self.like.map_stacked(draw, self.moments)
+        return self.like.map_stacked(scale, self.moments)
 
     def _learn(self, final_state: RecurrentState) -> None:
         if not self.like:

@@ -60,8 +60,14 @@ def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
     state = state.part("recurrent").rows(slice(0, ROWS)).detach()
     fitted = FittedNoise(conv=False, momentum=0.0, seed=seed)
     fitted.observe(state)
-    noise = fitted.initial_state(torch.empty(state.batch_size, 1))
-    assert noise is not None
+    generator: torch.Generator | None = None
+
+    def draw(like: Tensor) -> Tensor:
+        nonlocal generator
+        generator = generator or torch.Generator(like.device).manual_seed(seed)
+        return like.new_empty(len(like), state.batch_size, *like.shape[2:]).normal_(generator=generator)
+
+    noise = fitted.noise(draw)
     return IIDTest(
         {key: head_rank(tensor) for key, tensor in state.items()},
         {key: head_rank(noise[key]) for key in state},
