@@ -1,6 +1,7 @@
 """The house by its import graph: no layer imports a higher one, and no name stands for two things."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in SOURCE.rglob("*.py")}
 
 
+@functools.cache
 def imports(name: str) -> set[str]:
     """All modules that a module imports, at its top, in functions and for types."""
     path, found = MODULES[name], set()

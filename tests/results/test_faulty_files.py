@@ -172,7 +172,7 @@ def shown(name: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_are_printed_as_they_are(tmp_path, monkeypatch, name):
     """Labels, models and tasks in tables and progress bars: no markup, no control characters."""
-    from longroll.cli import _console
+    from longroll.cli import _console, _progress
     from longroll.results import DiagnosisResult
 
     monkeypatch.setenv("COLUMNS", "200")
@@ -187,7 +187,7 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch, name):
         _console.out.print(_console.levels_table([diagnosis]), width=200)
         _console.out.print(name)
     assert printed.get().count(shown(name)) == 4
-    with _console.progress(name, total=1), _console.stages(name) as advance:
+    with _progress.progress(name, total=1), _progress.stages(name) as advance:
         advance(name, 1, 1)
 
 
