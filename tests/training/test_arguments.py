@@ -59,6 +59,7 @@ REFUSED = {
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
     "auto_find_batch_size": True,
+    "enable_jit_checkpoint": True,
     "dataloader_in_order": False,
     "label_names": ["targets"],
     "ddp_static_graph": True,

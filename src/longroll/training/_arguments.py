@@ -132,11 +132,16 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
         "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug",
     ),
     **_rows("tested", "a checkpoint also holds the intervention's memory", "save_strategy save_steps"),
+    "enable_jit_checkpoint": Row(
+        "refused",
+        "it saves in the midst of a step, with the states of the next one: use "
+        "`longroll.training.stops_between_steps`",
+    ),
     "save_only_model": Row("neutral", "such a checkpoint has no memory of states, and resuming says so"),
     **_rows(
         "neutral",
         "where checkpoints go, and which are kept",
-        "output_dir save_on_each_node save_total_limit enable_jit_checkpoint load_best_model_at_end "
+        "output_dir save_on_each_node save_total_limit load_best_model_at_end "
         "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint push_to_hub "
         "hub_token "
         "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
