@@ -41,7 +41,7 @@ def test_what_the_class_does_not_hold_is_named_and_copied(name, extra, tmp_path,
     (line,) = (r.getMessage() for r in caplog.records if r.name == "longroll")
     assert extra in line and "1 tensors" in line
     assert lm.checkpoint.unused == (extra,)
-    save_checkpoint(lm.model, tmp_path / "out", source=lm.checkpoint)
+    save_checkpoint(lm.model, tmp_path / "out", lm.checkpoint)
     written, read = stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "in")
     assert written.keys() == read.keys()
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[extra], tensor)
@@ -152,7 +152,7 @@ def test_quantised_weights_are_read_as_what_they_stand_for(name, bits, tmp_path,
     expected = model(ids).logits  # with a gradient: bitsandbytes' inference on a CPU wants other sizes
     assert_close(lm(ids)[0], expected, 1e-4 if bits == 4 else 0.3)  # 8 bits round activations too
     assert lm.model.dtype == torch.float32 and lm.checkpoint.unused == ()
-    save_checkpoint(lm.model, tmp_path, source=lm.checkpoint)
+    save_checkpoint(lm.model, tmp_path, lm.checkpoint)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert_close(longroll.load(tmp_path)(ids)[0], lm(ids)[0], 0.05)
 

@@ -1,11 +1,20 @@
-"""What longroll did to a model, kept in its config.json, so that a repair is known as one."""
+"""What longroll did to a model, kept in its config.json, so that a repair is known as one.
+
+Files of state-spaces and BlinkDL have no place for it, so a file beside them holds it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from longroll.errors import LongrollError
+from longroll.files import write_whole
+
 ENTRY = "longroll"
+BESIDE = "longroll.json"
 
 
 def record(config: Any, step: Mapping[str, Any]) -> None:
@@ -24,3 +33,34 @@ def history(config: Any) -> list[dict[str, Any]]:
     runs = kept.get("posttrain") if isinstance(kept, Mapping) else None
     known = [dict(run) for run in runs if isinstance(run, Mapping)] if isinstance(runs, list) else []
     return [run for run in known if isinstance(run.get("intervention"), str)]
+
+
+def save_beside(config: Any, place: Path) -> None:
+    """Write the runs and `train_length` of a config beside an original checkpoint (`place`)."""
+    told = {"train_length": config.train_length, ENTRY: {"posttrain": history(config)}}
+    write_whole(_file_beside(place), json.dumps(told, indent=1).encode())
+
+
+def read_beside(config: Any, place: Path) -> None:
+    """Put what `save_beside` wrote, if it did, into a config.
+
+    Raises:
+        LongrollError: for a file that is no such JSON.
+    """
+    file = _file_beside(place)
+    if not file.is_file():
+        return
+    try:
+        told = json.loads(file.read_text())
+    except ValueError as error:
+        raise LongrollError(f"{file} is not valid JSON: {error}.") from None
+    length = told.get("train_length") if isinstance(told, dict) else None
+    if type(length) is not int or length < 1:
+        raise LongrollError(f"{file} must hold a train_length, a whole number above 0: correct or remove it.")
+    config.train_length = length
+    setattr(config, ENTRY, told.get(ENTRY))
+
+
+def _file_beside(place: Path) -> Path:
+    """`place` is a folder of state-spaces or a file of BlinkDL."""
+    return place.with_name(f"{place.name}.longroll.json") if place.suffix == ".pth" else place / BESIDE

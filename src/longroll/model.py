@@ -32,6 +32,7 @@ from longroll.families import (
     model_class,
 )
 from longroll.families._family import Restart
+from longroll.history import BESIDE, read_beside
 from longroll.state import Part, RecurrentState
 
 logger = logging.getLogger("longroll")
@@ -393,14 +394,18 @@ def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple
     folder = SPECIMEN if name == "specimen" else Path(name)
     source = str(folder) if folder.exists() else name
     if is_rwkv_file(source):
-        return load_rwkv(Path(source), dtype=dtype)
+        model, checkpoint = load_rwkv(Path(source), dtype=dtype)
+        read_beside(model.config, checkpoint.folder)
+        return model, checkpoint
     base = _base_of_adapter(source)
     if base is not None:
         model, checkpoint = _open(base, dtype, trust_remote_code)
         return _with_adapter(model, source), checkpoint
     config = _read_config(source)
     if is_original(config):
-        return load_original(_local_folder(source), dtype=dtype)
+        model, checkpoint = load_original(_local_folder(source), dtype=dtype)
+        read_beside(model.config, checkpoint.folder)
+        return model, checkpoint
     model_type = config.get("model_type")
     if model_type == MODEL_TYPE:
         raise LongrollError(
@@ -590,7 +595,7 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
         raise LongrollError(f"{source} is not a model folder: check the path.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "adapter_config.json"] + ([] if only_config else ["pytorch_model.bin"])
+    patterns = ["config.json", "adapter_config.json", BESIDE] + ([] if only_config else ["pytorch_model.bin"])
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:

@@ -33,6 +33,13 @@ class Weights(StrEnum):
     bf16 = "bf16"
 
 
+class Format(StrEnum):
+    """Whose names and files the model is saved in."""
+
+    transformers = "transformers"
+    original = "original"
+
+
 class ReportTo(StrEnum):
     """The loggers of HF Trainer that can be asked for."""
 
@@ -123,6 +130,9 @@ def posttrain(
     report_to: Annotated[
         ReportTo, typer.Option(help="Where the log goes too; tensorboard: --output/runs.")
     ] = ReportTo.none,
+    format: Annotated[
+        Format, typer.Option(help="original: the files of state-spaces or BlinkDL that the model came in.")
+    ] = Format.transformers,
     save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: o.Device = None,
@@ -173,6 +183,7 @@ def posttrain(
         lora_rank=lora_rank,
         save_steps=save_steps,
         report_to=report_to.value,
+        format=format.value,
         seed=seed,
     )
     if task is not None and text_column is not None:
@@ -190,7 +201,6 @@ def posttrain(
     began = time.perf_counter()
 
     def finish(log: list[dict[str, Any]]) -> None:
-        tok.save(output)
         if json:
             PosttrainResult.from_json(
                 {
@@ -205,7 +215,9 @@ def posttrain(
                 }
             ).write(json)
 
-    log, seconds = run_posttrain(lm, data, chosen, options, output, resume=resume, finish=finish)
+    log, seconds = run_posttrain(
+        lm, data, chosen, options, output, tokenizer=tok, resume=resume, finish=finish
+    )
     tokens = options.tokens * world_size()
     rate = "" if resume else f" ({tokens / seconds:,.0f} tokens/s)"
     if rank() == 0:
@@ -241,7 +253,7 @@ def make_intervention(
     return INTERVENTIONS[choice](**options)
 
 
-def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = False, finish=None):
+def run_posttrain(lm, corpus, intervention, options, output, **more: Any):
     """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
     import time
 
@@ -252,7 +264,5 @@ def run_posttrain(lm, corpus, intervention, options, output, *, resume: bool = F
     name = "zero states" if intervention is None else type(intervention).__name__
     with progress(f"training from {name}", total=options.steps) as advance:
         callbacks = [training_progress(advance, tokens=options.tokens // options.steps)]
-        log = posttrain(
-            lm, corpus, intervention, options, output, resume=resume, callbacks=callbacks, finish=finish
-        )
+        log = posttrain(lm, corpus, intervention, options, output, callbacks=callbacks, **more)
     return log, time.perf_counter() - began

@@ -64,6 +64,26 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> tuple[PreTrained
     return model, Checkpoint(folder, own, "state-spaces")
 
 
+def to_state_spaces(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The weights of `model` on the CPU, under the names and in the dtypes of the checkpoint in `folder`.
+
+    Args:
+        model: what `load_original` made of `folder`, trained since.
+        folder: the original checkpoint.
+    """
+    ours, made = model.state_dict(), {}
+    for name, like in read_weights(folder / "pytorch_model.bin").items():
+        made[name] = as_stored(ours[_rename(name)], like)
+    if model.config.tie_word_embeddings and "lm_head.weight" in made:  # once in the file, under both names
+        made["lm_head.weight"] = made["backbone.embedding.weight"]
+    return made
+
+
+def as_stored(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of `tensor` on the CPU in the shape and dtype of `like`, without the storage around it."""
+    return tensor.reshape(like.shape).to("cpu", like.dtype).clone(memory_format=torch.contiguous_format)
+
+
 def read_weights(weights_file: Path) -> dict[str, Tensor]:
     """Read a state dict; a file that holds anything else is refused with a LongrollError."""
     try:

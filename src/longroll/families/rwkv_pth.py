@@ -20,7 +20,7 @@ from longroll.checkpoint import Checkpoint
 from longroll.errors import LongrollError
 from longroll.families.fla_models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
 from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
-from longroll.families.original_mamba import read_weights
+from longroll.families.original_mamba import as_stored, read_weights
 
 _RENAMES = [
     (r"^emb\.", "model.embeddings."),
@@ -57,6 +57,8 @@ _RENAMES_6 = [
     (r"\.time_faaaa$", ".bonus"),
 ]
 _TRANSPOSED = re.compile(r"\.[wavg][12]$|_w[12]$")  # of the form x @ w, where nn.Linear has x @ w.T
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
+"""What files of RWKV-7 hold without use: the first layer gives values and mixes none in."""
 _FILE_ORDER, _FLA_ORDER = "wkvrg", "rwkvg"  # of RWKV-6's five token shifts
 
 
@@ -99,6 +101,34 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> tuple[PreTrainedModel,
     own = weights["lm_head.weight"].dtype  # some hold decays in float32
     model.to(own if isinstance(dtype, str) else dtype)  # type: ignore[arg-type]
     return model, Checkpoint(path, own, "rwkv")
+
+
+def to_rwkv(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
+    """The weights of `model` on the CPU, under the names, in the shapes and dtypes of a `.pth` file.
+
+    Args:
+        model: what `load_rwkv` made of `file`, trained since.
+        file: the original.
+    """
+    renames = _RENAMES + (_RENAMES_7 if isinstance(model, RWKV7ForCausalLM) else _RENAMES_6)
+    order = [_FLA_ORDER.index(shift) for shift in _FILE_ORDER]
+    ours, made = model.state_dict(), {}
+    for name, like in read_weights(file).items():
+        if _UNUSED.fullmatch(name):
+            made[name] = like
+        elif bias := re.fullmatch(r"(.*\.att\.)time_maa_([rwkvg])", name):
+            shifts = ours[_rename(bias[1] + "x_bias", renames)]
+            made[name] = as_stored(shifts[_FLA_ORDER.index(bias[2])], like)
+        else:
+            tensor = ours[_rename(name, renames)]
+            if _TRANSPOSED.search(name):
+                tensor = tensor.t()
+            if name.endswith(".att.time_maa_w1"):
+                tensor = tensor.unflatten(1, (5, -1))[:, order].flatten(1)
+            elif name.endswith(".att.time_maa_w2"):
+                tensor = tensor.unflatten(0, (5, -1))[order]
+            made[name] = as_stored(tensor, like)
+    return made
 
 
 def _empty(model_class: type[PreTrainedModel], config: RWKV7Config | RWKV6Config) -> PreTrainedModel:
@@ -152,8 +182,7 @@ def _sizes_6(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _without_first_values(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what files of RWKV-7 hold without use: the first layer gives values and mixes none in."""
-    return {name: t for name, t in weights.items() if not re.fullmatch(r"blocks\.0\.att\.v[012]", name)}
+    return {name: t for name, t in weights.items() if not _UNUSED.fullmatch(name)}
 
 
 def _in_our_order(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +206,11 @@ def _translate(weights: dict[str, Tensor], renames: list[tuple[str, str]]) -> di
     for name, tensor in weights.items():
         if _TRANSPOSED.search(name):
             tensor = tensor.t()
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        translated[name] = tensor
+        translated[_rename(name, renames)] = tensor
     return translated
+
+
+def _rename(name: str, renames: list[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name

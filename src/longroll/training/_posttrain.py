@@ -28,6 +28,7 @@ from longroll.data import (
     ChatWindows,
     Corpus,
     Lanes,
+    Tokenizer,
     Windows,
     check_vocabulary,
 )
@@ -41,7 +42,15 @@ from longroll.training import checkpoints
 from longroll.training.card import model_card
 from longroll.training.guard import check_weights
 from longroll.training.identity import check_same_run, describe_run
-from longroll.training.saving import batch_loss, reread, save_checkpoint
+from longroll.training.saving import (
+    FORMATS,
+    batch_loss,
+    check_original,
+    opened_as,
+    reread,
+    save_checkpoint,
+    save_original,
+)
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
@@ -94,6 +103,8 @@ class PosttrainOptions:
     """A checkpoint to resume from every so many steps."""
     report_to: str = "none"
     """Where Trainer sends its log too: tensorboard (`output`/runs), wandb, mlflow; none."""
+    format: str = "transformers"
+    """Whose names and files are written: `transformers`, or the `original` ones of state-spaces or BlinkDL."""
     seed: int = 0
     """Of the data order."""
 
@@ -115,6 +126,8 @@ class PosttrainOptions:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
         if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
             raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
+        if self.format not in FORMATS:
+            raise LongrollError(f"`format` {self.format} is not one of {', '.join(FORMATS)}.")
         _check_reporter(self.report_to)
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
@@ -132,11 +145,12 @@ def posttrain(
     options: PosttrainOptions,
     output: str | Path,
     *,
+    tokenizer: Tokenizer | None = None,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     finish: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Post-train `lm` in place and save it to `output` as an ordinary HF checkpoint.
+    """Post-train `lm` in place and save it to `output`, by default as an ordinary HF checkpoint.
 
     Under torchrun or accelerate launch N processes train together, each on its own rows: `batch_size` rows on
     each of them are N times `batch_size` rows on one.
@@ -148,6 +162,7 @@ def posttrain(
         intervention: None is the plain control.
         options: how.
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
+        tokenizer: saved beside the model.
         resume: go on from the last whole checkpoint there, if there is one, by the same options.
         callbacks: for HF Trainer.
         finish: called on rank 0 with the log when the model is saved, before the run can no longer be
@@ -157,15 +172,19 @@ def posttrain(
         Trainer's log, an entry every 10 steps or sooner; empty for a run that was killed when all was done.
 
     Raises:
-        LongrollError: for text that does not fit the model, an output that holds another model or cannot be
+        LongrollError: for text that does not fit the model, a `format` that the model did not come in, an output that holds another model or cannot be
             written, too little text, a run resumed with another model, text or other options, a full disk,
             and a loss that is not finite.
     """
     _check_adapters(lm, options)
     output = Path(output)
+    source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
+    if options.format == "original":
+        check_original(source)
+    place = opened_as(output, source, options.format)
     folder = output / "checkpoints"
     arguments = _arguments(lm, options, folder)  # the processes meet here
-    if ranks.on_first(lambda: _is_done(output, resume)):
+    if ranks.on_first(lambda: _is_done(output, place, resume)):
         return []
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
@@ -173,7 +192,6 @@ def posttrain(
     started = describe_run(lm, corpus, options, intervention, ranks.world_size())
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
-    source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
     model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
     if options.bf16 is False:
         widen(model)
@@ -208,9 +226,16 @@ def posttrain(
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
             record(lm.model.config, started["arguments"])
             with checkpoints.aside(output) as partial:
-                save_checkpoint(lm.model, partial, source=source, card=model_card(lm, started))
+                if options.format == "original":
+                    save_original(lm.model, partial, source)
+                else:
+                    save_checkpoint(lm.model, partial, source)
+                layout = source.layout if options.format == "original" else "transformers"
+                (partial / "README.md").write_text(model_card(lm, started, layout))
+                if tokenizer is not None:
+                    tokenizer.save(partial)
             if not lm.own:  # which only its plug-in opens
-                trainer.state.log_history[-1].update(reread(output, lm, source, batch, trained))
+                trainer.state.log_history[-1].update(reread(place, lm, source, batch, trained))
             if mixed:
                 lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
             if finish is not None:
@@ -303,14 +328,14 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _is_done(output: Path, resume: bool) -> bool:
+def _is_done(output: Path, place: Path, resume: bool) -> bool:
     """Check that the run may begin, or go on; True where all that is left of it is to clean up."""
     folder = output / "checkpoints"
     interrupted, removing = folder.exists(), checkpoints.removal_of(folder).exists()
     if resume and removing and not interrupted:
         checkpoints.clear_partial(output)
         return True
-    if (output / "config.json").exists() and not (resume and interrupted):
+    if ((output / "config.json").exists() or place.is_file()) and not (resume and interrupted):
         raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
     if interrupted and not resume:
         raise LongrollError(

@@ -9,17 +9,26 @@ from typing import Any
 from longroll.history import history
 from longroll.model import RecurrentLM
 
+_OPENED_BY = {
+    "transformers": "transformers or fla opens the model without longroll",
+    "state-spaces": "mamba-ssm opens the model without longroll",
+    "rwkv": "BlinkDL's code opens the `.pth` file without longroll",
+}
 
-def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
+
+def model_card(lm: RecurrentLM, run: Mapping[str, Any], layout: str = "transformers") -> str:
     """Markdown with the metadata that the hub reads.
 
     Args:
         lm: the model; its config tells of the runs before this one.
         run: what identifies the run (`identity.describe_run`): `arguments`, `data`, fingerprints, `versions`.
+        layout: whose names and files the model is saved in, as in `Checkpoint.layout`.
     """
     arguments, earlier = run["arguments"], history(lm.model.config)[:-1]
     rows, length = arguments["batch_size"], arguments["length"]
-    head = ["---", "library_name: transformers", "tags: [longroll]"]
+    head = ["---", "tags: [longroll]"]
+    if layout == "transformers":
+        head.append("library_name: transformers")
     if lm.name.count("/") == 1 and not Path(lm.name).exists():
         head.append(f"base_model: {lm.name}")
     start = (
@@ -29,7 +38,7 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any]) -> str:
         *head, "---",
         f"# {Path(lm.name).name}, post-trained from {start}",
         f"{arguments['steps']} steps of {rows} x {length} tokens by longroll. "
-        f"Sequences started from {start}. transformers or fla opens the model without longroll.",
+        f"Sequences started from {start}. {_OPENED_BY[layout]}.",
         "",
         "| option | |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in arguments.items()),

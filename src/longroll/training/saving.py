@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,51 @@ import torch
 from transformers import PreTrainedModel
 
 from longroll.checkpoint import Checkpoint
+from longroll.errors import LongrollError
+from longroll.families import to_rwkv, to_state_spaces
+from longroll.history import save_beside
 from longroll.model import RecurrentLM, read
 from longroll.training.loss import hidden_loss
 from longroll.training.weights import precision
 
+FORMATS = ("transformers", "original")
+"""Whose names and files a run writes: transformers', or those of the checkpoint that it began from."""
 
-def save_checkpoint(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    source: Checkpoint | None = None,
-    tokenizer: Any = None,
-    card: str | None = None,
-) -> None:
+
+def check_original(source: Checkpoint) -> None:
+    """Refuse to write a checkpoint of transformers in another layout."""
+    if source.layout == "transformers":
+        raise LongrollError(
+            "`format` original is for checkpoints of state-spaces and BlinkDL, and this one came in the layout "
+            "of transformers: leave it out."
+        )
+
+
+def opened_as(output: Path, source: Checkpoint, format: str) -> Path:
+    """What opens the model that a run wrote to `output`: the folder, or BlinkDL's file in it."""
+    return output / source.folder.name if format == "original" and source.layout == "rwkv" else output
+
+
+def save_original(model: PreTrainedModel, folder: Path, source: Checkpoint) -> None:
+    """Write `model` to `folder` in the layout of `source`: its names, shapes and dtypes.
+
+    A file beside it keeps what the layout has no place for: the training length, and what longroll did.
+
+    Args:
+        model: what was read from `source`, trained since.
+        folder: exists, and is not read by others before the end.
+        source: a checkpoint of state-spaces or BlinkDL.
+    """
+    place = opened_as(folder, source, "original")
+    if source.layout == "rwkv":
+        torch.save(to_rwkv(model, source.folder), place)
+    else:
+        torch.save(to_state_spaces(model, source.folder), place / "pytorch_model.bin")
+        shutil.copyfile(source.folder / "config.json", place / "config.json")
+    save_beside(model.config, place)
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, source: Checkpoint | None = None) -> None:
     """Write `model` to `folder` as a checkpoint that transformers (or fla) opens by itself.
 
     Args:
@@ -31,8 +64,6 @@ def save_checkpoint(
         source: the checkpoint that `model` was read from. Matrices are saved in its dtype; parameters that
             scale, shift or decay stay in float32, in which 16 bits would round their training away.
             Tensors of its files that the class of `model` does not hold are copied.
-        tokenizer: anything with `save_pretrained`.
-        card: the text of README.md.
     """
     dtype = source.dtype if source is not None else None
     kept = source.unused_tensors() if source is not None else {}
@@ -42,10 +73,6 @@ def save_checkpoint(
         before, model.config.dtype = model.config.dtype, dtype
         model.config.save_pretrained(folder)
         model.config.dtype = before
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card)
 
 
 @torch.no_grad()
@@ -61,7 +88,7 @@ def batch_loss(lm: RecurrentLM, batch: dict[str, torch.Tensor]) -> float:
 
 
 def reread(
-    folder: Path, lm: RecurrentLM, source: Checkpoint, batch: dict[str, torch.Tensor], trained: float
+    place: Path, lm: RecurrentLM, source: Checkpoint, batch: dict[str, torch.Tensor], trained: float
 ) -> dict[str, Any]:
     """Loss of the saved files, opened in their own precision, beside that of the weights in memory.
 
@@ -69,7 +96,7 @@ def reread(
         `loss_trained` (`trained`) and `loss_saved`, nats, of the first batch, and `saved_dtype`.
     """
     dtype = source.dtype or lm.model.dtype
-    saved = batch_loss(read(folder, device=lm.device, dtype=dtype), batch)
+    saved = batch_loss(read(place, device=lm.device, dtype=dtype), batch)
     return {
         "loss_trained": trained,
         "loss_saved": saved,
