@@ -10,9 +10,9 @@ import longroll
 
 SOURCE = Path(longroll.__file__).parent
 LAYERS = (
-    ("errors", "printable", "stacks", "history", "heads", "checkpoint"),
+    ("errors", "printable", "stacks", "heads", "checkpoint"),
     ("files", "ops", "ranks"),
-    ("state", "results"),
+    ("state", "results", "history"),
     ("families", "interventions", "data"),
     ("model",),
     ("measure",),

@@ -1,4 +1,4 @@
-"""`--format original`: state-spaces' and BlinkDL's checkpoints go back into their own names, shapes and dtypes."""
+"""`--format original`: checkpoints of state-spaces and BlinkDL keep their names, shapes and dtypes."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_a_trained_model_goes_back(name, tmp_path):
 def test_another_layout_is_refused_before_the_run(tmp_path):
     build("mamba2").save_pretrained(tmp_path / "in")
     lm = longroll.load(tmp_path / "in")
-    with pytest.raises(LongrollError, match="came in the layout of transformers"):
+    with pytest.raises(LongrollError, match=r"came in the layout of transformers.*leave it out"):
         posttrain(lm, CORPUS, None, PosttrainOptions(**OPTIONS), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(LongrollError, match="transformers, original"):

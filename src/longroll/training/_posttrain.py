@@ -104,7 +104,7 @@ class PosttrainOptions:
     report_to: str = "none"
     """Where Trainer sends its log too: tensorboard (`output`/runs), wandb, mlflow; none."""
     format: str = "transformers"
-    """Whose names and files are written: `transformers`, or the `original` ones of state-spaces or BlinkDL."""
+    """Whose layout is written: `transformers`, or `original` for state-spaces or BlinkDL."""
     seed: int = 0
     """Of the data order."""
 
@@ -172,9 +172,9 @@ def posttrain(
         Trainer's log, an entry every 10 steps or sooner; empty for a run that was killed when all was done.
 
     Raises:
-        LongrollError: for text that does not fit the model, a `format` that the model did not come in, an output that holds another model or cannot be
-            written, too little text, a run resumed with another model, text or other options, a full disk,
-            and a loss that is not finite.
+        LongrollError: for text that does not fit the model, a `format` that the model did not come in, an
+            output that holds another model or cannot be written, too little text, a run resumed with another
+            model, text or other options, a full disk, and a loss that is not finite.
     """
     _check_adapters(lm, options)
     output = Path(output)

@@ -14,13 +14,8 @@ from longroll.interventions import Intervention
 from longroll.model import RecurrentLM
 from longroll.results import fingerprint, fingerprint_of_arrays, package_versions, read_json
 
-_FREE = (
-    "save_steps",
-    "cuda_graphs",
-    "gradient_checkpointing",
-    "report_to",
-    "format",
-)  # do not change what is learned
+# do not change what is learned
+_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format")
 _SAMPLED = 8  # rows of a task that are compared
 _WHAT = {
     "model": "another model: its weights differ",

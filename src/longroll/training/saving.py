@@ -26,8 +26,8 @@ def check_original(source: Checkpoint) -> None:
     """Refuse to write a checkpoint of transformers in another layout."""
     if source.layout == "transformers":
         raise LongrollError(
-            "`format` original is for checkpoints of state-spaces and BlinkDL, and this one came in the layout "
-            "of transformers: leave it out."
+            "`format` original: the model came in the layout of transformers, not in that of state-spaces or "
+            "BlinkDL: leave it out."
         )
 
 
