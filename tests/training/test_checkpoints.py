@@ -197,3 +197,45 @@ def test_a_run_killed_while_it_ends_is_finished_by_resume(where, tmp_path, undis
     assert_same(weights(output), undisturbed)
     assert {path.name for path in output.iterdir()} >= {"config.json", "log.json"}
     assert not [path for path in output.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("what", ["model", "text", "tokenizer", "intervention", "learning_rate", "versions"])
+def test_another_run_is_refused_by_name(what, tmp_path, monkeypatch, caplog, undisturbed):
+    """Another version is no other run, and is warned of."""
+    import dataclasses
+
+    import ranked
+
+    output = tmp_path / "out"
+    killed_at(5, output)
+    kind, options, corpus, build = "sp", OPTIONS, ranked.corpus_of(), ranked.build
+    if what == "model":
+        monkeypatch.setattr(ranked, "build", lambda *_: build("mamba2", 1))
+    elif what == "text":
+        monkeypatch.setattr(ranked, "corpus_of", lambda: ranked_corpus(corpus))
+    elif what == "tokenizer":
+        monkeypatch.setattr(ranked, "corpus_of", lambda: dataclasses.replace(corpus, tokenizer="other"))
+    elif what == "intervention":
+        kind = "fitted"
+    elif what == "learning_rate":
+        options = OPTIONS | {what: 2e-2}
+    else:
+        file = output / "checkpoints" / "run.json"
+        run_ = json.loads(file.read_text())
+        run_["versions"]["torch"] = "1.0"
+        file.write_text(json.dumps(run_))
+        run(kind, str(output), options=options, resume=True)
+        assert "started with torch 1.0, not" in caplog.text
+        assert_same(weights(output), undisturbed)
+        return
+    with pytest.raises(LongrollError, match=f"`resume`.*{what}"):
+        run(kind, str(output), options=options, resume=True)
+
+
+def ranked_corpus(corpus):
+    """The same text but for its last token."""
+    import dataclasses
+
+    ids = corpus.ids.copy()
+    ids[-1] = (ids[-1] + 1) % 5
+    return dataclasses.replace(corpus, ids=ids)
