@@ -32,6 +32,13 @@ def test_is_an_immutable_mapping():
         del state[StateKey(0, "recurrent")]
 
 
+def test_its_repr_names_shapes():
+    state = RecurrentState(
+        {StateKey(0, "conv", 1): torch.ones(2, 3), StateKey(3, "recurrent"): torch.ones(2)}
+    )
+    assert repr(state) == "RecurrentState(seen=0, 0.conv.1: (2, 3), 3.recurrent.0: (2,))"
+
+
 def test_every_operation_leaves_the_state_alone(tmp_path):
     state, same = make_state(), make_state()
     state.detach().to(torch.float64).rows([2, 0])

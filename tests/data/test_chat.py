@@ -44,6 +44,8 @@ def test_answers_and_only_answers_are_learned(template, seed):
     random, tok = np.random.default_rng(seed), tokenizer(TEMPLATES[template])
     talks = [conversation(random, random.integers(1, 4)) for _ in range(4)]
     corpus = ChatCorpus.from_conversations(talks, tok)
+    assert corpus.bytes == len(tok.decode(corpus.ids).encode())
+    assert (corpus.separator_id, corpus.tokenizer) == (tok.separator_id, "chat")
     for number, talk in enumerate(talks):
         part = slice(corpus.offsets[number], corpus.offsets[number + 1])
         ids, learned = corpus.ids[part], corpus.answers[part]
@@ -56,7 +58,7 @@ def test_answers_and_only_answers_are_learned(template, seed):
 
 @pytest.mark.parametrize("lanes", [None, 3])
 def test_windows_predict_each_answer_token_once(lanes):
-    random, tok = np.random.default_rng(0), tokenizer(TEMPLATES["chatml"])
+    random, tok = np.random.default_rng(1), tokenizer(TEMPLATES["chatml"])
     corpus = ChatCorpus.from_conversations([conversation(random, 2) for _ in range(6)], tok)
     data = ChatLanes(corpus, 16, lanes) if lanes else ChatWindows(corpus, 16, seed=1)
     items = [data[i] for i in range(len(data))]
@@ -67,6 +69,11 @@ def test_windows_predict_each_answer_token_once(lanes):
         assert (item["shift_labels"][real:] == -100).all() and (item["input_ids"][real:] == 0).all()
         assert lanes or (item["shift_labels"] != -100).any()
     assert getattr(data, "lanes", None) == lanes
+    openings = [corpus.document(i)[:16].tolist() for i in range(corpus.documents)]
+    for item in items:
+        waits = int(item["attention_mask"].sum()) == 1 and (item["shift_labels"] == -100).all()
+        assert bool(item["starts"]) == (waits or item["input_ids"].tolist() in openings)
+    assert not all(item["starts"] for item in items)
 
 
 def test_files_of_messages(tmp_path):
@@ -96,7 +103,7 @@ def test_files_of_messages(tmp_path):
     [
         (None, [{"role": "assistant", "content": "a"}], "no chat template"),
         (TEMPLATES["chatml"], [{"role": "user", "content": "a"}], "No conversation has an answer"),
-        ("{{ raise_exception('no') }}", [{"role": "assistant", "content": "a"}], "refuses row 1"),
+        ("{{ raise_exception('no') }}", [{"role": "assistant", "content": "a"}], "refuses row 1: no"),
         ("{{ messages[-1].content }}", conversation(np.random.default_rng(0), 2), "row 1 another text"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longroll.data import read_documents
+from longroll.data._compressed import unreadable
 from longroll.data._files import standard_library
 from longroll.data._split import side_of
 from longroll.errors import LongrollError
@@ -260,6 +261,37 @@ def test_byte_order_marks_tell_the_encoding(tmp_path: Path, encoding: str, suffi
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(text.encode(encoding)))
     for source in (tmp_path, tmp_path / f"a.txt{suffix}"):
         assert list(read_documents(source, split="all")) == [text]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words", "damage"),
+    [("utf-8", "a \ufffd b ", b"\x97"), ("utf-16", "\ubfef\xbd ", b"\x00\xd8")],
+)
+def test_only_what_is_not_in_the_encoding_counts_as_damage(tmp_path: Path, caplog, encoding, words, damage):
+    """U+FFFD may stand in a text, and its bytes in UTF-8 are other characters in UTF-16."""
+    (tmp_path / "a.txt").write_bytes((words * 300).encode(encoding) + damage)
+    assert list(read_documents(tmp_path, split="all")) == [words * 300 + "\ufffd"]
+    assert "read as U+FFFD (a.txt: 1)" in caplog.text
+
+
+def test_a_short_text_with_a_tenth_of_damage_is_read(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"123456789\x97")
+    assert list(read_documents(tmp_path / "a.txt", split="all")) == ["123456789\ufffd"]
+    (tmp_path / "a.txt").write_bytes(b"12345678\x97")
+    with pytest.raises(LongrollError, match="not UTF-8"):
+        list(read_documents(tmp_path / "a.txt", split="all"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (OSError(5, "Input/output error"), "damaged (Input/output error)"),
+        (EOFError("ended\nearly"), "damaged (ended early)"),
+        (EOFError(), "damaged (EOFError)"),
+    ],
+)
+def test_a_failed_read_says_what_it_says(problem: Exception, said: str):
+    assert str(unreadable(problem)) == said
 
 
 class TestTextColumn:

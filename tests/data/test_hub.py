@@ -82,6 +82,17 @@ def test_unreachable_is_said_soon(monkeypatch):
     assert error.value.__suppress_context__ or error.value.__context__ is None  # no traceback of the client
 
 
+def test_the_hub_is_asked_for_this_kind_and_for_seconds(monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        def repo_info(self, name, **options):
+            assert (name, options) == ("some/dataset", {"repo_type": "dataset", "timeout": _hub.SECONDS})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert _hub.why_not_there("some/dataset", "dataset") is None
+
+
 def test_offline_mode(monkeypatch):
     import datasets
     from huggingface_hub import constants

@@ -173,6 +173,22 @@ def test_every_format_in_every_compression(tmp_path: Path, format: str, compress
             list(read_documents(path, split="all", text_column="body"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("format", ["jsonl", "array", "csv"])
+def test_byte_order_marks_tell_the_encoding_of_rows(tmp_path: Path, format: str, encoding: str):
+    path = tmp_path / f"a{FORMATS[format][0]}"
+    path.write_bytes(rows_of(format).decode().encode(encoding))
+    assert list(read_documents(path, split="all", text_column="text")) == TEXTS
+
+
+@pytest.mark.parametrize(("count", "end"), [(20, "c19"), (21, "c19, ...")])
+def test_at_most_20_columns_are_named(tmp_path: Path, count: int, end: str):
+    path = write_lines(tmp_path / "a.jsonl", [{f"c{i}": 0 for i in range(count)}])
+    with pytest.raises(LongrollError) as error:
+        list(read_documents(path))
+    assert str(error.value).endswith(end)
+
+
 def test_one_record_is_one_row(tmp_path: Path):
     (tmp_path / "a.json").write_text(json.dumps({"title": "t", "text": "the only one"}, indent=1))
     assert list(read_documents(tmp_path / "a.json", split="all")) == ["the only one"]

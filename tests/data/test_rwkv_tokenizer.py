@@ -56,6 +56,18 @@ def test_id_0_ends_a_text(tmp_path: Path, tokenizer: RWKVTokenizer):
     assert load_tokenizer(vocabulary(tmp_path), bos=True).prefix_ids == (0,)
 
 
+def test_a_vocabulary_with_an_id_0_has_no_separator(tmp_path: Path):
+    (tmp_path / "v.txt").write_text("0 'a' 1\n1 'b' 1\n")
+    tokenizer = load_tokenizer(tmp_path / "v.txt")
+    assert tokenizer.separator_id is None and tokenizer.decode(tokenizer.encode("abba")) == "abba"
+    with pytest.raises(LongrollError, match="`bos`"):
+        load_tokenizer(tmp_path / "v.txt", bos=True)
+
+
+def test_half_a_character_is_u_fffd(tokenizer: RWKVTokenizer):
+    assert tokenizer.decode(tokenizer.encode("aé日")[:-1]).rstrip("\ufffd") == "aé"
+
+
 def test_found_beside_the_model_before_code_is(tmp_path: Path):
     path = vocabulary(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
@@ -111,6 +123,7 @@ def test_found_in_a_hub_repository_before_its_code_is_run(tmp_path: Path, monkey
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", needs_code)
     monkeypatch.setattr("longroll.data._tokenizers.why_not_there", lambda *_: None)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: str(path))
+    files = {("fla-hub/rwkv7", path.name): str(path)}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: files[name, file])
     found = load_tokenizer(model_path="fla-hub/rwkv7", vocab_size=65_536)
     assert isinstance(found, RWKVTokenizer) and found.encode(" the").tolist() == [257]

@@ -71,6 +71,8 @@ def test_positions_that_pad_the_end_of_a_packed_row():
         ({"position_ids": torch.arange(5, 17).expand(2, -1)}, "position_ids"),
         ({"position_ids": torch.zeros(3, 2, 12)}, "position_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 24])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 12])}, "cu_seq_lens_q"),  # of two rows
+        ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 8, 4, 12])}, "cu_seq_lens_q"),
         ({"seq_idx": torch.zeros(2, 11)}, "seq_idx"),
         ({"labels": IDS[:, :4]}, "labels"),
         ({"labels": None}, "labels"),

@@ -19,6 +19,22 @@ def test_a_cpu_has_none():
         StepGraph(lm_of("mamba"))
 
 
+@pytest.mark.parametrize(
+    ("router", "smoothing", "function", "checkpointing"),
+    [(True, 0, None, False), (False, 0.1, None, False), (False, 0, print, False), (False, 0, None, True)],
+)
+def test_a_step_with_another_loss_or_checkpoints_has_none(
+    router, smoothing, function, checkpointing, tmp_path
+):
+    lm = lm_of("mamba2")
+    lm.model.config.output_router_logits = router
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, label_smoothing_factor=smoothing, gradient_checkpointing=checkpointing
+    )
+    with pytest.raises(LongrollError, match="with gradient checkpointing" if checkpointing else "plain loss"):
+        InitialStateTrainer(lm, arguments, compute_loss_func=function, cuda_graphs=True)
+
+
 @on_a_gpu
 def test_attention_has_none():
     lm = lm_of("llama").to("cuda")

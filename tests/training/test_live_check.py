@@ -1,5 +1,7 @@
 """A run in which the state does not reach the loss stops by itself; one in which it does is not changed."""
 
+import functools
+
 import pytest
 import torch
 from test_trainer import assert_same_weights, data_for, quick_collections, train
@@ -7,7 +9,7 @@ from transformers import TrainingArguments
 
 from longroll import TBPTT, FittedNoise, InitialStateTrainer, LongrollError, RandomNoise, StatePassing
 from longroll.families._cache import StateCache
-from longroll.training._live_check import LiveCheck
+from longroll.training._live_check import LiveCheck, _foreign
 from zoo import build
 
 __all__ = ["quick_collections"]  # a fixture of each test here
@@ -118,6 +120,12 @@ def test_it_costs_one_forward_a_run(tmp_path):
     assert len(calls) == 4 + 1
     trainer.train()
     assert len(calls) == 8 + 2
+
+
+def test_a_partial_is_suspected_where_its_function_is():
+    assert not _foreign(functools.partial(torch.nn.Linear.forward)) and _foreign(
+        functools.partial(wrapped_body)
+    )
 
 
 def test_no_parameter_has_a_gradient_from_it(tmp_path):
