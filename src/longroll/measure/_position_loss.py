@@ -14,11 +14,9 @@ from torch import Tensor
 from longroll.errors import LongrollError
 from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
-from longroll.measure.roll_out import check_ids, roll_out
+from longroll.measure.roll_out import LOGITS, check_ids, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
-
-_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # numbers of logits that exist at once: 64 MiB, 1 GiB
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _of_documents(
 @torch.no_grad()
 def token_losses(lm: RecurrentLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a time."""
-    at_once = _LOGITS.get(hidden.device.type, _LOGITS["cpu"])
+    at_once = LOGITS.get(hidden.device.type, LOGITS["cpu"])
     slice_size = max(1, at_once // (hidden.shape[0] * lm.vocab_size))
     pieces = []
     for h, y in zip(hidden.split(slice_size, dim=1), targets.split(slice_size, dim=1), strict=True):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.measure.roll_out import LOGITS
 from longroll.model import RecurrentLM
 
 Distance = Literal["tv", "js", "kl"]
-
-_LOGITS = 2**24  # numbers of logits that exist at once, 64 MiB
 
 
 def check_distance(distance: str) -> None:
@@ -48,7 +47,7 @@ def head_distance(lm: RecurrentLM, reference: Tensor, others: Tensor, distance: 
     Exact over the whole vocabulary. Memory is bounded by taking a few rows at a time, not by leaving
     tokens out.
     """
-    rows = max(1, _LOGITS // ((len(others) + 1) * lm.vocab_size))
+    rows = max(1, LOGITS["cpu"] // ((len(others) + 1) * lm.vocab_size))
     pieces = [
         logit_distance(lm.head(one), lm.head(more), distance)
         for one, more in zip(reference.split(rows), others.split(rows, dim=1), strict=True)

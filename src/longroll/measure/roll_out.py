@@ -13,6 +13,9 @@ from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
+LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Numbers of logits that exist at once, by device: 64 MiB, 1 GiB."""
+
 _CPU_TOKENS = 4096  # what keeps a CPU busiest (2-4k), and small in memory
 _GPU_TOKENS = 65_536  # more gained nothing on an H200
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
