@@ -8,6 +8,7 @@ from test_rwkv_tokenizer import vocabulary
 
 from damage import damaged
 from longroll.data import ByteTokenizer, RWKVTokenizer, load_tokenizer
+from longroll.data.hf_tokenizer import is_fault
 from longroll.errors import LongrollError
 from tokenizer_kinds import trained
 
@@ -28,6 +29,11 @@ def whole(tmp_path_factory) -> dict[str, Path]:
             made.chat_template = "{{ bos_token }}{{ messages[0].content }}"
             made.save_pretrained(folders[kind])
     return folders
+
+
+def test_a_panic_of_rust_is_a_fault_and_an_interrupt_is_none():
+    panic = type("PanicException", (BaseException,), {})  # as pyo3 raises it
+    assert is_fault(panic()) and is_fault(ValueError()) and not is_fault(KeyboardInterrupt())
 
 
 def use(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from longroll.data import read_documents
 from longroll.data._compressed import unreadable
 from longroll.data._files import standard_library
-from longroll.data._split import side_of
+from longroll.data._split import ONE_IN, divide_documents, side_of
 from longroll.errors import LongrollError
 
 
@@ -170,8 +170,16 @@ def test_binary_file(tmp_path: Path):
 def test_no_text(tmp_path: Path, content: bytes):
     (tmp_path / "a.txt").write_bytes(content)
     for source in (tmp_path, tmp_path / "a.txt"):
-        with pytest.raises(LongrollError, match="has no text"):
+        with pytest.raises(LongrollError, match=r"has no text( that can be read| \(split 'train'\))"):
             list(read_documents(source))
+
+
+def test_a_long_file_is_divided_as_it_is_read():
+    def documents():
+        yield from map(str, range(ONE_IN))
+        raise AssertionError("read on")
+
+    assert next(divide_documents(documents(), "train")) == "0"
 
 
 def test_wrong_split(tmp_path: Path):
