@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from longroll.conformance import laws
 from longroll.conformance.tiny import CONFIGS
 from longroll.errors import LongrollError
+from longroll.families._padding import Padding, limited_steps
 from longroll.model import RecurrentLM
+from longroll.ops._ssd import NO_LIMIT
 from longroll.state import RecurrentState
 from zoo import assert_close, assert_same_state, lm_of, tokens
 
@@ -192,6 +195,20 @@ def test_starts_at_padding_are_refused():
     mask = torch.tensor([[0, 1, 1]])
     with pytest.raises(LongrollError, match="`starts`"):
         lm_of("mamba2")(tokens(1, 3), attention_mask=mask, starts=1 - mask)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_lower_limit_makes_no_step_of_padding(softplus, biased):
+    dt, bias = torch.randn(2, 5, 3), torch.randn(3) if biased else None
+    padding = Padding(torch.tensor([5, 3]), 5, dt.device)
+    found = limited_steps(dt, bias, softplus, (0.1, 0.9), padding)
+    steps = dt if bias is None else dt + bias
+    steps = (F.softplus(steps) if softplus else steps).clamp(0.1, 0.9)
+    assert_close(
+        found[0], torch.cat([steps[:, :3], steps[:, 3:] * torch.tensor([1, 0]).view(2, 1, 1)], 1), 1e-6
+    )
+    assert found[1:] == (None, False, NO_LIMIT)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

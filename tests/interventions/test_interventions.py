@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longroll import TBPTT, FittedNoise, LongrollError, RandomNoise, RecurrentState, StateKey, StatePassing
-from longroll.interventions import INTERVENTIONS, Intervention
+from longroll.interventions import INTERVENTIONS, Intervention, intervention_of
 from zoo import assert_same_state
 
 few = settings(max_examples=10, deadline=None, derandomize=True)
@@ -163,6 +163,14 @@ def test_a_batch_may_be_of_another_size(kind):
 
 def test_names_are_those_of_the_command_line():
     assert list(INTERVENTIONS) == ["random", "fitted", "sp", "tbptt"]
+
+
+def test_interventions_by_name():
+    for name, kind in INTERVENTIONS.items():
+        assert type(intervention_of(name)) is kind
+    assert intervention_of("none") is None is intervention_of(None)
+    with pytest.raises(LongrollError, match=r"'noise' is none of .*none\."):
+        intervention_of("noise")
 
 
 def test_an_intervention_must_choose():

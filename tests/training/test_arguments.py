@@ -3,8 +3,11 @@
 import dataclasses
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import DynamoBackend
 from test_trainer import quick_collections
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -98,9 +101,28 @@ def test_a_field_that_a_newer_transformers_adds_is_refused_by_name(tmp_path, mon
         trainer(tmp_path, accelerator_config={"non_blocking": True})
 
 
-def test_a_compiled_model_is_refused(tmp_path):
+LAUNCHED = {
+    "cp": ("parallelism_config", SimpleNamespace(cp_enabled=True, sp_enabled=False), "leave out cp and sp"),
+    "sp": ("parallelism_config", SimpleNamespace(cp_enabled=False, sp_enabled=True), "leave out cp and sp"),
+    "deepspeed": ("deepspeed_plugin", object(), "DeepSpeed"),
+    "compiled": ("dynamo_plugin", SimpleNamespace(backend=DynamoBackend.EAGER), "ACCELERATE_DYNAMO_BACKEND"),
+}
 
+
+@pytest.mark.parametrize(("name", "value", "said"), LAUNCHED.values(), ids=LAUNCHED.keys())
+def test_what_a_launcher_sets_past_the_arguments_is_refused(name, value, said, tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    monkeypatch.setattr(made.accelerator, "state", SimpleNamespace(**{name: value}))
+    with pytest.raises(LongrollError, match=said):
+        made._check_accelerator()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_refused(in_place, tmp_path):
     model = build("mamba2")
-    model.backbone.layers[0].compile()
+    if in_place:
+        model.backbone.layers[0].compile()
+    else:
+        model.backbone.layers[0] = torch.compile(model.backbone.layers[0])
     with pytest.raises(LongrollError, match=r"layers\.0.*torch\.compile"):
         InitialStateTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True), intervention="sp")
