@@ -68,8 +68,10 @@ def test_from_diagnosis_to_report(place):
     assert ran.returncode == 0, ran.stderr
     assert json.loads((place / "plain.json").read_text())["label"] == "none"
     compared = ("--against", "base.json", "--control", "plain.json")
-    ran = longroll("diagnose", "sp", *MEASURE, *compared, "--json", "after.json", cwd=place)
+    ran = longroll("diagnose", "sp", *MEASURE, *compared, "--card", "--json", "after.json", cwd=place)
     assert ran.returncode == 0, ran.stderr
+    card = (place / "sp/README.md").read_text()
+    assert "| steps | 4 |" in card and all(f"\n| {label} | " in card for label in ("base", "none", "sp"))
     after = json.loads((place / "after.json").read_text())
     assert after["label"] == "sp" and after["comparisons"]["control"]["in_range"]["paired"]
     assert " in range against base" in after["sentence"] and " against none" in after["sentence"]

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import longroll
-from longroll import InitialStateTrainer, LongrollError, PosttrainOptions, RecurrentLM, StatePassing
+from longroll import (
+    InitialStateMixin,
+    InitialStateTrainer,
+    LongrollError,
+    PosttrainOptions,
+    RecurrentLM,
+    StatePassing,
+)
 from longroll.data import Corpus, Windows
 from longroll.training import posttrain
 from longroll.training._posttrain import _with_lora
@@ -19,6 +26,10 @@ from zoo import VOCAB, build
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 CORPUS = Corpus(np.random.default_rng(0).integers(0, VOCAB, 900).astype(np.int32), np.array([0, 900]), 900)
+
+
+class Mixed(InitialStateMixin, Trainer):
+    """A host's trainer, whose loss and weights are its own."""
 
 
 def run(lm, output, **options):
@@ -111,3 +122,20 @@ def test_trainer_saves_16_bits_and_resumes_from_32(tmp_path):
     assert load_file(tmp_path / "run/checkpoint-1/model.safetensors")[name].dtype == torch.float32
     assert load_file(tmp_path / "end/model.safetensors")[name].dtype == torch.bfloat16
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trainer", "said"),
+    [
+        (torch.bfloat16, Mixed, "trained in bfloat16, which loses small updates: decays"),
+        (torch.float16, Mixed, "trained in float16"),
+        (torch.float32, Mixed, None),
+        (torch.bfloat16, InitialStateTrainer, None),  # which widens the weights
+    ],
+)
+def test_a_host_that_trains_16_bits_is_told_what_is_lost(dtype, trainer, said, tmp_path, caplog):
+    model = build("mamba2", dtype=dtype)
+    with caplog.at_level(logging.WARNING, "longroll"):
+        trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), intervention="sp")
+    lines = [record.getMessage() for record in caplog.records if record.name == "longroll"]
+    assert [said in line and "dtype=torch.float32" in line for line in lines] == ([True] if said else [])

@@ -36,6 +36,9 @@ def diagnose(
     control: Annotated[
         Path | None, typer.Option(help="Result of a model after as many plain steps: the price beside these.")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the verdicts into README.md of the model's folder.")
+    ] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -49,13 +52,15 @@ def diagnose(
 ) -> None:
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
-    from longroll.files import is_stream
+    from longroll.files import is_stream, write_whole
     from longroll.ranks import rank
     from longroll.report import write_report
     from longroll.report.export import slug
+    from longroll.training.card import with_diagnosis
 
     if rank() > 0:
         return  # a diagnosis is not dealt: rank 0 makes it
+    card_file = _card_of(model) if card else None
     before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     train_length = o.find_train_length(lm, train_length)
@@ -98,8 +103,24 @@ def diagnose(
     out.print(levels_table(runs))
     for line in findings(found):
         out.print(line, soft_wrap=True)
+    if card_file:
+        text_of_card = card_file.read_text(encoding="utf-8", errors="surrogateescape")
+        told = with_diagnosis(text_of_card, runs).encode("utf-8", errors="surrogateescape")
+        write_whole(card_file, told)
     if output:
         write_report(runs, output / "report.html")
+
+
+def _card_of(model: str) -> Path:
+    """The model card in a folder that `posttrain` wrote, or beside BlinkDL's file there."""
+    from longroll.errors import LongrollError
+    from longroll.files import check_writable
+
+    place = Path(model)
+    card = (place if place.is_dir() else place.parent) / "README.md"
+    if not place.exists() or not card.is_file():
+        raise LongrollError(f"`card`: {model} is no folder with a README.md: name one that posttrain wrote.")
+    return check_writable(card)
 
 
 def _read(path: Path) -> DiagnosisResult:

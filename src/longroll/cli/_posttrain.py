@@ -133,6 +133,12 @@ def posttrain(
     format: Annotated[
         Format, typer.Option(help="original: the files of state-spaces or BlinkDL that the model came in.")
     ] = Format.transformers,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", help="Upload --output to this repository of the hub, made if missing."
+        ),
+    ] = None,
     save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: o.Device = None,
@@ -150,11 +156,14 @@ def posttrain(
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
     from longroll.training import PosttrainOptions
+    from longroll.training.hub import check_push, push
 
     for wrong in unread(context, "intervention", intervention, READ_BY_INTERVENTION):
         raise LongrollError(f"{wrong}: leave it out.")
     for left_out in unread(context, "task", task, READ_BY_TASK):
         console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
+    if push_to_hub is not None:
+        check_push(push_to_hub, output, resume=resume)
     chosen = make_intervention(
         intervention,
         zero_probability=zero_probability,
@@ -227,6 +236,8 @@ def posttrain(
         losses = [entry["loss"] for entry in log if "loss" in entry]
         learnt = f", loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
         out.print(f"{options.steps} steps in {seconds:.0f} s{rate}{learnt}: {output}")
+        if push_to_hub is not None:
+            out.print(push(output, push_to_hub))
 
 
 def make_intervention(

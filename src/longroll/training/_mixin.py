@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,10 @@ from longroll.training._arguments import check_trainer_arguments, check_training
 from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.guard import Guard, check_weights
-from longroll.training.weights import projects
+from longroll.training.weights import in_16_bits, projects
 from longroll.training.whole import WholeCheckpointsMixin
+
+logger = logging.getLogger("longroll")
 
 _SEVERAL_TEXTS = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "PPO", "Reward", "PRM", "GKD", "Distill")
 """How the names of TRL's trainers begin that read several texts for one loss."""
@@ -126,6 +129,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self._guard = Guard()
         self.add_callback(_Stop(self))
         self._check_model()
+        self._check_precision()
         self._check_lanes()
 
     # ---- what cannot be
@@ -164,6 +168,20 @@ class InitialStateMixin(WholeCheckpointsMixin):
                     f"{name or type(module).__name__} is compiled by torch.compile, which reuses a graph "
                     "that was traced without a state: pass the model itself."
                 )
+
+    def _check_precision(self) -> None:
+        """Say what 16 bits do to decays; `weights` of InitialStateTrainer holds these in float32."""
+        narrow = {
+            str(parameter.dtype).removeprefix("torch.")
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and in_16_bits(parameter) and name not in self._projections
+        }
+        if narrow:
+            logger.warning(
+                "%s is trained in %s, which loses small updates: decays (A_log, dt_bias, ...) do not move. "
+                "Load the model with dtype=torch.float32, and set bf16=True for autocast.",
+                type(self.base).__name__, " and ".join(sorted(narrow)),
+            )  # fmt: skip
 
     def _check_lanes(self) -> None:
         dataset = self.train_dataset  # type: ignore[attr-defined]

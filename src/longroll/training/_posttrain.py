@@ -231,7 +231,7 @@ def posttrain(
                 else:
                     save_checkpoint(lm.model, partial, source)
                 layout = source.layout if options.format == "original" else "transformers"
-                (partial / "README.md").write_text(model_card(lm, started, layout))
+                (partial / "README.md").write_text(model_card(lm, started, layout), encoding="utf-8")
                 if tokenizer is not None:
                     tokenizer.save(partial)
             if not lm.own:  # which only its plug-in opens

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longroll.history import history
 from longroll.model import RecurrentLM
+from longroll.printable import printable
+from longroll.results import DiagnosisResult
 
 _OPENED_BY = {
     "transformers": "transformers or fla opens the model without longroll",
@@ -50,3 +54,29 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any], layout: str = "transform
         told = ", ".join(f"{step['intervention']} ({step.get('steps', '?')} steps)" for step in earlier)
         lines += ["", f"It had been post-trained before: {told}."]
     return "\n".join(lines) + "\n"
+
+
+def with_diagnosis(card: str, runs: Sequence[DiagnosisResult]) -> str:
+    """Put a section of diagnoses at the end of a card, in the place of an earlier one.
+
+    Args:
+        card: Markdown; what others wrote in it stays.
+        runs: of the model before its repair, after as many plain steps, after the repair: those there are.
+    """
+    kept = re.sub(r"\n## Diagnosis\n.*?(?=\n##? |\Z)", "", card, flags=re.DOTALL).rstrip()
+    lines = ["", "", "## Diagnosis"]
+    lines += ["| | nats in range | nats in the last octave | verdict |", "|---|---|---|---|"]
+    for run in runs:
+        levels = (run.level(name) for name in ("in_range", "far"))
+        losses = ("not finite" if math.isnan(level) else f"{level:.3f}" for level in levels)
+        lines.append(f"| {' | '.join([_plain(run.label), *losses, run.verdict])} |")
+    lines.append("")
+    for run in runs:
+        read = f"{run.sequences} texts of {run.max_position} tokens, T = {run.train_length}"
+        lines.append(f"- {_plain(run.label)} ({read}): {_plain(run.sentence)}")
+    return kept + "\n".join(lines) + "\n"
+
+
+def _plain(text: str | None) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_<>\[\]|~])", r"\\\1", printable(text or ""))
