@@ -175,11 +175,35 @@ def test_a_loss_on_one_of_the_outputs_alone(time, given_state):
             )
 
 
+@pytest.mark.parametrize("keep", [(True,) * 4, (True, False, False, False)])
+def test_a_skip_weight_for_each_channel(keep):
+    size = (2, 150, 2, 2, 3, 4)
+    arguments = drop(keep, inputs(size), OPTIONAL) | {"D": torch.randn(4, 3, dtype=torch.float64)}
+    assert_close(run(fast, arguments), run(ssd_reference, arguments), 1e-11)
+
+
+@pytest.mark.parametrize("dt", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("share", [0.1, 1.0])  # of steps that are large
+def test_gradients_at_large_steps_are_as_exact_as_the_oracles_in_float32(dt, share):
+    for seed in range(3):
+        arguments = inputs((2, 200, 2, 2, 4, 8), seed) | {"dt_bias": None}
+        large = torch.rand_like(arguments["dt"]) < share
+        arguments["dt"] = torch.rand_like(arguments["dt"]) * torch.where(large, dt, 0.01)
+        arguments = {k: None if v is None else v.float() for k, v in arguments.items()}
+        exact = run(ssd_reference, arguments)
+        plain, found = (run(op, arguments, dtype=torch.float32) for op in (ssd_reference, fast))
+        for name, value in exact.items():
+            error, allowed = ((r[name].double() - value).abs().max() for r in (found, plain))
+            assert error <= 2 * allowed + 1e-6 * value.abs().max(), name
+
+
 def test_misfits_are_named():
     arguments = inputs((2, 8, 2, 2, 3, 4))
     with pytest.raises(ValueError, match=r"initial_state must have shape \(B, H, P, N\)"):
         ssd(**(arguments | {"initial_state": arguments["initial_state"].mT}))
     with pytest.raises(ValueError, match="G dividing H"):
         ssd(**(arguments | {"B": arguments["B"].repeat(1, 1, 2, 1)[:, :, :3]}))
+    with pytest.raises(ValueError, match=r"D must have shape \(H, P\)"):
+        ssd(**(arguments | {"D": arguments["D"].unsqueeze(1)}))
     with pytest.raises(ValueError, match="chunk_size"):
         ssd(**arguments, chunk_size=0)

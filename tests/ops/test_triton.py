@@ -89,6 +89,13 @@ def test_ssd_agrees_with_the_oracle(size, keep, softplus, limit):
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
 
 
+def test_ssd_with_a_skip_weight_for_each_channel():
+    arguments, options = drawn(test_ssd, (2, 70, 1, 2, 5, 3), (True,) * 4, True)
+    arguments["D"] = torch.randn(2, 5, dtype=torch.float64)
+    found = run(ssd, arguments, options, dtype=torch.float32)
+    assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
 @pytest.mark.parametrize(
     ("size", "keep", "activation"),
     [

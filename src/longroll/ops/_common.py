@@ -79,9 +79,18 @@ def needs_graph(*tensors: Tensor | None) -> bool:
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], axes: str) -> None:
-    """Raise ValueError when an argument that is given has another shape than `axes` calls for."""
-    if tensor is not None and tuple(tensor.shape) != shape:
+    """Raise ValueError when an argument that is given has another shape than `axes` or holds no floats."""
+    if tensor is None:
+        return
+    check_floats(name, tensor)
+    if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape ({axes}) = {shape}, got {tuple(tensor.shape)}")
+
+
+def check_floats(name: str, tensor: Tensor) -> None:
+    """Raise ValueError when a tensor is complex, of which a cast drops a part, or of integers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be real and of a floating-point dtype, got {tensor.dtype}")
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

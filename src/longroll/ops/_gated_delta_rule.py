@@ -39,14 +39,14 @@ def gated_delta_rule(
         o (B, T, HV, V) in q's dtype, and the state (B, HV, K, V) in float32 (float64), or None.
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2025; argument order and
     layouts as in fla's `chunk_gated_delta_rule`.
     """
     if q.dim() == v.dim() == 4 and v.shape[2] % q.shape[2] == 0 and q.shape == k.shape:
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-    check({"q": q, "k": k}, v, {"g": g, "beta": beta}, initial_state)
+    check({"q": q, "k": k}, v, {"beta": beta, "g": g}, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if kernel := kernel_for("gated_delta_rule", q, v, k, g, beta, initial_state):
         return kernel(q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel)

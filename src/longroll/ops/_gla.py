@@ -34,7 +34,7 @@ def gla(
         o (B, T, H, V) in q's dtype, and the state (B, H, K, V) in float32 (float64), or None.
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024;
     argument order and layouts as in fla's `chunk_gla`.

@@ -37,7 +37,7 @@ def retention(
         o (B, T, H, V) in q's dtype, and the state (B, H, K, V) in float32 (float64), or None.
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Sun et al., "Retentive Network: A Successor to Transformer for Large Language Models", 2023;
     argument order and layouts as in fla's `chunk_retention`, the decay's name as in its `chunk_simple_gla`.

@@ -37,7 +37,7 @@ def rwkv6(
         o (B, T, H, V) in r's dtype, and the state (B, H, K, V) in float32 (float64), or None.
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", 2024;
     argument order and layouts as in fla's `chunk_rwkv6`.

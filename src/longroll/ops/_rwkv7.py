@@ -42,7 +42,7 @@ def rwkv7(
         o (B, T, H, V) in r's dtype, and the state (B, H, K, V) in float32 (float64), or None.
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025; argument order and
     layouts as in fla's `chunk_rwkv7`.

@@ -18,6 +18,7 @@ from longroll.ops._common import (
     Scratch,
     Span,
     cast,
+    check_floats,
     check_shape,
     needs_graph,
     no_autocast,
@@ -64,7 +65,7 @@ def selective_scan(
         y (B, T, D) in x's dtype, or `(y, final_state)` with the state (B, D, N) in float32 (float64).
 
     Raises:
-        ValueError: a shape does not fit, or T is 0.
+        ValueError: a shape does not fit, an input is complex or of integers, or T is 0.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
     """
@@ -87,6 +88,7 @@ def selective_scan(
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
+    check_floats("x", x)
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (B, T, D) with T >= 1, got {tuple(x.shape)}")
     if A.dim() != 2:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longroll.ops._backend import choose
-from longroll.ops._common import cast, check_shape, no_autocast, state_dtype
+from longroll.ops._common import cast, check_floats, check_shape, no_autocast, state_dtype
 
 WORK = 1 << 18  # numbers of work space that stay in a CPU's second-level cache
 
@@ -35,8 +35,10 @@ def short_conv(
         y (B, T, D) in x's dtype, or `(y, final_state)` with the state (B, D, W) in float32 (float64).
 
     Raises:
-        ValueError: a shape does not fit, T is 0, or the activation is unknown.
+        ValueError: a shape does not fit, an input is complex or of integers, T is 0, or the activation is
+            unknown.
     """
+    check_floats("x", x)
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (B, T, D) with T >= 1, got {tuple(x.shape)}")
     if activation not in (None, "silu", "swish"):

@@ -19,6 +19,7 @@ from longroll.ops._common import (
     Scratch,
     Span,
     cast,
+    check_floats,
     check_shape,
     needs_graph,
     no_autocast,
@@ -56,7 +57,7 @@ def ssd(
         A: decay rates, (H,), negative.
         B: input projections, (B, T, G, N); head h uses group h // (H / G).
         C: output projections, (B, T, G, N).
-        D: skip weights, (H,).
+        D: skip weights, (H,), or (H, P): one for each channel.
         z: gate, (B, T, H, P): the output is multiplied by `silu(z)`.
         dt_bias: (H,), added to dt.
         dt_softplus: pass dt through softplus after the bias.
@@ -69,7 +70,8 @@ def ssd(
         y (B, T, H, P) in x's dtype, or `(y, final_state)` with the state (B, H, P, N) in float32 (float64).
 
     Raises:
-        ValueError: a shape does not fit, H is not a multiple of G, or T or chunk_size is below 1.
+        ValueError: a shape does not fit, an input is complex or of integers, H is not a multiple of G, or T
+            or chunk_size is below 1.
 
     Source: Dao and Gu, "Transformers are SSMs", 2024, section 6.
     """
@@ -92,6 +94,7 @@ def ssd(
 
 
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size) -> None:
+    check_floats("x", x)
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (B, T, H, P) with T >= 1, got {tuple(x.shape)}")
     if B.dim() != 4 or x.shape[2] % B.shape[2]:
@@ -105,7 +108,10 @@ def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size) -> None:
     check_shape("A", A, (heads,), "H")
     check_shape("B", B, (batch, time, *B.shape[2:]), "B, T, G, N")
     check_shape("C", C, tuple(B.shape), "B, T, G, N")
-    check_shape("D", D, (heads,), "H")
+    if D is not None and D.dim() == 2:
+        check_shape("D", D, (heads, width), "H, P")
+    else:
+        check_shape("D", D, (heads,), "H")
     check_shape("z", z, tuple(x.shape), "B, T, H, P")
     check_shape("dt_bias", dt_bias, (heads,), "H")
     check_shape("initial_state", initial_state, (batch, heads, width, B.shape[3]), "B, H, P, N")
@@ -176,16 +182,17 @@ def _load(x, dt, A, B, C, dt_bias, options: _Options, span: Span, scratch: Scrat
     positive = F.softplus(raw) if options.softplus else raw
     dt_ = positive if options.softplus and options.limit == NO_LIMIT else positive.clamp(*options.limit)
     dtx = torch.mul(x_, dt_.unsqueeze(-1), out=scratch("dtx", *x_.shape))
-    arriving, leaving, decay = _decays(dt_ * (A * LOG2_E).view(per_head), scratch)
+    log_steps = dt_.double() * (A.double() * LOG2_E).view(per_head)
+    arriving, leaving, decay = _decays(log_steps, dtype, scratch)
     scores = torch.matmul(C_, B_.mT, out=scratch("scores", *B_.shape[:-1], B_.shape[-2])).tril_()
     mixer = torch.mul(decay, scores.unsqueeze(3), out=scratch("mixer", *decay.shape))
     return _Chunks(x_, raw, positive, dt_, dtx, B_, C_, arriving, leaving, decay, scores, mixer)
 
 
-def _decays(log_steps: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+def _decays(log_steps: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
     """From the log2 decay of each step (..., q): decays up to, after and between (row, column) steps."""
-    exact = log_steps.double().cumsum(-1)
-    total = exact.to(log_steps.dtype)
+    exact = log_steps.cumsum(-1)
+    total = exact.to(dtype)
     decay = torch.sub(
         total.unsqueeze(-1), total.unsqueeze(-2), out=scratch("decay", *total.shape, total.shape[-1])
     )
@@ -259,7 +266,12 @@ def _output(chunks: _Chunks, read: Tensor | None, D: Tensor | None, scratch: Scr
     out = _product(chunks.mixer, chunks.dtx, "out", scratch)
     if read is not None:
         out.add_(read)
-    return out if D is None else out.addcmul_(chunks.x, D.view(chunks.x.shape[2], -1, 1, 1))
+    return out if D is None else out.addcmul_(chunks.x, _skip(D, chunks.x.shape[2]))
+
+
+def _skip(D: Tensor, groups: int) -> Tensor:
+    """View the skip weights (H,) or (H, P) as (g, r, 1, 1 or P)."""
+    return D.view(groups, D.shape[0] // groups, 1, -1)
 
 
 class _SSD(torch.autograd.Function):
@@ -321,8 +333,9 @@ def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep,
             ddt_bias += ddt_.sum((0, 1, 4)).flatten()
         dx_ = ddtx.mul_(chunks.dt.unsqueeze(-1))
         if D is not None:
-            dx_.addcmul_(dy_, D.view(*per_head, 1))
-            dD += torch.mul(dy_, chunks.x, out=scratch("product", *dy_.shape)).sum((0, 1, 4, 5)).flatten()
+            dx_.addcmul_(dy_, _skip(D, groups))
+            skipped = torch.mul(dy_, chunks.x, out=scratch("product", *dy_.shape))
+            dD += skipped.sum((0, 1, 4) if D.dim() == 2 else (0, 1, 4, 5)).view_as(D)
         _heads(ddt, span, groups).copy_(ddt_)
         _heads(dx, span, groups).copy_(dx_)
         _groups(dB, span).copy_(dB_)
@@ -336,15 +349,17 @@ def _within(chunks: _Chunks, dy: Tensor, scratch: Scratch) -> tuple[Tensor, Tens
     dmixer = _product(dy, chunks.dtx.mT, "dmixer", scratch)
     crossing = chunks.mixer.mul_(dmixer)  # gradient of each log decay; none on the diagonal, where it is 0
     crossing.diagonal(dim1=-2, dim2=-1).zero_()
-    dlog = _sum_from(crossing.sum(-1) - crossing.sum(-2))
+    # Pairs on one side of a step cancel, and little is left beside them where dt is large.
+    exact = crossing.double()
+    dlog = _sum_from(exact.sum(-1) - exact.sum(-2)).to(dy.dtype)
     dscores = dmixer.mul_(chunks.decay).sum(3).tril_()  # (B, c, g, q, q)
     dB = _product(dscores.mT, chunks.C, "dB", scratch)
     return ddtx, dB, _product(dscores, chunks.B, "dC", scratch), dlog
 
 
 def _sum_from(value: Tensor) -> Tensor:
-    """Sums from each step to the chunk's end, added up in float64 since large terms cancel."""
-    return value.double().flip(-1).cumsum(-1).flip(-1).to(value.dtype)
+    """Sums from each step to the chunk's end, in float64 since large terms cancel."""
+    return value.double().flip(-1).cumsum(-1).flip(-1)
 
 
 def _carry_back(chunks: _Chunks, dstate, from_start, want_first: bool) -> tuple[Tensor | None, Tensor | None]:

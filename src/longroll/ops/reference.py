@@ -64,7 +64,8 @@ def ssd_reference(
         step = dt[:, t, :, None] * x[:, t]  # (B, H, P)
         h = torch.exp(dt[:, t] * A)[..., None, None] * h + step[..., None] * B[:, t, :, None, :]
         outputs.append((h * C[:, t, :, None, :]).sum(-1))
-    return _skip_and_gate(torch.stack(outputs, 1), x, None if D is None else D[:, None], z), h
+    D = D[:, None] if D is not None and D.dim() == 1 else D  # (H, 1) or (H, P)
+    return _skip_and_gate(torch.stack(outputs, 1), x, D, z), h
 
 
 def short_conv_reference(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._common import NO_LIMIT, cast, no_autocast
+from longroll.ops._common import NO_LIMIT, no_autocast
 
 CHUNK = 64
 WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
@@ -267,7 +267,10 @@ def ssd(
         steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
         state = zero_state(x, B) if initial_state is None else initial_state
         B, C = B.to(x.dtype), C.to(x.dtype)  # products are of one precision
-        y, final = _SSD.apply(x, steps, A.float(), B, C, cast(D, torch.float32), state.float())
+        skip = None if D is None or D.dim() == 2 else D.float()
+        y, final = _SSD.apply(x, steps, A.float(), B, C, skip, state.float())
+        if D is not None and D.dim() == 2:  # the kernel takes one skip weight for each head
+            y = (y.float() + D.float() * x.float()).to(x.dtype)
         return (y if z is None else y * F.silu(z)), final
 
 
