@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokens
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 import longroll
 from families.fla_models.blinkdl import Sizes, weights_6, weights_7
 from families.test_original_mamba import SSM, make_weights, write
 from longroll import TBPTT, LongrollError, PosttrainOptions, StatePassing
-from longroll.data import Corpus
+from longroll.data import Corpus, load_tokenizer
 from longroll.training import posttrain
 from longroll.training.saving import opened_as, save_original
-from zoo import build
+from zoo import assert_close, build
 
 VOCAB = 60
 OPTIONS = {"length": 8, "steps": 3, "batch_size": 2, "learning_rate": 1e-2, "format": "original"}
@@ -133,6 +136,20 @@ def test_a_damaged_file_beside_is_named(content, tmp_path):
     source.with_name(f"{source.name}.longroll.json").write_text(content)
     with pytest.raises(LongrollError, match=r"ctx4096\.pth\.longroll\.json"):
         longroll.load(source)
+
+
+@pytest.mark.parametrize("name", ["mamba2-untied", "rwkv7"])
+def test_the_tokenizer_is_found_beside_the_model(name, tmp_path):
+    source = CHECKPOINTS[name](tmp_path / "in")
+    words = models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=HFTokens(words), pad_token="w1").save_pretrained(tmp_path / "t")
+    lm, tokenizer = longroll.load(source, device="cpu"), load_tokenizer(tmp_path / "t")
+    options = PosttrainOptions(**OPTIONS | {"lora_rank": 2})
+    posttrain(lm, CORPUS, None, options, tmp_path / "out", tokenizer=tokenizer)
+    place = opened_as(tmp_path / "out", lm.checkpoint, "original")
+    assert load_tokenizer(model_path=place).encode("w7").tolist() == [7]
+    with torch.no_grad():  # the adapters are merged
+        assert_close(logits(place), lm(torch.arange(50)[None])[0], 0.02)
 
 
 def test_the_tokenizer_is_moved_into_place_with_the_model(tmp_path):

@@ -175,14 +175,17 @@ def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "th
 
 
 def _beside(path: Path) -> Path | None:
-    """The tokenizer of a local model: its folder, a vocabulary of RWKV World in it, or None."""
+    """The tokenizer of a local model: its folder, a vocabulary of RWKV World in it, or None.
+
+    A .pth file may lie among files of others, so the folder must hold what `save_pretrained` always writes.
+    """
     folder = path if path.is_dir() else path.parent
     vocabularies = sorted(folder.glob(_RWKV_FILES))
     # the vocabulary file itself, rather than code that reads it
     if vocabularies and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return vocabularies[0]
-    there = path.is_dir() and any((path / name).is_file() for name in _FILES)
-    return path if there else None
+    files = _FILES if path.is_dir() else ("tokenizer_config.json",)
+    return folder if any((folder / name).is_file() for name in files) else None
 
 
 def _hub_vocabulary(name: str) -> Path | None:

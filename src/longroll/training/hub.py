@@ -28,8 +28,11 @@ def check_push(repo_id: str, output: Path, *, resume: bool = False) -> None:
 
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise LongrollError(f"`push_to_hub` {repo_id} is no name of a repository: {error}") from None
+    except HFValidationError:
+        raise LongrollError(
+            f"`push_to_hub` {repo_id!r} is no name of a repository: give NAME or OWNER/NAME, of at most 96 "
+            "letters, digits, '-', '_' and '.'."
+        ) from None
     if is_offline_mode():
         raise LongrollError("`push_to_hub`: HF_HUB_OFFLINE forbids the network: unset it, or push later.")
     if get_token() is None:
