@@ -106,7 +106,7 @@ class RecurrentLM(nn.Module):
             state: the initial state; None is the zero state.
             logits: False returns the hidden states that `head` maps to logits, so that the logits of a
                 long sequence need never exist at once.
-            attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+            attention_mask: (B, T), 1 at real tokens and 0 at padding; None: every token is real.
             starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
                 document, which goes on from `state`.
             restart: what a document marked in `starts` starts from: "zero", or "state": `state`'s of its row.

@@ -46,13 +46,13 @@ class Documents:
     """The documents of a batch.
 
     Args:
-        attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+        attention_mask: (B, T), 1 at real tokens and 0 at padding; None: every token is real.
         starts: (B, T), nonzero at the first token of a document; None: each row is one document.
         shape: (B, T) of the batch.
         overhead: tokens of padding that cost as much as one more forward.
 
     Raises:
-        LongrollError: for a mask or starts of another shape, and for starts at padding.
+        LongrollError: for a mask or starts of another shape, other values in the mask, and starts at padding.
     """
 
     def __init__(
@@ -216,4 +216,10 @@ def _flags(name: str, given: Tensor | None, shape: torch.Size) -> Tensor:
         raise LongrollError(
             f"`{name}` has shape {tuple(given.shape)} and the tokens {tuple(shape)}: give both as (B, T)."
         )
-    return given.to("cpu") != 0
+    given = given.to("cpu")
+    if name == "attention_mask" and not bool(((given == 0) | (given == 1)).all()):
+        raise LongrollError(
+            "`attention_mask` has values other than 1 at real tokens and 0 at padding: mark documents in "
+            "`starts`."
+        )
+    return given != 0

@@ -125,7 +125,7 @@ class Family:
             module: the model, or DDP's, FSDP's, peft's or torch.compile's wrapper of it.
             input_ids: (B, T) token ids, T >= 1.
             state: the initial state; None is the zero state.
-            attention_mask: (B, T), nonzero at real tokens; None: every token is real.
+            attention_mask: (B, T), 1 at real tokens and 0 at padding; None: every token is real.
             starts: (B, T), nonzero at the first token of each document inside a row; None: each row is one
                 document, which goes on from `state`.
             restart: what a document marked in `starts` starts from: the zero state, or `state`'s of its row.
@@ -204,7 +204,7 @@ class Family:
         router_logits: Any = results.router_logits
         if logits:
             return MoeCausalLMOutputWithPast(logits=outputs, router_logits=router_logits), final
-        return MoeModelOutputWithPast(last_hidden_state=outputs, router_logits=router_logits), final
+        return _BodyOutput(last_hidden_state=outputs, router_logits=router_logits), final
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
         """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""
@@ -244,6 +244,14 @@ class Family:
                     f"{limit} tokens or less (`tokens.shape[1]`), or set a rope_type that stays, as yarn, in "
                     "its config."
                 )
+
+
+@dataclass
+class _BodyOutput(MoeModelOutputWithPast):
+    """With what the forwards of heads read of a body's output besides."""
+
+    cache_params: Any = None
+    state: Any = None
 
 
 def unwrapped(module: Any) -> Any:

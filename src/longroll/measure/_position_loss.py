@@ -106,7 +106,7 @@ def position_loss(
         stops: positions at which `watch` must see the state.
         watch: called with how many tokens were read, and the state, after every chunk.
         progress: called with how many positions of each row are done.
-        attention_mask: (B, L + 1), nonzero at real tokens; None: every token is real.
+        attention_mask: (B, L + 1), 1 at real tokens and 0 at padding; None: every token is real.
         starts: (B, L + 1), nonzero at the first token of each document inside a row, which is read from the
             zero state; None: each row is one document. Only tokens that the next token of the same document
             follows have a loss (`PositionLoss.counted`).

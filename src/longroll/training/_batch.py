@@ -70,6 +70,8 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise LongrollError("The batch has no `input_ids` (B, T): give rows of token ids.")
+    if ids.shape[1] == 0:
+        raise LongrollError("The rows of a batch have no tokens in `input_ids`: leave such rows out.")
     mask = _mask(inputs, ids)
     starts = _starts(inputs, ids, mask)
     if not strict and inputs.get("labels") is None and inputs.get("shift_labels") is None:
@@ -93,10 +95,20 @@ def _mask(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
         if mask.shape != ids.shape:
             raise LongrollError(
                 f"`attention_mask` has shape {tuple(mask.shape)} and `input_ids` {tuple(ids.shape)}: give "
-                "one flag a token, nonzero at real tokens."
+                "one flag a token, 1 at real tokens and 0 at padding."
+            )
+        if bool((mask == 1).all()):
+            return None
+        if bool((mask < 0).any()) or (mask.is_floating_point() and bool((mask > 1).any())):
+            raise LongrollError(
+                "`attention_mask` looks like an additive mask: give 1 at real tokens and 0 at padding."
             )
         mask = mask != 0
-    elif positions is not None:  # padding-free collators pad a row's end with positions 0
+    elif (index := inputs.get("seq_idx")) is not None:  # as in causal-conv1d
+        mask = _each("seq_idx", index, ids) >= 0
+    elif positions is not None and not any(
+        inputs.get(name) is not None for name in _CU_SEQ_LENS
+    ):  # padding-free collators pad a row's end with positions 0
         tail = (_each("position_ids", positions, ids) == 0).flip(1).cumprod(1).flip(1)
         mask = (tail == 0) | (tail.sum(1, keepdim=True) < 2)  # one zero is a document of one token
         mask[:, 0] = True
@@ -122,6 +134,8 @@ def _marks(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Iterator[tup
     """The keys that say where documents begin, each with (B, T) true there."""
     if (starts := inputs.get("starts")) is not None and starts.ndim > 1:
         yield "starts", _each("starts", starts, ids) != 0
+    if (mask := inputs.get("attention_mask")) is not None and bool((mask > 1).any()):
+        yield "attention_mask", F.pad(mask.diff() != 0, (1, 0), value=False)
     if (positions := inputs.get("position_ids")) is not None:
         positions = _each("position_ids", positions, ids)
         zero = positions == 0
@@ -186,6 +200,11 @@ def _targets(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None, starts
     if real is not None:
         targets = targets.masked_fill(~real, IGNORED)
     return targets if starts is None else targets.masked_fill(_next(starts, False), IGNORED)
+
+
+def aligned(targets: Tensor) -> Tensor:
+    """`labels` (B, T) of Trainer's convention from `shift_labels`: aligned with inputs, the first -100."""
+    return F.pad(targets[:, :-1], (1, 0), value=IGNORED)
 
 
 def _next(values: Tensor, last: int | bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longroll.errors import LongrollError
-from longroll.training._batch import DROPPED, IGNORED
+from longroll.training._batch import DROPPED, IGNORED, aligned
 
 logger = logging.getLogger("longroll")
 
@@ -51,8 +51,7 @@ class Collator:
         rows = [self._kept(item) for item in items]
         batch = self._stacked(rows) if self.inner is None else dict(self.inner(rows))
         if "shift_labels" in batch and "labels" not in batch:
-            targets = batch["shift_labels"]
-            batch["labels"] = torch.cat([torch.full_like(targets[:, :1], IGNORED), targets[:, :-1]], dim=1)
+            batch["labels"] = aligned(batch["shift_labels"])
         return batch
 
     def _kept(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +68,12 @@ class Collator:
             raise LongrollError(
                 f"The rows have no `input_ids` but {', '.join(rows[0]) or 'nothing'}: tokenise them first."
             )
-        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        if other := next((row for row in rows if row.keys() != rows[0].keys()), None):
+            raise LongrollError(
+                f"One row of a batch has {', '.join(sorted(rows[0]))}, another "
+                f"{', '.join(sorted(other))}: give every row the same columns."
+            )
+        columns = {name: [_tensor(name, row[name]) for row in rows] for name in rows[0]}
         if "labels" not in columns and "shift_labels" not in columns:
             columns["labels"] = columns["input_ids"]
         lengths = [len(ids) for ids in columns["input_ids"]]
@@ -86,6 +90,10 @@ class Collator:
     def _padded(self, name: str, values: list[Tensor], lengths: list[int]) -> Tensor:
         if values[0].ndim == 0:
             return torch.stack(values)
+        if (found := [len(value) for value in values]) != lengths:
+            raise LongrollError(
+                f"The rows of a batch have {lengths} tokens and `{name}` of {found}: give one number a token."
+            )
         if name not in _FILLS and name != "input_ids":
             raise LongrollError(
                 f"The rows of a batch have {min(lengths)} to {max(lengths)} tokens and `{name}`, which "
@@ -102,6 +110,13 @@ class Collator:
         return next(
             (i for n in ("pad_token_id", "eos_token_id") if (i := getattr(self.tokenizer, n, None))), 0
         )
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A column of a row; token ids of any integers, and of no token at all, as an embedding takes them."""
+    tensor = torch.as_tensor(value)
+    ids = name in ("input_ids", "labels", "shift_labels")
+    return tensor.long() if ids and (tensor.numel() == 0 or not tensor.is_floating_point()) else tensor
 
 
 def _numeric(value: Any) -> bool:

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from longroll.data import Windows
 from longroll.errors import LongrollError
-from longroll.families._family import unwrapped
+from longroll.families._family import Restart, unwrapped
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from longroll.training import stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
-from longroll.training._batch import KNOWN, Rows, read_batch, row_starts
+from longroll.training._batch import IGNORED, KNOWN, Rows, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.guard import Guard, check_weights
 from longroll.training.weights import in_16_bits, projects
@@ -49,8 +49,8 @@ class InitialStateMixin(WholeCheckpointsMixin):
     the host's arguments. The state enters at the model's body, below every wrapper, wherever the host calls
     the model in its `compute_loss`, with whatever arguments. Padding (`attention_mask`) and packed rows
     (`position_ids`, `cu_seq_lens_q`, `seq_idx`, `starts`) are read as in `longroll.RecurrentLM`: the first
-    document of a row goes on from the intervention's state, the others start anew. Evaluation starts from the
-    zero state. A checkpoint also holds the intervention's memory, a file a rank.
+    document of a row goes on from the intervention's state, the others start from `restart`. Evaluation
+    starts from the zero state. A checkpoint also holds the intervention's memory, a file a rank.
 
     The host reads one batch a step, in one forward. Trainers that read several texts for one loss (TRL's DPO,
     GRPO, RLOO, KTO and reward trainers) are refused: an initial state has no meaning for their pairs yet.
@@ -59,12 +59,14 @@ class InitialStateMixin(WholeCheckpointsMixin):
         *arguments: the host's.
         intervention: an intervention, or its short name ("sp", "tbptt", "fitted", "random", "none"); None
             starts every sequence from the zero state.
+        restart: what the documents inside a packed row start from in training, but its first: the "zero"
+            state, or the "state" that the intervention chose for the row.
         **kwargs: the host's.
 
     Raises:
         LongrollError: for a class whose host comes first, a refused host or argument
-            (`longroll.training._arguments`), a model without recurrent state, lanes that do not fit, and in
-            the first steps for a state that does not reach the loss.
+            (`longroll.training._arguments`), a model without recurrent state, lanes that do not fit, TBPTT
+            with `restart` "state", and in the first steps for a state that does not reach the loss.
     """
 
     model: Any
@@ -72,6 +74,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     optimizer: Any
     add_callback: Any
     _tr_loss: torch.Tensor
+    _passed_on = 0  # states, in this step
     _signature_columns: Any
 
     def __new__(cls, *arguments: Any, **kwargs: Any) -> Any:
@@ -99,7 +102,11 @@ class InitialStateMixin(WholeCheckpointsMixin):
         return super().__new__(cls)
 
     def __init__(
-        self, *arguments: Any, intervention: Intervention | str | None = None, **kwargs: Any
+        self,
+        *arguments: Any,
+        intervention: Intervention | str | None = None,
+        restart: Restart = "zero",
+        **kwargs: Any,
     ) -> None:
         given = dict(zip(("model", "args"), arguments, strict=False)) | kwargs
         check_trainer_arguments(given, type(self).__name__)
@@ -124,6 +131,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self.lm = RecurrentLM(self.base)
         self.family = self.lm.family
         self.intervention = intervention_of(intervention)
+        self.restart = _checked_restart(restart, self.intervention)
         self._projections = projects(self.model)  # now: FSDP flattens matrices
         self._live_check = LiveCheck(self.base)
         self._guard = Guard()
@@ -227,6 +235,31 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self._observe(model, reading.get("final"))
         return loss
 
+    def training_step(self, *arguments: Any, **kwargs: Any) -> Tensor:
+        """The host's, which passes one state on.
+
+        Raises:
+            LongrollError: for a class whose own `compute_loss` leaves out the one here, or calls it twice.
+        """
+        self._passed_on = 0
+        loss = super().training_step(*arguments, **kwargs)  # type: ignore[misc]
+        if self.intervention is not None and self._passed_on != 1:
+            raise LongrollError(
+                f"{type(self).__name__} calls super().compute_loss {self._passed_on} times a step, where a "
+                "state enters and is passed on: call it once, or train with intervention=None."
+            )
+        return loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> Any:
+        """The host's; batches without labels are read as those with labels are."""
+        if any(inputs.get(name) is not None for name in ("labels", "shift_labels")):
+            return super().prediction_step(model, inputs, *arguments, **kwargs)  # type: ignore[misc]
+        blank = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED)}
+        logits = super().prediction_step(model, blank, *arguments, **kwargs)[1]  # type: ignore[misc]
+        return None, logits, None
+
     def _choose(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> RecurrentState | None:
         """The initial state; evaluation starts from zero and leaves the intervention alone."""
         if self.intervention is None or not model.training:
@@ -246,6 +279,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             self._live_check.stop("the model gave back no state")
         self._guard.see(final)
         self.intervention.observe(final)
+        self._passed_on += 1
 
     def _read(
         self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None, *, logits: bool = False
@@ -261,6 +295,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 state,
                 attention_mask=rows.attention_mask,
                 starts=rows.starts,
+                restart=self.restart if self.model.training else "zero",
                 logits=logits,
             )
             return found["output"].logits if logits else found["output"].last_hidden_state
@@ -394,6 +429,17 @@ class _Stop(TrainerCallback):
         """Trainer saves, then stops."""
         if self.trainer._guard.stop:
             control.should_save = control.should_training_stop = True
+
+
+def _checked_restart(restart: Restart, intervention: Intervention | None) -> Restart:
+    if restart not in get_args(Restart):
+        raise LongrollError(f"restart={restart!r} is none of {', '.join(get_args(Restart))}.")
+    if restart == "state" and isinstance(intervention, TBPTT):
+        raise LongrollError(
+            "TBPTT's state is that of the text before a row, from which no other document goes on: leave "
+            "`restart` at zero."
+        )
+    return restart
 
 
 def _in_order(dataset: Any) -> bool:

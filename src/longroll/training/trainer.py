@@ -15,7 +15,7 @@ from longroll.families._family import unwrapped
 from longroll.interventions import Intervention
 from longroll.model import RecurrentLM, load
 from longroll.state import RecurrentState
-from longroll.training._batch import Rows, read_batch
+from longroll.training._batch import Rows, aligned, read_batch
 from longroll.training._collate import Collator
 from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
@@ -41,6 +41,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             which is loaded in float32.
         args: as for Trainer.
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
+        restart: as for `InitialStateMixin`: what documents inside a packed row start from.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
         cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
@@ -100,6 +101,16 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                 f"`decay_speed`: no parameter that is trained sets how fast {self.base.config.model_type} "
                 "forgets; LoRA leaves those as they are. Leave it out."
             )
+        if decay_speed != 1 and self.optimizer is not None:
+            raise LongrollError(
+                "`decay_speed` sets the learning rates of an optimizer that Trainer makes: leave out "
+                "`optimizers`, or `decay_speed`."
+            )
+        if self.label_smoother is not None and self._adds_losses():
+            raise LongrollError(
+                "transformers' LabelSmoother leaves out the router's loss: remove `label_smoothing_factor`, "
+                "or set config.output_router_logits = False."
+            )
         self._graph = self._new_graph() if cuda_graphs else None
 
     def _new_graph(self) -> StepGraph:
@@ -153,7 +164,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
     ) -> Any:
         """The loss from the intervention's state; evaluation starts from zero and leaves it alone."""
         rows = read_batch(inputs)
-        if self._adds_losses() and self.label_smoother is None and self.compute_loss_func is None:
+        if self._adds_losses() and self.compute_loss_func is None:
             given = {**inputs, "labels": rows.targets, "shift_labels": rows.targets}
             found = super().compute_loss(model, given, return_outputs, num_items_in_batch)
             return (found[0], {"logits": found[1].logits}) if return_outputs else found
@@ -188,9 +199,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         keep: bool,
     ) -> Tensor:
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(
-                outputs, inputs.get("labels"), num_items_in_batch=num_items_in_batch
-            )
+            labels = aligned(rows.targets)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         if self.label_smoother is not None:
             return self.label_smoother(outputs, rows.targets, num_items_in_batch=num_items_in_batch)
         # the loss overwrites logits that it takes a gradient of
@@ -219,8 +229,9 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, with the decays in groups of their own."""
+        made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.decay_speed != 1:
+        if self.decay_speed != 1 and made:
             decays = {id(p) for p in self._decays()}
             for group in list(optimizer.param_groups):
                 faster = [p for p in group["params"] if id(p) in decays]
