@@ -37,7 +37,7 @@ def history(config: Any) -> list[dict[str, Any]]:
 
 def save_beside(config: Any, place: Path) -> None:
     """Write the runs and `train_length` of a config beside an original checkpoint (`place`)."""
-    told = {"train_length": config.train_length, ENTRY: {"posttrain": history(config)}}
+    told = {"train_length": getattr(config, "train_length", None), ENTRY: {"posttrain": history(config)}}
     write_whole(_file_beside(place), json.dumps(told, indent=1).encode())
 
 
@@ -54,10 +54,11 @@ def read_beside(config: Any, place: Path) -> None:
         told = json.loads(file.read_text())
     except ValueError as error:
         raise LongrollError(f"{file} is not valid JSON: {error}.") from None
-    length = told.get("train_length") if isinstance(told, dict) else None
-    if type(length) is not int or length < 1:
-        raise LongrollError(f"{file} must hold a train_length, a whole number above 0: correct or remove it.")
-    config.train_length = length
+    length = told.get("train_length") if isinstance(told, dict) else 0
+    if length is not None:
+        if type(length) is not int or length < 1:
+            raise LongrollError(f"{file}: train_length must be a whole number above 0: correct or remove it.")
+        config.train_length = length
     setattr(config, ENTRY, told.get(ENTRY))
 
 
