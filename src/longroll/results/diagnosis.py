@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -225,6 +225,9 @@ class AdviceResult(Section):
     seconds: Number = None
 
 
+_SECTIONS = ("iid", "stationarity", "remembrance", "coverage")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisResult(Result):
     """Where a model breaks, how badly, and why. A section that is absent or null was not measured."""
@@ -272,6 +275,11 @@ class DiagnosisResult(Result):
         for name in REQUIRED_LEVELS:
             if self.levels is not None and name not in self.levels:
                 raise ValueError(f"levels.{name} is missing")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; sections that were not measured are left out."""
+        data = super().to_json()
+        return {name: value for name, value in data.items() if value is not None or name not in _SECTIONS}
 
     def level(self, name: str) -> float:
         """Mean loss in nats of a level; NaN where it was not measured or is not finite."""
