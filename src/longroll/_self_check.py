@@ -147,4 +147,6 @@ def _apart(actual: Tensor, expected: Tensor) -> Tensor:
     """Norm of the difference of (..., D) over that of what is expected, (...)."""
     if not expected.is_floating_point():
         actual, expected = actual.float(), expected.float()
-    return (actual - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-6)
+    size = expected.float().norm(dim=-1).clamp_min(1e-6)
+    share: Tensor = (actual - expected).float().norm(dim=-1) / size
+    return share

@@ -83,10 +83,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def load_pickle(file: Path) -> dict[str, Any]:
     """A `.bin` file's tensors, mapped where the format allows it; nothing else is unpickled."""
+    tensors: dict[str, Any]
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # written before torch 1.6
-        return torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return tensors
 
 
 def common_dtype(stored: Iterable[Stored]) -> torch.dtype | None:

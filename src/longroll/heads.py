@@ -33,7 +33,8 @@ def channels_of(tensor: Tensor) -> Tensor:
 def head_norms(tensor: Tensor) -> Tensor:
     """Euclidean norm of each head of a state (B, ...), (B, heads), in float32 or wider."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return heads_of(tensor).flatten(2).to(dtype).norm(dim=2)
+    norms: Tensor = heads_of(tensor).flatten(2).to(dtype).norm(dim=2)
+    return norms
 
 
 def scale_heads(tensor: Tensor, factor: Tensor) -> Tensor:

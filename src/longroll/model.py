@@ -224,8 +224,8 @@ class RecurrentLM(nn.Module):
         """The zero state, spelled out: recurrent and conv tensors, no KV."""
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         _, state = self(probe, logits=False)
-        state = state.part("recurrent", "conv")
-        return state.map(lambda t: torch.zeros(batch_size, *t.shape[1:], dtype=t.dtype, device=t.device))
+        recurrent: RecurrentState = state.part("recurrent", "conv")
+        return recurrent.map(lambda t: torch.zeros(batch_size, *t.shape[1:], dtype=t.dtype, device=t.device))
 
     def self_check(self, *, tokens: int = 48, seed: int = 0) -> None:
         """Refuse to go on with a model whose numbers would be wrong.
@@ -315,7 +315,8 @@ def _base_model(model: Any) -> PreTrainedModel:
             f"{type(model).__name__}: adapters that add tokens to the prompt cannot be read with a state: "
             "use LoRA, or another method that adapts layers."
         )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
 
 
 def load(
@@ -431,7 +432,7 @@ def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple
     return model, Checkpoint(folder, own, unused=unused_names(stored, model, unexpected))
 
 
-def _entry_of(config: dict, *names: str) -> Any:
+def _entry_of(config: dict[str, Any], *names: str) -> Any:
     return next((config[name] for name in names if config.get(name)), None)
 
 
@@ -440,7 +441,7 @@ def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) 
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
     try:
-        plain = model.dequantize()
+        plain: Any = model.dequantize()
     except Exception as error:
         raise LongrollError(
             f"{source} is quantised ({method}), and transformers cannot turn its weights into plain ones: "
@@ -451,7 +452,8 @@ def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) 
         source, method,
     )  # fmt: skip
     plain._weight_conversions = None  # would quantise what is saved
-    return plain.to(dtype) if isinstance(dtype, torch.dtype) else plain
+    cast: PreTrainedModel = plain.to(dtype) if isinstance(dtype, torch.dtype) else plain
+    return cast
 
 
 def _base_of_adapter(source: str) -> str | None:
@@ -486,12 +488,13 @@ def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
     except ImportError:
         raise LongrollError(f"{source} is a PEFT adapter: pip install 'longroll[lora]'.") from None
     try:
-        return PeftModel.from_pretrained(model, source).merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, source).merge_and_unload()
+        return merged
     except Exception as error:  # of another model, of another kind, damaged
         raise LongrollError(f"{source} cannot be merged into its base: {first_line(error)}") from error
 
 
-def _load_code(source: str, config: dict) -> None:
+def _load_code(source: str, config: dict[str, Any]) -> None:
     """Import the class that comes with a checkpoint, whose module may register a family."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -550,14 +553,14 @@ def _dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def _read_config(source: str) -> dict:
+def _read_config(source: str) -> dict[str, Any]:
     path = _local_folder(source, only_config=True) / "config.json"
     if not path.is_file():
         raise LongrollError(f"{source} has no config.json: name a folder that holds a model.")
     return _json_object(path)
 
 
-def _json_object(path: Path) -> dict:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -567,7 +570,7 @@ def _json_object(path: Path) -> dict:
     return config
 
 
-def _saved_module(name: str) -> dict | None:
+def _saved_module(name: str) -> dict[str, Any] | None:
     """The config beside the weights of a wrapped module, where `name` is such a folder."""
     if not (Path(name) / "config.json").is_file():
         return None
@@ -581,7 +584,8 @@ def _logits_width(module: nn.Module) -> int:
     weight = next(module.parameters(), None)
     ids = torch.zeros(1, 1, dtype=torch.long, device=None if weight is None else weight.device)
     try:
-        return module(ids, None)[0].shape[-1]
+        width: int = module(ids, None)[0].shape[-1]
+        return width
     except Exception as error:
         raise LongrollError(
             f"{type(module).__name__}: forward(ids, None) gives no logits: {named(error)}"

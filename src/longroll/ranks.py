@@ -64,7 +64,8 @@ def on_first(function: Callable[[], T]) -> T:
         copy = LongrollError(found[1])
         copy.told = True
         raise copy
-    return found[0]
+    answer: T = found[0]
+    return answer
 
 
 def gather(item: T) -> list[T]:

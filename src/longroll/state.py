@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
 
     def alike(self) -> list[list[StateKey]]:
         """The keys, those of one part, shape, dtype and device together."""
-        groups: dict[tuple, list[StateKey]] = {}
+        groups: dict[tuple[Part, torch.Size, torch.dtype, torch.device], list[StateKey]] = {}
         for key, tensor in self.items():
             groups.setdefault((key.part, tensor.shape, tensor.dtype, tensor.device), []).append(key)
         return list(groups.values())
@@ -99,7 +99,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         """Cut the graph: the caller's duty between training steps."""
         return self.map(Tensor.detach)
 
-    def to(self, *args, **kwargs) -> RecurrentState:
+    def to(self, *args: Any, **kwargs: Any) -> RecurrentState:
         """Move or cast every tensor, as `Tensor.to`."""
         return self.map(lambda t: t.to(*args, **kwargs))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from longroll.families import model_class
@@ -154,7 +154,7 @@ def gradients(lm: RecurrentLM, ids: Tensor, pieces: Sequence[int], *, detach: bo
     lm.zero_grad(set_to_none=True)
     embedded: list[Tensor] = []
 
-    def keep(_module, _inputs, output):
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         output = output.detach().requires_grad_()
         embedded.append(output)
         return output
@@ -218,7 +218,7 @@ class _checkpointed:
         if self.wanted:
             self.lm.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.wanted:
             self.lm.model.gradient_checkpointing_disable()
 

@@ -73,14 +73,16 @@ def packing(model: Any, lm: RecurrentLM | None, *, seed: int = 0) -> Packing:
 
     def change(read: Any) -> float:
         a, b = (read([one, second])[0, LENGTHS[0] :].float() for one in (first, other))
-        return ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item()
+        share: float = ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item()
+        return share
 
     def by_longroll(documents: list[list[int]]) -> Tensor:
         assert lm is not None
         ids = torch.tensor([[token for document in documents for token in document]], device=model.device)
         starts = torch.zeros_like(ids)
         starts[0, LENGTHS[0]] = 1
-        return lm(ids, starts=starts)[0]
+        logits: Tensor = lm(ids, starts=starts)[0]
+        return logits
 
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
 
@@ -88,7 +90,8 @@ def packing(model: Any, lm: RecurrentLM | None, *, seed: int = 0) -> Packing:
         batch = collate([{"input_ids": document} for document in documents])
         batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         batch.pop("labels")
-        return model(**batch, use_cache=False).logits  # as trainers call it
+        logits: Tensor = model(**batch, use_cache=False).logits  # as trainers call it
+        return logits
 
     own, own_error = None, ""
     try:

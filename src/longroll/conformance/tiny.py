@@ -261,7 +261,8 @@ def from_config(model_type: str, entries: dict[str, Any]) -> PreTrainedModel:
     """A model of a family with these entries in its config, initialised as upstream does."""
     found = model_class(model_type)
     if found is None:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **entries))
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **entries))
+        return built
     assert found.config_class is not None
     return found(found.config_class(**entries))
 
@@ -291,4 +292,5 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config
         for parameter_name, parameter in model.named_parameters():
             if any(kept in parameter_name for kept in model._keep_in_fp32_modules_strict or ()):
                 parameter.data = parameter.data.float()
-    return model.eval()
+    ready: PreTrainedModel = model.eval()
+    return ready

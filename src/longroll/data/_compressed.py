@@ -43,7 +43,8 @@ def open_bytes(path: Path) -> BinaryIO:
     if found and not suffix:
         raise Unreadable("compressed", f"give it a name that ends in {found}")
     opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}.get(suffix, open)
-    return opened(path, "rb")
+    stream: BinaryIO = opened(path, "rb")
+    return stream
 
 
 def _zstandard(path: Path, _: str) -> Any:

@@ -191,7 +191,10 @@ def _tokenised(
 
     def rendered(upto: int, ask: bool = False) -> str:
         try:
-            return inner.apply_chat_template(list(messages[:upto]), tokenize=False, add_generation_prompt=ask)
+            text: str = inner.apply_chat_template(
+                list(messages[:upto]), tokenize=False, add_generation_prompt=ask
+            )
+            return text
         except Exception as problem:  # whatever a template in Jinja can raise
             said = " ".join(str(problem).split())[:200]
             raise LongrollError(

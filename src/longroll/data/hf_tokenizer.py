@@ -63,7 +63,8 @@ class HFTokenizer:
     @cached_property
     def _marks_beginnings(self) -> bool:
         """Whether a word at the beginning of a text has other ids than after a line break (SentencePiece)."""
-        return self._after("\n", "a") != self.encode("a").tolist()
+        differs: bool = self._after("\n", "a") != self.encode("a").tolist()
+        return differs
 
     def _after(self, anchor: str, text: str) -> list[int] | None:
         """Ids of `text` where `anchor` stands before it; None if a token spans both."""
@@ -81,7 +82,8 @@ class HFTokenizer:
     def decode(self, ids: Any) -> str:
         """The text of ids, (T,)."""
         with _naming(self.name):
-            return self.tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
+            text: str = self.tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
+            return text
 
     def decode_inside(self, ids: Any) -> str:
         """The text of ids, (T,), as they go on with a text: with the space that begins a word, if any."""

@@ -55,7 +55,7 @@ class Lanes(Dataset[Item]):
         if not len(pieces):
             raise LongrollError("no document has two tokens, so none can be predicted: give more text")
         self.windows = _deal(pieces, self.length, lanes, steps, seed)
-        self.steps = self.windows.shape[0]
+        self.steps: int = self.windows.shape[0]
 
     def __len__(self) -> int:
         return self.steps * self.lanes

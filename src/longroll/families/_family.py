@@ -217,7 +217,9 @@ class Family:
             context=not self.recurrent,
         )
 
-    def _inputs(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> dict:
+    def _inputs(
+        self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None
+    ) -> dict[str, Any]:
         """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
         cache = self.cache(model, input_ids, state)
         # use_cache stays False: the cache is written all the same, and gradient checkpointing lets it be

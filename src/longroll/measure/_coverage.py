@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Coverage:
         ]
         return [head for _, head in sorted(rows, key=lambda row: -row[0])]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results and the report's map: a list of heads a layer."""
         table = {
             name: [getattr(layer, attribute).tolist() for layer in self.layers]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class CausalTest:
             f"None alone does the damage: {first.what} carries {_percent(first.recovered)}{pair}, {ceiling}."
         )
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results; the lists are rows of the report's table."""
         return {
             "damage": self.damage,
@@ -123,13 +123,13 @@ class CausalTest:
             "all_heads": None if self.all_heads is None else _row(self.all_heads, "all heads"),
         }
 
-    def table(self) -> list[dict]:
+    def table(self) -> list[dict[str, Any]]:
         """Rows `what`, `recovered` for the `causal` entry of a coverage section."""
         rows = [_row(recovery) for recovery in [*self.alone, *self.together[1:]]]
         return rows if self.all_heads is None else [*rows, _row(self.all_heads, "all heads")]
 
 
-def _row(recovery: Recovery, what: str = "") -> dict:
+def _row(recovery: Recovery, what: str = "") -> dict[str, Any]:
     shares = {"recovered": recovery.recovered, "low": recovery.low, "high": recovery.high}
     return {"what": what or recovery.what, **shares, "heads": [list(head) for head in recovery.heads]}
 

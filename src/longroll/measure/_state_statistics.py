@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class StateStatistics:
     conv: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Layer -> name -> (positions,): the same, without rank, of its conv tails and token shifts."""
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results: a layer's own numbers, and its heads' std where there are at most 64 heads."""
         rows = []
         for index, stats in zip(self.layer_indices, self.layers, strict=True):

@@ -10,6 +10,7 @@ with is that of `FittedNoise` itself, fitted to the same states.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class IIDTest:
         real, drawn = (torch.cat(list(ranks.values())) for ranks in (self.states, self.noise))
         return real.nanmedian().item(), drawn.nanmedian().item()
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results."""
         state_rank, noise_rank = self.ranks
         return {"share_not_iid": self.share, "state_rank": state_rank, "noise_rank": noise_rank}

@@ -103,7 +103,7 @@ class Float16Watch:
             hook.remove()
 
     def _hook(self, name: str) -> Any:
-        def note(_module: nn.Module, inputs: tuple, output: Any) -> None:
+        def note(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             for tensor in (*inputs, *(output if isinstance(output, tuple) else (output,))):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                     largest = torch.linalg.vector_norm(tensor.detach(), ord=math.inf).float()

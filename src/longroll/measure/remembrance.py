@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Remembrance:
         """Upper end of the interval, (S, E)."""
         return self._interval[2]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results; null where the start is not before the end."""
         values = {"mean": self.mean, "low": self.low, "high": self.high}
         return {

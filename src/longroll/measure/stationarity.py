@@ -9,6 +9,7 @@ sequence with those of its other stretches; the null distribution takes any stre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class EndDrift:
         """Whether the ends are no text of their own."""
         return self.drift < LEAST_DRIFT or self.p > 0.01
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """For results."""
         return {"drift": self.drift, "p": self.p, "stationary": self.stationary}
 

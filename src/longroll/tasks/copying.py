@@ -9,6 +9,7 @@ model writes on its own, which is harder.
 from __future__ import annotations
 
 import string
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from longroll.data import Tokenizer
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.tasks._task import TRAINING, Sample, Task, random_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LETTERS = string.ascii_lowercase
 VOCABULARY = [*LETTERS, "$", "|", ".", "*"]
@@ -138,7 +142,7 @@ def one_token(tokenizer: Tokenizer, character: str) -> int:
     return int(ids[0])
 
 
-def copying_tokenizer():
+def copying_tokenizer() -> PreTrainedTokenizerFast:
     """The 30 tokens of the source as a transformers tokenizer, to be saved beside a model."""
     from tokenizers import Tokenizer as Tokens
     from tokenizers import decoders, models, pre_tokenizers

@@ -55,7 +55,9 @@ def babilong_prompt(qa: str) -> str:
         form = jinja2.Template(task["doc_to_text"])
         shots = task["fewshot_config"]["samples"][: task["num_fewshot"]]
         examples = [f"{form.render(**shot)}{task['target_delimiter']}{shot['target']}\n\n" for shot in shots]
-        return task["description"] + "".join(examples) + form.render(input="{context}", question="{question}")
+        prompt: str = task["description"] + "".join(examples)
+        question: str = form.render(input="{context}", question="{question}")
+        return prompt + question
     except (OSError, KeyError, TypeError, jinja2.TemplateError) as problem:
         raise _changed(folder, problem) from None
 
@@ -101,11 +103,12 @@ def _yaml(file: Path) -> dict[str, Any]:
     """A task's settings; functions in them are left aside."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no types
         pass
 
     Loader.add_constructor("!function", lambda loader, node: None)
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
+    settings: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)
+    return settings
 
 
 def _constant(file: Path, name: str) -> str:

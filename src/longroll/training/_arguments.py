@@ -243,8 +243,9 @@ def _why(row: Row | None) -> str:
     return row.reason if row else "this version of longroll does not know it; leave it out"
 
 
-def _is_default(value: Any, field: dataclasses.Field) -> bool:
+def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
     if field.default_factory is not dataclasses.MISSING:
-        return value == field.default_factory()
+        same: bool = value == field.default_factory()
+        return same
     empty = not value and not field.default  # None and False, which `__post_init__` may exchange
     return empty or value == field.default or (field.name, value) == ("label_names", ["labels"])

@@ -81,7 +81,7 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
 
 def row_starts(inputs: Mapping[str, Any]) -> Tensor | None:
     """(B,) whether each row begins a document, from `starts` (B,) or (B, T); None where nothing says so."""
-    starts = inputs.get("starts")
+    starts: Tensor | None = inputs.get("starts")
     if starts is None or starts.ndim == 1:
         return starts
     first = _first_real(starts, _mask(inputs, starts))

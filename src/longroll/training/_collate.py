@@ -38,7 +38,7 @@ class Collator:
     def __init__(
         self,
         tokenizer: Any = None,
-        inner: Callable[[list], Mapping[str, Any]] | None = None,
+        inner: Callable[[list[Mapping[str, Any]]], Mapping[str, Any]] | None = None,
         *,
         drop: bool = True,
     ) -> None:

@@ -242,7 +242,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             LongrollError: for a class whose own `compute_loss` leaves out the one here, or calls it twice.
         """
         self._passed_on = 0
-        loss = super().training_step(*arguments, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().training_step(*arguments, **kwargs)  # type: ignore[misc]
         if self.intervention is not None and self._passed_on != 1:
             raise LongrollError(
                 f"{type(self).__name__} calls super().compute_loss {self._passed_on} times a step, where a "
@@ -298,7 +298,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 restart=self.restart if self.model.training else "zero",
                 logits=logits,
             )
-            return found["output"].logits if logits else found["output"].last_hidden_state
+            output = found["output"]
+            numbers: Tensor = output.logits if logits else output.last_hidden_state
+            return numbers
 
         self._live_check.read(read, state)
         return found["output"], found["final"]
@@ -361,11 +363,12 @@ class InitialStateMixin(WholeCheckpointsMixin):
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         self._signature_columns = [*self._signature_columns, *sorted(KNOWN - set(self._signature_columns))]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         if _in_order(dataset):
             return SequentialSampler(dataset)
-        return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return sampler
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Parameters that weight decay shrinks: matrices (`weights.projects`)."""

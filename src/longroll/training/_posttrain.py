@@ -32,6 +32,7 @@ from longroll.data import (
     Windows,
     check_vocabulary,
 )
+from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.files import try_folder
 from longroll.history import record
@@ -140,7 +141,7 @@ class PosttrainOptions:
 
 def posttrain(
     lm: RecurrentLM,
-    corpus: Corpus | Dataset,
+    corpus: Corpus | Dataset[Item],
     intervention: Intervention | None,
     options: PosttrainOptions,
     output: str | Path,
@@ -289,20 +290,22 @@ def _autocasts(lm: RecurrentLM, options: PosttrainOptions) -> bool:
     return options.bf16
 
 
-def _rows_of(corpus: Corpus, intervention: Intervention | None, options: PosttrainOptions) -> Dataset:
+def _rows_of(corpus: Corpus, intervention: Intervention | None, options: PosttrainOptions) -> Dataset[Item]:
     """Rows of text, in the order in which they are read."""
     steps, rows = options.steps * options.accumulation, options.batch_size * ranks.world_size()
     chat = isinstance(corpus, ChatCorpus)
     if not isinstance(intervention, TBPTT):
         windows: Any = ChatWindows if chat else Windows
-        return windows(corpus, options.length, seed=options.seed, num_items=steps * rows)
+        texts: Dataset[Item] = windows(corpus, options.length, seed=options.seed, num_items=steps * rows)
+        return texts
     if corpus.tokens < rows * options.length:
         raise LongrollError(
             f"{rows} rows of {options.length} tokens want {rows * options.length} tokens of text, and "
             f"there are {corpus.tokens}: give more text, or a smaller `batch_size`."
         )
     lanes: Any = ChatLanes if chat else Lanes
-    return lanes(corpus, options.length, rows, steps=steps, seed=options.seed)
+    dealt: Dataset[Item] = lanes(corpus, options.length, rows, steps=steps, seed=options.seed)
+    return dealt
 
 
 def _check_reporter(name: str) -> None:

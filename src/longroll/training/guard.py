@@ -122,7 +122,8 @@ def check_weights(model: torch.nn.Module) -> None:
 def _sizes(stack: Tensor) -> Tensor:
     """The largest absolute number (K, H) of a stack (K, B, H, ...), or NaN."""
     axes = [axis for axis in range(1, stack.ndim) if axis != 2]
-    return torch.linalg.vector_norm(stack, ord=torch.inf, dim=axes)
+    sizes: Tensor = torch.linalg.vector_norm(stack, ord=torch.inf, dim=axes)
+    return sizes
 
 
 def _first_bad(sizes: list[RecurrentState]) -> str | None:

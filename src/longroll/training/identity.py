@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from longroll.data import Corpus
+from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.interventions import Intervention
 from longroll.model import RecurrentLM
@@ -28,7 +29,11 @@ logger = logging.getLogger("longroll")
 
 
 def describe_run(
-    lm: RecurrentLM, data: Corpus | Dataset, options: Any, intervention: Intervention | None, world_size: int
+    lm: RecurrentLM,
+    data: Corpus | Dataset[Item],
+    options: Any,
+    intervention: Intervention | None,
+    world_size: int,
 ) -> dict[str, Any]:
     """Return what identifies a run, as JSON: arguments, model, text, tokenizer, task, processes, versions."""
     arguments = {name: value for name, value in vars(options).items() if name not in _FREE}

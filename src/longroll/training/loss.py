@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def hidden_loss(
             [next_token_loss(head(h), y, num_items) for h, y in zip(*pieces, strict=True)]
         ).sum()
     weights = lm.family.head_parameters(lm.model)
-    return _InPieces.apply(head, weights, pieces[1], hidden, *weights) / num_items
+    loss: Tensor = _InPieces.apply(head, weights, pieces[1], hidden, *weights) / num_items  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _InPieces(torch.autograd.Function):
@@ -70,7 +72,14 @@ class _InPieces(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, weights, targets, hidden, *_):
+    def forward(
+        ctx: Any,
+        head: Callable[[Tensor], Tensor],
+        weights: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        hidden: Tensor,
+        *_: Tensor,
+    ) -> Tensor:
         dhidden, dweights = hidden.new_empty(hidden.shape), [torch.zeros_like(w) for w in weights]
         loss = torch.zeros((), device=hidden.device)
         sizes = [y.shape[1] for y in targets]
@@ -89,7 +98,7 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *(g * dloss for g in ctx.saved_tensors)
 
 
@@ -105,7 +114,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
     elif kernel := choose("cross_entropy", logits.device, logits.dtype).kernel:
         loss = kernel(logits.contiguous(), targets.contiguous())
     else:
-        loss = _CrossEntropy.apply(logits.float(), targets)
+        loss = _CrossEntropy.apply(logits.float(), targets)  # type: ignore[no-untyped-call]
     return loss / ((targets != -100).sum().clamp_min(1) if num_items is None else num_items)
 
 
@@ -113,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Sum over rows of `logits` (M, V) float32, whose gradient is made at once and in their place."""
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         counts = (targets != -100).unsqueeze(1)
         chosen = targets.where(targets != -100, 0).unsqueeze(1)
         loss = logits.new_zeros(())
@@ -129,6 +138,6 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None  # there is no second time
         return gradient.mul_(dloss), None

@@ -198,16 +198,21 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         *,
         keep: bool,
     ) -> Tensor:
+        loss: Tensor
         if self.compute_loss_func is not None:
             labels = aligned(rows.targets)
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            return loss
         if self.label_smoother is not None:
-            return self.label_smoother(outputs, rows.targets, num_items_in_batch=num_items_in_batch)
+            loss = self.label_smoother(outputs, rows.targets, num_items_in_batch=num_items_in_batch)
+            return loss
         # the loss overwrites logits that it takes a gradient of
         logits = outputs.logits.clone() if keep and torch.is_grad_enabled() else outputs.logits
         return next_token_loss(logits, rows.targets, num_items_in_batch)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Mapping[str, Any]], device: torch.device
+    ) -> Tensor | int | None:
         counted = [
             {"labels": t, "shift_labels": t} for t in (read_batch(batch).targets for batch in batch_samples)
         ]
