@@ -69,11 +69,16 @@ def test_windows_predict_each_answer_token_once(lanes):
         assert (item["shift_labels"][real:] == -100).all() and (item["input_ids"][real:] == 0).all()
         assert lanes or (item["shift_labels"] != -100).any()
     assert getattr(data, "lanes", None) == lanes
-    openings = [corpus.document(i)[:16].tolist() for i in range(corpus.documents)]
-    for item in items:
-        waits = int(item["attention_mask"].sum()) == 1 and (item["shift_labels"] == -100).all()
-        assert bool(item["starts"]) == (waits or item["input_ids"].tolist() in openings)
-    assert not all(item["starts"] for item in items)
+
+
+@pytest.mark.parametrize("kind", [ChatWindows, lambda corpus, length: ChatLanes(corpus, length, 1)])
+def test_a_window_tells_whether_it_begins_a_conversation(kind):
+    talk = [{"role": "assistant", "content": "abcdefghijklmnopqrst"}]
+    corpus = ChatCorpus.from_conversations([talk], tokenizer(TEMPLATES["chatml"]))
+    data = kind(corpus, 8)
+    items = [data[i] for i in range(len(data))]
+    begins = [item["input_ids"].tolist() == corpus.ids[:8].tolist() for item in items]
+    assert [bool(item["starts"]) for item in items] == begins and sum(begins) == 1 < len(items)
 
 
 def test_files_of_messages(tmp_path):
