@@ -258,10 +258,11 @@ def test_the_state_enters_the_loss(name, kind, options, lora, tmp_path):
     assert trained and all("lora_" in key for key in trained) == lora
 
 
-def test_hooks_on_the_model_run(tmp_path):
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooks_on_the_model_run(register, tmp_path):
     """FSDP2 and accelerate's `device_map` gather weights and move inputs in them."""
     model, called = build("mamba2"), []
-    model.register_forward_pre_hook(lambda *_: called.append(1))
+    getattr(model, register)(lambda *_: called.append(1))
     train(model, StatePassing(), data_for("sp"), tmp_path, max_steps=3)
     assert len(called) == 3
 
