@@ -41,10 +41,14 @@ SWITCH = "LONGROLL_KERNELS"
 """Environment variable: `torch` keeps the ops in plain PyTorch; else GPU kernels run where they fit."""
 
 
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+"""Returns outputs, and the final state where it is asked for."""
+
+
 class Choice(NamedTuple):
     """The kernel to run, or None for plain PyTorch, and the reason."""
 
-    kernel: Callable | None
+    kernel: Callable[..., Any] | None
     reason: str
 
 
@@ -66,18 +70,18 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
 
 
 @functools.cache
-def _on(device: torch.device, kernel: Callable) -> Callable:
+def _on(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` run on `device`: Triton launches on the current one, wherever the tensors are."""
 
     @functools.wraps(kernel)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         with torch.cuda.device(device):
             return kernel(*args, **kwargs)
 
     return run
 
 
-def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Callable | None:
+def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Kernel | None:
     """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch.
 
     Products are made in the dtype of q; of Mamba-2 q is x, and v is B.
@@ -136,7 +140,8 @@ def _tf32_is_allowed() -> bool:
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # PyTorch's newer switch was used, as by transformers
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+        precision: str = torch.backends.cuda.matmul.fp32_precision
+        return precision == "tf32"
 
 
 @functools.cache

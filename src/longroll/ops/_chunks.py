@@ -7,8 +7,8 @@ chunk to chunk is a loop. Of several spans of chunks, backward keeps only the st
 each again.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def run(
     # Autocast would lower the precision of a backward pass that is not shielded, as _Run's is.
     shielded = len(plan) > 1 or torch.is_autocast_enabled(v.device.type)
     if shielded and needs_graph(*timed, *fixed, state):
-        o, final = _Run.apply(chunk, plan, len(timed), state, *timed, *fixed)
+        o, final = _Run.apply(chunk, plan, len(timed), state, *timed, *fixed)  # type: ignore[no-untyped-call]
     else:
         o, final = _forward(chunk, plan, timed, fixed, state, None)
     return o, (final if output_final_state else None)
@@ -96,10 +96,20 @@ def solve(lower: Tensor, sides: Tensor) -> Tensor:
 
     Transposed: in this memory order LAPACK needs no copies, and the solution took a third of the time.
     """
-    return torch.linalg.solve_triangular(lower.mT, sides.mT, left=False, upper=True, unitriangular=True).mT
+    solution: Tensor = torch.linalg.solve_triangular(
+        lower.mT, sides.mT, left=False, upper=True, unitriangular=True
+    )
+    return solution.mT
 
 
-def _forward(chunk, plan, timed, fixed, state: Tensor, keep: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def _forward(
+    chunk: Callable[..., Chunk],
+    plan: Sequence[Span],
+    timed: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    state: Tensor,
+    keep: list[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """Outputs and final state; appends the state at the start of each span to `keep`."""
     o = torch.empty_like(timed[2], dtype=timed[0].dtype)
     with no_autocast(o):
@@ -113,7 +123,7 @@ def _forward(chunk, plan, timed, fixed, state: Tensor, keep: list[Tensor] | None
 
 def _view(tensor: Tensor, span: Span) -> Tensor:
     """View a span of (B, T, H, ...) as (n, B, H, C, ...)."""
-    part = tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
+    part: Tensor = tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
     return part.movedim(3, 2).transpose(0, 1)
 
 
@@ -122,7 +132,9 @@ def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
     return _view(tensor, span).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _span(chunk, parts, fixed, state: Tensor) -> tuple[Tensor, Tensor]:
+def _span(
+    chunk: Callable[..., Chunk], parts: Sequence[Tensor], fixed: Sequence[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor]:
     """Outputs (n, B, H, C, V) of a span, and the state after it."""
     terms = chunk(*parts, *fixed)
     lead = terms.read.shape[:3]
@@ -130,7 +142,7 @@ def _span(chunk, parts, fixed, state: Tensor) -> tuple[Tensor, Tensor]:
         None if t is None else t.expand(lead + t.shape[3:]).flatten(1, 2)
         for t in (terms.keep, terms.add, terms.write, terms.new, terms.old)
     )
-    walk = _Carry.apply if torch.is_grad_enabled() else _carry
+    walk: Callable[..., Any] = _Carry.apply if torch.is_grad_enabled() else _carry
     starts, values, final = walk(state.flatten(0, 1), keep, add, write, new, old)
     o = terms.read.flatten(0, 2) @ starts.flatten(0, 1)
     if terms.local is not None:
@@ -140,7 +152,14 @@ def _span(chunk, parts, fixed, state: Tensor) -> tuple[Tensor, Tensor]:
     return o.unflatten(0, lead), final.view_as(state)
 
 
-def _carry(state, keep, add, write, new, old):
+def _carry(
+    state: Tensor,
+    keep: Tensor,
+    add: Tensor | None,
+    write: Tensor | None,
+    new: Tensor | None,
+    old: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Walk from chunk to chunk: states at their starts (n, B H, K, V), U of each, and the last state."""
     starts = state.new_empty(keep.shape[0], *state.shape)
     values = None if new is None else torch.empty_like(new)
@@ -148,6 +167,7 @@ def _carry(state, keep, add, write, new, old):
         starts[i] = state
         state = keep[i] * state if add is None else torch.addcmul(add[i], keep[i], state)
         if values is not None:
+            assert write is not None and new is not None and old is not None
             torch.baddbmm(new[i], old[i], starts[i], out=values[i])
             state.baddbmm_(write[i].mT, values[i])
     return starts, values, state
@@ -155,14 +175,22 @@ def _carry(state, keep, add, write, new, old):
 
 class _Carry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, state, keep, add, write, new, old):
+    def forward(
+        ctx: Any,
+        state: Tensor,
+        keep: Tensor,
+        add: Tensor | None,
+        write: Tensor | None,
+        new: Tensor | None,
+        old: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         starts, values, final = _carry(state, keep, add, write, new, old)
         ctx.save_for_backward(starts, keep, write, old, values)
         return starts, values, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dstarts, dvalues, dstate):
+    def backward(ctx: Any, dstarts: Tensor, dvalues: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         starts, keep, write, old, values = ctx.saved_tensors
         dends = torch.empty_like(starts)
         dnew = None if values is None else torch.empty_like(values)
@@ -181,7 +209,14 @@ class _Carry(torch.autograd.Function):
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, plan, count, state, *inputs):
+    def forward(
+        ctx: Any,
+        chunk: Callable[..., Chunk],
+        plan: tuple[Span, ...],
+        count: int,
+        state: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         keep: list[Tensor] = []
         o, final = _forward(chunk, plan, inputs[:count], inputs[count:], state, keep)
         ctx.save_for_backward(*inputs, *keep)
@@ -191,7 +226,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do, dstate):
+    def backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: a second look is refused under gradient checkpointing
         inputs, keep = saved[: -len(ctx.plan)], saved[-len(ctx.plan) :]
         timed, fixed = inputs[: ctx.count], inputs[ctx.count :]

@@ -68,7 +68,7 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     )
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context that keeps autocast from lowering the precision of decays and states."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 

@@ -1,5 +1,7 @@
 """Decays between the steps of a chunk, with no exponential that could overflow."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +47,10 @@ def meet(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = F.pad(q, (0, 0, 0, missing * (rows // steps)))
         k = F.pad(k, (0, 0, 0, missing * (columns // steps)))
         w = F.pad(w, (0, 0, 0, missing), value=1.0)
-    scores, q, k = _Meet.apply(q, k, w) if needs_graph(q, k, w) else _meet(q, k, w, None)
+    if needs_graph(q, k, w):
+        scores, q, k = _Meet.apply(q, k, w)  # type: ignore[no-untyped-call]
+    else:
+        scores, q, k = _meet(q, k, w, None)
     return scores[..., :rows, :columns], q[..., :rows, :], k[..., :columns, :]
 
 
@@ -87,7 +92,7 @@ def _meeting(scores: Tensor, blocks: int) -> Tensor:
 
 class _Meet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, w):
+    def forward(ctx: Any, q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keep: list[Tensor] = []
         scores, q, k = _meet(q, k, w, keep)
         ctx.save_for_backward(*keep)
@@ -96,7 +101,7 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dscores, dq, dk):
+    def backward(ctx: Any, dscores: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dscores, dq, dk = dscores.contiguous(), _copy(dq), _copy(dk)
         dw = dq.new_zeros(*ctx.shape[:-2], 1, ctx.shape[-1])  # of the products over blocks
         levels, blocks = list(ctx.saved_tensors), 1

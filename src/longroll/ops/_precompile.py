@@ -21,7 +21,7 @@ _precompiling: contextvars.ContextVar[bool] = contextvars.ContextVar("longroll_p
 _one_at_a_time = threading.Lock()
 
 
-def precompile(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
+def precompile(call: Callable[..., tuple[Tensor | None, ...]], arguments: dict[str, Any]) -> None:
     """Compile what `call(**arguments)` launches, and what its backward does where a gradient is asked for.
 
     A dry run that fails changes nothing: the call itself compiles what it needs, or says what is wrong.
@@ -43,7 +43,8 @@ def precompile(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
         with AsyncCompileMode(pool, ignore_errors=True):
             _forward_and_backward(call, arguments)
 
-    def run_or_compile(self, *args, grid, warmup, **kwargs):  # other threads launch as ever
+    # other threads launch as ever
+    def run_or_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=warmup or _precompiling.get(), **kwargs)
 
     with _one_at_a_time:
@@ -56,7 +57,7 @@ def precompile(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _forward_and_backward(call: Callable[..., tuple], arguments: dict[str, Any]) -> None:
+def _forward_and_backward(call: Callable[..., tuple[Tensor | None, ...]], arguments: dict[str, Any]) -> None:
     """Both in this thread, where autograd would run backward in its own."""
     alone = {
         name: a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
@@ -65,7 +66,7 @@ def _forward_and_backward(call: Callable[..., tuple], arguments: dict[str, Any])
     # gradient checkpointing counts what a block saves, and must not count this
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         outputs = call(**alone)
-        graph = next(o.grad_fn for o in outputs if o is not None)
+        graph: Any = next(o.grad_fn for o in outputs if o is not None)
         if graph is not None:
             with torch.no_grad():
                 graph.apply(*(None if o is None else torch.empty_like(o) for o in outputs))

@@ -6,7 +6,7 @@ from those. (A lone block needs no first walk.) The (time, N, D) states of one s
 backward keeps the block starts and walks again. Every exponential is of `dt * A <= 0`: nothing overflows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +80,24 @@ def selective_scan(
     state = None if initial_state is None else initial_state.to(dtype).transpose(1, 2)  # (B, N, D)
     arguments = (x, dt, rates, B, C, cast(D, dtype), z, cast(dt_bias, dtype), state)
     if needs_graph(*inputs):
-        y, final = _Scan.apply(*arguments, dt_softplus, output_final_state)
+        y, final = _Scan.apply(*arguments, dt_softplus, output_final_state)  # type: ignore[no-untyped-call]
     else:
         with no_autocast(x):
             y, final = _forward(*arguments, dt_softplus, None)
     return (y, final.transpose(1, 2)) if output_final_state else y
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
     check_floats("x", x)
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (B, T, D) with T >= 1, got {tuple(x.shape)}")
@@ -124,12 +134,14 @@ def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
     part = tensor[:, span.start : span.stop].to(dtype)
     if part.stride(-1) != 1:
         part = part.contiguous()
-    return part.unflatten(1, (span.blocks, span.length)).permute(2, 0, 1, 3)
+    blocks: Tensor = part.unflatten(1, (span.blocks, span.length))
+    return blocks.permute(2, 0, 1, 3)
 
 
 def _place(target: Tensor, span: Span) -> Tensor:
     """(B, T, F) -> the span's (length, B, blocks, F), a view to write results through."""
-    return target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).permute(2, 0, 1, 3)
+    blocks: Tensor = target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
+    return blocks.permute(2, 0, 1, 3)
 
 
 def _over_channels(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -158,7 +170,17 @@ class _Steps(NamedTuple):
     h: Tensor  # (..., N, D) what each step adds to the state; _walk turns it into the state
 
 
-def _load(x, dt, powers, B, C, dt_bias, softplus: bool, span: Span, scratch: Scratch) -> _Steps:
+def _load(
+    x: Tensor,
+    dt: Tensor,
+    powers: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    span: Span,
+    scratch: Scratch,
+) -> _Steps:
     dtype, (order, width) = powers.dtype, powers.shape
     x_, B_, C_, raw = (_cut(t, span, dtype) for t in (x, B, C, dt))
     lead = x_.shape[:3]
@@ -199,7 +221,19 @@ def _output(steps: _Steps, D: Tensor | None, scratch: Scratch) -> Tensor:
     return out if D is None else out.addcmul_(steps.x, D)
 
 
-def _forward(x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep: list[Tensor] | None):
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    rates: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    softplus: bool,
+    keep: list[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
     """Outputs and final state (B, N, D); appends each span's block starts to `keep`."""
     scratch, powers = Scratch(rates), rates * LOG2_E
     if state is None:
@@ -222,7 +256,20 @@ def _forward(x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep: list[Tens
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, rates, B, C, D, z, dt_bias, state, softplus, want_final):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        rates: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        state: Tensor | None,
+        softplus: bool,
+        want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         keep: list[Tensor] = []
         with no_autocast(x):
             y, final = _forward(x, dt, rates, B, C, D, z, dt_bias, state, softplus, keep)
@@ -232,7 +279,7 @@ class _Scan(torch.autograd.Function):
         return y, (final if want_final else None)
 
     @staticmethod
-    def backward(ctx, dy, dfinal):
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, rates, B, C, D, z, dt_bias, *keep = ctx.saved_tensors
         with no_autocast(x):
             grads = _backward(x, dt, rates, B, C, D, z, dt_bias, ctx.softplus, keep, dy, dfinal)
@@ -243,7 +290,20 @@ class _Scan(torch.autograd.Function):
         )
 
 
-def _backward(x, dt, rates, B, C, D, z, dt_bias, softplus, keep, dy, dfinal) -> tuple[Tensor | None, ...]:
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    rates: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    keep: list[Tensor],
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     scratch, dtype, powers = Scratch(rates), rates.dtype, rates * LOG2_E
     dx, ddt, dB, dC, dz = room_for(x, dt, B, C, z)
     drates, dD, ddt_bias = zeros_for(rates, D, dt_bias)

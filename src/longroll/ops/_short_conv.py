@@ -1,5 +1,7 @@
 """The short causal convolution in front of every recurrence, with its own small state."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,7 +55,7 @@ def short_conv(
     past = None if initial_state is None else initial_state.to(dtype).mT  # (B, W, D)
     recent = None if past is None else past[:, 1:]
     run = choose("short_conv", x.device, dtype).kernel or _Conv.apply
-    y = run(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
+    y: Tensor = run(x, weight.to(dtype), cast(bias, dtype), recent, activation is not None)
     if not output_final_state:
         return y
     return y, last_inputs(x, width, initial_state)
@@ -75,7 +77,9 @@ class _Conv(torch.autograd.Function):
     """Keeps only the inputs: what the activation needs is convolved again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, past, silu):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool
+    ) -> Tensor:
         with no_autocast(x):
             y = _convolve(x.to(weight.dtype), weight, bias, past)
             if silu:
@@ -85,7 +89,7 @@ class _Conv(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, past = ctx.saved_tensors
         with no_autocast(x):
             x_, dy = x.to(weight.dtype), dy.to(weight.dtype)

@@ -6,7 +6,7 @@ chunks at a time. Decays are exponentials of differences of running sums; these 
 subtracted as float32 pairs, so that a strong decay early in a chunk costs the later ones no digits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,19 +81,34 @@ def ssd(
     kernel = kernel_for("ssd", x, B, *inputs)
     if kernel is not None:
         y, final = kernel(*inputs[:8], dt_softplus, initial_state, dt_limit=dt_limit)
+        assert final is not None  # this kernel always returns it
         return (y, final) if output_final_state else y
     options = _Options(dt_softplus, (dt_limit[0], dt_limit[1]), output_final_state, _plan(x, chunk_size))
     state = None if initial_state is None else _state_in(initial_state.to(dtype), B.shape[2])
     arguments = (x, dt, A.to(dtype), B, C, cast(D, dtype), z, cast(dt_bias, dtype), state, options)
     if needs_graph(*inputs):
-        y, final = _SSD.apply(*arguments)
+        y, final = _SSD.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         with no_autocast(x):
             y, final = _forward(*arguments, None)
-    return (y, _state_out(final, x.shape[2], x.shape[3])) if output_final_state else y
+    if not output_final_state:
+        return y
+    assert final is not None
+    return y, _state_out(final, x.shape[2], x.shape[3])
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, initial_state, chunk_size) -> None:
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None,
+) -> None:
     check_floats("x", x)
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (B, T, H, P) with T >= 1, got {tuple(x.shape)}")
@@ -138,23 +153,27 @@ def _plan(x: Tensor, chunk_size: int | None) -> tuple[Span, ...]:
 
 def _state_in(state: Tensor, groups: int) -> Tensor:
     """(B, H, P, N) -> (B, g, N, r P): heads of a group share one matrix product with their B and C."""
-    return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
+    grouped: Tensor = state.unflatten(1, (groups, -1))
+    return grouped.permute(0, 1, 4, 2, 3).flatten(3)
 
 
 def _state_out(state: Tensor, heads: int, width: int) -> Tensor:
     """(B, g, N, r P) -> (B, H, P, N)."""
-    return state.unflatten(3, (-1, width)).permute(0, 1, 3, 4, 2).reshape(state.shape[0], heads, width, -1)
+    parted: Tensor = state.unflatten(3, (-1, width))
+    return parted.permute(0, 1, 3, 4, 2).reshape(state.shape[0], heads, width, -1)
 
 
 def _heads(tensor: Tensor, span: Span, groups: int) -> Tensor:
     """View the span of (B, T, H, ...) as (B, c, g, r, q, ...)."""
     part = tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
-    return part.unflatten(3, (groups, -1)).movedim(2, 4)
+    grouped: Tensor = part.unflatten(3, (groups, -1))
+    return grouped.movedim(2, 4)
 
 
 def _groups(tensor: Tensor, span: Span) -> Tensor:
     """View the span of (B, T, G, N) as (B, c, g, q, N)."""
-    return tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length)).transpose(2, 3)
+    part: Tensor = tensor[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
+    return part.transpose(2, 3)
 
 
 class _Chunks(NamedTuple):
@@ -174,7 +193,17 @@ class _Chunks(NamedTuple):
     mixer: Tensor  # (B, c, g, r, q, q) scores * decay: y = mixer dtx
 
 
-def _load(x, dt, A, B, C, dt_bias, options: _Options, span: Span, scratch: Scratch) -> _Chunks:
+def _load(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    options: _Options,
+    span: Span,
+    scratch: Scratch,
+) -> _Chunks:
     dtype, groups, per_head = A.dtype, B.shape[2], (B.shape[2], -1, 1)
     x_, raw = (_heads(t, span, groups).to(dtype) for t in (x, dt))
     B_, C_ = (_groups(t, span).to(dtype) for t in (B, C))
@@ -213,7 +242,19 @@ def _product(left: Tensor, right: Tensor, name: str, scratch: Scratch) -> Tensor
     return torch.matmul(left, right, out=scratch(name, *left.shape[:-1], right.shape[-1]))
 
 
-def _forward(x, dt, A, B, C, D, z, dt_bias, state, options: _Options, keep: list[Tensor | None] | None):
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    options: _Options,
+    keep: list[Tensor | None] | None,
+) -> tuple[Tensor, Tensor | None]:
     """Outputs and final state (B, g, n, r p); appends each span's chunk start states to `keep`."""
     scratch, groups = Scratch(A), B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -232,7 +273,9 @@ def _forward(x, dt, A, B, C, D, z, dt_bias, state, options: _Options, keep: list
     return y, state
 
 
-def _carry(chunks: _Chunks, state: Tensor | None, skip_last: bool, scratch: Scratch):
+def _carry(
+    chunks: _Chunks, state: Tensor | None, skip_last: bool, scratch: Scratch
+) -> tuple[Tensor | None, Tensor | None]:
     """States at the start of each chunk, (B, c, g, n, r p), and after the last one (None when skipped).
 
     A state of None is zero: a lone first chunk then has none to read.
@@ -257,7 +300,7 @@ def _kept(chunks: _Chunks) -> Tensor:
 
 def _read(chunks: _Chunks, starts: Tensor, scratch: Scratch) -> Tensor:
     """What the chunk start states give to the outputs, (B, c, g, r, q, p)."""
-    read = _product(chunks.C, starts, "read", scratch).unflatten(-1, (-1, chunks.x.shape[-1]))
+    read: Tensor = _product(chunks.C, starts, "read", scratch).unflatten(-1, (-1, chunks.x.shape[-1]))
     return read.mul_(chunks.arriving.mT.unsqueeze(-1)).transpose(3, 4)
 
 
@@ -276,7 +319,19 @@ def _skip(D: Tensor, groups: int) -> Tensor:
 
 class _SSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, state, options):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        state: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None]:
         keep: list[Tensor | None] = []
         with no_autocast(x):
             y, final = _forward(x, dt, A, B, C, D, z, dt_bias, state, options, keep)
@@ -286,14 +341,28 @@ class _SSD(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx, dy, dfinal):
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, *keep = ctx.saved_tensors
         with no_autocast(x):
             grads = _backward(x, dt, A, B, C, D, z, dt_bias, ctx.has_state, ctx.options, keep, dy, dfinal)
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
-def _backward(x, dt, A, B, C, D, z, dt_bias, has_state, options: _Options, keep, dy, dfinal):
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    has_state: bool,
+    options: _Options,
+    keep: list[Tensor | None],
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     scratch, groups, dtype = Scratch(A), B.shape[2], A.dtype
     per_head = (groups, -1, 1)
     dx, ddt, dB, dC, dz = room_for(x, dt, B, C, z)
@@ -362,7 +431,9 @@ def _sum_from(value: Tensor) -> Tensor:
     return value.double().flip(-1).cumsum(-1).flip(-1)
 
 
-def _carry_back(chunks: _Chunks, dstate, from_start, want_first: bool) -> tuple[Tensor | None, Tensor | None]:
+def _carry_back(
+    chunks: _Chunks, dstate: Tensor | None, from_start: Tensor | None, want_first: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the chunks' end states, (B, c, g, n, r p), and of the state before them; None is zero.
 
     `dstate` is the gradient of the state after the span, `from_start` that of each start state through y.
@@ -370,6 +441,7 @@ def _carry_back(chunks: _Chunks, dstate, from_start, want_first: bool) -> tuple[
     if dstate is None and chunks.x.shape[1] == 1:
         return None, (None if from_start is None else from_start[:, 0].clone())
     if from_start is None:  # a lone first chunk without a state
+        assert dstate is not None
         return dstate.unsqueeze(1), None
     kept = _kept(chunks)
     dends = torch.empty_like(from_start)
@@ -380,7 +452,15 @@ def _carry_back(chunks: _Chunks, dstate, from_start, want_first: bool) -> tuple[
     return dends, first
 
 
-def _into_ends(chunks: _Chunks, starts, dends, ddtx, dB, dlog, scratch: Scratch) -> None:
+def _into_ends(
+    chunks: _Chunks,
+    starts: Tensor | None,
+    dends: Tensor,
+    ddtx: Tensor,
+    dB: Tensor,
+    dlog: Tensor,
+    scratch: Scratch,
+) -> None:
     """Add the gradients that come through the chunks' end states to those of dtx, B and the log decays."""
     width = chunks.x.shape[-1]
     weighted = _by_step(chunks.dtx, chunks.leaving, "weighted", scratch)

@@ -53,7 +53,7 @@ def register_if_needed() -> bool:
         return False
 
     @register("common")
-    class _Torch(BaseBackend):
+    class _Torch(BaseBackend):  # type: ignore[misc]  # fla ships no types
         backend_type = "longroll"
         priority = 9  # after tilelang, which is fla's own way out
 
@@ -111,7 +111,8 @@ def gated_gradients(
     def cut(x: Tensor) -> Tensor:
         """(B, T, HV, D) -> (B, chunks, HV, C, D), zero after the end."""
         x = F.pad(x.float(), (0, 0, 0, 0, 0, chunks * chunk_size - time))
-        return x.unflatten(1, (chunks, chunk_size)).transpose(2, 3)
+        blocks: Tensor = x.unflatten(1, (chunks, chunk_size))
+        return blocks.transpose(2, 3)
 
     def joined(x: Tensor) -> Tensor:
         """The inverse of `cut`; contiguous, as the kernels that read it expect."""

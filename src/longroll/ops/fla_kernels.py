@@ -38,14 +38,30 @@ _SMALL = _MIDDLE | {"BK": 32, "BV": 32}
 _WIDE = 128  # keys up to which two warps hold 64 columns of a whole state
 
 
-def gla(q, k, v, g, scale, initial_state, output_final_state: bool) -> _Result:
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> _Result:
     """Run `chunk_gla`; arguments as of `longroll.ops.gla`."""
     from fla.ops.gla import chunk_gla
 
     return _run(chunk_gla, {"q": q, "k": k, "v": v}, {"g": g}, scale, initial_state, output_final_state)
 
 
-def retention(q, k, v, g_gamma, scale, initial_state, output_final_state: bool) -> _Result:
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_gamma: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> _Result:
     """Run `chunk_simple_gla`; arguments as of `longroll.ops.retention`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -53,7 +69,16 @@ def retention(q, k, v, g_gamma, scale, initial_state, output_final_state: bool) 
     return _run(chunk_simple_gla, timed, wide, scale, initial_state, output_final_state)
 
 
-def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state: bool) -> _Result:
+def rwkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> _Result:
     """Run `chunk_rwkv6`; arguments as of `longroll.ops.rwkv6`."""
     from fla.ops.rwkv6 import chunk_rwkv6
 
@@ -61,7 +86,18 @@ def rwkv6(r, k, v, w, u, scale, initial_state, output_final_state: bool) -> _Res
     return _run(chunk_rwkv6, timed, wide, scale, initial_state, output_final_state)
 
 
-def rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state: bool, lower_bound=None) -> _Result:
+def rwkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    lower_bound: float | None = None,
+) -> _Result:
     """Run `chunk_rwkv7`; arguments as of `longroll.ops.rwkv7`."""
     from fla.ops.rwkv7 import chunk_rwkv7
 
@@ -71,7 +107,16 @@ def rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state: bool, lowe
     )
 
 
-def delta_rule(q, k, v, beta, scale, initial_state, output_final_state: bool, l2norm: bool) -> _Result:
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    l2norm: bool,
+) -> _Result:
     """Run `chunk_delta_rule`, which takes no float32: then `chunk_gated_delta_rule` without decay.
 
     Arguments as of `longroll.ops.delta_rule`.
@@ -95,7 +140,15 @@ def delta_rule(q, k, v, beta, scale, initial_state, output_final_state: bool, l2
 
 
 def gated_delta_rule(
-    q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    l2norm: bool,
 ) -> _Result:
     """Run `chunk_gated_delta_rule`; as `longroll.ops.gated_delta_rule`, with q and k for every head."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -111,7 +164,17 @@ def gated_delta_rule(
     )
 
 
-def kda(q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm: bool) -> _Result:
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    l2norm: bool,
+) -> _Result:
     """Run `chunk_kda`; arguments as of `longroll.ops.kda`."""
     from fla.ops.kda import chunk_kda
 
@@ -127,7 +190,7 @@ def kda(q, k, v, g, beta, scale, initial_state, output_final_state: bool, l2norm
 
 
 def _run(
-    kernel: Callable,
+    kernel: Callable[..., Any],
     timed: dict[str, Tensor],
     wide: dict[str, Tensor],
     scale: float | None,
@@ -145,15 +208,16 @@ def _run(
     }
     options |= {"scale": scale, "output_final_state": output_final_state}
     _compile_if_new(kernel, dtype, arguments, options)
-    return kernel(**arguments, **options)
+    found: _Result = kernel(**arguments, **options)
+    return found
 
 
-_called: set[tuple] = set()
+_called: set[tuple[Any, ...]] = set()
 
 
 @torch.compiler.disable
 def _compile_if_new(
-    kernel: Callable, dtype: torch.dtype, arguments: dict[str, Any], options: dict[str, Any]
+    kernel: Callable[..., Any], dtype: torch.dtype, arguments: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Compile ahead for heads of these shapes; a text of other length may still compile a kernel."""
     given = tuple(
@@ -205,7 +269,7 @@ def _pin(tuner: Any) -> None:
     whole_keys = two_warps and all("BK" not in config.kwargs for config in tuner.configs)
     prune, run = tuner.early_config_prune, tuner.run
 
-    def pinned(*args, **kwargs):
+    def pinned(*args: Any, **kwargs: Any) -> Any:
         named = dict(zip(tuner.arg_names, args))  # noqa: B905
         wide = whole_keys and (named | kwargs).get("K", 0) > _WIDE
         ranked = orders[spills or wide or _unrolls((*args, *kwargs.values()))]
@@ -222,7 +286,7 @@ def _pin(tuner: Any) -> None:
     tuner.run = pinned
 
 
-def _unrolls(arguments: tuple) -> bool:
+def _unrolls(arguments: tuple[Any, ...]) -> bool:
     """Whether a kernel multiplies in IEEE float32: Triton was told so, and nothing has 16 bits."""
     tensors = (a for a in arguments if isinstance(a, Tensor))
     return os.environ.get("TRITON_F32_DEFAULT") == "ieee" and all(t.dtype.itemsize > 2 for t in tensors)

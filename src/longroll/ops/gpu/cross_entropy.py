@@ -5,6 +5,8 @@ In 16 bits PyTorch's own makes copies in float32 of what is the largest tensor o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -59,12 +61,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (M, V), contiguous.
         targets: (M,), contiguous; -100 counts not; others outside the vocabulary make the loss NaN.
     """
-    return _CrossEntropy.apply(logits, targets)
+    loss: Tensor = _CrossEntropy.apply(logits, targets)
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses, levels = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         _entropy_forward[(len(logits),)](
             logits, targets, losses, levels, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS
@@ -74,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         logits, targets, levels = ctx.saved_tensors
         _entropy_backward[(len(logits),)](
             logits, targets, levels, dloss, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS

@@ -8,7 +8,7 @@ again in backward instead of being kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class Shape(NamedTuple):
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Gate (B, T, H P), what is convolved (B, T, H P + 2 G N), and dt (B, T, H)."""
         channels, shared = self.heads * self.headdim, self.groups * self.d_state
-        return projected.split((channels, channels + 2 * shared, self.heads), dim=-1)
+        parts: tuple[Tensor, ...] = projected.split((channels, channels + 2 * shared, self.heads), dim=-1)
+        return parts
 
     def split_convolved(self, convolved: Tensor) -> tuple[Tensor, ...]:
         """x (B, T, H, P), B and C (B, T, G, N)."""
@@ -86,16 +87,28 @@ def mamba2(
     Returns:
         The normed output (B, T, H P) and the final state.
     """
-    return _Mamba2.apply(
+    found: tuple[Tensor, Tensor] = _Mamba2.apply(
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape, out
     )
+    return found
 
 
 class _Mamba2(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape: Shape, out
-    ):
+        ctx: Any,
+        projected: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        norm_weight: Tensor,
+        past: Tensor | None,
+        state: Tensor | None,
+        shape: Shape,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         with no_autocast(projected):
             gate, convolves, dt = shape.split(projected)
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
@@ -116,7 +129,7 @@ class _Mamba2(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dnormed, dfinal):
+    def backward(ctx: Any, dnormed: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd, out = (
             ctx.saved_tensors
         )

@@ -6,6 +6,8 @@ it: in float32, rounded to x's precision before the weight.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -91,7 +93,10 @@ def rms_norm(
         size: numbers that share a mean; default D.
         dtype: of the result; default: what weight and x promote to.
     """
-    return _RMSNorm.apply(x, weight, gate, eps, size or x.shape[-1], dtype or torch.result_type(weight, x))
+    y: Tensor = _RMSNorm.apply(
+        x, weight, gate, eps, size or x.shape[-1], dtype or torch.result_type(weight, x)
+    )
+    return y
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -136,20 +141,28 @@ def backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gate, eps, size, dtype):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        eps: float,
+        size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         y, rstd = forward(x, weight, gate, eps, size, dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate, rstd = ctx.saved_tensors
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dx, dweight = backward(dy, x, weight, gate, rstd, dgate)
         return dx, dweight, dgate, None, None, None
 
 
-def _options(gate: Tensor | None, size: int) -> dict:
+def _options(gate: Tensor | None, size: int) -> dict[str, Any]:
     block = triton.next_power_of_2(size)
     return {"HAS_GATE": gate is not None, "BLOCK": block, "num_warps": min(8, max(1, block // 256))}

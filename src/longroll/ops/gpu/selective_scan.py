@@ -10,6 +10,8 @@ tile in registers. Softplus, dt bias, D and the gate are fused.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -267,7 +269,8 @@ def selective_scan(
     """`longroll.ops.selective_scan` with the same arguments; always returns `(y, final_state)`."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     if needs_graph(*inputs):
-        return _Scan.apply(dt_softplus, *inputs)
+        found: tuple[Tensor, Tensor] = _Scan.apply(dt_softplus, *inputs)
+        return found
     with no_autocast(x):
         y, final, _, _ = _Call(dt_softplus, *inputs).forward()
     return y, final
@@ -276,7 +279,19 @@ def selective_scan(
 class _Call:
     """The arguments of one call, and its kernels."""
 
-    def __init__(self, softplus: bool, x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
+    def __init__(
+        self,
+        softplus: bool,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+    ) -> None:
         self.x, self.dt, self.z = x, dt, z
         self.D, self.bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
         self.B, self.C = (t.float().contiguous() for t in (B, C))  # better once than in each lane
@@ -295,7 +310,7 @@ class _Call:
         self.state = initial_state.float().contiguous()
 
     @property
-    def shape(self) -> dict:
+    def shape(self) -> dict[str, int]:
         """What all kernels are told of their tensors in registers."""
         order = triton.next_power_of_2(self.order)
         return {"BLOCK": BLOCK, "N": order, "num_warps": WARPS}
@@ -382,7 +397,7 @@ class _Call:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, softplus, *inputs):
+    def forward(ctx: Any, softplus: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
         with no_autocast(inputs[0]):
             y, final, *saved = _Call(softplus, *inputs).forward()
         ctx.save_for_backward(*inputs, *saved)
@@ -391,7 +406,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dfinal):
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts, total = ctx.saved_tensors
         with no_autocast(dy):
             found = _Call(ctx.softplus, *inputs).backward(starts, total, dy, dfinal)

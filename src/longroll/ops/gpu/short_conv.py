@@ -7,6 +7,8 @@ are kept for backward, which convolves them again and hands each gradient on W -
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -143,7 +145,8 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | No
         past: the W - 1 inputs before x, (B, W - 1, D) float32; zero when None.
         silu: apply it to the output.
     """
-    return _Conv.apply(x, weight, bias, past, silu)
+    y: Tensor = _Conv.apply(x, weight, bias, past, silu)
+    return y
 
 
 def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tuple[Tensor, ...]:
@@ -156,7 +159,7 @@ def _grid(batch: int, time: int, channels: int, steps: int) -> tuple[int, int, i
     return triton.cdiv(time, steps), batch, triton.cdiv(channels, CHANNELS)  # only the first may be large
 
 
-def _options(weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> dict:
+def _options(weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> dict[str, Any]:
     return {
         "W": weight.shape[1], "HAS_BIAS": bias is not None, "HAS_PAST": past is not None, "SILU": silu,
     }  # fmt: skip
@@ -191,14 +194,16 @@ def backward(
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, past, silu):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, past)
         ctx.silu = silu
         return forward(x, weight, bias, past, silu)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, past = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return dx, *backward(dy, x, weight, bias, past, ctx.silu, dx), None

@@ -11,6 +11,7 @@ The chunked form is that of Mamba-2's paper (Dao and Gu 2024, section 6).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -325,7 +326,9 @@ class _Call:
         )  # fmt: skip
         return met, last
 
-    def side_by_side(self, kernel, options: dict, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
+    def side_by_side(
+        self, kernel: Any, options: dict[str, int], *tensors: Tensor, more: tuple[int, ...] = ()
+    ) -> None:
         """Run a kernel on all chunks at once, on its own tensors and `more` strides."""
         p, n = self.blocks[0], min(self.blocks[1], options.get("N", self.blocks[1]))
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
@@ -335,7 +338,7 @@ class _Call:
             HAS_D=self.D is not None, CHUNK=CHUNK, **options | self.few_warps | {"P": p, "N": n},
         )  # fmt: skip
 
-    def sharing(self, options: dict) -> dict:
+    def sharing(self, options: dict[str, int]) -> dict[str, int]:
         """`options` for as many heads a program as B and C serve, unless that leaves the GPU idle."""
         heads, blocks = options["HEADS"], triton.cdiv(self.order, options.get("N", self.blocks[1]))
         heads = self.ratio if self.ratio <= heads else math.gcd(heads, self.ratio)
@@ -388,13 +391,22 @@ def backward(
 
 class _SSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, steps, A, B, C, D, state):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        steps: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, steps, A, B, C, D, state)
         return forward(x, steps, A, B, C, D, state)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dfinal):
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, state = ctx.saved_tensors
         dx, dB, dC = (
             torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in map(inputs.__getitem__, (0, 3, 4))
