@@ -217,3 +217,25 @@ def test_decay_speed_with_an_optimizer_of_ones_own_is_refused(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(LongrollError, match="`decay_speed`"):
         InitialStateTrainer(model, arguments(tmp_path), decay_speed=10, optimizers=(optimizer, None))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hosts_loss_of_padded_rows_predicts_nothing_from_padding(training, side, tmp_path):
+    made = type("Mixed", (InitialStateMixin, Trainer), {})
+    trainer = made(
+        build("mamba2"),
+        arguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=6,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=12,
+        ),
+        Collator(pads(side)),
+        train_dataset=ragged(),
+        eval_dataset=ragged(),
+    )
+    expected, _ = alone(ragged())
+    found = trainer.train().training_loss if training else trainer.evaluate()["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -27,7 +27,7 @@ from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from longroll.training import stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
-from longroll.training._batch import IGNORED, KNOWN, Rows, read_batch, row_starts
+from longroll.training._batch import IGNORED, KNOWN, Rows, aligned, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.guard import Guard, check_weights
 from longroll.training.weights import in_16_bits, projects
@@ -222,7 +222,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     ) -> Any:
         """The host's loss, of a model that starts from the intervention's state."""
         rows = read_batch(inputs, strict=False)
-        given = {key: value for key, value in inputs.items() if key != "starts"}
+        given = {key: value for key, value in _targets_within(inputs).items() if key != "starts"}
         if "shift_labels" in given:
             given.setdefault("labels", given["shift_labels"])  # the model's own loss wants both
         if self.base.base_model is self.base:
@@ -249,6 +249,12 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 "state enters and is passed on: call it once, or train with intervention=None."
             )
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """The host's, of the targets that enter its loss."""
+        return super()._get_num_items_in_batch(  # type: ignore[misc]
+            [_targets_within(batch) for batch in batch_samples], device
+        )
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
@@ -432,6 +438,18 @@ class _Stop(TrainerCallback):
         """Trainer saves, then stops."""
         if self.trainer._guard.stop:
             control.should_save = control.should_training_stop = True
+
+
+def _targets_within(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch without targets that would be predicted from padding, or from the document before them."""
+    names = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
+    if "input_ids" not in inputs or not names:
+        return inputs
+    rows = read_batch(inputs, strict=False)
+    if rows.attention_mask is None and rows.starts is None:
+        return inputs
+    given = {"labels": aligned(rows.targets), "shift_labels": rows.targets}
+    return {**inputs, **{name: given[name] for name in names}}
 
 
 def _checked_restart(restart: Restart, intervention: Intervention | None) -> Restart:
