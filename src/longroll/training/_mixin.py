@@ -250,7 +250,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             )
         return loss
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The host's, of the targets that enter its loss."""
         return super()._get_num_items_in_batch(  # type: ignore[misc]
             [_targets_within(batch) for batch in batch_samples], device
