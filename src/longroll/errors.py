@@ -11,10 +11,15 @@ class LongrollError(Exception):
     told = False
     """Whether another process has said it."""
 
+    def __str__(self) -> str:
+        """The message in one line, also where it quotes another library's lines."""
+        return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
+
 
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, short enough to stand inside one line of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def named(error: BaseException) -> str:

@@ -253,7 +253,7 @@ HUGE = 10**7
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 24}}, "headdim 24 does not divide"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": HUGE}}, "by the config"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": -1}}, "ngroups must be a whole number"),
-        ({"ssm_cfg": {"layer": "Mamba1", "d_state": 2**62}}, "no model has these sizes|by the config"),
+        ({"ssm_cfg": {"layer": "Mamba1", "d_state": 2**62}}, "no model has this config|by the config"),
         ({"ssm_cfg": {"layer": "Mamba1", "expand": HUGE}}, "by the config"),
         ({"ssm_cfg": {"layer": "Mamba1", "dt_rank": HUGE}}, "by the config"),
         ({"ssm_cfg": {"layer": "Mamba1", "d_conv": None}}, "d_conv must be a whole number"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -48,12 +49,14 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> tuple[PreTrained
     weights = {_rename(name): tensor for name, tensor in read_weights(weights_file).items()}
     _check_sizes(source, weights, weights_file)
     vocab_size = weights[_EMBEDDINGS].shape[0]  # padded beyond the config's vocab_size
-    config = _config(source, vocab_size, folder)
     try:
+        config = _config(source, vocab_size, folder)
         with no_init_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+    except LongrollError:
+        raise
     except Exception as error:  # sizes that no tensor has, or that do not divide each other
-        raise LongrollError(f"{folder}: no model has these sizes: {first_line(error)}") from None
+        raise LongrollError(f"{folder}: no model has this config.json: {first_line(error)}") from None
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights[_EMBEDDINGS]
     _check_shapes(model, weights, weights_file)
@@ -88,8 +91,12 @@ def read_weights(weights_file: Path) -> dict[str, Tensor]:
     """Read a state dict; a file that holds anything else is refused with a LongrollError."""
     try:
         weights = torch.load(weights_file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated file, and a pickle that would run code, come up here
-        raise LongrollError(f"{weights_file} cannot be read as plain weights: {error}") from None
+    except UnpicklingError:  # whose message asks to run the code in the file
+        raise LongrollError(
+            f"{weights_file} cannot be read as plain weights: it is damaged, or holds more than tensors."
+        ) from None
+    except Exception as error:  # a truncated file
+        raise LongrollError(f"{weights_file} cannot be read as plain weights: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
         for name, tensor in weights.items()
