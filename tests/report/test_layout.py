@@ -85,3 +85,29 @@ def test_print_uses_light_paper(browser, tmp_path):
     data = (tmp_path / "out.pdf").read_bytes()
     assert data.startswith(b"%PDF")
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 8
+
+
+PRINTED = """<!doctype html><body style="margin:0">
+<iframe id="frame" style="width:673px;height:900px;border:0" src="page.html"></iframe>
+<script>
+frame.onload = () => {
+  const page = frame.contentDocument
+  const far = [...page.querySelectorAll("table :is(td, th)")].map(c => c.getBoundingClientRect().right)
+  result.textContent = JSON.stringify({ cells: far.length, far: Math.max(...far) })
+}
+</script>
+<pre id="result"></pre>"""
+
+
+def test_print_keeps_all_columns(browser, tmp_path):
+    bare = [run("sp", label=f"a run of a long name {i}") for i in range(12)]
+    for one in bare:
+        for section in ("excess", "states", "remembrance", "coverage", "tasks"):
+            one.pop(section, None)
+    page = render(bare).replace("@media print", "@media all").replace("<details>", "<details open>")
+    (tmp_path / "page.html").write_text(page, "utf-8")
+    (tmp_path / "probe.html").write_text(PRINTED, "utf-8")
+    printed = browser("--virtual-time-budget=5000", "--dump-dom", page=tmp_path / "probe.html")
+    seen = json.loads(re.search(r'id="result">(\{.*?\})</pre>', printed, re.S)[1])
+    assert seen["cells"] > 13 * 10
+    assert seen["far"] <= 673 + 1  # A4 without its margins

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from longroll.cli import _figures as f
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
 from longroll.cli._flags import Command
@@ -173,6 +174,10 @@ def compare(
         typer.Argument(help="Files of one run, as the task commands write them, or of several."),
     ],
     output: o.Output = None,
+    format: f.TaskFormat = None,
+    width: f.Width = None,
+    font_size: f.FontSize = None,
+    x: f.X = None,
 ) -> None:
     """Put results of one task side by side: a table, and figures in --output."""
     from longroll.cli._console import out
@@ -180,6 +185,7 @@ def compare(
     from longroll.report import write_figures
     from longroll.results import TaskResult, read_results
 
+    drawing = f.task_drawing(output, format=format, width=width, font_size=font_size, x=x)
     unfinished = "holds no finished results of a task."
     runs = []
     for path in results:
@@ -194,5 +200,4 @@ def compare(
         for first in range(0, len(shown), beside):
             out.print(t.task_table(shown[first : first + beside], name))
     if output:
-        for path in write_figures(runs, output, "svg"):
-            out.print(str(path))
+        f.print_figures(write_figures(runs, output, **drawing))

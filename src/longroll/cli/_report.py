@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from longroll.cli import _figures as f
 from longroll.cli import _options as o
-
-
-class Format(StrEnum):
-    """Of the figures for a paper."""
-
-    pdf = "pdf"
-    png = "png"
-    svg = "svg"
 
 
 def report(
@@ -31,9 +23,19 @@ def report(
         "longroll-out"
     ),
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for paper-ready figures too.", callback=o.folder_to_write)
+        Path | None,
+        typer.Option(
+            help="Folder for paper-ready figures too, each with its numbers as CSV.",
+            callback=o.folder_to_write,
+        ),
     ] = None,
-    format: Annotated[Format, typer.Option(help="Of these figures.")] = Format.pdf,
+    format: Annotated[
+        f.Format | None, typer.Option(help="Of these figures. Default: pdf.", show_default=False)
+    ] = None,
+    width: f.Width = None,
+    font_size: f.FontSize = None,
+    x: f.X = None,
+    y: f.Y = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
 ) -> None:
     """Draw one self-contained HTML page comparing any number of diagnoses."""
@@ -42,6 +44,7 @@ def report(
     from longroll.report import write_figures, write_report
     from longroll.results import DiagnosisResult, TaskResult, read_results
 
+    drawing = f.drawing(figures, "--figures", format=format, width=width, font_size=font_size, x=x, y=y)
     read = [
         (path, result)
         for path in runs
@@ -62,7 +65,6 @@ def report(
                     "--label for both, or `longroll evaluate compare`."
                 )
             loaded[place] = loaded[place].changed(tasks={**(loaded[place].tasks or {}), **task.tasks})
+    drawn = write_figures(loaded, figures, **drawing) if figures else []
     out.print(str(write_report(loaded, output / "report.html", title=title)))
-    if figures:
-        for path in write_figures(loaded, figures, format.value):
-            out.print(str(path))
+    f.print_figures(drawn)

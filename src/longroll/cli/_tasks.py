@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from longroll.cli import _figures as f
 from longroll.cli import _options as o
 from longroll.cli._flags import Command
 from longroll.cli._numbers import parse_depths, parse_lengths
@@ -103,6 +104,10 @@ class TaskFlags:
     seed: o.Seed = 0
     json: o.Json = None
     output: o.Output = None
+    format: f.TaskFormat = None
+    width: f.Width = None
+    font_size: f.FontSize = None
+    x: f.X = None
 
 
 class Opened(NamedTuple):
@@ -173,6 +178,9 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     from longroll.report import write_figures
     from longroll.tasks import run_task
 
+    drawing = f.task_drawing(
+        flags.output, format=flags.format, width=flags.width, font_size=flags.font_size, x=flags.x
+    )
     lm = o.open_model(
         flags.model,
         device=flags.device,
@@ -212,7 +220,7 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     for table in found.tasks or {}:
         out.print(task_table([found], table))
     if flags.output:
-        write_figures([found], flags.output, "svg")
+        write_figures([found], flags.output, **drawing)
 
 
 def parse_kinds(text: str) -> list[str]:

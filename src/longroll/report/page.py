@@ -84,9 +84,13 @@ def _drawn(plate: Plate, prefix: str) -> dict[str, Any]:
 def _svg(plate: Plate, panel: Panel, prefix: str, look: Any) -> Any:
     from markupsafe import Markup
 
-    whose = f" ({panel.style.label})" if panel.style else ""
     return Markup(
-        to_svg(panel.draw(look), prefix=prefix, description=f"{plate.heading}{whose}. {plate.look_for}")
+        to_svg(
+            panel.draw(look),
+            prefix=prefix,
+            description=f"{panel.data.sentence()} {plate.look_for}",
+            title=panel.data.sentence(),
+        )
     )
 
 

@@ -5,9 +5,11 @@ The page and the export draw the same list, so a figure in a paper is the figure
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from longroll.report import figures, tables, units
+from longroll.report import data, figures, tables, units
+from longroll.report.data import Data
 from longroll.report.figures.coverage import has_negative, largest_shift
 from longroll.report.figures.remembrance import common_ends, largest_remembrance
 from longroll.report.runs import AnyRun, Run, common_unit, ordered
@@ -53,10 +55,11 @@ Draw = Callable[[Look], "Figure"]
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing; `style` is that of its run when it shows a single one, `note` a table beside it."""
+    """One drawing and its numbers; `style` is that of its run when it shows one, `note` a table beside it."""
 
     name: str
     draw: Draw
+    data: Data
     style: RunStyle | None = None
     note: tables.Table | None = None
 
@@ -73,22 +76,43 @@ class Plate:
     wide: bool = True
 
 
-def plates(runs: Sequence[AnyRun]) -> list[Plate]:
-    """List the figures that the runs hold data for."""
+def plates(runs: Sequence[AnyRun], unit: str | None = None) -> list[Plate]:
+    """List the figures that the runs hold data for.
+
+    Args:
+        runs: Results of `longroll diagnose` or of tasks, or their JSON.
+        unit: Unit of loss by position: "perplexity", "bits_per_byte" or "nats"; by default perplexity, or
+            bits per byte where the runs differ in their tokens.
+
+    Raises:
+        LongrollError: for bits per byte of a run without `bytes_per_token`, and an unknown unit.
+    """
     runs = ordered(runs)
     styled = list(zip(runs, run_styles(runs), strict=True))
-    parts = (_position, _excess, _states, _remembrance, _remembrance_maps, _coverage, _tasks)
+    unit = unit or common_unit(runs)
+    parts = (
+        partial(_position, unit=unit),
+        _excess,
+        _states,
+        _remembrance,
+        _remembrance_maps,
+        _coverage,
+        _tasks,
+    )
     return [plate for part in parts for plate in part(runs, styled)]
 
 
-def _position(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
+def _position(runs: Sequence[Run], styled: tables.Styled, *, unit: str) -> list[Plate]:
     having = [(run, style) for run, style in styled if run.curve]
     if not having:
         return []
-    unit = common_unit(runs)
     ring = any(run.edge is not None for run, _ in having)
     text = LOOK_FOR["position"] + (" The ring marks where a run breaks." if ring else "")
-    panel = Panel("position", lambda look: figures.position_figure(runs, unit, look=look))
+    panel = Panel(
+        "position",
+        lambda look: figures.position_figure(runs, unit, look=look),
+        data.position_data(styled, unit),
+    )
     heading = f"{units.UNITS[unit][0].upper()}{units.UNITS[unit][1:]} by position"
     return [Plate("position", heading, text, [panel], [tables.curve_table(having)])]
 
@@ -97,7 +121,7 @@ def _excess(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     having = [(run, style) for run, style in styled if run.excess]
     if not having:
         return []
-    panel = Panel("excess", lambda look: figures.excess_figure(runs, look=look))
+    panel = Panel("excess", lambda look: figures.excess_figure(runs, look=look), data.excess_data(styled))
     return [
         Plate("excess", "Loss above a fresh start", LOOK_FOR["excess"], [panel], tables.excess_tables(having))
     ]
@@ -107,7 +131,7 @@ def _states(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     having = [(run, style) for run, style in styled if run.states]
     if not having:
         return []
-    panel = Panel("states", lambda look: figures.state_figure(runs, look=look))
+    panel = Panel("states", lambda look: figures.state_figure(runs, look=look), data.state_data(styled))
     return [
         Plate("states", "The state over position", LOOK_FOR["states"], [panel], tables.state_tables(having))
     ]
@@ -119,7 +143,11 @@ def _remembrance(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
         return []
     end = common_ends(runs)[-1]
     text = LOOK_FOR["remembrance"].format(end=units.position(end))
-    panel = Panel("remembrance", lambda look: figures.remembrance_curves(runs, end, look=look))
+    panel = Panel(
+        "remembrance",
+        lambda look: figures.remembrance_curves(runs, end, look=look),
+        data.remembrance_data(having, [end]),
+    )
     return [Plate("remembrance", "Effective remembrance", text, [panel], tables.remembrance_tables(having))]
 
 
@@ -129,7 +157,15 @@ def _remembrance_maps(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]
     if not any(len(one.ends) > 1 for one in found):
         return []  # with one end the curves say it all
     top = max(map(largest_remembrance, found))
-    panels = [Panel(f"remembrance-map-{s.label}", _remembrance_map(r, s, top), s) for r, s in having]
+    panels = [
+        Panel(
+            f"remembrance-map-{s.label}",
+            _remembrance_map(r, s, top),
+            data.remembrance_data([(r, s)], one.ends),
+            s,
+        )
+        for (r, s), one in zip(having, found, strict=True)
+    ]
     return [
         Plate(
             "remembrance-map", "Remembrance at every length", LOOK_FOR["remembrance-map"], panels, wide=False
@@ -148,7 +184,13 @@ def _coverage(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
     found = [run.coverage for run, _ in having if run.coverage]
     top, signed = max(map(largest_shift, found)), any(map(has_negative, found))
     panels = [
-        Panel(f"coverage-{s.label}", _coverage_map(r, top, signed), s, tables.causal_table(r, s))
+        Panel(
+            f"coverage-{s.label}",
+            _coverage_map(r, top, signed),
+            data.coverage_data(r, s),
+            s,
+            tables.causal_table(r, s),
+        )
         for r, s in having
     ]
     return [
@@ -174,7 +216,7 @@ def _tasks(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
             f"task-{name}",
             name.replace("_", " ").capitalize(),
             LOOK_FOR["task"],
-            [Panel(f"task-{name}", _task(runs, name))],
+            [Panel(f"task-{name}", _task(runs, name), data.task_data(styled, name))],
         )
         for name in names
     ]

@@ -111,6 +111,12 @@ def train_lengths(runs: Sequence[Run]) -> list[int]:
     return sorted({run.train_length for run in runs if run.train_length})
 
 
+def first_shown(runs: Sequence[Run]) -> float:
+    """Return the first position that figures show: before a sixteenth of T every model is cold."""
+    train = train_lengths(runs)
+    return max(1.0, train[0] / 16) if train else 1.0
+
+
 def common_unit(runs: Sequence[Run]) -> str:
     """Choose the unit in which the runs compare: perplexity, or bits per byte when their tokens differ."""
     sizes = [number(run.bytes_per_token) for run in runs]

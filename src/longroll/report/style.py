@@ -113,6 +113,8 @@ class Look:
     """Panels in all."""
     upright: bool = True
     """Whether the name of the y axis stands above it, as on the web, or runs along it, as in print."""
+    x: str = "log"
+    """Scale of an axis of positions or lengths: "log" or "linear"."""
 
     @property
     def points(self) -> float:

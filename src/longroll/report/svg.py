@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def to_svg(fig: "Figure", *, prefix: str | None = None, description: str | None = None) -> str:
+def to_svg(
+    fig: "Figure", *, prefix: str | None = None, description: str | None = None, title: str | None = None
+) -> str:
     """Return the figure as an `<svg>` element: no prolog, no date, colours as CSS variables, text as text.
 
     The same figure always gives the same string. Colours fall back to the light palette where the page does
@@ -25,6 +27,7 @@ def to_svg(fig: "Figure", *, prefix: str | None = None, description: str | None 
         fig: The figure.
         prefix: Put before every id in the SVG, another for each figure of a page; a hash by default.
         description: What a screen reader says.
+        title: What the figure shows; a browser shows it where the pointer rests.
     """
     import matplotlib
 
@@ -42,7 +45,7 @@ def to_svg(fig: "Figure", *, prefix: str | None = None, description: str | None 
     text = _page_fonts(text)
     text = _page_colours(text)
     text = re.sub(r"\n\s*", "\n", text)
-    return _page_root(text, description)
+    return _page_root(text, description, title)
 
 
 def _own_ids(text: str, prefix: str) -> str:
@@ -72,14 +75,15 @@ def _page_colours(text: str) -> str:
     return text
 
 
-def _page_root(text: str, description: str | None) -> str:
+def _page_root(text: str, description: str | None, title: str | None) -> str:
     """Write the root element: scalable, never wider than drawn, named for screen readers."""
     end = text.index(">")
     box = re.search(r"viewBox=\"([^\"]+)\"", text[:end])
     if box is None:
         raise AssertionError("matplotlib wrote an <svg> without a viewBox")
     named = f' aria-label="{html.escape(printable(description))}"' if description else ""
+    titled = f"\n<title>{html.escape(printable(title))}</title>" if title else ""
     width = float(box[1].split()[2])
     style = f"max-width:{width:g}px;stroke-linejoin:round;stroke-linecap:butt"
     root = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}"'
-    return f'{root} width="100%" role="img"{named} style="{style}"{text[end:]}'
+    return f'{root} width="100%" role="img"{named} style="{style}">{titled}{text[end + 1 :]}'

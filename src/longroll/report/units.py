@@ -29,7 +29,9 @@ def convert(nats: Any, unit: str, bytes_per_token: float | None = None) -> Any:
         return np.where(np.isfinite(out), out, np.nan)
     if unit == "bits_per_byte":
         if not bytes_per_token:
-            raise LongrollError("Bits per byte need `bytes_per_token` in every run: use unit='perplexity'.")
+            raise LongrollError(
+                "Bits per byte need `bytes_per_token` in every run: choose perplexity or nats."
+            )
         return np.asarray(nats, dtype=float) / np.log(2) / bytes_per_token
     raise LongrollError(f"Unknown unit {unit!r}: use one of {', '.join(UNITS)}.")
 

@@ -23,16 +23,25 @@ def octaves(low: float, high: float, anchor: float | None, most: int) -> list[fl
     return [low, high]
 
 
-def position_axis(ax: "Axes", low: float, high: float, train: Sequence[int], most: int) -> None:
-    """Make x a log axis of positions, labelled in octaves of the training length."""
+def position_axis(
+    ax: "Axes", low: float, high: float, train: Sequence[int], most: int, *, scale: str = "log"
+) -> None:
+    """Make x an axis of positions: log, labelled in octaves of the training length, or linear."""
     from matplotlib.ticker import NullLocator
 
-    ax.set_xscale("log", base=2)
+    if scale == "log":
+        ax.set_xscale("log", base=2)
     ax.set_xlim(low, high)
     anchor = float(train[0]) if len(train) == 1 else None
-    ticks = octaves(low, high, anchor, most)
+    ticks = octaves(low, high, anchor, most) if scale == "log" else whole_strides(low, high, most)
     ax.set_xticks(ticks, [units.position(t) for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def whole_strides(low: float, high: float, most: int) -> list[float]:
+    """Choose at most `most` ticks in [low, high] at multiples of one power of two."""
+    stride = 2.0 ** np.ceil(np.log2(high / (most - 1)))
+    return [stride * i for i in range(int(np.ceil(low / stride)), int(high / stride) + 1)]
 
 
 def value_axis(ax: "Axes", low: float, high: float, *, log: bool, most: int = 6, zero: bool = False) -> None:
@@ -82,7 +91,8 @@ def training_edge(ax: "Axes", train: Sequence[int], look: Look, *, named: bool =
             continue
         ax.axvline(length, color=MUTED.light, linewidth=0.6 * look.line, linestyle=(0, (3, 2.4)), zorder=1.5)
         if named:
-            late = np.log(length / low) > 0.7 * np.log(high / low)
+            place = ax.transLimits.transform(ax.transScale.transform((length, ax.get_ylim()[0])))
+            late = place[0] > 0.7
             ax.annotate(
                 f"trained to {units.position(length)}",
                 (length, 1),

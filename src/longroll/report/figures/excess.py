@@ -47,7 +47,7 @@ def excess_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
         ax.set_yticks(heights, [units.tick(t) for t in heights])
         ax.axhline(0, color=MUTED.light, linewidth=0.6 * look.line, zorder=1)
         first = min(first, *(length / 2 for length in train), last / 2)
-        position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
+        position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6, scale=look.x)
         training_edge(ax, train, look)
         name_axes(ax, "position in tokens", "nats above a fresh start", look)
         name_curves(fig, ax, [style for _, style in drawn], ends, look)

@@ -9,7 +9,7 @@ from longroll.report import units
 from longroll.report.figures._axes import finite_range, name_axes, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import name_curves
-from longroll.report.runs import AnyRun, Run, number, numbers, ordered, train_lengths
+from longroll.report.runs import AnyRun, Run, first_shown, number, numbers, ordered, train_lengths
 from longroll.report.style import PAPER, WEB, Look, run_styles
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ def position_figure(runs: Sequence[AnyRun], unit: str = "perplexity", *, look: L
     runs = ordered(runs)
     drawn = [(run, style) for run, style in zip(runs, run_styles(runs), strict=True) if run.curve]
     train = train_lengths(runs)
-    first = max(1.0, train[0] / 16) if train else 1.0
+    first = first_shown(runs)
     with canvas(look, look.aspect * look.points) as fig:
         ax = fig.add_subplot()
         shown: list[np.ndarray] = []
         ends: list[tuple[float, float]] = []
         last = 2 * first
         for run, style in reversed(drawn):  # the base last: on top
-            x, y, low, high = _curve(run, unit, first)
+            x, y, low, high = shown_curve(run, unit, first)
             zorder = 3 if style.role == "base" else 2.5
             ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0, zorder=zorder - 1)
             ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=zorder, solid_capstyle="round")
@@ -48,7 +48,7 @@ def position_figure(runs: Sequence[AnyRun], unit: str = "perplexity", *, look: L
             last = max(last, *x[-1:], *((run.curve and run.curve.stop) or [])[-1:])
         least, most = finite_range(shown)
         value_axis(ax, least, most, log=most > 6 * least)
-        position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6)
+        position_axis(ax, first, last, train, most=12 if look.columns > 2 else 6, scale=look.x)
         for run, style in reversed(drawn):
             _ring(ax, run, unit, first, style.color, look)
         training_edge(ax, train, look)
@@ -57,7 +57,7 @@ def position_figure(runs: Sequence[AnyRun], unit: str = "perplexity", *, look: L
     return fig
 
 
-def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def shown_curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return positions, values and interval in the unit, from `first` on."""
     curve = run.curve
     assert curve is not None
@@ -73,10 +73,11 @@ def _curve(run: Run, unit: str, first: float) -> tuple[np.ndarray, np.ndarray, n
 def _ring(ax: "Axes", run: Run, unit: str, first: float, color: str, look: Look) -> None:
     """Mark the position at which the run breaks."""
     edge = number(run.edge)
-    x, y, _, _ = _curve(run, unit, first)
+    x, y, _, _ = shown_curve(run, unit, first)
     good = np.isfinite(y)
     if np.isfinite(edge) and good.any() and x[good][0] <= edge <= x[good][-1]:
-        value = np.interp(np.log(edge), np.log(x[good]), y[good])
+        along = np.log if look.x == "log" else np.asarray
+        value = np.interp(along(edge), along(x[good]), y[good])
         ax.plot(
             [edge], [value], "o", color=color, markerfacecolor=PAPER.light, markersize=3.4 * look.line,
             markeredgewidth=0.8 * look.line, zorder=4,

@@ -50,7 +50,7 @@ def remembrance_curves(runs: Sequence[AnyRun], end: int | None = None, *, look: 
         ends: list[tuple[float, float]] = []
         shown: list[np.ndarray] = []
         for found, style in reversed(drawn):
-            x, y, low, high = _curve(found, end)
+            x, y, low, high = curve_at(found, end)
             zorder = 3 if style.role == "base" else 2.5
             ax.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0, zorder=zorder - 1)
             ax.plot(x, y, color=style.color, linestyle=style.dash, zorder=zorder)
@@ -125,7 +125,7 @@ def largest_remembrance(found: Remembrance) -> float:
     return max(finite_range([numbers(found.mean)])[1], 0.1)
 
 
-def _curve(found: Remembrance, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def curve_at(found: Remembrance, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return starts, remembrance and interval at one end, without the starts that lie past it."""
     x, column = numbers(found.starts), found.ends.index(end)
     y = numbers(found.mean)[:, column]

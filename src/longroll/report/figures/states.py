@@ -8,7 +8,7 @@ import numpy as np
 from longroll.report.figures._axes import finite_range, position_axis, training_edge, value_axis
 from longroll.report.figures._canvas import canvas
 from longroll.report.figures._labels import legend
-from longroll.report.runs import AnyRun, numbers, ordered, train_lengths
+from longroll.report.runs import AnyRun, first_shown, numbers, ordered, train_lengths
 from longroll.report.style import MUTED, WEB, Look, run_styles
 from longroll.results import LayerStates, States
 
@@ -28,7 +28,7 @@ def state_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
     columns = min(look.columns, max(len(layers), 1)) if len(layers) != 4 else 2
     rows = -(-len(layers) // columns) or 1
     train = train_lengths(runs)
-    warm = max(1.0, train[0] / 16) if train else 1.0  # as in the position figure
+    warm = first_shown(runs)
     height = rows * min(0.78 * look.points / columns, 0.42 * look.points) + 3.4 * look.text
     wide = any(_explodes(numbers(layer.std)) for states, _ in drawn for layer in states.layers)
     with canvas(look, height) as fig:
@@ -49,7 +49,9 @@ def state_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
                 shown.append(y)
                 first, last = min(first, *x[:1]), max(last, *x[-1:])
             value_axis(ax, *finite_range(shown), log=wide, most=5, zero=True)
-            position_axis(ax, min(first, last / 2), last, train, most=6 if look.columns > 2 else 4)
+            position_axis(
+                ax, min(first, last / 2), last, train, most=6 if look.columns > 2 else 4, scale=look.x
+            )
             training_edge(ax, train, look, named=False)
             ax.set_title(f"layer {layer}", loc="left", color=MUTED.light, fontsize=look.small)
             if i >= len(layers) - columns:

@@ -90,7 +90,7 @@ def task_curves(runs: Sequence[AnyRun], task: str, *, look: Look = WEB) -> "Figu
                 below, above = (numbers(end).ravel() for end in (grid.low, grid.high))
                 ax.fill_between(lengths, below, above, color=style.color, alpha=0.13, linewidth=0)
             ends.append((lengths[-1], mean[-1]))
-        position_axis(ax, low / 1.1, high * 1.1, train, 8 if look.upright else 6)
+        position_axis(ax, low / 1.1, high * 1.1, train, 8 if look.upright else 6, scale=look.x)
         value_axis(ax, 0, 1, log=False, zero=True)
         training_edge(ax, train, look)
         metric = printable(drawn[0][2].metric or "accuracy").replace("_", " ")
