@@ -3,7 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longroll import TBPTT, FittedNoise, LongrollError, RandomNoise, RecurrentState, StateKey, StatePassing
+from longroll import (
+    TBPTT,
+    FittedNoise,
+    LongrollError,
+    RandomNoise,
+    RecurrentState,
+    StateKey,
+    StatePassing,
+    ranks,
+)
 from longroll.interventions import INTERVENTIONS, Intervention, intervention_of
 from zoo import assert_same_state
 
@@ -319,6 +328,28 @@ def test_fitted_noise_averages_with_momentum(momentum, batches):
         )
     for found, moment in zip(fitted.moments[H], expected, strict=True):  # mean and mean square
         torch.testing.assert_close(found.flatten().double(), moment, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_fitted_noise_of_several_ranks_is_that_of_all_their_rows(order, monkeypatch):
+    """Ranks of 1, 2 and 5 rows, one after another: the last reads the sum of what all sent."""
+    final, sent = final_state(rows=8), []
+    parts = list(zip(*(tensor.split([1, 2, 5]) for tensor in final.values()), strict=True))
+    whole, fitted = FittedNoise(), FittedNoise()
+    whole.observe(final)
+
+    def all_reduce(tensor):
+        sent.append(tensor.clone())
+        tensor.copy_(sum(sent))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(ranks, "alone", lambda: False)
+    for rank in order:
+        fitted = FittedNoise()
+        fitted.observe(RecurrentState(dict(zip(final, parts[rank], strict=True)), seen=final.seen))
+    assert len(sent) == len(order)
+    for key, expected in whole.moments.items():
+        torch.testing.assert_close(fitted.moments[key], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fitted_noise_of_a_constant_state_is_that_state():

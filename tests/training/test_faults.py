@@ -7,12 +7,16 @@ import signal
 import pytest
 import ranked
 import torch
+import torch.distributed as dist
 from ranked import run
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
+from transformers import TrainerCallback, TrainingArguments
 
-from longroll import LongrollError, StateKey
+from longroll import InitialStateTrainer, LongrollError, StateKey
 from longroll.training import checkpoints, guard
+from zoo import build
 
 OPTIONS = {"length": 8, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
 
@@ -32,6 +36,13 @@ def run_with(callback, output, monkeypatch, kind="sp", **more):
     with monkeypatch.context() as patch:
         patch.setattr(ranked, "Killed", lambda *_: callback)
         return run(kind, str(output), options=OPTIONS | more, kill=0)
+
+
+def ready(folder):
+    """A trainer between its first backward pass and the step."""
+    trainer = InitialStateTrainer(build("mamba2"), TrainingArguments(str(folder), use_cpu=True, report_to=[]))
+    trainer._tr_loss = torch.zeros(())
+    return trainer
 
 
 def saved(folder):
@@ -84,6 +95,36 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(kind, tmp_path, monkeypatch
     with pytest.raises(LongrollError, match=r"Step 4: .* is not finite.*`learning_rate`"):
         run_with(At(3, spoil), tmp_path / "out", monkeypatch, kind)
     assert all(t.isfinite().all() for t in saved(tmp_path / "out" / "checkpoints" / "checkpoint-2").values())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_guard_is_given_torchs_optimizer(wrapped, tmp_path, monkeypatch):
+    """Accelerate wraps it; `found_inf` must be set on torch's own."""
+    trainer, given = ready(tmp_path), []
+    optimizer = trainer.create_optimizer()
+    if wrapped:
+        trainer.optimizer = trainer.accelerator.prepare(optimizer)
+        assert trainer.optimizer is not optimizer
+    monkeypatch.setattr(trainer._guard, "before_step", lambda *args, **_: given.append(args[0]))
+    trainer._get_grad_norm(trainer.model, grad_norm=torch.ones(()))
+    assert len(given) == 1 and given[0] is optimizer
+
+
+def test_a_sharded_gradient_norm_is_read_whole(tmp_path):
+    """FSDP2 gives a DTensor."""
+    trainer = ready(tmp_path)
+    trainer.create_optimizer()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        finite, infinite = (
+            DTensor.from_local(torch.tensor(norm), mesh, [Partial()]) for norm in (1.0, torch.inf)
+        )
+        trainer._get_grad_norm(trainer.model, grad_norm=finite)
+        with pytest.raises(LongrollError, match=r"Step 1: .*gradient is not finite"):
+            trainer._get_grad_norm(trainer.model, grad_norm=infinite)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):

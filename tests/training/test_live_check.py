@@ -7,7 +7,16 @@ import torch
 from test_trainer import assert_same_weights, data_for, quick_collections, train
 from transformers import TrainingArguments
 
-from longroll import TBPTT, FittedNoise, InitialStateTrainer, LongrollError, RandomNoise, StatePassing
+from longroll import (
+    TBPTT,
+    FittedNoise,
+    InitialStateTrainer,
+    LongrollError,
+    RandomNoise,
+    RecurrentState,
+    StateKey,
+    StatePassing,
+)
 from longroll.families._cache import StateCache
 from longroll.training._live_check import LiveCheck, _foreign
 from zoo import build
@@ -138,3 +147,24 @@ def test_no_parameter_has_a_gradient_from_it(tmp_path):
     assert not trainer._live_check.done
     trainer.compute_loss(model, batch)
     assert trainer._live_check.done and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("answer", [0.0, 1.0])
+def test_all_ranks_check_and_stop_where_one_must(answer, monkeypatch):
+    """This rank has a zero state and no fault; `answer` is what the other rank says."""
+
+    def all_reduce(tensor, op):
+        assert op == torch.distributed.ReduceOp.MAX
+        tensor.clamp_min_(answer)
+
+    group = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_backend": lambda: "gloo"}
+    for name, function in (group | {"all_reduce": all_reduce}).items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    check, key = LiveCheck(torch.nn.Identity()), StateKey(0, "recurrent")
+    zero, one = (RecurrentState({key: torch.full((2, 3, 4), value)}) for value in (0.0, 1.0))
+    assert check.due(zero) == bool(answer) and check.due(one)
+    if not answer:
+        check.read(lambda state: state[key] * 2, one)
+        return
+    with pytest.raises(LongrollError, match="seen on another rank"):
+        check.read(lambda state: state[key] * 2, zero)

@@ -19,11 +19,11 @@ from test_trainer import (
     quick_collections,
     train,
 )
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from longroll import TBPTT, InitialStateTrainer, LongrollError, StatePassing
-from longroll.data import StreamingLanes, Windows
+from longroll.data import Lanes, StreamingLanes, Windows
 from zoo import VOCAB, build, lm_of
 
 __all__ = ["quick_collections"]  # a fixture of each test here
@@ -104,6 +104,16 @@ def test_data_with_lanes_are_read_in_order_whatever_their_class(tmp_path):
         train(
             other, StatePassing(), Ordered(lanes(), ROWS), tmp_path, train_sampling_strategy="group_by_length"
         )
+
+
+def test_the_order_is_that_of_the_data_asked_about(tmp_path):
+    """A host may ask about its own data, or about others in their place."""
+    for mine, others in [(lanes(), ragged()), (ragged(), lanes())]:
+        trainer = InitialStateTrainer(build("mamba2"), arguments(tmp_path), train_dataset=mine)
+        for asked, given in [(mine, ()), (mine, (mine,)), (others, (others,))]:
+            sampler = trainer._get_train_sampler(*given)
+            assert isinstance(sampler, SequentialSampler) == isinstance(asked, Lanes)
+            assert len(sampler) == len(asked)
 
 
 def test_a_stream_of_documents_for_tbptt(tmp_path):

@@ -168,6 +168,21 @@ def test_a_checkpoint_without_the_interventions_memory_is_refused(tmp_path):
         train(build("mamba2"), StatePassing(), data_for("sp"), tmp_path, resume=last, **options)
 
 
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 4), (3, 4)])
+def test_a_rank_goes_on_from_its_own_rows_of_another_number_of_ranks(rank, processes, tmp_path, monkeypatch):
+    key = longroll.StateKey(0, "recurrent")
+    rows = torch.randn(4, 3, 5)
+    for saved, part in enumerate(rows.split(2)):
+        intervention = StatePassing()
+        intervention.observe(longroll.RecurrentState({key: part}))
+        torch.save(intervention.state_dict(), tmp_path / f"intervention_{saved}.pt")
+    trainer = InitialStateTrainer(build("mamba2"), arguments(tmp_path), intervention=StatePassing())
+    monkeypatch.setattr(TrainingArguments, "process_index", rank)
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert torch.equal(trainer.intervention.passed[key], rows.view(processes, -1, 3, 5)[rank])
+
+
 # ---- the state really enters the loss
 
 
