@@ -78,7 +78,9 @@ Y = Annotated[
 
 TaskFormat = Annotated[
     Format | None,
-    typer.Option("--format", help="Of the figures in --output. Default: svg.", show_default=False),
+    typer.Option(
+        "--format", help="File format of the figures in --output. Default: svg.", show_default=False
+    ),
 ]
 
 

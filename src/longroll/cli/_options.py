@@ -62,7 +62,7 @@ PluginName = Annotated[
         help="Import this module of yours first; its function BUILD makes the model by its name.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything drawn at random.", min=0, max=2**32 - 1)]
+Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1)]
 
 
 def file_to_write(context: typer.Context, path: Path | None) -> Path | None:

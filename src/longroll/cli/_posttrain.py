@@ -112,7 +112,9 @@ def posttrain(
         bool | None, typer.Option(help="Set the conv state too. Default: all but random.")
     ] = None,
     noise_std: Annotated[float, typer.Option(help="Std of random noise.")] = 1.0,
-    momentum: Annotated[float, typer.Option(help="Of the moments that fitted noise fits.")] = 0.9,
+    momentum: Annotated[
+        float, typer.Option(help="Weight of the past in the moments that fitted noise fits.")
+    ] = 0.9,
     lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
     bf16: Annotated[
         bool | None,

@@ -39,7 +39,7 @@ def stages(label: str) -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 Show = Callable[..., None]
-"""Of the work's name, how much is done, the total if it is known, and a note."""
+"""Takes the work's name, how much is done, the total if it is known, and a note."""
 
 
 def _on_terminal() -> bool:

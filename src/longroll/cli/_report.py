@@ -30,13 +30,13 @@ def report(
         ),
     ] = None,
     format: Annotated[
-        f.Format | None, typer.Option(help="Of these figures. Default: pdf.", show_default=False)
+        f.Format | None, typer.Option(help="File format of these figures. Default: pdf.", show_default=False)
     ] = None,
     width: f.Width = None,
     font_size: f.FontSize = None,
     x: f.X = None,
     y: f.Y = None,
-    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
 ) -> None:
     """Draw one self-contained HTML page comparing any number of diagnoses."""
     from longroll.cli._console import out

@@ -141,7 +141,7 @@ def rounding(rounded: RecurrentLM, exact: RecurrentLM, ids: Tensor, pieces: Sequ
 
 
 class Gradients(NamedTuple):
-    """Of the mean cross-entropy of a text."""
+    """Gradients of the mean cross-entropy of a text."""
 
     loss: Tensor
     weights: dict[str, Tensor]

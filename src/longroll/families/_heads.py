@@ -36,7 +36,7 @@ def xlstm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def inkling(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Of hidden states over `logits_mup_width_multiplier`; without the padding of the vocabulary."""
+    """The head of hidden states over `logits_mup_width_multiplier`; without the padding of the vocabulary."""
     logits = plain(model, hidden / model.config.logits_mup_width_multiplier)
     return logits[..., : model.config.unpadded_vocab_size]
 

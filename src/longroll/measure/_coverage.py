@@ -61,7 +61,7 @@ class LayerCoverage:
     energy: Tensor
     """Energy distance, in in-range standard deviations: 0 for the same distribution."""
     p: Tensor
-    """Of the permutation test."""
+    """The p-value of the permutation test."""
     outside: Tensor
     """Whether the difference is more than sampling noise, all heads of the model considered."""
     norm_low: Tensor

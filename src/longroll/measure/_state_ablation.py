@@ -30,7 +30,7 @@ Mode = Literal["rescale", "swap"]
 DAMAGE = 0.05
 """Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
 SHARE = 0.8
-"""Of what all heads together recover: heads that recover as much are said to carry the damage."""
+"""Share of what all heads recover: heads that recover as much are said to carry the damage."""
 _EXPLAINS = 0.2  # of the damage: with less than this back, all heads held, their range is not the cause
 _GAIN = 0.01  # a head that adds less to the greedy list ends it
 _ROWS = 64  # of trials and texts read together

@@ -145,7 +145,7 @@ def _difference(run: DiagnosisResult, other: DiagnosisResult, level: str, seed: 
 
 
 def _unpaired(ours: Tensor, theirs: Tensor, seed: int) -> Difference:
-    """Of the means of independent texts, (B,) and (C,): their intervals' arms add in squares.
+    """Difference of the means of independent texts, (B,) and (C,): their intervals' arms add in squares.
 
     Source: Zou & Donner 2008, "Construction of confidence limits about effect measures".
     """

@@ -26,7 +26,7 @@ from longroll.state import RecurrentState
 
 _SHORTEST = 64  # tokens of a row in one forward
 _STATE_BYTES = 2**31
-"""Of the states that are rolled out together (on a GPU an eighth of what is free, where that is more).
+"""Bytes of the states that are rolled out together (on a GPU an eighth of what is free, where that is more).
 
 More rows of text go one after another.
 """

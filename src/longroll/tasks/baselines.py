@@ -141,7 +141,7 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
 
 
 def _entropies(lm: RecurrentLM, read: Prefilled, tokens: int) -> list[float]:
-    """Of each row, summed over the first tokens that it would write."""
+    """Entropy of each row, summed over the first tokens that it would write."""
     hidden, state, total = read.hidden, read.state, torch.zeros(len(read.rows))
     for left in reversed(range(tokens)):
         logits = lm.head(hidden)

@@ -107,7 +107,7 @@ class PosttrainOptions:
     format: str = "transformers"
     """Whose layout is written: `transformers`, or `original` for state-spaces or BlinkDL."""
     seed: int = 0
-    """Of the data order."""
+    """Seed of the data order."""
 
     def __post_init__(self) -> None:
         for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):

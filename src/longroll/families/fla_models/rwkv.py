@@ -18,7 +18,7 @@ class RWKVConfig(FlaConfig):
     norm_bias: bool = True
     norm_eps: float = 1e-5
     group_norm_eps: float | None = None
-    """Of the norm after the recurrence; None is fla's. BlinkDL's checkpoints have 64e-5 whatever the size."""
+    """Epsilon of the norm after the recurrence; None is fla's. BlinkDL's is 64e-5 at every size."""
 
 
 class RWKVBlock(GradientCheckpointingLayer):

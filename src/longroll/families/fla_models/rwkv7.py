@@ -138,7 +138,7 @@ class RWKV7Attention(nn.Module):
 
 
 def _ranks(config: RWKV7Config) -> dict[str, int]:
-    """Of the LoRAs; what the config leaves out follows from the sizes."""
+    """Ranks of the LoRAs; what the config leaves out follows from the sizes."""
     root, factor = config.hidden_size**0.5, config.head_dim / 64
     guess = {
         "decay": 2.5 * root * factor,

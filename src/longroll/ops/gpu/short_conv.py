@@ -20,7 +20,7 @@ from longroll.ops._common import strides
 TILE, CHANNELS = 8, 256
 FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
 BACKWARD = {"STEPS": 64, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
-"""Of a program: TILE steps are unrolled, so that their inputs are read together; pinned, nothing is tuned."""
+"""Sizes of a program: TILE steps are unrolled, so that their inputs are read together; nothing is tuned."""
 
 
 @triton.jit

@@ -30,7 +30,7 @@ OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
 FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
-"""Of tiles narrower than this Triton 3.6 and 3.7 miscompile products by four warps: triton issue 11366."""
+"""Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _ssd_steps(
 
 @triton.jit
 def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
-    """Of the chunk at `at`: step sizes (CHUNK,), the running sum of dt A, and its last."""
+    """Load the chunk at `at`: step sizes (CHUNK,), the running sum of dt A, and its last."""
     return (
         tl.load(sizes_ptr + at + step),
         tl.load(levels_ptr + at + step),
