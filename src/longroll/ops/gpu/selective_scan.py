@@ -24,7 +24,7 @@ SPAN, TILE = 64, 2
 BLOCK, WARPS = 32, 1
 """A warp to a program, so that no sum over channels crosses warps; pinned, nothing is tuned."""
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
-"""Registers of a lane in backward, for up to 16 numbers a channel; more would leave fewer programs running."""
+"""Registers of a lane in backward, for up to 16 numbers a channel: more leave fewer programs running."""
 ROOM = 1 << 28
 """Numbers of the tiles' states that exist at a time: backward goes through a longer text part by part."""
 LN_2 = tl.constexpr(1 / LOG2_E)
