@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from longroll import LongrollError, diagnose, position_loss, state_statistics
 from longroll.measure._position_loss import PositionLoss, log_spaced
-from longroll.measure.roll_out import roll_out
+from longroll.measure.roll_out import LOGITS, roll_out
 from zoo import CONFIGS, RECURRENT, VOCAB, assert_close, assert_same_state, lm_of, tokens
 
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -57,7 +57,7 @@ def test_every_target_has_its_own_position():
 def test_sliced_logits_give_the_same_loss(monkeypatch):
     lm, ids = lm_of("mamba2"), tokens(3, 61)
     whole = position_loss(lm, ids).losses
-    monkeypatch.setitem(position_loss.__globals__, "_LOGITS", {"cpu": 4 * 3 * VOCAB})  # 4 positions at a time
+    monkeypatch.setitem(LOGITS, "cpu", 4 * 3 * VOCAB)  # 4 positions at a time
     assert_close(position_loss(lm, ids).losses, whole, 1e-6)
 
 

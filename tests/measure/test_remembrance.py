@@ -10,6 +10,7 @@ from longroll.errors import LongrollError
 from longroll.measure._state_statistics import head_rank, state_statistics
 from longroll.measure.distances import head_distance, logit_distance
 from longroll.measure.remembrance import effective_remembrance, remembrance_map, spread_starts
+from longroll.measure.roll_out import LOGITS
 from longroll.report.figures import remembrance_curves
 from longroll.report.figures import remembrance_map as draw_map
 
@@ -109,7 +110,7 @@ def test_slices_of_rows_change_nothing(monkeypatch):
     lm = zoo.lm_of("mamba2")
     hidden = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
     whole = head_distance(lm, hidden[0], hidden, "tv")
-    monkeypatch.setattr("longroll.measure.distances._LOGITS", 600)
+    monkeypatch.setitem(LOGITS, "cpu", 600)
     torch.testing.assert_close(head_distance(lm, hidden[0], hidden, "tv"), whole)
 
 
