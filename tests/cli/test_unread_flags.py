@@ -16,7 +16,9 @@ TOLD = [("intervention", choice, READ_BY_INTERVENTION) for choice in Choice]
 TOLD += [("task", task, READ_BY_TASK) for task in (None, *TaskName)]
 
 
-@pytest.mark.parametrize(("chosen", "value", "readers"), TOLD, ids=lambda value: str(value)[:12])
+@pytest.mark.parametrize(
+    ("chosen", "value", "readers"), TOLD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_an_unread_flag_is_named_before_any_work(tmp_path, chosen, value, readers):
     choice = [f"--{chosen}", value] if value else []
     for name, values in readers.items():
