@@ -1,13 +1,17 @@
-# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
+# Each command makes the environment that it needs, from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# What changes most, for daily work; `make test` runs everything.
+# The tests of `make test-fast`, for daily work.
 FAST   := tests/data tests/interventions tests/results tests/test_*.py tests/measure/test_compare.py \
           tests/cli/test_flags.py tests/cli/test_progress.py tests/cli/test_streams.py \
           tests/training/test_arguments.py tests/training/test_batch.py tests/training/test_loss.py
 
-.PHONY: quickstart test test-fast lint mutants clean
+# What is tried with the lowest and the newest versions of the dependencies.
+SHORT  := tests/cli tests/data tests/interventions tests/measure tests/results tests/report tests/test_*.py \
+          tests/training/test_trainer.py tests/training/test_lora.py tests/conformance/test_laws.py
+
+.PHONY: quickstart test test-fast test-lowest test-newest test-wheel lint docs mutants clean
 quickstart: $(VENV)/.installed
 	$(BIN)/longroll quickstart --output longroll-out
 
@@ -22,6 +26,24 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check src tests benchmarks recipes examples dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+test-wheel:
+	$(PYTHON) dev/check_wheel.py
+
+# Each makes an environment of its own: the lower bounds of pyproject.toml, and the newest releases.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PYTHON) dev/lowest.py lora > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/lowest.txt -e ".[lora]" pytest hypothesis psutil
+	$(VENV)-lowest/bin/python -m pytest $(SHORT)
+
+test-newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)-newest/bin/python -m pytest $(SHORT)
+
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[mutants]"
 	$(BIN)/python dev/mutants.py --json dev/mutants.json
@@ -35,5 +57,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) longroll-out mutants
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest longroll-out mutants site

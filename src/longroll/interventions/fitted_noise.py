@@ -23,7 +23,9 @@ class FittedNoise(Intervention):
 
     Args:
         momentum: weight of the past in the running moments, 0 (last batch only) to below 1.
-        zero_probability, conv, seed: as for every intervention.
+        zero_probability: probability that a row starts from the zero state, 0 to 1.
+        conv: draw the conv part of the state too.
+        seed: random seed of the draws.
     """
 
     name = "fitted"

@@ -20,8 +20,10 @@ class RandomNoise(Intervention):
 
     Args:
         std: standard deviation of the noise.
-        zero_probability, conv, seed: as for every intervention; conv tails are inputs, not states, and
-            are left at zero unless asked.
+        zero_probability: probability that a row starts from the zero state, 0 to 1.
+        conv: draw the conv part too. By default it starts from zero, since conv tails are inputs rather than
+            states.
+        seed: random seed of the draws.
     """
 
     name = "random"

@@ -41,7 +41,6 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             which is loaded in float32.
         args: as for Trainer.
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
-        restart: as for `InitialStateMixin`: what documents inside a packed row start from.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
         cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
@@ -49,7 +48,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             and packed ones run as without.
         weights: `float32`: parameters in 16 bits are trained in float32, under bf16 autocast on a GPU, and
             `save_model` writes matrices in 16 bits again. `bf16`: matrices stay in (or come to) bfloat16.
-        **kwargs: as for Trainer.
+        **kwargs: as for Trainer, and `restart` as for `InitialStateMixin`.
 
     Raises:
         LongrollError: as `InitialStateMixin`; for a decay speed where no decay is trained, and CUDA graphs
