@@ -1,7 +1,7 @@
 """Hook of mkdocs: pages and files outside docs/ become part of the site, and links to them resolve.
 
-Links in Markdown files are relative to the place of the file in the repository. The site copies each file that a
-page links to outside docs/ into its folder `repository`. `<!-- README: The tree -->` becomes that section.
+Links in Markdown files are relative to the place of the file in the repository. The site holds a copy of each
+file outside docs/ that a page links to. `<!-- README: The tree -->` is replaced by that section of README.md.
 """
 
 from __future__ import annotations
