@@ -47,7 +47,7 @@ class Plugin:
             return importlib.import_module(module)
 
     def __call__(self, name: str) -> Any:
-        """What `build` makes of a name."""
+        """Return what `build` makes of a name."""
         assert self.build is not None
         with self._named():
             return self.build(name)

@@ -131,20 +131,20 @@ def _hold(lm: RecurrentLM, what: str, apart: Tensor, limit: float) -> None:
 
 
 def _limit(lm: RecurrentLM) -> float:
-    """How far apart rounding may drive two forwards that should be one."""
+    """Return how far apart rounding may drive two forwards that should be one."""
     if next(lm.model.parameters()).dtype.itemsize < 4:
         return 5e-2
     return 1e-3 if lm.device.type == "cpu" else 1e-2  # where cudnn and fla take tf32 for float32
 
 
 def _flips(lm: RecurrentLM) -> bool:
-    """Whether a rounding may send a token to other experts."""
+    """Return whether a rounding may send a token to other experts."""
     exact = next(lm.model.parameters()).dtype.itemsize >= 4 and lm.device.type == "cpu"
     return not exact and any("expert" in name for name, _ in lm.model.named_modules())
 
 
 def _apart(actual: Tensor, expected: Tensor) -> Tensor:
-    """Norm of the difference of (..., D) over that of what is expected, (...)."""
+    """Return norm of the difference of (..., D) over that of what is expected, (...)."""
     if not expected.is_floating_point():
         actual, expected = actual.float(), expected.float()
     size = expected.float().norm(dim=-1).clamp_min(1e-6)

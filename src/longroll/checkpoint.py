@@ -43,12 +43,12 @@ class Checkpoint:
     """Tensors of the files that the model's class does not hold (multi-token prediction, towers)."""
 
     def unused_tensors(self) -> dict[str, Tensor]:
-        """What a model saved in the place of this one would lose."""
+        """Return what a model saved in the place of this one would lose."""
         return read_tensors(self.folder, self.unused)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read the weights of `folder` from."""
+    """Return the files that transformers would read the weights of `folder` from."""
     for name in _INDEXED:
         if (folder / name).is_file():
             return [folder / name]
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor in the weights of `folder`, by the files' own names."""
+    """Return every tensor in the weights of `folder`, by the files' own names."""
     found = {}
     for file in weight_files(folder):
         if file.suffix == ".bin":
@@ -82,7 +82,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def load_pickle(file: Path) -> dict[str, Any]:
-    """A `.bin` file's tensors, mapped where the format allows it; nothing else is unpickled."""
+    """Return a `.bin` file's tensors, mapped where the format allows it; nothing else is unpickled."""
     tensors: dict[str, Any]
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -92,7 +92,7 @@ def load_pickle(file: Path) -> dict[str, Any]:
 
 
 def common_dtype(stored: Iterable[Stored]) -> torch.dtype | None:
-    """The dtype of most numbers."""
+    """Return the dtype of most numbers."""
     counts: Counter[torch.dtype | None] = Counter()
     for tensor in stored:
         counts[tensor.dtype] += tensor.size
@@ -100,7 +100,7 @@ def common_dtype(stored: Iterable[Stored]) -> torch.dtype | None:
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Some of the tensors of `folder`, on the CPU."""
+    """Return some of the tensors of `folder`, on the CPU."""
     wanted, found = set(names), {}
     for file in weight_files(folder) if wanted else ():
         if file.suffix == ".bin":
@@ -112,7 +112,7 @@ def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def unused_names(stored: Iterable[str], model: Any, unexpected: Iterable[str]) -> tuple[str, ...]:
-    """Names in the files of tensors that `model` was read without.
+    """Return names in the files of tensors that `model` was read without.
 
     Args:
         stored: the files' names.

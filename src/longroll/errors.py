@@ -12,16 +12,16 @@ class LongrollError(Exception):
     """Whether another process has said it."""
 
     def __str__(self) -> str:
-        """The message in one line, also where it quotes another library's lines."""
+        """Return the message in one line, also where it quotes another library's lines."""
         return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, short enough to stand inside one line of ours."""
+    """Return what an exception of another library says, short enough to stand inside one line of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def named(error: BaseException) -> str:
-    """What an exception of the user's own code says, with its class, in one line."""
+    """Return what an exception of the user's own code says, with its class, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -51,13 +51,17 @@ def _replace(place: Path, data: bytes) -> None:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether bytes go into `path` one after the other: a device, a pipe, a socket, an open descriptor."""
+    """Return whether bytes go into `path` one after the other: a device, a pipe, a socket, an open
+    descriptor.
+    """
     special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
     return special or descriptor(path) is not None
 
 
 def descriptor(path: str | os.PathLike[str]) -> int | None:
-    """The open file of this process that `path` leads to: 1 for /dev/stdout, 3 for /dev/fd/3; or None."""
+    """Return the open file of this process that `path` leads to: 1 for /dev/stdout, 3 for /dev/fd/3; or
+    None.
+    """
     name = os.path.abspath(path)
     for _ in range(40):  # as many links as Linux follows
         if found := re.fullmatch(rf"/(?:dev|proc/(?:self|{os.getpid()}))/fd/(\d+)", name):

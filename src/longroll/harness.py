@@ -180,7 +180,7 @@ class LongrollLM(TemplateLM):
         return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with the tokenizer's special tokens unless told otherwise, as `hf` does."""
+        """Return token ids, with the tokenizer's special tokens unless told otherwise, as `hf` does."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         first = self._prefix_or_none()
         if self.tokenizer is not None and add_special_tokens is None and first is not None:
@@ -191,7 +191,7 @@ class LongrollLM(TemplateLM):
         return [*prefix, *self._tokenizer.encode(string).tolist()]
 
     def tok_decode(self, ids: Ids) -> str:
-        """The text of ids without special tokens."""
+        """Return the text of ids without special tokens."""
         if self.tokenizer is None:
             return self._tokenizer.decode(ids)
         return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
@@ -199,7 +199,7 @@ class LongrollLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat."""
+        """Return the text of a chat."""
         if self.tokenizer is None:
             raise LongrollError(f"--apply_chat_template: {self._tokenizer.name} has no chat template.")
         return self.tokenizer.apply_chat_template(
@@ -211,7 +211,7 @@ class LongrollLM(TemplateLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each read once from the beginning token to its end."""
+        """Return log-likelihood of whole texts, each read once from the beginning token to its end."""
         texts = [(None, [self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
         totals = [total for total, _ in self._loglikelihood_tokens(texts, disable_tqdm)]
         for request, total in zip(requests, totals, strict=True):
@@ -224,7 +224,7 @@ class LongrollLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would give it."""
+        """Return log-likelihood of each continuation, and whether greedy decoding would give it."""
         asked: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             asked[tuple(request[1])].append(number)
@@ -251,7 +251,7 @@ class LongrollLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to their stop sequences.
+        """Return Greedy continuations up to their stop sequences.
 
         Raises:
             LongrollError: for a request to sample, and other options than those of greedy decoding.
@@ -293,7 +293,9 @@ class LongrollLM(TemplateLM):
         return written
 
     def _answer(self, ids: np.ndarray) -> str | None:
-        """The text after the reasoning, or all of it without `think_end_token`; None while it reasons."""
+        """Return the text after the reasoning, or all of it without `think_end_token`; None while it
+        reasons.
+        """
         mark = self.think_end_token
         if mark is None:
             return self.tok_decode(ids)
@@ -342,7 +344,9 @@ class LongrollLM(TemplateLM):
 
     @torch.no_grad()
     def _continue(self, read: Prefilled, continuations: Sequence[Ids]) -> list[tuple[float, bool]]:
-        """Log-likelihood of a continuation of each row, and whether it is greedy, in constant memory."""
+        """Return log-likelihood of a continuation of each row, and whether it is greedy, in constant
+        memory.
+        """
         longest = max(map(len, continuations))
         # filled up at the end, where nothing is read any more
         ids = torch.from_numpy(np.stack([np.resize(ids, longest) for ids in continuations]).astype(np.int64))
@@ -356,7 +360,9 @@ class LongrollLM(TemplateLM):
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def _score(self, hidden: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the targets (B, T) that count, summed (B,); whether each is the argmax."""
+        """Return log-probabilities of the targets (B, T) that count, summed (B,); whether each is the
+        argmax.
+        """
         total = torch.zeros(len(hidden), dtype=torch.float64)
         greedy = torch.ones(len(hidden), dtype=torch.bool)
         size = max(1, _SCORED // (hidden.shape[0] * self.lm.vocab_size))
@@ -369,14 +375,14 @@ class LongrollLM(TemplateLM):
 
 
 def _positive(name: str, value: Any) -> int:
-    """A number of `--model_args` that counts something."""
+    """Return a number of `--model_args` that counts something."""
     if isinstance(value, bool) or not str(value).isdigit() or int(value) < 1:
         raise LongrollError(f"--model_args {name}={value}: give a whole number, at least 1.")
     return int(value)
 
 
 def _alike(one: Ids, other: Ids, most: int) -> int:
-    """How many tokens two prompts begin with alike, at most `most`."""
+    """Return how many tokens two prompts begin with alike, at most `most`."""
     differing = (at for at in range(most) if one[at] != other[at])
     return next(differing, most)
 

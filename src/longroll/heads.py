@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def has_heads(tensor: Tensor) -> bool:
-    """Whether axis 1 of a state (B, ...) holds heads, rather than the channels of one."""
+    """Return whether axis 1 of a state (B, ...) holds heads, rather than the channels of one."""
     return tensor.ndim > 3
 
 
@@ -31,7 +31,7 @@ def channels_of(tensor: Tensor) -> Tensor:
 
 
 def head_norms(tensor: Tensor) -> Tensor:
-    """Euclidean norm of each head of a state (B, ...), (B, heads), in float32 or wider."""
+    """Return euclidean norm of each head of a state (B, ...), (B, heads), in float32 or wider."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     norms: Tensor = heads_of(tensor).flatten(2).to(dtype).norm(dim=2)
     return norms

@@ -28,7 +28,9 @@ def record(config: Any, step: Mapping[str, Any]) -> None:
 
 
 def history(config: Any) -> list[dict[str, Any]]:
-    """The post-training runs that a config tells of, in order; an entry of another form tells of none."""
+    """Return the post-training runs that a config tells of, in order; an entry of another form tells of
+    none.
+    """
     kept = getattr(config, ENTRY, None)
     runs = kept.get("posttrain") if isinstance(kept, Mapping) else None
     known = [dict(run) for run in runs if isinstance(run, Mapping)] if isinstance(runs, list) else []
@@ -63,5 +65,5 @@ def read_beside(config: Any, place: Path) -> None:
 
 
 def _file_beside(place: Path) -> Path:
-    """`place` is a folder of state-spaces or a file of BlinkDL."""
+    """Return `place` is a folder of state-spaces or a file of BlinkDL."""
     return place.with_name(f"{place.name}.longroll.json") if place.suffix == ".pth" else place / BESIDE

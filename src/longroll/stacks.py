@@ -22,13 +22,15 @@ class Stacks(Generic[Key]):
         self.groups = [list(keys) for keys in groups]
 
     def view(self, tensors: Mapping[Key, Tensor]) -> Iterator[Tensor]:
-        """The stacks, to be read only: the memory of `tensors` where it is one stack already."""
+        """Return the stacks, to be read only: the memory of `tensors` where it is one stack already."""
         for keys in self.groups:
             group = [tensors[key] for key in keys]
             yield _whole(group) if _is_whole(group) else torch.stack(group)
 
     def copy(self, tensors: Mapping[Key, Tensor], out: Iterable[Tensor] | None = None) -> list[Tensor]:
-        """The stacks in memory of their own, off the graph; written into the stacks `out` where given."""
+        """Return the stacks in memory of their own, off the graph; written into the stacks `out` where
+        given.
+        """
         groups = [[tensors[key] for key in keys] for keys in self.groups]
         stacks = list(out) if out is not None else [g[0].new_empty(len(g), *g[0].shape) for g in groups]
         for stack, group in zip(stacks, groups, strict=True):
@@ -36,13 +38,13 @@ class Stacks(Generic[Key]):
         return stacks
 
     def split(self, stacks: Iterable[Tensor]) -> dict[Key, Tensor]:
-        """The tensors of each stack (K, ...) under their keys, as views."""
+        """Return the tensors of each stack (K, ...) under their keys, as views."""
         groups = zip(self.groups, stacks, strict=True)
         return {key: t for keys, stack in groups for key, t in zip(keys, stack.unbind(), strict=True)}
 
 
 def _is_whole(tensors: list[Tensor]) -> bool:
-    """Whether the tensors lie one behind the other, as `split` leaves the parts of a stack."""
+    """Return whether the tensors lie one behind the other, as `split` leaves the parts of a stack."""
     memory, start = tensors[0].untyped_storage().data_ptr(), tensors[0].storage_offset()
     size = tensors[0].numel()
     return all(
@@ -54,6 +56,6 @@ def _is_whole(tensors: list[Tensor]) -> bool:
 
 
 def _whole(tensors: list[Tensor]) -> Tensor:
-    """The stack of which the tensors are the parts."""
+    """Return the stack of which the tensors are the parts."""
     first = tensors[0]
     return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))

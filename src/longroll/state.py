@@ -77,7 +77,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         )
 
     def alike(self) -> list[list[StateKey]]:
-        """The keys, those of one part, shape, dtype and device together."""
+        """Return the keys, those of one part, shape, dtype and device together."""
         groups: dict[tuple[Part, torch.Size, torch.dtype, torch.device], list[StateKey]] = {}
         for key, tensor in self.items():
             groups.setdefault((key.part, tensor.shape, tensor.dtype, tensor.device), []).append(key)
@@ -115,7 +115,9 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return RecurrentState(kept)
 
     def where(self, mask: Tensor, other: RecurrentState | None = None) -> RecurrentState:
-        """Rows of this state where `mask` (B,) is true, of `other` (default: the zero state) elsewhere."""
+        """Return rows of this state where `mask` (B,) is true, of `other` (default: the zero state)
+        elsewhere.
+        """
 
         def choose(stack: Tensor, *others: Tensor) -> Tensor:
             rows = mask.to(stack.device, non_blocking=True).view(1, -1, *[1] * (stack.ndim - 2))
@@ -129,7 +131,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return self.map_stacked(choose, *(() if other is None else (other,)))
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors under string names, as `safetensors` and state dicts want them."""
+        """Return the tensors under string names, as `safetensors` and state dicts want them."""
         return {str(key): t for key, t in self.items()}
 
     @classmethod

@@ -54,7 +54,9 @@ def _root_mean_square(t: Tensor) -> Tensor:
 
 
 def gap(actual: Tensor, expected: Tensor, where: str, size_of: Callable[[Tensor], Tensor] = _largest) -> Gap:
-    """The gap between two tensors; 0 only where they are equal bit for bit, infinity where one has NaN."""
+    """Return the gap between two tensors; 0 only where they are equal bit for bit, infinity where one has
+    NaN.
+    """
     if actual.shape != expected.shape:
         return Gap(float("inf"), f"{where}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
     if torch.equal(actual, expected):
@@ -65,17 +67,17 @@ def gap(actual: Tensor, expected: Tensor, where: str, size_of: Callable[[Tensor]
 
 
 def spread(actual: Tensor, expected: Tensor, where: str) -> Gap:
-    """The gap in root mean square, steadier than the largest difference where both are roundings."""
+    """Return the gap in root mean square, steadier than the largest difference where both are roundings."""
     return gap(actual, expected, where, _root_mean_square)
 
 
 def widest(gaps: Iterable[Gap]) -> Gap:
-    """The widest of several gaps."""
+    """Return the widest of several gaps."""
     return max(gaps, key=lambda g: g.size, default=Gap(0.0, "nothing"))
 
 
 def state_gap(actual: RecurrentState, expected: RecurrentState, between: _Between = gap) -> Gap:
-    """The gap between two states, which must hold the same tensors and have read as many tokens."""
+    """Return the gap between two states, which must hold the same tensors and have read as many tokens."""
     if actual.keys() != expected.keys() or actual.seen != expected.seen:
         return Gap(float("inf"), f"{actual} is not like {expected}")
     return _named_gap(actual.named(), expected.named(), between)
@@ -88,7 +90,7 @@ def _named_gap(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bet
 
 
 def random_state(lm: RecurrentLM, rows: int, seed: int = 0, scale: float = 1.0) -> RecurrentState:
-    """Gaussian noise in the shapes of the model's recurrent and conv state."""
+    """Return Gaussian noise in the shapes of the model's recurrent and conv state."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(like: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def read(
     *,
     detach: bool = False,
 ) -> tuple[Tensor, RecurrentState]:
-    """Logits (B, T, V) and the final state of `ids` (B, T), read piece by piece."""
+    """Return logits (B, T, V) and the final state of `ids` (B, T), read piece by piece."""
     logits = []
     for piece in ids.split(list(pieces), dim=1):
         if state is not None and detach:
@@ -169,7 +171,7 @@ def gradients(lm: RecurrentLM, ids: Tensor, pieces: Sequence[int], *, detach: bo
 
 
 def gradient_gap(actual: Gradients, expected: Gradients) -> Gap:
-    """The gap between two gradients, each weight's against its own size."""
+    """Return the gap between two gradients, each weight's against its own size."""
     return widest(
         [
             gap(actual.loss, expected.loss, "loss"),

@@ -104,7 +104,7 @@ def packing(model: Any, lm: RecurrentLM | None, *, seed: int = 0) -> Packing:
 def open_for_packing(
     name: str, *, device: str | None = None, trust_remote_code: bool = False, plugin: str | None = None
 ) -> tuple[Any, RecurrentLM | None]:
-    """The model of a checkpoint, and the same opened by longroll where longroll knows it.
+    """Return the model of a checkpoint, and the same opened by longroll where longroll knows it.
 
     Raises:
         LongrollError: where neither longroll nor transformers opens it.

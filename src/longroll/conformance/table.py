@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 def paths(family: Family) -> tuple[str, str]:
-    """What computes a family's recurrence on a CPU and on a GPU: longroll's op, or whose function."""
+    """Return what computes a family's recurrence on a CPU and on a GPU: longroll's op, or whose function."""
     if isinstance(family, NativeFamily):
         return "none", str(family.kernel)
     if family.op is not None:
@@ -50,7 +50,8 @@ def tabulate(
     device: str | torch.device = "cpu",
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """One row a family: each law's widest gap over its tiny models, and whether that is within rounding.
+    """Return one row a family: each law's widest gap over its tiny models, and whether that is within
+    rounding.
 
     Args:
         model_types: which families; default: all that have a tiny model.
@@ -70,7 +71,7 @@ def tabulate(
 def _row(
     model_type: str, names: list[str], device: torch.device, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    """The row of one family, of its tiny models `names`."""
+    """Return the row of one family, of its tiny models `names`."""
     family = family_of(model_type)
     gaps: dict[str, list[laws.Gap]] = {}
     for name in names:
@@ -119,7 +120,7 @@ def _exact_float32() -> Iterator[None]:
 
 
 def _tolerance(column: str, family: Family, device: torch.device) -> float:
-    """How wide rounding makes the gaps of a column."""
+    """Return how wide rounding makes the gaps of a column."""
     if column == "bfloat16":
         return laws.TO_FLOAT32
     if device.type == "cuda":
@@ -128,7 +129,9 @@ def _tolerance(column: str, family: Family, device: torch.device) -> float:
 
 
 def _trials(name: str, family: Family, device: torch.device, folder: Path) -> list[tuple[str, _Trial]]:
-    """Columns, and the laws that fill them, of one tiny model in float32; fla's kernels also in bfloat16."""
+    """Return columns, and the laws that fill them, of one tiny model in float32; fla's kernels also in
+    bfloat16.
+    """
     if name in ON_GPU and device.type != "cuda":
         return []
     on_fla = family.on_fla and device.type == "cuda"
@@ -199,14 +202,14 @@ def _verdict(column: str, gap: laws.Gap, tolerance: float) -> str:
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """The table as Markdown; a star where the GPU path was not tried."""
+    """Return the table as Markdown; a star where the GPU path was not tried."""
     lines = [" | ".join(COLUMNS.values()), " | ".join("---" for _ in COLUMNS)]
     lines += [" | ".join(cells(row)) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """What a row shows, in the order of `COLUMNS`."""
+    """Return what a row shows, in the order of `COLUMNS`."""
     shown = (
         dict.fromkeys(("loads", "state", "gradient"), "-")
         | row

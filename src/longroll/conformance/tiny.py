@@ -250,7 +250,9 @@ ON_GPU: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def every_expert(name: str) -> dict[str, Any]:
-    """Config entries by which a model asks all its experts: the choice of a few flips on a rounding."""
+    """Return config entries by which a model asks all its experts: the choice of a few flips on a
+    rounding.
+    """
     _, entries = (CONFIGS | ON_GPU)[name]
     experts = entries.get("num_experts") or entries.get("num_local_experts")
     groups = {"topk_group": entries["n_group"]} if "n_group" in entries else {}
@@ -258,7 +260,7 @@ def every_expert(name: str) -> dict[str, Any]:
 
 
 def from_config(model_type: str, entries: dict[str, Any]) -> PreTrainedModel:
-    """A model of a family with these entries in its config, initialised as upstream does."""
+    """Return a model of a family with these entries in its config, initialised as upstream does."""
     found = model_class(model_type)
     if found is None:
         built: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **entries))
@@ -268,7 +270,9 @@ def from_config(model_type: str, entries: dict[str, Any]) -> PreTrainedModel:
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A model in eval mode; larger projections and slower decays than at initialisation, so state counts."""
+    """Return a model in eval mode; larger projections and slower decays than at initialisation, so state
+    counts.
+    """
     model_type, entries = (CONFIGS | ON_GPU)[name]
     torch.manual_seed(seed)
     model: Any = from_config(model_type, entries | config)

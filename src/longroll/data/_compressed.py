@@ -20,7 +20,7 @@ class Unreadable(Exception):
 
 
 def inner_name(path: Path) -> str:
-    """The lower-case name of what `path` holds: without a suffix of compression."""
+    """Return the lower-case name of what `path` holds: without a suffix of compression."""
     name = path.name.lower()
     return next((name.removesuffix(suffix) for suffix in MAGIC if name.endswith(suffix)), name)
 
@@ -48,14 +48,14 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _zstandard(path: Path, _: str) -> Any:
-    """A stream of Zstandard's bytes, by pyarrow, which `datasets` needs anyway."""
+    """Return a stream of Zstandard's bytes, by pyarrow, which `datasets` needs anyway."""
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
 def unreadable(problem: Exception) -> Unreadable:
-    """What a failed read of a file says, as a reason."""
+    """Return what a failed read of a file says, as a reason."""
     if isinstance(problem, PermissionError):
         return Unreadable("no permission to read")
     if isinstance(problem, FileNotFoundError):

@@ -59,7 +59,9 @@ def _some(names: list[str]) -> str:
 
 
 def standard_library() -> list[Path]:
-    """Every .py file of the running Python's standard library but its tests, in the order of their paths."""
+    """Return every .py file of the running Python's standard library but its tests, in the order of their
+    paths.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     return [file for file in files_below(root, skipped=NOT_LIBRARY) if file.suffix == ".py"]
 
@@ -67,7 +69,7 @@ def standard_library() -> list[Path]:
 def files_below(
     root: Path, *, skipped: frozenset[str] = frozenset(), unread: Skipped | None = None
 ) -> list[Path]:
-    """The files below `root` in the order of their paths: not the hidden ones, each folder once.
+    """Return the files below `root` in the order of their paths: not the hidden ones, each folder once.
 
     Links to folders are followed; a folder that was seen before (a loop, a second link) is not entered again.
     `unread` notes folders that may not be entered, and links, pipes and sockets without a file behind.
@@ -118,7 +120,7 @@ def check_readable(path: Path) -> None:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether `path` holds documents, judged by its name and its first 8 KiB."""
+    """Return whether `path` holds documents, judged by its name and its first 8 KiB."""
     try:
         check_readable(path)
     except Unreadable:
@@ -127,7 +129,7 @@ def is_readable(path: Path) -> bool:
 
 
 def read_text(path: Path, notes: Skipped) -> str:
-    """The text of a file in UTF-8 (or UTF-16, if it begins by saying so), without a byte order mark.
+    """Return the text of a file in UTF-8 (or UTF-16, if it begins by saying so), without a byte order mark.
 
     A few bytes that are not UTF-8 read as U+FFFD, and `notes` counts them.
 
@@ -147,7 +149,7 @@ def read_text(path: Path, notes: Skipped) -> str:
 
 
 def _decoded(data: bytes) -> tuple[str, int]:
-    """The text of `data`, and how many places of it are not in its encoding.
+    """Return the text of `data`, and how many places of it are not in its encoding.
 
     Raises:
         Unreadable: so many that it is in another encoding.
@@ -179,7 +181,7 @@ def note_unreadable(files: Iterable[Path], notes: Skipped) -> None:
 
 
 def documents_in(path: Path, text_column: str | None, notes: Skipped, *, alone: bool) -> Iterator[str]:
-    """The documents of one file: a row each, or its whole text.
+    """Return the documents of one file: a row each, or its whole text.
 
     A file of a folder (not `alone`) that cannot be read is skipped and noted, unless `text_column` names what
     its rows should have.

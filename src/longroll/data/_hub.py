@@ -11,14 +11,14 @@ SECONDS = 5.0  # libraries retry an unreachable hub for half a minute and more: 
 
 
 def offline() -> bool:
-    """Whether the user forbade the network (HF_HUB_OFFLINE): then only what is cached can be used."""
+    """Return whether the user forbade the network (HF_HUB_OFFLINE): then only what is cached can be used."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def why_not_there(name: str, kind: str) -> str | None:
-    """Why the hub does not give this "model" or "dataset" (`kind`), as a clause; None if it does."""
+    """Return why the hub does not give this "model" or "dataset" (`kind`), as a clause; None if it does."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -46,7 +46,7 @@ def why_not_there(name: str, kind: str) -> str | None:
 
 
 def hub_documents(source: str, *, split: str, text_column: str | None) -> Iterator[str]:
-    """The documents of a hub dataset, `name` or `name:config`, streamed.
+    """Return the documents of a hub dataset, `name` or `name:config`, streamed.
 
     `split` is one of its own splits, or "all". A dataset that has only "train" is divided as the rows of one
     file are, so that its train and validation do not overlap.
@@ -86,5 +86,5 @@ def hub_documents(source: str, *, split: str, text_column: str | None) -> Iterat
 
 
 def _one_line(problem: Exception) -> str:
-    """The message of an exception on one line of at most 300 characters."""
+    """Return the message of an exception on one line of at most 300 characters."""
     return " ".join(f"{problem or type(problem).__name__}".split())[:300]

@@ -23,12 +23,12 @@ Row = Mapping[str, Any]
 
 
 def is_rows(path: Path) -> bool:
-    """Whether the name of `path` says that it holds one document a row."""
+    """Return whether the name of `path` says that it holds one document a row."""
     return inner_name(path).endswith(ROWS)
 
 
 def read_rows(path: Path, text_column: str | None) -> Iterator[str]:
-    """The text of each row; rows without text are left out, with a warning that counts them.
+    """Return the text of each row; rows without text are left out, with a warning that counts them.
 
     Raises:
         LongrollError: the file is damaged or may not be read, or has no such column.
@@ -47,7 +47,7 @@ def read_rows(path: Path, text_column: str | None) -> Iterator[str]:
 
 
 def read_columns(path: Path, column: str) -> Iterator[Row]:
-    """The rows of a file as they are, for columns that hold no text; of Parquet only `column`.
+    """Return the rows of a file as they are, for columns that hold no text; of Parquet only `column`.
 
     Raises:
         LongrollError: the file is damaged or may not be read.
@@ -59,7 +59,7 @@ def read_columns(path: Path, column: str) -> Iterator[Row]:
 
 
 def texts(rows: Iterable[Row], text_column: str | None, where: str) -> Iterator[str]:
-    """The text of each of `rows`; the column is chosen by the first one."""
+    """Return the text of each of `rows`; the column is chosen by the first one."""
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
@@ -84,7 +84,9 @@ def texts(rows: Iterable[Row], text_column: str | None, where: str) -> Iterator[
 
 
 def choose_column(columns: Sequence[str], strings: Sequence[str], asked: str | None, where: str) -> str:
-    """The column of text: the one asked for, else `text`, else `content`, else the only one of strings."""
+    """Return the column of text: the one asked for, else `text`, else `content`, else the only one of
+    strings.
+    """
     for name in (asked,) if asked is not None else ("text", "content"):
         if columns.count(name) == 1:
             return name
@@ -98,7 +100,7 @@ def choose_column(columns: Sequence[str], strings: Sequence[str], asked: str | N
 
 
 def _readable(rows: Iterator[Row], path: Path, what: str) -> Iterator[Row]:
-    """`rows`, with every way in which reading a file can fail as one line."""
+    """Return `rows`, with every way in which reading a file can fail as one line."""
     try:
         yield from rows
     except (*DAMAGE, Unreadable, UnicodeError, csv.Error) as problem:
@@ -107,21 +109,23 @@ def _readable(rows: Iterator[Row], path: Path, what: str) -> Iterator[Row]:
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
-    """A stream of the characters of a file in UTF-8, or in UTF-16 or UTF-32 if it begins by saying so."""
+    """Return a stream of the characters of a file in UTF-8, or in UTF-16 or UTF-32 if it begins by saying
+    so.
+    """
     with open_bytes(path) as file:
         encoding = encoding_of(file.read(4))
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, newline="")
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that the byte order mark of a text tells; UTF-8 without one."""
+    """Return the encoding that the byte order mark of a text tells; UTF-8 without one."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "utf-32"
     return "utf-16" if head[2:] and head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
 
 
 def _parsed(text: str, where: str) -> Any:
-    """What a piece of JSON holds."""
+    """Return what a piece of JSON holds."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as problem:
@@ -131,13 +135,13 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    """The objects of a JSON-lines file."""
+    """Return the objects of a JSON-lines file."""
     with _open_text(path) as file:
         yield from _objects(enumerate(file, start=1), path)
 
 
 def _objects(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Row]:
-    """The objects of numbered lines."""
+    """Return the objects of numbered lines."""
     for number, line in lines:
         if line.strip():
             row = _parsed(line, f"{path}: line {number}")
@@ -147,7 +151,7 @@ def _objects(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """The rows of a .json file: an array or lines of objects, an object of columns, or one object."""
+    """Return the rows of a .json file: an array or lines of objects, an object of columns, or one object."""
     with _open_text(path) as file:
         numbered = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         start = list(zip(range(2), numbered, strict=False))
@@ -165,7 +169,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _is_object(line: str) -> bool:
-    """Whether a line is a JSON object by itself."""
+    """Return whether a line is a JSON object by itself."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -173,7 +177,9 @@ def _is_object(line: str) -> bool:
 
 
 def _columns(found: dict[str, Any]) -> list[Row]:
-    """The rows of an object whose columns are of one length (lists, or pandas' objects); else one row."""
+    """Return the rows of an object whose columns are of one length (lists, or pandas' objects); else one
+    row.
+    """
     columns = [list(value.values()) if isinstance(value, dict) else value for value in found.values()]
     if columns and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
         return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -181,7 +187,7 @@ def _columns(found: dict[str, Any]) -> list[Row]:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Row]:
-    """The rows of a table with a header; a .csv without any comma in its header may use ; or tabs."""
+    """Return the rows of a table with a header; a .csv without any comma in its header may use ; or tabs."""
     csv.field_size_limit(LONGEST_CELL)
     with _open_text(path) as file:
         header = file.readline()
@@ -212,7 +218,7 @@ class _Cells(dict[str, str]):
 
 
 def _parquet_source(path: Path) -> Any:
-    """The file, or its bytes where it is compressed."""
+    """Return the file, or its bytes where it is compressed."""
     import pyarrow as pa
 
     if path.name.lower().endswith(".parquet"):
@@ -222,7 +228,7 @@ def _parquet_source(path: Path) -> Any:
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
-    """The rows of a Parquet file's column, a few at a time."""
+    """Return the rows of a Parquet file's column, a few at a time."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -237,7 +243,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, text_column: str | None) -> Iterator[str]:
-    """The text of a Parquet file's rows, a few at a time and no other column."""
+    """Return the text of a Parquet file's rows, a few at a time and no other column."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -264,7 +270,7 @@ def _parquet(path: Path, text_column: str | None) -> Iterator[str]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds strings, as they are or as codes of a few values."""
+    """Return whether a column of this Arrow type holds strings, as they are or as codes of a few values."""
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -17,12 +17,15 @@ ONE_IN = 10
 
 
 def side_of(name: str) -> str:
-    """The side a file of this name is on: "validation" for one name in ten, by its SHA-256, else "train"."""
+    """Return the side a file of this name is on: "validation" for one name in ten, by its SHA-256, else
+    "train".
+    """
     return "train" if int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % ONE_IN else "validation"
 
 
 def divide_files(files: Sequence[Path], split: str) -> list[tuple[Path, str]]:
-    """The files to read for `split`, each with the part to read of it ("train", "validation" or "all").
+    """Return the files to read for `split`, each with the part to read of it ("train", "validation" or
+    "all").
 
     Ten or more readable files whose names fall on both sides are divided by their names, and read whole.
     Otherwise every file gives its own part (`divide_documents`).
@@ -38,7 +41,7 @@ def divide_files(files: Sequence[Path], split: str) -> list[tuple[Path, str]]:
 
 
 def divide_documents(documents: Iterable[str], split: str) -> Iterator[str]:
-    """The documents of one file that belong to `split`.
+    """Return the documents of one file that belong to `split`.
 
     Ten or more: every tenth (9, 19, 29, ... counted from 0) is validation. Fewer: the last tenth of the
     characters of each is validation, the rest of it is train.

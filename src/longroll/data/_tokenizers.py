@@ -41,22 +41,26 @@ class Tokenizer(Protocol):
         """The ids that every document begins with (BOS); none for many tokenizers."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, (T,) int32, without special tokens."""
+        """Return token ids of `text`, (T,) int32, without special tokens."""
 
     def encode_inside(self, text: str) -> np.ndarray:
-        """Token ids of `text` as they are inside running text, (T,) int32: not marked as a beginning."""
+        """Return token ids of `text` as they are inside running text, (T,) int32: not marked as a
+        beginning.
+        """
 
     def decode(self, ids: Any) -> str:
-        """The text of ids, (T,): an array, a tensor or a list."""
+        """Return the text of ids, (T,): an array, a tensor or a list."""
 
     def decode_inside(self, ids: Any) -> str:
-        """The text of ids, (T,), as they go on with a text: with the space that begins a word, if any."""
+        """Return the text of ids, (T,), as they go on with a text: with the space that begins a word, if
+        any.
+        """
 
     def count_bytes(self, ids: Any) -> int:
-        """UTF-8 bytes of the text of ids, (T,)."""
+        """Return UTF-8 bytes of the text of ids, (T,)."""
 
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids that the chat template puts before and after one message of the user."""
+        """Return token ids that the chat template puts before and after one message of the user."""
 
     def save(self, folder: Any) -> None:
         """Write what `load_tokenizer` finds into a folder."""
@@ -71,13 +75,13 @@ class ByteTokenizer:
     prefix_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
-        """The bytes of `text`, (T,) int32."""
+        """Return the bytes of `text`, (T,) int32."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
 
     encode_inside = encode
 
     def decode(self, ids: Any) -> str:
-        """The text of byte ids, (T,); bytes that are not UTF-8 (a cut character) become U+FFFD.
+        """Return the text of byte ids, (T,); bytes that are not UTF-8 (a cut character) become U+FFFD.
 
         Raises:
             LongrollError: an id is no byte.
@@ -90,7 +94,7 @@ class ByteTokenizer:
     decode_inside = decode
 
     def count_bytes(self, ids: Any) -> int:
-        """How many ids there are."""
+        """Return how many ids there are."""
         return len(ids)
 
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +179,7 @@ def check_vocabulary(max_id: int, model_vocab_size: int, *, tokenizer: str = "th
 
 
 def _beside(path: Path) -> Path | None:
-    """The tokenizer of a local model: its folder, a vocabulary of RWKV World in it, or None.
+    """Return the tokenizer of a local model: its folder, a vocabulary of RWKV World in it, or None.
 
     A .pth file may lie among files of others, so the folder must hold what `save_pretrained` always writes.
     """
@@ -189,7 +193,7 @@ def _beside(path: Path) -> Path | None:
 
 
 def _hub_vocabulary(name: str) -> Path | None:
-    """The vocabulary of RWKV World in a hub repository, downloaded; None if it has none."""
+    """Return the vocabulary of RWKV World in a hub repository, downloaded; None if it has none."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -199,7 +203,7 @@ def _hub_vocabulary(name: str) -> Path | None:
 
 
 def _downloaded(name: str) -> bool:
-    """Whether files of the tokenizer of this hub id are on this machine."""
+    """Return whether files of the tokenizer of this hub id are on this machine."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -67,7 +67,9 @@ class ChatCorpus(Corpus):
 
 
 def is_chat(source: str | Path, column: str | None = None) -> bool:
-    """Whether `source` is a local file of rows whose first one holds messages in `column` ("messages")."""
+    """Return whether `source` is a local file of rows whose first one holds messages in `column`
+    ("messages").
+    """
     path = Path(source).expanduser()
     try:
         if not (path.is_file() and is_rows(path)):
@@ -81,7 +83,7 @@ def is_chat(source: str | Path, column: str | None = None) -> bool:
 def read_conversations(
     path: str | Path, *, column: str | None = None, split: str = "all"
 ) -> Iterator[list[Message]]:
-    """The conversations of a file of rows; every tenth one is validation, as in `read_documents`.
+    """Return the conversations of a file of rows; every tenth one is validation, as in `read_documents`.
 
     Raises:
         LongrollError: a row without messages.
@@ -177,7 +179,7 @@ def _are_messages(value: Any) -> bool:
 def _tokenised(
     messages: Sequence[Message], tokenizer: HFTokenizer, number: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Ids (T,), whether each is of an answer (T,), and the text of a conversation."""
+    """Return ids (T,), whether each is of an answer (T,), and the text of a conversation."""
     inner = tokenizer.tokenizer
     if not getattr(inner, "chat_template", None):
         raise LongrollError(

@@ -136,16 +136,16 @@ class Corpus:
         return int(self.ids.max())
 
     def document(self, index: int) -> np.ndarray:
-        """The ids of one document, (T,) int32, a view; negative indices count from the end."""
+        """Return the ids of one document, (T,) int32, a view; negative indices count from the end."""
         index = range(self.documents)[index]
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
     def longest(self) -> np.ndarray:
-        """The ids of the longest document, (T,) int32, a view."""
+        """Return the ids of the longest document, (T,) int32, a view."""
         return self.document(int(self.lengths.argmax()))
 
     def joined(self, order: np.ndarray | None = None, *, prefix: bool = True) -> np.ndarray:
-        """All documents one after another with the separator between them, (N,) int32.
+        """Return all documents one after another with the separator between them, (N,) int32.
 
         Args:
             order: of the documents, (documents,); None: as they are.
@@ -182,7 +182,7 @@ def _encode(text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndar
 
 @contextmanager
 def _reporting(progress: Progress | bool | None, max_tokens: int | None) -> Iterator[Progress]:
-    """The function to call after each document: the one given, a rich bar, or nothing."""
+    """Return the function to call after each document: the one given, a rich bar, or nothing."""
     if callable(progress):
         yield progress
         return

@@ -63,7 +63,9 @@ def read_documents(
 
 
 def _separate(source: str | Path) -> list[str | Path]:
-    """The single sources of a list separated by commas; a file whose name has a comma is one source."""
+    """Return the single sources of a list separated by commas; a file whose name has a comma is one
+    source.
+    """
     if isinstance(source, Path) or (source and _exists(_path(source))):
         return [source]
     sources = [one.strip() for one in source.split(",") if one.strip()]
@@ -73,7 +75,7 @@ def _separate(source: str | Path) -> list[str | Path]:
 
 
 def _stream(source: str | Path, split: str, text_column: str | None, seed: int | None) -> Iterator[str]:
-    """The documents of one source; what is missing is said here, not at the first document."""
+    """Return the documents of one source; what is missing is said here, not at the first document."""
     if source == STDLIB:
         if text_column is not None:
             raise LongrollError(f"`text_column` {text_column}: stdlib is plain text, which has no columns")
@@ -121,7 +123,7 @@ def _local(
     seed: int | None,
     notes: Skipped,
 ) -> Iterator[str]:
-    """The documents of local files, and a warning of what `notes` holds in the end."""
+    """Return the documents of local files, and a warning of what `notes` holds in the end."""
     if split not in SPLITS:
         raise LongrollError(f"no split {split!r} in local text: it is divided into {', '.join(SPLITS)}")
     parts = divide_files(files, split)
@@ -143,7 +145,7 @@ def _local(
 
 
 def _noted(source: str | Path, split: str, documents: Iterator[str], notes: Skipped) -> Iterator[str]:
-    """`documents`; what was skipped of them is a warning, or the reason why there are none."""
+    """Return `documents`; what was skipped of them is a warning, or the reason why there are none."""
     empty = True
     try:
         for text in documents:
@@ -158,7 +160,7 @@ def _noted(source: str | Path, split: str, documents: Iterator[str], notes: Skip
 
 
 def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> Iterator[str]:
-    """The documents that have text; a source that has none is an error."""
+    """Return the documents that have text; a source that has none is an error."""
     empty = True
     for text in documents:
         if text and not text.isspace():
@@ -169,7 +171,7 @@ def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> It
 
 
 def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
-    """One document from each stream in turn, until all are exhausted."""
+    """Return one document from each stream in turn, until all are exhausted."""
     while streams:
         for stream in list(streams):
             try:
@@ -179,12 +181,12 @@ def _in_turn(streams: list[Iterator[str]]) -> Iterator[str]:
 
 
 def _path(source: str | Path) -> Path:
-    """The path that `source` would be; a `~name` of no user stays as it is."""
+    """Return the path that `source` would be; a `~name` of no user stays as it is."""
     return Path(os.path.expanduser(source))
 
 
 def _exists(path: Path) -> bool:
-    """Whether `path` exists; a name too long for the file system does not.
+    """Return whether `path` exists; a name too long for the file system does not.
 
     Raises:
         LongrollError: a folder above it may not be searched.

@@ -46,7 +46,7 @@ class HFTokenizer:
         return added if first in added else (first, *added)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, (T,) int32, however long it is, without special tokens."""
+        """Return token ids of `text`, (T,) int32, however long it is, without special tokens."""
         return np.asarray(self._ids(text, special=False), dtype=np.int32)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
@@ -67,12 +67,14 @@ class HFTokenizer:
         return differs
 
     def _after(self, anchor: str, text: str) -> list[int] | None:
-        """Ids of `text` where `anchor` stands before it; None if a token spans both."""
+        """Return ids of `text` where `anchor` stands before it; None if a token spans both."""
         before, whole = self.encode(anchor).tolist(), self.encode(anchor + text).tolist()
         return whole[len(before) :] if whole[: len(before)] == before else None
 
     def encode_inside(self, text: str) -> np.ndarray:
-        """Token ids of `text` as they are inside running text, (T,) int32, not marked as a beginning."""
+        """Return token ids of `text` as they are inside running text, (T,) int32, not marked as a
+        beginning.
+        """
         if text and self._marks_beginnings:
             for anchor in _ANCHORS:
                 if (ids := self._after(anchor, text)) is not None:
@@ -80,25 +82,29 @@ class HFTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Any) -> str:
-        """The text of ids, (T,)."""
+        """Return the text of ids, (T,)."""
         with _naming(self.name):
             text: str = self.tokenizer.decode(np.asarray(ids).tolist(), clean_up_tokenization_spaces=False)
             return text
 
     def decode_inside(self, ids: Any) -> str:
-        """The text of ids, (T,), as they go on with a text: with the space that begins a word, if any."""
+        """Return the text of ids, (T,), as they go on with a text: with the space that begins a word, if
+        any.
+        """
         anchor = self.encode(_ANCHORS[-1]).tolist()
         before, whole = self.decode(anchor), self.decode([*anchor, *np.asarray(ids).tolist()])
         return whole.removeprefix(before) if whole.startswith(before) else self.decode(ids)
 
     def count_bytes(self, ids: Any) -> int:
-        """UTF-8 bytes of the text of ids, (T,); the prefix and separators of documents stand for none."""
+        """Return UTF-8 bytes of the text of ids, (T,); the prefix and separators of documents stand for
+        none.
+        """
         ids = np.asarray(ids)
         none = [*self.prefix_ids, *([] if self.separator_id is None else [self.separator_id])]
         return len(self.decode(ids[~np.isin(ids, none)]).encode("utf-8", errors="replace"))
 
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids that the chat template puts before and after one message of the user.
+        """Return token ids that the chat template puts before and after one message of the user.
 
         What stands after asks for the answer. The template decides about BOS, unless `bos` was given.
 
@@ -146,5 +152,5 @@ class _naming:
 
 
 def is_fault(problem: BaseException) -> bool:
-    """Whether an exception is a failure, a Rust panic too, and not an interrupt or an exit."""
+    """Return whether an exception is a failure, a Rust panic too, and not an interrupt or an exit."""
     return isinstance(problem, Exception) or type(problem).__name__ == "PanicException"

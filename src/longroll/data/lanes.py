@@ -67,7 +67,9 @@ class Lanes(Dataset[Item]):
 
 
 def padded_window(ids: np.ndarray, length: int, *, starts: bool) -> Item:
-    """The item of a window of tokens and the one after them, (at most length + 1,), padded on the right."""
+    """Return the item of a window of tokens and the one after them, (at most length + 1,), padded on the
+    right.
+    """
     input_ids = torch.full((length,), PADDING, dtype=torch.int64)
     shift_labels = torch.full((length,), IGNORED, dtype=torch.int64)
     size = max(0, len(ids) - 1)
@@ -78,7 +80,8 @@ def padded_window(ids: np.ndarray, length: int, *, starts: bool) -> Item:
 
 
 def _pieces(corpus: Corpus, length: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is dealt: ids, and of each piece its first token among them and how many after it are predicted.
+    """Return what is dealt: ids, and of each piece its first token among them and how many after it are
+    predicted.
 
     The pieces are (pieces, 2) int64.
     """
@@ -98,7 +101,7 @@ def _pieces(corpus: Corpus, length: int, lanes: int) -> tuple[np.ndarray, np.nda
 
 
 def _divided(corpus: Corpus, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and offsets of the documents in pieces of at most `most` tokens, each with the prefix."""
+    """Return ids and offsets of the documents in pieces of at most `most` tokens, each with the prefix."""
     prefix = np.array(corpus.prefix_ids, dtype=np.int32)
     room = max(1, most - len(prefix))
     texts = (corpus.document(index)[len(prefix) :] for index in range(corpus.documents))
@@ -109,7 +112,9 @@ def _divided(corpus: Corpus, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _deal(pieces: np.ndarray, length: int, lanes: int, steps: int | None, seed: int) -> np.ndarray:
-    """The windows of the lanes, (steps, lanes, 3) int64: first token, predicted tokens, whether it starts."""
+    """Return the windows of the lanes, (steps, lanes, 3) int64: first token, predicted tokens, whether it
+    starts.
+    """
     costs = -(-pieces[:, 1] // length)
     dealt: list[list[int]] = [[] for _ in range(lanes)]
     heap = [(0, lane) for lane in range(lanes)]  # (windows so far, lane): the least loaded lane is on top
@@ -137,7 +142,7 @@ def _deal(pieces: np.ndarray, length: int, lanes: int, steps: int | None, seed: 
 
 
 def _windows(pieces: np.ndarray, length: int) -> np.ndarray:
-    """The windows of pieces one after another, (windows, 3) int64."""
+    """Return the windows of pieces one after another, (windows, 3) int64."""
     counts = -(-pieces[:, 1] // length)
     number = np.arange(counts.sum()) - np.repeat(
         np.cumsum(counts) - counts, counts

@@ -42,7 +42,7 @@ class RWKVTokenizer:
         self._lengths = {start: sorted(sizes, reverse=True) for start, sizes in lengths.items()}
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, (T,) int32.
+        """Return token ids of `text`, (T,) int32.
 
         Raises:
             LongrollError: a byte of the text has no token.
@@ -65,7 +65,7 @@ class RWKVTokenizer:
     encode_inside = encode
 
     def decode(self, ids: Any) -> str:
-        """The text of ids, (T,); a separator is no text, bytes that are not UTF-8 become U+FFFD.
+        """Return the text of ids, (T,); a separator is no text, bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             LongrollError: an id is not in the vocabulary.
@@ -96,7 +96,7 @@ class RWKVTokenizer:
 
 
 def _read(path: Path) -> dict[int, bytes]:
-    """The tokens of a vocabulary file by their ids."""
+    """Return the tokens of a vocabulary file by their ids."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as problem:

@@ -105,7 +105,7 @@ def _pieces(corpus: Corpus, order: np.ndarray, size: int, count: int) -> list[np
 
 
 def _shortage(corpus: Corpus, length: int, count: int) -> str:
-    """The numbers of a text that is too short."""
+    """Return the numbers of a text that is too short."""
     enough = int((corpus.lengths > length).sum())
     return (
         f"not enough text: asked for {count} sequences of {length} tokens, which take one token more each; "
@@ -115,6 +115,6 @@ def _shortage(corpus: Corpus, length: int, count: int) -> str:
 
 
 def _mends(concatenate: bool) -> str:
-    """What the user can do about it."""
+    """Return what the user can do about it."""
     join = "" if concatenate else "join documents by `concatenate`, "
     return f"ask for a smaller `length` or `count`, {join}or give more text"

@@ -28,7 +28,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
 
 
 def _code(kind: type[nn.Module]) -> tuple:
-    """What tells two forwards apart, as transformers copies its norms from model to model."""
+    """Return what tells two forwards apart, as transformers copies its norms from model to model."""
     code = getattr(kind.forward, "__code__", None)
     return () if code is None else (code.co_code, code.co_names, code.co_consts)
 
@@ -46,6 +46,6 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a gated norm would run in the kernel, where there is one."""
+    """Return whether a gated norm would run in the kernel, where there is one."""
     size: int = getattr(module, "group_size", _WIDEST + 1)
     return _code(type(module)) in _KNOWN and size <= _WIDEST

@@ -88,7 +88,7 @@ def unwritten(state: Any) -> Iterator[None]:
 
 
 def describe(value: Any) -> str:
-    """What a value is, for messages."""
+    """Return what a value is, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     name = type(value).__name__
@@ -133,7 +133,7 @@ def _check_fixed(short: Mapping[str, Tensor], longer: Mapping[str, Tensor]) -> N
 
 
 def _parts(model: PlainModel, spec: Any, examples: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The part of each leaf: what forgets where it started within a few tokens is a short convolution.
+    """Return the part of each leaf: what forgets where it started within a few tokens is a short convolution.
 
     Integers (positions, token ids) are context, which goes under `attention`.
     """

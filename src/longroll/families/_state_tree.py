@@ -34,7 +34,7 @@ class Leaf:
     """One; with a batch axis above 0 one for each index of axis 0, which counts layers (as in nn.GRU)."""
 
     def split(self, tensor: Tensor) -> dict[StateKey, Tensor]:
-        """The tensors of a `RecurrentState`, batch first, with at least one axis more."""
+        """Return the tensors of a `RecurrentState`, batch first, with at least one axis more."""
         if self.batch_axis == 0:
             return {self.keys[0]: tensor.unsqueeze(1) if tensor.ndim == 1 else tensor}
         layers = tensor.movedim(self.batch_axis, 1).unbind(0)
@@ -76,7 +76,7 @@ class StateTree:
         return self
 
     def flatten(self, tree: Any, rows: int) -> dict[StateKey, Tensor]:
-        """The tensors of a state that the module returned.
+        """Return the tensors of a state that the module returned.
 
         Raises:
             LongrollError: for a state that is not laid out as the first one was.
@@ -103,7 +103,9 @@ class StateTree:
     def unflatten(
         self, state: RecurrentState | None, rows: int, dtype: torch.dtype, device: torch.device
     ) -> Any:
-        """The state as the module takes it; None for the zero state. Parts that are missing are zero."""
+        """Return the state as the module takes it; None for the zero state. Parts that are missing are
+        zero.
+        """
         if not state:
             return None
         known = {key for leaf in self.leaves for key in leaf.keys}
@@ -114,7 +116,7 @@ class StateTree:
         )
 
     def path_of(self, key: StateKey) -> str:
-        """The module's own name of a state tensor."""
+        """Return the module's own name of a state tensor."""
         return next(leaf.path for leaf in self.leaves if key in leaf.keys)
 
     def __str__(self) -> str:
@@ -122,7 +124,7 @@ class StateTree:
 
 
 def named_leaves(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a tree by path.
+    """Return the tensors of a tree by path.
 
     Raises:
         LongrollError: for a leaf that is no tensor, and for no leaf.
@@ -154,7 +156,8 @@ def _name(entry: Any) -> str:
 def batch_axes(
     seen: Mapping[int, Mapping[str, Tensor]], declared: int | Mapping[str, int] | None
 ) -> dict[str, int]:
-    """The batch axis of each leaf: declared, or the axis that has the size of the batch in each of `seen`.
+    """Return the batch axis of each leaf: declared, or the axis that has the size of the batch in each of
+    `seen`.
 
     Args:
         seen: batch size -> the leaves of the final state, for two or more batch sizes.
@@ -200,7 +203,7 @@ def batch_axes(
 def keys_of(
     axes: Mapping[str, int], parts: Mapping[str, Part], examples: Mapping[str, Tensor]
 ) -> dict[str, tuple[StateKey, ...]]:
-    """The keys of each leaf, given its batch axis, its part and an example of it.
+    """Return the keys of each leaf, given its batch axis, its part and an example of it.
 
     A leaf whose batch axis is not 0 holds a layer at each index of axis 0, as in nn.GRU. Of the others the
     layer is the first index of a list or tuple on the way to it.

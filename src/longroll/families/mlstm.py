@@ -35,7 +35,7 @@ class XlstmState:
         self.rnn_state = _Layers(self.initial, zeros, dtype)
 
     def final(self, tokens: int) -> RecurrentState:
-        """The state after this forward, on the graph. `tokens` is how many were read."""
+        """Return the state after this forward, on the graph. `tokens` is how many were read."""
         state = {
             StateKey(layer, "recurrent", slot): tensor
             for layer, scaled in self.rnn_state.scaled.items()
@@ -107,7 +107,7 @@ class Xlstm(Family):
             replace_forward(block.mlstm_layer.mlstm_backend, _at_any_token)
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> XlstmState:
-        """The container that starts a forward from `state`."""
+        """Return the container that starts a forward from `state`."""
         config = model.config
         rows, heads = len(input_ids), config.num_heads
         keys, values = (

@@ -29,7 +29,7 @@ _WITHOUT_EFFECT |= {"use_fast_path", "use_mem_eff_path", "chunk_size"}  # on a f
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether this `config.json` is a state-spaces one rather than transformers'."""
+    """Return whether this `config.json` is a state-spaces one rather than transformers'."""
     return "model_type" not in config and {"d_model", "n_layer"} <= config.keys()
 
 
@@ -68,7 +68,8 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> tuple[PreTrained
 
 
 def to_state_spaces(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The weights of `model` on the CPU, under the names and in the dtypes of the checkpoint in `folder`.
+    """Return the weights of `model` on the CPU, under the names and in the dtypes of the checkpoint in
+    `folder`.
 
     Args:
         model: what `load_original` made of `folder`, trained since.
@@ -83,7 +84,9 @@ def to_state_spaces(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
 
 def as_stored(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of `tensor` on the CPU in the shape and dtype of `like`, without the storage around it."""
+    """Return a copy of `tensor` on the CPU in the shape and dtype of `like`, without the storage around
+    it.
+    """
     return tensor.reshape(like.shape).to("cpu", like.dtype).clone(memory_format=torch.contiguous_format)
 
 

@@ -85,7 +85,9 @@ class PlainModel(PreTrainedModel):
         """Leave the weights as they are: transformers would draw new ones."""
 
     def forward(self, input_ids: Tensor, state: Any = None, *, logits: bool = True) -> tuple[Tensor, Any]:
-        """Logits, or what the module returns before the head, and the state as the module lays it out."""
+        """Return logits, or what the module returns before the head, and the state as the module lays it
+        out.
+        """
         returned = self.module(input_ids, state)
         if not isinstance(returned, tuple | list) or len(returned) != 2:
             raise LongrollError(f"forward returns {describe(returned)}, not (logits, state).")
@@ -98,14 +100,14 @@ class PlainModel(PreTrainedModel):
         return (self.head(output) if logits else output), final
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of what the module returns."""
+        """Return logits (..., V) of what the module returns."""
         head = self.get_submodule(self._head_path) if self._head_path else self._head_function
         logits = hidden if head is None else head(hidden)
         # the loss overwrites logits that it takes a gradient of, and their own backward may read them
         return logits if isinstance(head, nn.Linear) or not torch.is_grad_enabled() else logits.clone()
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The weights of the head, those among them that are trained."""
+        """Return the weights of the head, those among them that are trained."""
         if self._head_path:
             return [p for p in self.get_submodule(self._head_path).parameters() if p.requires_grad]
         if self._head_function is None:
@@ -120,7 +122,7 @@ class PlainModel(PreTrainedModel):
         return [p for p, g in zip(weights, found, strict=True) if g is not None]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the vocabulary, where the module has one.
+        """Return the embedding of the vocabulary, where the module has one.
 
         Raises:
             LongrollError: where it has none.
@@ -131,7 +133,7 @@ class PlainModel(PreTrainedModel):
         raise LongrollError(f"{self.name_or_path} has no nn.Embedding of {self.config.vocab_size} entries.")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head, where it is a module."""
+        """Return the head, where it is a module."""
         return self.get_submodule(self._head_path) if self._head_path else None
 
     def load_weights(self, folder: Path) -> None:
@@ -167,7 +169,7 @@ class PlainModel(PreTrainedModel):
         )
 
     def extra_repr(self) -> str:
-        """How the state is laid out."""
+        """Return how the state is laid out."""
         return f"vocab_size={self.config.vocab_size}, state=({self.tree})"
 
     @property
@@ -201,7 +203,7 @@ def _check_arguments(module: Any, vocab_size: int, train_length: int | None, hea
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of weights that are another's, which the file then holds once."""
+    """Return names of weights that are another's, which the file then holds once."""
     first: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -225,7 +227,7 @@ class PlainFamily(Family):
         """Leave the module as it is."""
 
     def vocab_size(self, model: Any) -> int:
-        """The size given to `longroll.wrap`."""
+        """Return the size given to `longroll.wrap`."""
         return model.config.vocab_size
 
     def width(self, model: Any) -> int:
@@ -233,19 +235,19 @@ class PlainFamily(Family):
         return model.config.hidden_size
 
     def architecture(self, model: Any) -> str:
-        """The module's class."""
+        """Return the module's class."""
         return type(model.module).__name__
 
     def layerdescribe(self, model: Any, key: StateKey) -> str:
-        """The module's own name of the state tensor."""
+        """Return the module's own name of the state tensor."""
         return model.tree.path_of(key)
 
     def head_parameters(self, model: Any) -> list[nn.Parameter]:
-        """The trained weights of the head given to `longroll.wrap`."""
+        """Return the trained weights of the head given to `longroll.wrap`."""
         return model.head_parameters()
 
     def state_name(self, model: Any, key: StateKey) -> str:
-        """The module's own name of a state tensor, and its layer."""
+        """Return the module's own name of a state tensor, and its layer."""
         path = model.tree.path_of(key)
         return f"{path} (layer {key.layer})"
 
@@ -257,7 +259,9 @@ class PlainFamily(Family):
         padding: Padding | None,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """One forward of the module; `padding` is None, since a module of one's own masks no padding."""
+        """Return one forward of the module; `padding` is None, since a module of one's own masks no
+        padding.
+        """
         model = unwrapped(module)
         rows, tokens = input_ids.shape
         with _saying(model.name_or_path):

@@ -34,7 +34,7 @@ class RecurrentGemma(Family):
                 replace_forward(block, functools.partial(_forward, block, layer))
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> StateCache:
-        """The cache that starts a forward from `state`."""
+        """Return the cache that starts a forward from `state`."""
         return StateCache(model.config, state)
 
 
@@ -55,7 +55,7 @@ def _forward(block, layer: int, original, input_states: Tensor, position_ids: Te
 def _recurrence(
     lru, x: Tensor, position_ids: Tensor, initial: Tensor | None, padding: Padding | None
 ) -> tuple[Tensor, Tensor]:
-    """Upstream's gates around a scan of ours."""
+    """Return upstream's gates around a scan of ours."""
     found = []
 
     def scan(hidden_states: Tensor, recurrent_gate: Tensor, **_) -> tuple[Tensor, None]:

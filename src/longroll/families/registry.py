@@ -46,7 +46,7 @@ def register_family(model_type: str, family: Family) -> None:
 
 
 def family_of(model_type: str | None) -> Family:
-    """The row for a `model_type`: longroll's own, a registered one, or an entry point's.
+    """Return the row for a `model_type`: longroll's own, a registered one, or an entry point's.
 
     Raises:
         LongrollError: for an architecture that nothing names, and an entry point that cannot be loaded.
@@ -62,7 +62,7 @@ def family_of(model_type: str | None) -> Family:
 
 
 def known_family(model_type: str | None) -> Family | None:
-    """The row for a `model_type`, or None.
+    """Return the row for a `model_type`, or None.
 
     Raises:
         LongrollError: for an entry point that cannot be loaded.

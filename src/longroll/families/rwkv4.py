@@ -49,12 +49,12 @@ class Rwkv4State:
         return self._slots[slot]  # or a slice of them
 
     def final(self, tokens: int) -> RecurrentState:
-        """The state after this forward, on the graph. `tokens` is how many were read."""
+        """Return the state after this forward, on the graph. `tokens` is how many were read."""
         clear_handoffs()
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
 
     def read(self, slot: int, layer: int) -> Tensor:
-        """What the model finds at the start."""
+        """Return what the model finds at the start."""
         if slot <= _ATTENTION_SHIFT:
             shift = self.initial.get(StateKey(layer, "conv", slot))
             shift = self.zeros() if shift is None else shift
@@ -138,7 +138,7 @@ class Rwkv4(Family):
         keep_weights(model)
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Rwkv4State:
-        """The list that starts a forward from `state`."""
+        """Return the list that starts a forward from `state`."""
 
         def zeros() -> Tensor:
             size = len(input_ids), model.config.hidden_size

@@ -63,7 +63,7 @@ _FILE_ORDER, _FLA_ORDER = "wkvrg", "rwkvg"  # of RWKV-6's five token shifts
 
 
 def is_rwkv_file(name: str) -> bool:
-    """Whether a name is that of a `.pth` file."""
+    """Return whether a name is that of a `.pth` file."""
     return name.endswith(".pth")
 
 
@@ -104,7 +104,7 @@ def load_rwkv(path: Path, *, dtype: torch.dtype | str) -> tuple[PreTrainedModel,
 
 
 def to_rwkv(model: PreTrainedModel, file: Path) -> dict[str, Tensor]:
-    """The weights of `model` on the CPU, under the names, in the shapes and dtypes of a `.pth` file.
+    """Return the weights of `model` on the CPU, under the names, in the shapes and dtypes of a `.pth` file.
 
     Args:
         model: what `load_rwkv` made of `file`, trained since.
@@ -137,7 +137,7 @@ def _empty(model_class: type[PreTrainedModel], config: RWKV7Config | RWKV6Config
 
 
 def _sizes(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Config fields of both versions."""
+    """Return config fields of both versions."""
     vocab_size, hidden = weights["emb.weight"].shape
     length = re.search(r"ctx(\d+)", path.name)
     layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}

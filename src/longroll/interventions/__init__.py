@@ -13,7 +13,7 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
 
 
 def intervention_of(choice: Intervention | str | None) -> Intervention | None:
-    """An intervention by its short name, with its default options; "none" is None.
+    """Return an intervention by its short name, with its default options; "none" is None.
 
     Raises:
         LongrollError: for a name that is not one.

@@ -49,7 +49,9 @@ class Intervention:
         self._set: Tensor | None = None  # rows of this batch that did not start from zero by chance
 
     def initial_state(self, batch: Batch) -> RecurrentState | None:
-        """The state the rows of `batch` start from; None is the zero state (before anything was observed)."""
+        """Return the state the rows of `batch` start from; None is the zero state (before anything was
+        observed).
+        """
         rows = len(batch if isinstance(batch, Tensor) else batch["input_ids"])
         state = self._choose(batch, rows)
         if state is None:
@@ -65,7 +67,7 @@ class Intervention:
         self._learn(final_state.part("recurrent", *(("conv",) if self.conv else ())).detach())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: tensors only, so that it loads with `weights_only`."""
+        """Return everything a resumed run needs: tensors only, so that it loads with `weights_only`."""
         return {"memory": self._memory(), "seed": self.seed, "batches": self._batches, "drawn": self._drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,7 +82,7 @@ class Intervention:
         self.load_state_dict({**states[0], "memory": memory})
 
     def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
-        """The state for `rows` rows."""
+        """Return the state for `rows` rows."""
         raise LongrollError(f"{type(self).__name__} must say how it chooses a state.")
 
     def _learn(self, final_state: RecurrentState) -> None:
@@ -93,11 +95,13 @@ class Intervention:
         pass
 
     def _deal(self, memories: list[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
-        """The memory of a rank, from those of the ranks before: all the same unless a subclass says how."""
+        """Return the memory of a rank, from those of the ranks before: all the same unless a subclass says
+        how.
+        """
         return memories[0]
 
     def _chances(self, rows: int) -> Tensor:
-        """A number in [0, 1) a row (B,), the rows of all ranks drawn one after another."""
+        """Return a number in [0, 1) a row (B,), the rows of all ranks drawn one after another."""
         if self._stream is None:
             self._stream = torch.Generator().manual_seed(self.seed)
             torch.rand(self._drawn, generator=self._stream)
@@ -106,12 +110,12 @@ class Intervention:
         return torch.rand(total, generator=self._stream)[first : first + rows]
 
     def _keys(self, rows: int) -> list[np.random.SeedSequence]:
-        """What the draws of each row are seeded by, whichever rank has the row."""
+        """Return what the draws of each row are seeded by, whichever rank has the row."""
         first = ranks.rank() * rows
         return [np.random.SeedSequence([self.seed, self._batches, row]) for row in range(first, first + rows)]
 
     def _generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
-        """A generator a row."""
+        """Return a generator a row."""
         seeds = [int(key.generate_state(1, np.uint64)[0]) for key in self._keys(rows)]
         return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 

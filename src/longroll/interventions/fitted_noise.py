@@ -48,7 +48,7 @@ class FittedNoise(Intervention):
         return self.noise(lambda like: normal(like, generators))
 
     def noise(self, draw: Callable[[Tensor], Tensor]) -> RecurrentState:
-        """Noise of the fitted moments from standard normal numbers.
+        """Return noise of the fitted moments from standard normal numbers.
 
         Args:
             draw: gives the numbers (K, rows, ...) for a stack (K, 1, ...) of K tensors that are alike.
@@ -82,14 +82,16 @@ class FittedNoise(Intervention):
 
 
 def _moments(tensor: Tensor) -> Tensor:
-    """Mean and mean square of a stack (K, B, H, ...) over the batch and inside a head: (K, 2, H, 1, ...)."""
+    """Return mean and mean square of a stack (K, B, H, ...) over the batch and inside a head: (K, 2, H, 1,
+    ...).
+    """
     tensor = tensor.float()
     axes = [axis for axis in range(1, tensor.ndim) if axis != 2]
     return torch.cat([t.mean(dim=axes, keepdim=True) for t in (tensor, tensor.square())], dim=1)
 
 
 def _over_ranks(moments: RecurrentState, rows: int) -> RecurrentState:
-    """The moments of the rows of all ranks; each has as many `rows` as it has."""
+    """Return the moments of the rows of all ranks; each has as many `rows` as it has."""
     if ranks.alone():
         return moments
     flat = torch.cat([t.flatten() for t in moments.values()])

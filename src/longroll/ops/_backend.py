@@ -71,7 +71,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
 
 @functools.cache
 def _on(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` run on `device`: Triton launches on the current one, wherever the tensors are."""
+    """Return `kernel` run on `device`: Triton launches on the current one, wherever the tensors are."""
 
     @functools.wraps(kernel)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def _on(device: torch.device, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Kernel | None:
-    """The kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch.
+    """Return the kernel of an op with a (K, V) state for these inputs, or None for plain PyTorch.
 
     Products are made in the dtype of q; of Mamba-2 q is x, and v is B.
     """
@@ -92,7 +92,7 @@ def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Kernel 
 
 
 def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
-    """Why no kernel runs; None where one does."""
+    """Return why no kernel runs; None where one does."""
     if device.type != "cuda":
         return "no GPU"
     if os.environ.get(SWITCH) == "torch":

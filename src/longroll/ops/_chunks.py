@@ -110,7 +110,7 @@ def _forward(
     state: Tensor,
     keep: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state; appends the state at the start of each span to `keep`."""
+    """Return outputs and final state; appends the state at the start of each span to `keep`."""
     o = torch.empty_like(timed[2], dtype=timed[0].dtype)
     with no_autocast(o):
         for span in plan:
@@ -135,7 +135,7 @@ def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
 def _span(
     chunk: Callable[..., Chunk], parts: Sequence[Tensor], fixed: Sequence[Tensor], state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (n, B, H, C, V) of a span, and the state after it."""
+    """Return outputs (n, B, H, C, V) of a span, and the state after it."""
     terms = chunk(*parts, *fixed)
     lead = terms.read.shape[:3]
     keep, add, write, new, old = (

@@ -109,19 +109,21 @@ def zeros_for(*tensors: Tensor | None) -> Any:
 
 
 def strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Strides of tensors with three axes, one after another; zeros for an absent one."""
+    """Return strides of tensors with three axes, one after another; zeros for an absent one."""
     return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()))
 
 
 def product_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
-    """What a product of them is made in: under autocast its dtype, else the wider of theirs."""
+    """Return what a product of them is made in: under autocast its dtype, else the wider of theirs."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return torch.result_type(weight, x)
 
 
 def widen_float16(x: Tensor) -> Tensor:
-    """`x` in float32 where it is float16, in which an output that a norm would scale down may overflow."""
+    """Return `x` in float32 where it is float16, in which an output that a norm would scale down may
+    overflow.
+    """
     return x.float() if x.dtype == torch.float16 else x
 
 

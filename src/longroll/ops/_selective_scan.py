@@ -130,7 +130,7 @@ def _plan(x: Tensor, order: int) -> list[Span]:
 
 
 def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
-    """(B, T, F) -> the span's (length, B, blocks, F), a view where dtype and strides allow."""
+    """Return (B, T, F) -> the span's (length, B, blocks, F), a view where dtype and strides allow."""
     part = tensor[:, span.start : span.stop].to(dtype)
     if part.stride(-1) != 1:
         part = part.contiguous()
@@ -139,7 +139,7 @@ def _cut(tensor: Tensor, span: Span, dtype: torch.dtype) -> Tensor:
 
 
 def _place(target: Tensor, span: Span) -> Tensor:
-    """(B, T, F) -> the span's (length, B, blocks, F), a view to write results through."""
+    """Return (B, T, F) -> the span's (length, B, blocks, F), a view to write results through."""
     blocks: Tensor = target[:, span.start : span.stop].unflatten(1, (span.blocks, span.length))
     return blocks.permute(2, 0, 1, 3)
 
@@ -194,7 +194,9 @@ def _load(
 
 
 def _starts(steps: _Steps, powers: Tensor, state: Tensor) -> Tensor:
-    """States at the start of each block, (B, blocks, N, D), given the one at the start of the first."""
+    """Return states at the start of each block, (B, blocks, N, D), given the one at the start of the
+    first.
+    """
     decay, h, dt = steps.decay, steps.h, steps.dt
     starts = torch.empty_like(h[0])
     starts[:, 0] = state
@@ -216,7 +218,7 @@ def _walk(steps: _Steps, starts: Tensor) -> None:
 
 
 def _output(steps: _Steps, D: Tensor | None, scratch: Scratch) -> Tensor:
-    """y before the gate, (..., D), from the states."""
+    """Return y before the gate, (..., D), from the states."""
     out = _over_order(steps.h, steps.C, scratch("out", *steps.x.shape))
     return out if D is None else out.addcmul_(steps.x, D)
 
@@ -234,7 +236,7 @@ def _forward(
     softplus: bool,
     keep: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state (B, N, D); appends each span's block starts to `keep`."""
+    """Return outputs and final state (B, N, D); appends each span's block starts to `keep`."""
     scratch, powers = Scratch(rates), rates * LOG2_E
     if state is None:
         state = rates.new_zeros(x.shape[0], *rates.shape)

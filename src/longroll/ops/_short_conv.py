@@ -62,7 +62,7 @@ def short_conv(
 
 
 def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> Tensor:
-    """The final state of `short_conv`: (B, D, width) in float32 (float64)."""
+    """Return the final state of `short_conv`: (B, D, width) in float32 (float64)."""
     final, dtype = x[:, -width:].mT, state_dtype(x, initial_state)
     missing = width - final.shape[2]
     if missing == 0:
@@ -114,7 +114,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | Non
 
 
 def _slide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Full convolution with zeros on both sides, (B, W - 1 + T, D)."""
+    """Return full convolution with zeros on both sides, (B, W - 1 + T, D)."""
     batch, time, channels = x.shape
     width = weight.shape[1]
     if x.device.type == "cpu" and x.dtype == torch.float32:

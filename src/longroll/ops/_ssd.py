@@ -152,13 +152,13 @@ def _plan(x: Tensor, chunk_size: int | None) -> tuple[Span, ...]:
 
 
 def _state_in(state: Tensor, groups: int) -> Tensor:
-    """(B, H, P, N) -> (B, g, N, r P): heads of a group share one matrix product with their B and C."""
+    """Return (B, H, P, N) -> (B, g, N, r P): heads of a group share one matrix product with their B and C."""
     grouped: Tensor = state.unflatten(1, (groups, -1))
     return grouped.permute(0, 1, 4, 2, 3).flatten(3)
 
 
 def _state_out(state: Tensor, heads: int, width: int) -> Tensor:
-    """(B, g, N, r P) -> (B, H, P, N)."""
+    """Return (B, g, N, r P) -> (B, H, P, N)."""
     parted: Tensor = state.unflatten(3, (-1, width))
     return parted.permute(0, 1, 3, 4, 2).reshape(state.shape[0], heads, width, -1)
 
@@ -219,7 +219,9 @@ def _load(
 
 
 def _decays(log_steps: Tensor, dtype: torch.dtype, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """From the log2 decay of each step (..., q): decays up to, after and between (row, column) steps."""
+    """Return from the log2 decay of each step (..., q): decays up to, after and between (row, column)
+    steps.
+    """
     exact = log_steps.cumsum(-1)
     total = exact.to(dtype)
     decay = torch.sub(
@@ -255,7 +257,7 @@ def _forward(
     options: _Options,
     keep: list[Tensor | None] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs and final state (B, g, n, r p); appends each span's chunk start states to `keep`."""
+    """Return outputs and final state (B, g, n, r p); appends each span's chunk start states to `keep`."""
     scratch, groups = Scratch(A), B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for span in options.plan:
@@ -276,7 +278,8 @@ def _forward(
 def _carry(
     chunks: _Chunks, state: Tensor | None, skip_last: bool, scratch: Scratch
 ) -> tuple[Tensor | None, Tensor | None]:
-    """States at the start of each chunk, (B, c, g, n, r p), and after the last one (None when skipped).
+    """Return states at the start of each chunk, (B, c, g, n, r p), and after the last one (None when
+    skipped).
 
     A state of None is zero: a lone first chunk then has none to read.
     """
@@ -299,13 +302,13 @@ def _kept(chunks: _Chunks) -> Tensor:
 
 
 def _read(chunks: _Chunks, starts: Tensor, scratch: Scratch) -> Tensor:
-    """What the chunk start states give to the outputs, (B, c, g, r, q, p)."""
+    """Return what the chunk start states give to the outputs, (B, c, g, r, q, p)."""
     read: Tensor = _product(chunks.C, starts, "read", scratch).unflatten(-1, (-1, chunks.x.shape[-1]))
     return read.mul_(chunks.arriving.mT.unsqueeze(-1)).transpose(3, 4)
 
 
 def _output(chunks: _Chunks, read: Tensor | None, D: Tensor | None, scratch: Scratch) -> Tensor:
-    """y before the gate, (B, c, g, r, q, p)."""
+    """Return y before the gate, (B, c, g, r, q, p)."""
     out = _product(chunks.mixer, chunks.dtx, "out", scratch)
     if read is not None:
         out.add_(read)
@@ -413,7 +416,9 @@ def _backward(
 
 
 def _within(chunks: _Chunks, dy: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of y = (scores * decay) dtx: of dtx, B, C and each step's log decay. Consumes the mixer."""
+    """Return gradients of y = (scores * decay) dtx: of dtx, B, C and each step's log decay. Consumes the
+    mixer.
+    """
     ddtx = _product(chunks.mixer.mT, dy, "ddtx", scratch)
     dmixer = _product(dy, chunks.dtx.mT, "dmixer", scratch)
     crossing = chunks.mixer.mul_(dmixer)  # gradient of each log decay; none on the diagonal, where it is 0
@@ -427,14 +432,15 @@ def _within(chunks: _Chunks, dy: Tensor, scratch: Scratch) -> tuple[Tensor, Tens
 
 
 def _sum_from(value: Tensor) -> Tensor:
-    """Sums from each step to the chunk's end, in float64 since large terms cancel."""
+    """Return sums from each step to the chunk's end, in float64 since large terms cancel."""
     return value.double().flip(-1).cumsum(-1).flip(-1)
 
 
 def _carry_back(
     chunks: _Chunks, dstate: Tensor | None, from_start: Tensor | None, want_first: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the chunks' end states, (B, c, g, n, r p), and of the state before them; None is zero.
+    """Return gradients of the chunks' end states, (B, c, g, n, r p), and of the state before them; None is
+    zero.
 
     `dstate` is the gradient of the state after the span, `from_start` that of each start state through y.
     """

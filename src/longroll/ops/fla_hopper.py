@@ -83,7 +83,8 @@ def gated_gradients(
     state_v_first: bool = False,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of chunks that decay, read and write, as fla 0.6.0's `chunk_bwd_dqkwg` has them; in float32.
+    """Return gradients of chunks that decay, read and write, as fla 0.6.0's `chunk_bwd_dqkwg` has them; in
+    float32.
 
     `o = scale (2^g q h + (q k^T 2^(g_i - g_j)) v)` and `h' = 2^g_last h + (2^(g_last - g) k)^T v`, where v is
     what is written: in the delta rules `u - w h`.
@@ -109,13 +110,13 @@ def gated_gradients(
     chunks = h.shape[1]
 
     def cut(x: Tensor) -> Tensor:
-        """(B, T, HV, D) -> (B, chunks, HV, C, D), zero after the end."""
+        """Return (B, T, HV, D) -> (B, chunks, HV, C, D), zero after the end."""
         x = F.pad(x.float(), (0, 0, 0, 0, 0, chunks * chunk_size - time))
         blocks: Tensor = x.unflatten(1, (chunks, chunk_size))
         return blocks.transpose(2, 3)
 
     def joined(x: Tensor) -> Tensor:
-        """The inverse of `cut`; contiguous, as the kernels that read it expect."""
+        """Return the inverse of `cut`; contiguous, as the kernels that read it expect."""
         return x.transpose(2, 3).flatten(1, 2)[:, :time].contiguous()
 
     with torch.autocast(q.device.type, enabled=False):

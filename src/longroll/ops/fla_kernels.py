@@ -242,7 +242,7 @@ def make_ready() -> None:
 
 
 def tuners() -> list[Any]:
-    """The tuners of all of fla's kernels."""
+    """Return the tuners of all of fla's kernels."""
     import fla.models
     import fla.ops  # noqa: F401 (so that all kernels are there)
     from triton.runtime.autotuner import Autotuner
@@ -287,13 +287,13 @@ def _pin(tuner: Any) -> None:
 
 
 def _unrolls(arguments: tuple[Any, ...]) -> bool:
-    """Whether a kernel multiplies in IEEE float32: Triton was told so, and nothing has 16 bits."""
+    """Return whether a kernel multiplies in IEEE float32: Triton was told so, and nothing has 16 bits."""
     tensors = (a for a in arguments if isinstance(a, Tensor))
     return os.environ.get("TRITON_F32_DEFAULT") == "ieee" and all(t.dtype.itemsize > 2 for t in tensors)
 
 
 def _distance(middle: dict[str, int], config: Any) -> float:
-    """How far a configuration is from `middle`, in doublings."""
+    """Return how far a configuration is from `middle`, in doublings."""
     sizes = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
     return sum(
         abs(math.log2(sizes[name] / size))

@@ -54,7 +54,9 @@ class Data:
 
 
 def position_data(styled: Styled, unit: str) -> Data:
-    """Loss by position in `unit` with its 95 % interval, from the first position that the figure shows."""
+    """Return loss by position in `unit` with its 95 % interval, from the first position that the figure
+    shows.
+    """
     first = first_shown([run for run, _ in styled])
     rows = [
         row for run, style in styled if run.curve for row in _points(style, *shown_curve(run, unit, first))
@@ -65,7 +67,7 @@ def position_data(styled: Styled, unit: str) -> Data:
 
 
 def excess_data(styled: Styled) -> Data:
-    """Loss above a fresh start in nats, with its 95 % interval."""
+    """Return loss above a fresh start in nats, with its 95 % interval."""
     rows = [
         row
         for run, style in styled
@@ -77,7 +79,9 @@ def excess_data(styled: Styled) -> Data:
 
 
 def state_data(styled: Styled) -> Data:
-    """Standard deviation of the state of every layer, also of layers that a small figure leaves out."""
+    """Return standard deviation of the state of every layer, also of layers that a small figure leaves
+    out.
+    """
     first = first_shown([run for run, _ in styled])
     rows: list[list[Cell]] = [
         [style.label, layer.layer, position, std]
@@ -92,7 +96,7 @@ def state_data(styled: Styled) -> Data:
 
 
 def remembrance_data(styled: Styled, ends: Sequence[int]) -> Data:
-    """Effective remembrance at some ends T, with its 95 % interval, by the first token kept t."""
+    """Return effective remembrance at some ends T, with its 95 % interval, by the first token kept t."""
     rows = [
         [style.label, end, *point[1:]]
         for run, style in styled
@@ -106,7 +110,7 @@ def remembrance_data(styled: Styled, ends: Sequence[int]) -> Data:
 
 
 def coverage_data(run: Run, style: RunStyle) -> Data:
-    """Standardised shift of every head, and whether it is significant."""
+    """Return standardised shift of every head, and whether it is significant."""
     found = run.coverage
     assert found is not None
     values = numbers(found.map)

@@ -26,7 +26,7 @@ class Table:
 
 
 def curve_table(styled: Styled) -> Table:
-    """Loss in every bin of positions with its interval, a column a run."""
+    """Return loss in every bin of positions with its interval, a column a run."""
     found: dict[tuple[float, float], dict[int, str]] = {}
     for column, (run, _) in enumerate(styled):
         curve = run.curve
@@ -55,7 +55,7 @@ def curve_table(styled: Styled) -> Table:
 
 
 def excess_tables(styled: Styled) -> list[Table]:
-    """Loss above a fresh start with its interval, a table a run."""
+    """Return loss above a fresh start with its interval, a table a run."""
     tables = []
     for run, style in styled:
         if run.excess is None:
@@ -72,7 +72,7 @@ def excess_tables(styled: Styled) -> list[Table]:
 
 
 def state_tables(styled: Styled) -> list[Table]:
-    """Standard deviation of the state, a table a run, a column a layer."""
+    """Return standard deviation of the state, a table a run, a column a layer."""
     tables = []
     for run, style in styled:
         if run.states is None:
@@ -89,7 +89,7 @@ def state_tables(styled: Styled) -> list[Table]:
 
 
 def remembrance_tables(styled: Styled) -> list[Table]:
-    """Effective remembrance, a table a run, a column an end."""
+    """Return effective remembrance, a table a run, a column an end."""
     tables = []
     for run, style in styled:
         found = run.remembrance
@@ -105,7 +105,7 @@ def remembrance_tables(styled: Styled) -> list[Table]:
 
 
 def coverage_tables(styled: Styled) -> list[Table]:
-    """Standardised shift of every head, and what moving a head back recovers."""
+    """Return standardised shift of every head, and what moving a head back recovers."""
     tables = []
     for run, style in styled:
         found = run.coverage
@@ -120,7 +120,7 @@ def coverage_tables(styled: Styled) -> list[Table]:
 
 
 def causal_table(run: Run, style: RunStyle) -> Table | None:
-    """What putting a head's state back into the training range recovers of the loss."""
+    """Return what putting a head's state back into the training range recovers of the loss."""
     found = run.coverage
     causal = (found and found.causal) or []
     causal = [one for one in causal if not abs(one.recovered or 0) < _WORTH_A_ROW]

@@ -110,7 +110,9 @@ def notes(styled: Styled) -> list[str]:
 
 
 def _price(run: Run, styled: Styled) -> str:
-    """What a run costs in range against the base and the control; nothing where its sentence says it."""
+    """Return what a run costs in range against the base and the control; nothing where its sentence says
+    it.
+    """
     base = styled[0][0]
     others = [base, *(other for other, style in styled if style.role == "none")]
     if run is base or run.comparisons or len(train_lengths([run, *others])) > 1:

@@ -40,7 +40,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def encode(data: Any) -> bytes:
-    """JSON text of plain data; numbers that are not finite become null.
+    """Return JSON text of plain data; numbers that are not finite become null.
 
     Raises:
         LongrollError: for data that JSON has no form for.
@@ -74,6 +74,6 @@ def _finite(data: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A number of another library (NumPy, torch)."""
+    """Return a number of another library (NumPy, torch)."""
     number = float(value)
     return number if math.isfinite(number) else None

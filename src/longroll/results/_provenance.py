@@ -23,7 +23,7 @@ _PACKAGES = (
 def provenance(
     lm: nn.Module | None = None, *, seed: int, seconds: float, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Everything needed to make a result again: command, versions, seed, device, date, duration.
+    """Return everything needed to make a result again: command, versions, seed, device, date, duration.
 
     `device` is where it was made; with a model, the model's.
     """
@@ -42,7 +42,7 @@ def provenance(
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on, where they are installed."""
+    """Return the versions of the packages that a result depends on, where they are installed."""
     found = {}
     for package in _PACKAGES:
         try:

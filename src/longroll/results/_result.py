@@ -188,7 +188,9 @@ def _fault(error: ValidationError, data: Any) -> str:
 
 
 def _field(place: tuple[int | str, ...], data: Any) -> str:
-    """A place in the data as people write it: curve.loss[3]. What pydantic adds for unions is left out."""
+    """Return a place in the data as people write it: curve.loss[3]. What pydantic adds for unions is left
+    out.
+    """
     field = ""
     for part in place:
         inside = isinstance(data, dict | list)

@@ -282,6 +282,6 @@ class DiagnosisResult(Result):
         return {name: value for name, value in data.items() if value is not None or name not in _SECTIONS}
 
     def level(self, name: str) -> float:
-        """Mean loss in nats of a level; NaN where it was not measured or is not finite."""
+        """Return mean loss in nats of a level; NaN where it was not measured or is not finite."""
         value = (self.levels or {}).get(name)
         return math.nan if value is None else value

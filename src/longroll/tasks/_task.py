@@ -15,7 +15,7 @@ TRAINING, EVALUATION = 1, 2
 
 
 def random_of(stream: int, *numbers: int) -> np.random.Generator:
-    """The generator of one sample, given by its stream and numbers."""
+    """Return the generator of one sample, given by its stream and numbers."""
     return np.random.default_rng([stream, *numbers])
 
 
@@ -103,7 +103,7 @@ class Task:
     def score(
         self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
     ) -> dict[str, float]:
-        """Scores by name, 0 to 1 each; `metric` is one of them.
+        """Return scores by name, 0 to 1 each; `metric` is one of them.
 
         Args:
             sample: the sample.
@@ -113,7 +113,7 @@ class Task:
         raise LongrollError(f"{type(self).__name__} must say how it scores.")
 
     def settings(self) -> dict[str, Any]:
-        """What has to be the same for two results to be comparable."""
+        """Return what has to be the same for two results to be comparable."""
         return {
             "task": self.name,
             "tokenizer": self.tokenizer.name,
@@ -123,12 +123,15 @@ class Task:
         }
 
     def begin(self, text: str) -> np.ndarray:
-        """Token ids of what begins the prompt, (T,) int32: the prefix or the frame of a chat, then `text`."""
+        """Return token ids of what begins the prompt, (T,) int32: the prefix or the frame of a chat, then
+        `text`.
+        """
         inside = self.chat_template or not text
         return np.concatenate([self.opening, self.encode(text) if inside else self.tokenizer.encode(text)])
 
     def ask(self, question: str, cue: str) -> np.ndarray:
-        """Token ids of what ends the prompt, (T,) int32: the question, and the beginning of its answer.
+        """Return token ids of what ends the prompt, (T,) int32: the question, and the beginning of its
+        answer.
 
         In a chat the answer begins in the model's message.
         """
@@ -143,11 +146,11 @@ class Task:
         return len(ids) if tuple(self.opening[: len(ids)].tolist()) == ids else 0
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a piece inside a prompt, (T,) int32."""
+        """Return token ids of a piece inside a prompt, (T,) int32."""
         return self.tokenizer.encode_inside(text)
 
     def _room(self, length: int, fixed: int) -> int:
-        """Tokens left for the haystack."""
+        """Return tokens left for the haystack."""
         if length < fixed:
             raise LongrollError(
                 f"length {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes at "

@@ -22,7 +22,8 @@ class Story:
 
 
 def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story]:
-    """The stories of one task, a story a question: all facts so far in its story, no earlier questions.
+    """Return the stories of one task, a story a question: all facts so far in its story, no earlier
+    questions.
 
     Source: booydar/babilong, babilong/babilong_utils.py (`get_dataset_df`, `TaskDataset`).
 
@@ -60,7 +61,7 @@ def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story
 
 
 def _from_hub(name: str, qa: str) -> list[Story]:
-    """The stories of a dataset like RMT-team/babilong-1k-samples, config 0k: facts without noise."""
+    """Return the stories of a dataset like RMT-team/babilong-1k-samples, config 0k: facts without noise."""
     from datasets import load_dataset
 
     try:
@@ -74,7 +75,7 @@ def _from_hub(name: str, qa: str) -> list[Story]:
 
 
 def stories_of(rows: Iterable[Mapping[str, str]]) -> list[Story]:
-    """Stories of rows with `input`, `question` and `target`, a sentence of the input being a fact."""
+    """Return stories of rows with `input`, `question` and `target`, a sentence of the input being a fact."""
     return [
         Story(
             tuple(f"{fact.strip().rstrip('.')}." for fact in row["input"].split(". ")),

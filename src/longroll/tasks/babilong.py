@@ -102,7 +102,7 @@ class BABILong(Task):
         return Sample(prompt, answer, story.answer, context, story.question, prefix=self.prefix)
 
     def _noise(self, tokens: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Sentences of `tokens` tokens together, the last one cut to fit."""
+        """Return sentences of `tokens` tokens together, the last one cut to fit."""
         empty = 0  # looks into books since the last sentence
         while tokens > 0:
             empty += 1
@@ -123,7 +123,7 @@ class BABILong(Task):
     def score(
         self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
     ) -> dict[str, float]:
-        """The official metric."""
+        """Return the official metric."""
         output = self.tokenizer.decode(written)
         return {"accuracy": float(compare_answers(sample.target, output, sample.question, LABELS[self.qa]))}
 
@@ -141,7 +141,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def compare_answers(target: str, output: str, question: str, labels: frozenset[str]) -> bool:
-    """The official metric: the output names `target` and no other label of the task.
+    """Return the official metric: the output names `target` and no other label of the task.
 
     Only the output before the first `.`, `<context>` or `<example>` counts, and labels that the question
     names are left aside. Source: booydar/babilong, babilong/metrics.py (`compare_answers`). lm-eval's
@@ -157,7 +157,7 @@ def compare_answers(target: str, output: str, question: str, labels: frozenset[s
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences, each on one line."""
+    """Return sentences, each on one line."""
     return [" ".join(sentence.split()) for sentence in _END.split(text) if sentence.strip()]
 
 

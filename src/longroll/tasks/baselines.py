@@ -67,7 +67,7 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
 def state_limits(
     lm: RecurrentLM, tokens: torch.Tensor, *, stride: int = STRIDE
 ) -> dict[StateKey, torch.Tensor]:
-    """The largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
+    """Return the largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
 
     Args:
         lm: the model.
@@ -141,7 +141,7 @@ def best_chunk(window: int, *, tokens: int = 1) -> Reading:
 
 
 def _entropies(lm: RecurrentLM, read: Prefilled, tokens: int) -> list[float]:
-    """Entropy of each row, summed over the first tokens that it would write."""
+    """Return entropy of each row, summed over the first tokens that it would write."""
     hidden, state, total = read.hidden, read.state, torch.zeros(len(read.rows))
     for left in reversed(range(tokens)):
         logits = lm.head(hidden)
@@ -158,7 +158,7 @@ _TOGETHER = 64  # chunks read at once
 def _scaled(
     state: RecurrentState, factor: Callable[[StateKey, torch.Tensor], torch.Tensor]
 ) -> RecurrentState:
-    """Recurrent tensors times a factor a head, (B, heads) or (); the rest as it is."""
+    """Return recurrent tensors times a factor a head, (B, heads) or (); the rest as it is."""
     scaled = {
         key: scale_heads(t, factor(key, t).to(t)) if key.part == "recurrent" else t
         for key, t in state.items()
@@ -169,7 +169,7 @@ def _scaled(
 def make_reading(
     reading: str, lm: RecurrentLM, *, window: int | None, rows: Sequence[Row], length: int
 ) -> Reading:
-    """A reading by its name on the command line.
+    """Return a reading by its name on the command line.
 
     Args:
         reading: "plain", "reset", "decay", "clip" or "chunk".

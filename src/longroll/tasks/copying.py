@@ -44,7 +44,9 @@ class Copying(Task):
         self.start, self.middle, self.end = (self.encode(mark) for mark in "$|.")
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
-        """A random string of `length` letters; the prompt has two tokens more, the answer ends with `.`."""
+        """Return a random string of `length` letters; the prompt has two tokens more, the answer ends with
+        `.`.
+        """
         if length < 1:
             raise LongrollError(f"length {length} (`length`): a string to copy has at least one letter.")
         drawn = rng.integers(len(LETTERS), size=length)
@@ -57,7 +59,7 @@ class Copying(Task):
     def score(
         self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
     ) -> dict[str, float]:
-        """String and character accuracy, teacher-forced and free; the final `.` does not count."""
+        """Return string and character accuracy, teacher-forced and free; the final `.` does not count."""
         right = sample.answer[:-1]
         scores = {}
         for how, ids in (("forced", forced), ("free", written)):
@@ -128,7 +130,7 @@ class CopyRows(Dataset[Item]):
 
 
 def one_token(tokenizer: Tokenizer, character: str) -> int:
-    """The id of a single character.
+    """Return the id of a single character.
 
     Raises:
         LongrollError: for a tokenizer that has none.
@@ -143,7 +145,7 @@ def one_token(tokenizer: Tokenizer, character: str) -> int:
 
 
 def copying_tokenizer() -> PreTrainedTokenizerFast:
-    """The 30 tokens of the source as a transformers tokenizer, to be saved beside a model."""
+    """Return the 30 tokens of the source as a transformers tokenizer, to be saved beside a model."""
     from tokenizers import Tokenizer as Tokens
     from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -141,7 +141,7 @@ def _summarise(answered: list[_Answered]) -> Cell:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean and 95 % interval: Wilson's for scores that are 0 or 1, the bootstrap's else."""
+    """Return mean and 95 % interval: Wilson's for scores that are 0 or 1, the bootstrap's else."""
     mean = sum(values) / len(values)
     if set(values) <= {0.0, 1.0}:
         low, high = wilson(int(sum(values)), len(values))
@@ -151,7 +151,9 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def wilson(right: int, samples: int) -> tuple[float, float]:
-    """The ends of Wilson's 95 % interval for `right` out of `samples` (Wilson 1927), good at 0 and 1 too."""
+    """Return the ends of Wilson's 95 % interval for `right` out of `samples` (Wilson 1927), good at 0 and 1
+    too.
+    """
     share, spread = right / samples, _Z**2 / samples
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
@@ -159,7 +161,7 @@ def wilson(right: int, samples: int) -> tuple[float, float]:
 
 
 def grid(cells: Sequence[Cell], rows: Sequence[Row], lengths: Sequence[int], score: str) -> dict[str, Any]:
-    """What the figures draw of one score: `lengths`, `depths` or `rows`, and values (lengths, rows).
+    """Return what the figures draw of one score: `lengths`, `depths` or `rows`, and values (lengths, rows).
 
     Rows that are kinds, not depths, get their mean as one more row, as on BABILong's leaderboard.
     """

@@ -96,7 +96,7 @@ def prefill(
 
 
 def _side_by_side(reads: list[Prefilled]) -> Prefilled:
-    """One group of several whose states do not depend on the position."""
+    """Return one group of several whose states do not depend on the position."""
     states = [read.state for read in reads]
     joined = {key: torch.cat([state[key] for state in states]) for key in states[0]}
     rows = [row for read in reads for row in read.rows]
@@ -106,7 +106,7 @@ def _side_by_side(reads: list[Prefilled]) -> Prefilled:
 
 
 def prefill_samples(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
-    """The ordinary way: every prompt from its beginning, the state carried all along."""
+    """Return the ordinary way: every prompt from its beginning, the state carried all along."""
     return prefill(lm, [sample.prompt for sample in samples])
 
 
@@ -114,7 +114,7 @@ def prefill_samples(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefille
 def greedy_decode(
     lm: RecurrentLM, read: Prefilled, new_tokens: int, *, stop: Callable[[np.ndarray], bool] | None = None
 ) -> np.ndarray:
-    """The greedy continuation of each row, (B, new_tokens), or fewer once `stop` holds for each."""
+    """Return the greedy continuation of each row, (B, new_tokens), or fewer once `stop` holds for each."""
     hidden, state, stopped = read.hidden, read.state, np.zeros(len(read.rows), dtype=bool)
     written: list[Tensor] = []
     while len(written) < new_tokens:
@@ -132,7 +132,7 @@ def greedy_decode(
 
 @torch.no_grad()
 def teacher_forced(lm: RecurrentLM, read: Prefilled, answers: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The argmax at each place of the right answers, given the right tokens before."""
+    """Return the argmax at each place of the right answers, given the right tokens before."""
     longest = max(map(len, answers))
     # filled up at the end: the states after it are not used
     ids = np.stack([np.resize(answer, longest) for answer in answers]).astype(np.int64)

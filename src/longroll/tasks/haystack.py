@@ -38,7 +38,7 @@ class NoiseHaystack:
         self.first, self.rest = tokenizer.encode_inside(NOISE), tokenizer.encode_inside(f" {NOISE}")
 
     def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Repetitions for both sides; nothing is drawn."""
+        """Return repetitions for both sides; nothing is drawn."""
         return self._repeat(before), self._repeat(after)
 
     def _repeat(self, tokens: int) -> np.ndarray:
@@ -54,7 +54,7 @@ class TextHaystack:
         self.name = name
 
     def around(self, before: int, after: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """One run of text, divided."""
+        """Return one run of text, divided."""
         start = int(rng.integers(len(self.ids)))
         places = np.arange(start, start + before + after) % len(self.ids)
         text = self.ids[places]

@@ -100,7 +100,7 @@ def _changed(folder: Path, problem: Exception) -> LongrollError:
 
 
 def _yaml(file: Path) -> dict[str, Any]:
-    """A task's settings; functions in them are left aside."""
+    """Return a task's settings; functions in them are left aside."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml ships no types
@@ -112,7 +112,7 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _constant(file: Path, name: str) -> str:
-    """The first string that a Python file gives to `name`."""
+    """Return the first string that a Python file gives to `name`."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             names = [target.id for target in node.targets if isinstance(target, ast.Name)]
@@ -122,7 +122,7 @@ def _constant(file: Path, name: str) -> str:
 
 
 def _cue(file: Path) -> str:
-    """The beginning of the answer to one question, which RULER writes for the model."""
+    """Return the beginning of the answer to one question, which RULER writes for the model."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             text = "".join(_part(part) for part in node.values)
@@ -132,7 +132,7 @@ def _cue(file: Path) -> str:
 
 
 def _part(part: ast.expr) -> str:
-    """A part of an f-string, with names for what is drawn."""
+    """Return a part of an f-string, with names for what is drawn."""
     if isinstance(part, ast.Constant):
         return str(part.value)
     return {"type_needle_v[:-1]": "number", "query": "{key}"}.get(ast.unparse(part.value), "?")  # type: ignore[attr-defined]

@@ -96,7 +96,7 @@ def run_task(
 
 
 def finished_cells(file: Path, settings: dict[str, Any]) -> list[Cell]:
-    """The cells of an earlier run with the same settings; none if there was none.
+    """Return the cells of an earlier run with the same settings; none if there was none.
 
     Raises:
         LongrollError: the file holds something else, or the first setting that differs.

@@ -53,12 +53,12 @@ class FlaFamily(Family):
             )
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> FlaCache:
-        """The cache that starts a forward from `state`."""
+        """Return the cache that starts a forward from `state`."""
         return FlaCache(state)
 
 
 def model_class(model_type: str | None) -> type[PreTrainedModel] | None:
-    """The class that runs a `model_type` on this machine; None where the Auto classes find it.
+    """Return the class that runs a `model_type` on this machine; None where the Auto classes find it.
 
     fla, once imported, puts its own classes into the Auto classes for what ours and transformers' run too
     (its Mambas take no state with more than one token).

@@ -28,7 +28,7 @@ class FlaCache:
         self._final: dict[StateKey, Tensor] = {}
 
     def final(self, tokens: int) -> RecurrentState:
-        """The state after this forward, on the graph. `tokens` is how many were read."""
+        """Return the state after this forward, on the graph. `tokens` is how many were read."""
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
 
     def keep(self, key: StateKey, tensor: Tensor) -> None:
@@ -36,7 +36,7 @@ class FlaCache:
         self._final[key] = tensor
 
     def get_seq_length(self) -> int:
-        """Tokens read before this forward."""
+        """Return tokens read before this forward."""
         return self.initial.seen
 
 
@@ -49,7 +49,7 @@ class LayerState:
         self.padding = None if cache is None else cache.padding
 
     def read(self, part: Part, slot: int = 0) -> Tensor | None:
-        """The initial tensor; None is zero."""
+        """Return the initial tensor; None is zero."""
         return None if self._cache is None else self._cache.initial.get(StateKey(self._layer, part, slot))
 
     def keep(self, part: Part, tensor: Tensor, slot: int = 0) -> None:

@@ -55,7 +55,7 @@ class FlaConfig(PreTrainedConfig):
             self._check(entry)
 
     def attention(self, layer: int) -> dict | None:
-        """What `attn` says of a layer: None where it keeps the family's own mixer."""
+        """Return what `attn` says of a layer: None where it keeps the family's own mixer."""
         return next((entry for entry in self._attentions() if layer in entry["layers"]), None)
 
     def _attentions(self) -> list:
@@ -101,13 +101,13 @@ class Block(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config)
 
     def forward(self, x: Tensor, past_key_values: FlaCache | None = None) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         x = x + self.attn(self.attn_norm(x), LayerState(past_key_values, self.layer_idx))
         return x + self.mlp(self.mlp_norm(x))
 
 
 def norm_of(config: FlaConfig) -> nn.Module:
-    """RMSNorm of the hidden size, or LayerNorm for RWKV's configs, which say whether it has a bias."""
+    """Return RMSNorm of the hidden size, or LayerNorm for RWKV's configs, which say whether it has a bias."""
     bias = getattr(config, "norm_bias", None)
     if bias is None:
         return RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -115,7 +115,7 @@ def norm_of(config: FlaConfig) -> nn.Module:
 
 
 def mixer_of(config: FlaConfig, layer: int, mixer: type[nn.Module]) -> nn.Module:
-    """The layer's own mixer, or attention where the config says so."""
+    """Return the layer's own mixer, or attention where the config says so."""
     attention = config.attention(layer)
     return mixer(config, layer) if attention is None else Attention(config, attention)
 
@@ -197,7 +197,7 @@ class CausalLM(FlaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def model_type(cls) -> str:
-        """What `config.json` calls the family."""
+        """Return what `config.json` calls the family."""
         assert cls.config_class is not None
         return cls.config_class.model_type
 

@@ -65,7 +65,7 @@ class DeltaNet(QKV):
         self.o_proj = nn.Linear(heads * self_v, hidden, bias=False)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         q, k, v = self.qkv(x, state)
         if not self.convolves:
             v = F.silu(v)

@@ -67,7 +67,7 @@ class GatedDeltaNet(QKV):
         self.o_proj = nn.Linear(value_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         q, k, v = self.qkv(x, state)
         if not self.convolves:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)

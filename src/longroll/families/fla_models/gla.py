@@ -45,7 +45,7 @@ class GatedLinearAttention(GatedHeads):
         )
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         q, k, v = self.qkv(x, state)
         q = q.unflatten(-1, (-1, self.k_size))
         k, v = self.grouped(k, self.k_size), self.grouped(v, self.v_size)

@@ -67,7 +67,7 @@ class QKV(nn.Module):
                 setattr(self, f"{name}_conv1d", ShortConv(size, conv, activation))
 
     def qkv(self, x: Tensor, state: LayerState) -> list[Tensor]:
-        """The three projections of x, (B, T, size) each."""
+        """Return the three projections of x, (B, T, size) each."""
         projected = [getattr(self, f"{name}_proj")(x) for name in "qkv"]
         if not self.convolves:
             return projected
@@ -102,11 +102,11 @@ class GatedHeads(QKV):
         self.o_proj = nn.Linear(heads * self_v, config.hidden_size, bias=False)
 
     def grouped(self, x: Tensor, size: int) -> Tensor:
-        """Heads (B, T, H, size) of x (B, T, kv heads * size)."""
+        """Return heads (B, T, H, size) of x (B, T, kv heads * size)."""
         return x.unflatten(-1, (-1, size)).repeat_interleave(self.groups, dim=-2)
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        """The layer's output (B, T, hidden) of the recurrence's o (B, T, H, V)."""
+        """Return the layer's output (B, T, hidden) of the recurrence's o (B, T, H, V)."""
         o = getattr(self, self.norm_name)(o)
         if self.gated:
             o = o * F.silu(self.g_proj(x)).unflatten(-1, (-1, self.v_size))
@@ -117,7 +117,7 @@ class RMSNorm(nn.RMSNorm):
     """RMSNorm in float32 or wider, whatever goes in and comes out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size)."""
+        """Return (..., size) -> (..., size)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = None if self.weight is None else self.weight.to(wide)
         return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
@@ -131,7 +131,7 @@ class GatedRMSNorm(RMSNorm):
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        """Norm of x (..., size) times the activated gate (..., size)."""
+        """Return norm of x (..., size) times the activated gate (..., size)."""
         return super().forward(x) * self.activation(gate)
 
 
@@ -151,7 +151,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -172,7 +172,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden); the state holds keys and values (B, kv heads, tokens, size)."""
+        """Return (B, T, hidden) -> (B, T, hidden); the state holds keys and values (B, kv heads, tokens,
+        size).
+        """
         q, k, v = (p(x).unflatten(-1, (-1, self.size)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rotary(t, state.seen, self.base).transpose(1, 2) for t in (q, k))
         v = v.transpose(1, 2)
@@ -211,12 +213,12 @@ class LoRA(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., size_in) -> (..., size_out)."""
+        """Return (..., size_in) -> (..., size_out)."""
         return self.lora(x)
 
 
 def token_shift(x: Tensor, state: LayerState, slot: int) -> Tensor:
-    """The input before each input, minus it, (B, T, D); the state is the last input, (B, D)."""
+    """Return the input before each input, minus it, (B, T, D); the state is the last input, (B, D)."""
     last = state.read("conv", slot)
     last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
     # a view would keep all of x
@@ -244,13 +246,13 @@ def turn(x: Tensor, position: Tensor | int, base: float = 10000.0) -> Tensor:
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """Unit vectors of x (..., D), as fla's kernels make them."""
+    """Return unit vectors of x (..., D), as fla's kernels make them."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def activation(config, option: str, activations: Mapping[str, Any] = ACTIVATIONS) -> Any:
-    """The function that a config's option names; None where it names none."""
+    """Return the function that a config's option names; None where it names none."""
     name = getattr(config, option)
     if name is None:
         return None
@@ -260,7 +262,7 @@ def activation(config, option: str, activations: Mapping[str, Any] = ACTIVATIONS
 
 
 def head_size(config, option: str) -> int:
-    """Size of a head when the heads together have `hidden_size` times the option's expansion."""
+    """Return size of a head when the heads together have `hidden_size` times the option's expansion."""
     size = config.hidden_size * getattr(config, option) / config.num_heads
     if not math.isclose(size, round(size)):
         raise unsupported(config, option, f"heads would have size {size}")
@@ -268,7 +270,7 @@ def head_size(config, option: str) -> int:
 
 
 def unsupported(config, option: str, why: str) -> LongrollError:
-    """The error for a config that asks for something else."""
+    """Return the error for a config that asks for something else."""
     return LongrollError(
         f"{config.model_type} with {option} = {getattr(config, option)!r} cannot run: {why}."
     )

@@ -49,13 +49,13 @@ class NativeFamily(Family):
         make_ready()
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> NativeCache:
-        """The cache that starts a forward from `state`."""
+        """Return the cache that starts a forward from `state`."""
         if input_ids.device.type != "cuda":
             raise LongrollError(f"{model.config.model_type} runs on fla's GPU kernels only: `device` cuda.")
         return NativeCache(self, model.config.num_hidden_layers, state)
 
     def model_class(self) -> type[PreTrainedModel]:
-        """fla's class.
+        """Return fla's class.
 
         Raises:
             LongrollError: where fla or a GPU is missing.
@@ -91,7 +91,9 @@ class NativeCache(FlaCache):
         return self._layers
 
     def __getitem__(self, layer: int) -> dict[str, Any]:
-        """What a layer starts from; None is zero. Convolutions write into theirs, so they get a copy."""
+        """Return what a layer starts from; None is zero. Convolutions write into theirs, so they get a
+        copy.
+        """
         states = [
             self._turned(self.initial.get(StateKey(layer, "recurrent", i)))
             for i in range(self._family.states)

@@ -40,7 +40,7 @@ class MultiScaleRetention(GatedHeads):
         super().__init__(config, conv=None, activations=ACT2FN)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         q, k, v = self.qkv(x, state)
         q, k = q.unflatten(-1, (-1, self.k_size)), k.unflatten(-1, (-1, self.k_size))
         if self.feature_map is not None:

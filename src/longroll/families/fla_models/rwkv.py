@@ -49,14 +49,16 @@ class RWKVCausalLM(CausalLM):
 
 
 def places(like: Tensor, *, stop: float | None = None) -> Tensor:
-    """Where each channel of `like` (C,) stands, from 0 to 1 (excluded), or to `stop`, for initial weights."""
+    """Return where each channel of `like` (C,) stands, from 0 to 1 (excluded), or to `stop`, for initial
+    weights.
+    """
     count = len(like)
     last = (count - 1) / count if stop is None else stop
     return torch.linspace(0, last, count, device=like.device)
 
 
 def channel_mix_size(config: RWKVConfig, default_ratio: float) -> int:
-    """Inner size of the channel mix: a multiple of 32."""
+    """Return inner size of the channel mix: a multiple of 32."""
     if config.intermediate_size is not None:
         return config.intermediate_size
     ratio = default_ratio if config.hidden_ratio is None else config.hidden_ratio
@@ -67,6 +69,6 @@ class GroupNorm(nn.GroupNorm):
     """A norm for every head."""
 
     def forward(self, o: Tensor) -> Tensor:
-        """(B, T, H, V) -> (B, T, H * V)."""
+        """Return (B, T, H, V) -> (B, T, H * V)."""
         flat = o.flatten(-2)
         return super().forward(flat.flatten(0, 1)).view(flat.shape)

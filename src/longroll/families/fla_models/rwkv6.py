@@ -60,7 +60,7 @@ class LerpLinear(nn.Module):
         self.mu = None if power is None else nn.Parameter(torch.zeros(size_in))
 
     def forward(self, x: Tensor, before: Tensor, mu: Tensor | None = None) -> Tensor:
-        """(B, T, size_in) -> (B, T, size_out); `before` is what `token_shift` gives."""
+        """Return (B, T, size_in) -> (B, T, size_out); `before` is what `token_shift` gives."""
         return self.linear(x + before * (self.mu if mu is None else mu))
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class RWKV6Attention(nn.Module):
         self.o_proj = nn.Linear(value_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         before = token_shift(x, state, 0)
         first, _, last = self.x_proj
         inner = first(x, before).tanh().unflatten(-1, (5, -1))  # (B, T, 5, rank)
@@ -152,7 +152,7 @@ class RWKV6FeedForward(nn.Module):
         self.activation = activation(config, "hidden_act")
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         before = token_shift(x, state, 1)
         return self.receptance(x, before).sigmoid() * self.value(self.activation(self.key(x, before)))
 
@@ -164,7 +164,7 @@ class RWKV6Block(RWKVBlock):
     channel_mix = RWKV6FeedForward
 
     def forward(self, x: Tensor, past_key_values: FlaCache | None = None) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         state = LayerState(past_key_values, self.layer_idx)
         x = self.pre_norm(x)
         x = x + self.attn(self.attn_norm(x), state)

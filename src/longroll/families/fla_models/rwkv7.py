@@ -92,7 +92,7 @@ class RWKV7Attention(nn.Module):
         self.g_norm = GroupNorm(self.heads, hidden, eps=eps)
 
     def forward(self, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor]:
-        """(B, T, hidden), the first layer's values -> (B, T, hidden), the first layer's values."""
+        """Return (B, T, hidden), the first layer's values -> (B, T, hidden), the first layer's values."""
         before = token_shift(x, state, 0)
         xr, xw, xk, xv, xa, xg = (x + before * getattr(self, f"x_{name}") for name in MIXES)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
@@ -138,7 +138,7 @@ class RWKV7Attention(nn.Module):
 
 
 def _ranks(config: RWKV7Config) -> dict[str, int]:
-    """Ranks of the LoRAs; what the config leaves out follows from the sizes."""
+    """Return ranks of the LoRAs; what the config leaves out follows from the sizes."""
     root, factor = config.hidden_size**0.5, config.head_dim / 64
     guess = {
         "decay": 2.5 * root * factor,
@@ -163,7 +163,7 @@ class RWKV7FeedForward(nn.Module):
         self.activation = activation(config, "hidden_act")
 
     def forward(self, x: Tensor, state: LayerState) -> Tensor:
-        """(B, T, hidden) -> (B, T, hidden)."""
+        """Return (B, T, hidden) -> (B, T, hidden)."""
         return self.value(self.activation(self.key(x + token_shift(x, state, 1) * self.x_k)))
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class RWKV7Block(RWKVBlock):
     def forward(
         self, x: Tensor, v_first: Tensor | None, past_key_values: FlaCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, hidden), the first layer's values -> (B, T, hidden), the first layer's values."""
+        """Return (B, T, hidden), the first layer's values -> (B, T, hidden), the first layer's values."""
         state = LayerState(past_key_values, self.layer_idx)
         x = self.pre_norm(x)
         mixed, v_first = self.attn(self.attn_norm(x), v_first, state)

@@ -43,13 +43,13 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
-        """Gate (B, T, H P), what is convolved (B, T, H P + 2 G N), and dt (B, T, H)."""
+        """Return gate (B, T, H P), what is convolved (B, T, H P + 2 G N), and dt (B, T, H)."""
         channels, shared = self.heads * self.headdim, self.groups * self.d_state
         parts: tuple[Tensor, ...] = projected.split((channels, channels + 2 * shared, self.heads), dim=-1)
         return parts
 
     def split_convolved(self, convolved: Tensor) -> tuple[Tensor, ...]:
-        """x (B, T, H, P), B and C (B, T, G, N)."""
+        """Return x (B, T, H, P), B and C (B, T, G, N)."""
         shared = self.groups * self.d_state
         x, B, C = convolved.split((self.heads * self.headdim, shared, shared), dim=-1)
         B, C = (t.unflatten(-1, (self.groups, self.d_state)) for t in (B, C))

@@ -83,7 +83,7 @@ def rms_norm(
     size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`weight * rms(x * silu(gate))`.
+    """Return `weight * rms(x * silu(gate))`.
 
     Args:
         x: (..., D).
@@ -100,7 +100,7 @@ def rms_norm(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(rows, D), last axis contiguous, without a copy where the strides allow it."""
+    """Return (rows, D), last axis contiguous, without a copy where the strides allow it."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -108,7 +108,7 @@ def _rows(tensor: Tensor) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """y, and the inverse of each mean's root (rows, groups), for `backward`."""
+    """Return y, and the inverse of each mean's root (rows, groups), for `backward`."""
     rows, gates = _rows(x), None if gate is None else _rows(gate)
     groups = rows.shape[1] // size
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)

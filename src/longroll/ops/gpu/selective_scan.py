@@ -266,7 +266,7 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`longroll.ops.selective_scan` with the same arguments; always returns `(y, final_state)`."""
+    """Return `longroll.ops.selective_scan` with the same arguments; always returns `(y, final_state)`."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     if needs_graph(*inputs):
         found: tuple[Tensor, Tensor] = _Scan.apply(dt_softplus, *inputs)
@@ -353,7 +353,7 @@ class _Call:
         return self.states(len(spans) * (SPAN // TILE))
 
     def pass_on(self, local: Tensor, total: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """What the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
+        """Return what the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
         met, last = self.states(self.spans), torch.empty_like(self.state)
         _scan_pass_on[self.grid[:2]](
             self.A, local, total, first, met, last, *self.sizes[1:], REVERSE=reverse, **self.shape
@@ -361,7 +361,7 @@ class _Call:
         return met, last
 
     def forward(self) -> tuple[Tensor, ...]:
-        """y, the final state, the states at the starts of spans, and the sums of their steps."""
+        """Return y, the final state, the states at the starts of spans, and the sums of their steps."""
         everything = range(self.spans)
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
         local, total = self.read(None, everything)
@@ -370,7 +370,7 @@ class _Call:
         return y, final, starts, total
 
     def backward(self, starts: Tensor, total: Tensor, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of all arguments, in their order."""
+        """Return gradients of all arguments, in their order."""
         at_once = max(1, ROOM // (self.batch * SPAN // TILE * self.state[0].numel()))
         parts = [range(i, min(i + at_once, self.spans)) for i in range(0, self.spans, at_once)]
         tiles = self._tiles(parts[0]) if len(parts) == 1 else None

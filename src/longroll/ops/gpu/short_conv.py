@@ -136,7 +136,7 @@ def _conv_backward(
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
-    """y (B, T, D) in x's dtype.
+    """Return y (B, T, D) in x's dtype.
 
     Args:
         x: (B, T, D).
@@ -150,7 +150,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | No
 
 
 def _arguments(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tuple[Tensor, ...]:
-    """past, weight and bias; an absent one by any pointer, which is not read."""
+    """Return past, weight and bias; an absent one by any pointer, which is not read."""
     weight = weight.contiguous()
     return weight if past is None else past, weight, weight if bias is None else bias.contiguous()
 
@@ -179,7 +179,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool, dx: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of weight, bias and past; that of x is written into `dx`, whose last axis is contiguous."""
+    """Return gradients of weight, bias and past; that of x is written into `dx`, whose last axis is
+    contiguous.
+    """
     batch, time, channels = x.shape
     tail = weight.shape[1] - 1
     dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)

@@ -263,7 +263,7 @@ def ssd(
     *,
     dt_limit: tuple[float, float] = NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
-    """`longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
+    """Return `longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
     with no_autocast(x):
         steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
         state = zero_state(x, B) if initial_state is None else initial_state
@@ -276,14 +276,14 @@ def ssd(
 
 
 def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
-    """dt (B, T, H) as the recurrence takes it, float32."""
+    """Return dt (B, T, H) as the recurrence takes it, float32."""
     steps = dt.float() if bias is None else dt.float() + bias.float()
     steps = F.softplus(steps) if softplus else steps
     return steps if tuple(limit) == NO_LIMIT else steps.clamp(*limit)
 
 
 def zero_state(x: Tensor, B: Tensor) -> Tensor:
-    """(B, H, P, N) float32."""
+    """Return (B, H, P, N) float32."""
     return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
 
 
@@ -313,7 +313,9 @@ class _Call:
         return self.x, self.dt, self.levels, self.A, self.B, self.C, D
 
     def walk(self, x: Tensor, B: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the last."""
+        """Return the states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the
+        last.
+        """
         met = x.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
         first = first.contiguous()
         last = torch.empty_like(first)
@@ -339,7 +341,7 @@ class _Call:
         )  # fmt: skip
 
     def sharing(self, options: dict[str, int]) -> dict[str, int]:
-        """`options` for as many heads a program as B and C serve, unless that leaves the GPU idle."""
+        """Return `options` for as many heads a program as B and C serve, unless that leaves the GPU idle."""
         heads, blocks = options["HEADS"], triton.cdiv(self.order, options.get("N", self.blocks[1]))
         heads = self.ratio if self.ratio <= heads else math.gcd(heads, self.ratio)
         while heads % 2 == 0 and self.batch * self.chunks * self.heads // heads * blocks < FEWEST:
@@ -350,7 +352,7 @@ class _Call:
 def forward(
     x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, P), contiguous, and the final state; of `step_sizes`, without a gradient."""
+    """Return y (B, T, H, P), contiguous, and the final state; of `step_sizes`, without a gradient."""
     call = _Call(x, steps, A, B, C, D)
     starts, final = call.walk(x, B, state, reverse=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -361,7 +363,7 @@ def forward(
 def backward(
     dy: Tensor, dfinal: Tensor, inputs: tuple[Tensor, ...], state: Tensor, into: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Gradients of steps, A, D and the state; those of x, B and C are written `into` tensors.
+    """Return gradients of steps, A, D and the state; those of x, B and C are written `into` tensors.
 
     Args:
         dy: of y.
