@@ -17,15 +17,22 @@ from longroll.measure.advice import (
     LEAVE_ALONE,
     NAMES,
     NO_STATE,
-    NOT_THE_STATE,
     advise,
     after_repair,
+    of_blame,
     of_dtype,
 )
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.compare import check_comparable, compare, text_losses
 from longroll.measure.excess_loss import excess_loss, probe_losses
-from longroll.measure.explain import Progress, StateWatch, explain_coverage, explain_remembrance, stage
+from longroll.measure.explain import (
+    Progress,
+    StateWatch,
+    explain_blame,
+    explain_coverage,
+    explain_remembrance,
+    stage,
+)
 from longroll.measure.precision import Float16Watch, check_precision
 from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
@@ -209,8 +216,13 @@ def diagnose(
             details["coverage"] = explain_coverage(
                 lm, tokens, carried, watch, train_length, healthy=not suffers, progress=progress
             )
-            if watch.has_attention and details["coverage"].get("explained") is False:
-                advice = NOT_THE_STATE
+            blame = None
+            if suffers:
+                blame = explain_blame(lm, tokens, carried, watch, train_length, seed=seed, progress=progress)
+            if blame is not None:
+                details["blame"] = blame.to_json()
+                opened = lm.name if lm.flags is not None else None
+                advice = of_blame(advice, blame, opened, train_length, lm.flags or ())
     if explain:
         details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
     repair = next((name for name in reversed(trained) if name != "none"), None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from longroll.measure._blame import Blame
 from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
@@ -37,11 +38,6 @@ class Advice:
 
 
 LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
-NOT_THE_STATE = Advice(
-    None,
-    "Its recurrent states are not the cause, so no intervention on them would repair it: look to its "
-    "attention, whose positions and number of keys were never as many in training.",
-)
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
 
 
@@ -151,6 +147,52 @@ def advise(
         f"{_duration(seconds)} on this device; fewer often do."
     )
     return Advice(choice, sentence, command, STEPS, tokens, seconds)
+
+
+def of_blame(
+    advice: Advice, blame: Blame, model: str | None, train_length: int, flags: Sequence[str] = ()
+) -> Advice:
+    """What to do with a hybrid, given which side of it does the damage.
+
+    Args:
+        advice: what its states alone would call for.
+        blame: of its states and its attention.
+        model: its name, for the command; None: no command opens it.
+        train_length: T.
+        flags: what the command needs besides to open it.
+    """
+    verdict, scaling = blame.verdict, blame.scaling
+    if verdict in (None, "state"):
+        return advice
+    if verdict == "neither":
+        return Advice(None, "No intervention on its states and no other reading of its attention would help.")
+    window = f"read it with an attention window of {train_length} tokens (`--reading window`)"
+    how = f"scale its rotary positions ({scaling})" if scaling else window
+    if verdict == "both":
+        if advice.intervention is None:  # it keeps its level
+            return replace(advice, sentence=f"{advice.sentence} Its attention does damage too: {how}.")
+        command = (
+            f"{advice.command} --rope-scaling {scaling}" if scaling and advice.command else advice.command
+        )
+        return replace(
+            advice, sentence=f"{advice.sentence} Its attention breaks too: {how}.", command=command
+        )
+    sound = "Its states are sound, so no intervention on them would repair it"
+    if scaling is None:
+        return Advice(None, f"{sound}: {window}.")
+    arguments = [
+        "--intervention",
+        "none",
+        "--rope-scaling",
+        str(scaling),
+        "--train-length",
+        str(train_length),
+    ]
+    command = model and shlex.join(
+        ["longroll", "posttrain", model, *flags, *arguments, "--output", "repaired"]
+    )
+    sentence = f"{sound}: {how}, and train it some steps from zero states."
+    return replace(advice, intervention="none", sentence=sentence, command=command)
 
 
 def _duration(seconds: float) -> str:

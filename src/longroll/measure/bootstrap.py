@@ -35,6 +35,18 @@ def bootstrap_mean(
     return values.double().mean(dim=0), low, high
 
 
+def bootstrap_ratio(values: Tensor, whole: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over rows of `values` (B, L) over that of `whole` (B,), and its 95 % interval, (L,) float64 each.
+
+    Rows are drawn together, so that a share is paired with what it is a share of.
+    """
+    values, whole = values.double(), whole.double()
+    weights = _weights(values.shape[0], seed)
+    drawn = (weights @ values) / (weights @ whole)[:, None]
+    low, high = torch.quantile(drawn, _ENDS, dim=0)
+    return values.mean(dim=0) / whole.mean(), low, high
+
+
 def _of_counted(values: Tensor, counted: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Means of what exists in each draw; a draw in which nothing exists is left out."""
     weights = _weights(values.shape[0], seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longroll.measure._blame import Blame, split_blame
 from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
 from longroll.measure._state_ablation import DAMAGE, state_ablation
@@ -89,6 +90,31 @@ def explain_coverage(
         "causal_sentence": _LATER.format(length=length) if later else test.sentence,
         "explained": test.explained,
     }
+
+
+def explain_blame(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    carried: PositionLoss,
+    watch: StateWatch,
+    train_length: int,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> Blame | None:
+    """Whether states or attention of a hybrid do the damage; None where it has but one, or short texts."""
+    measured, length = tokens.shape[1] - 1, _CAUSAL_LENGTHS * train_length
+    if not watch.has_attention or measured < 2 * train_length:
+        return None
+    return split_blame(
+        lm,
+        tokens[:, : length + 1],
+        watch.coverage.coverage(),
+        train_length,
+        carried=PositionLoss(carried.losses[:, :length]),
+        seed=seed,
+        progress=stage(progress, "splitting the blame"),
+    )
 
 
 def explain_remembrance(

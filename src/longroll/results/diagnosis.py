@@ -149,6 +149,39 @@ class Coverage(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlameShare(Section):
+    """A share of the damage that a reading recovers, or that a side does, with its interval over texts."""
+
+    what: str
+    recovered: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlameResult(Section):
+    """Which side of a hybrid does the damage past the training length."""
+
+    verdict: Literal["state", "attention", "both", "neither"] | None
+    """The side that is to blame; null where the texts do not tell."""
+    sentence: str
+    damage: Number
+    """Nats above a fresh start, over the last octave of the positions read."""
+    parts: list[BlameShare]
+    """The part of the states and that of the attention (Shapley values); empty without damage."""
+    states: list[BlameShare]
+    """What readings recover that hold the recurrent states in range."""
+    attentions: list[BlameShare]
+    """What readings recover that hold attention in range."""
+    together: BlameShare | None = None
+    """What the best of either kind recover together."""
+    positions: str | None = None
+    """How attention takes positions: `none`, `rotary`, `other`."""
+    factor: Number = None
+    """By which rotary positions were scaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IID(Section):
     """Whether the states where training ends could be IID noise."""
 
@@ -225,7 +258,7 @@ class AdviceResult(Section):
     seconds: Number = None
 
 
-_SECTIONS = ("iid", "stationarity", "remembrance", "coverage")
+_SECTIONS = ("iid", "stationarity", "remembrance", "coverage", "blame")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +294,8 @@ class DiagnosisResult(Result):
     stationarity: Stationarity | None = None
     remembrance: Remembrance | None = None
     coverage: Coverage | None = None
+    blame: BlameResult | None = None
+    """Of hybrids that break."""
     advice: AdviceResult | None = None
     tasks: dict[str, Grid] | None = None
     intervention: str | None = None

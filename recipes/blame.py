@@ -1,0 +1,139 @@
+"""Plant damage in the states, the attention, both or neither of small hybrids, and see what is blamed.
+
+    python recipes/blame.py --text books/train --validation books/valid --seeds 20 --workers 16 --output blame
+
+A side is planted by training it short: what is carried from piece to piece of a row (`hybrids.train`) is
+trained to 16 T, the longest position measured, and what is not carried to T. `sound` carries both.
+OUTPUT/KIND-SEED.json holds what was found of a model, OUTPUT/blame.json all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hybrids
+import numpy as np
+import torch
+
+from longroll.data import ByteTokenizer, Corpus, long_sequences, read_documents
+from longroll.measure import coverage, position_loss
+from longroll.measure._blame import split_blame
+from longroll.results import provenance, write_json
+
+CARRIED = {
+    "attention": ("recurrent", "conv"), "state": ("attention",), "both": (),
+    "sound": ("recurrent", "conv", "attention"),
+}  # fmt: skip
+"""What the damage is planted in, and the parts of the state that training carries."""
+EXPECTED = {"attention": "attention", "state": "state", "both": "both", "sound": None}
+
+
+def read_bytes(source: str, validation: str | None) -> tuple[torch.Tensor, Corpus]:
+    """Bytes to train on, and texts of the other side."""
+    if validation is None:
+        train, valid = (
+            Corpus.from_source(source, ByteTokenizer(), split=split, max_tokens=20_000_000, seed=0)
+            for split in ("train", "validation")
+        )
+    else:
+        train, valid = (
+            Corpus.from_texts(read_documents(folder, split="all"), ByteTokenizer(), max_tokens=20_000_000)
+            for folder in (source, validation)
+        )
+    return torch.from_numpy(train.ids.astype(np.uint8)), valid
+
+
+def try_one(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train a model, read it, and split the blame."""
+    began = time.perf_counter()
+    ids, valid = _data
+    length, pieces = options.length, options.pieces
+    lm = hybrids.build(
+        options.shape, size=options.size, length=length, slow=options.slow, seed=seed,
+        rates=tuple(options.rates),
+    ).to(options.device)  # fmt: skip
+    trained = hybrids.train(
+        lm, ids, CARRIED[kind], length=length, pieces=pieces if CARRIED[kind] else 1, steps=options.steps,
+        batch=options.batch, learning_rate=options.learning_rate, seed=seed,
+    )  # fmt: skip
+    tokens = long_sequences(valid, pieces * length, options.texts, seed=seed)
+    carried = position_loss(lm, tokens)
+    found = split_blame(lm, tokens, coverage(lm, tokens, length), length, carried=carried, seed=seed)
+    octaves = {f"{a}-{b}": carried.between(a, b) for a, b in _octaves(length, pieces * length)}
+    result = {
+        "planted": kind, "seed": seed, "right": found.verdict == EXPECTED[kind], "training": trained,
+        "loss": octaves, "blame": found.to_json(), "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    write_json(options.output / f"{kind}-{seed}.json", result)
+    print(kind, seed, found.verdict, found.sentence, f"{result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def _octaves(length: int, longest: int) -> list[tuple[int, int]]:
+    ends = [length << k for k in range(20) if length << k <= longest]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+_data: tuple[torch.Tensor, Corpus]
+_options: argparse.Namespace
+
+
+def _begin(options: argparse.Namespace) -> None:
+    global _data, _options
+    torch.set_num_threads(1)
+    _options, _data = options, read_bytes(options.text, options.validation)
+
+
+def _job(job: tuple[str, int]) -> dict[str, Any]:
+    return try_one(*job, _options)
+
+
+def main() -> None:
+    """Train and diagnose all of them, several at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--validation", help="other texts; default: some of --text")
+    parser.add_argument("--kinds", nargs="+", choices=CARRIED, default=list(CARRIED))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--shape", choices=hybrids.SHAPES, default="bamba")
+    parser.add_argument("--size", type=int, default=64, help="d_model")
+    parser.add_argument("--length", type=int, default=64, help="T")
+    parser.add_argument("--pieces", type=int, default=16, help="of a row, and times T that are measured")
+    parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--slow", type=float, default=0.5, help="share of heads slow to forget")
+    parser.add_argument("--rates", type=float, nargs=2, default=hybrids.SLOW, help="of their decay")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    jobs = [(kind, seed) for seed, kind in product(range(options.seeds), options.kinds)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, _begin, (options,)) as pool:
+        results = list(pool.imap_unordered(_job, jobs))
+    right = {
+        kind: f"{sum(r['right'] for r in results if r['planted'] == kind)} of {options.seeds}"
+        for kind in options.kinds
+    }
+    lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=options.slow, seed=0)
+    made = provenance(lm.to(options.device), seed=0, seconds=time.perf_counter() - began)
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    results.sort(key=lambda r: (r["planted"], r["seed"]))
+    write_json(
+        options.output / "blame.json",
+        {"right": right, "settings": settings, "models": results, "provenance": made},
+    )
+    print(right, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The split of blame: planted sides are told apart, and each hold is what it says."""
+
+import pytest
+import torch
+from planted_hybrid import TRAIN_LENGTH, texts, twin_lm
+
+from longroll.errors import LongrollError
+from longroll.measure._attention_readings import Clipped, Positions, Window
+from longroll.measure._blame import Blame, Share, split_blame
+from longroll.measure._coverage import coverage
+from longroll.measure._diagnose import diagnose
+from longroll.measure._state_ablation import DAMAGE
+from longroll.results import DiagnosisResult
+from zoo import assert_close, lm_of, tokens
+
+
+@pytest.mark.parametrize("planted", ["state", "attention", "both"])
+def test_planted_sides_are_told_apart(planted):
+    state, attention = planted in ("state", "both"), planted in ("attention", "both")
+    lm, text, done = twin_lm(state=state, attention=attention), texts(attention), []
+    found = split_blame(lm, text, coverage(lm, text, TRAIN_LENGTH), TRAIN_LENGTH, progress=done.append)
+    assert found.verdict == planted and found.damage > DAMAGE
+    assert found.positions == "rotary" and found.factor == 16
+    assert done == list(range(1, 10))
+    assert [share.what for share in found.parts.values()] == ["state", "attention"]
+    total = sum(part.recovered for part in found.parts.values())
+    assert found.together is not None and total == pytest.approx(found.together.recovered)
+    assert "do damage" in found.sentence or "the damage, not" in found.sentence
+
+
+def test_diagnose_says_which_side_and_what_to_do():
+    found = diagnose(twin_lm(attention=True), texts(True), train_length=TRAIN_LENGTH)
+    saved = DiagnosisResult.from_json(found.to_json()).blame
+    assert saved is not None and saved.verdict == "attention" and len(saved.attentions) == 6
+    assert "window of 16 tokens" in found.advice and "no intervention on them" in found.advice
+
+
+def test_refusals():
+    text = tokens(4, 64)
+    with pytest.raises(LongrollError, match="no hybrid"):
+        split_blame(lm_of("mamba2"), text, None, 16)  # type: ignore[arg-type]
+    with pytest.raises(LongrollError, match="give at least 80"):
+        split_blame(lm_of("bamba"), text, None, 40)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("bamba", "rotary"), ("zamba2", "rotary"), ("qwen3_next", "rotary"), ("gla_hybrid", "rotary"),
+     ("jamba", "none"), ("nemotron_h", "none"), ("bailing_hybrid", "other"), ("gpt2", "other")],
+)  # fmt: skip
+def test_how_attention_takes_positions(name, kind):
+    found = Positions(lm_of(name))
+    assert found.kind == kind and (found.frequencies is not None) == (kind == "rotary")
+    assert found.windows
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_window_is_a_fresh_start_on_what_it_keeps(first):
+    """Of one layer of attention: deeper ones remember more through their values."""
+    lm, text, keep = lm_of("llama", num_hidden_layers=1), tokens(2, 40), 11
+    hold, state = Window(keep, first, Positions(lm).frequencies), None
+    with torch.no_grad():
+        for position in range(40):
+            logits, state = lm(
+                text[:, position : position + 1], state if state is None else hold(position, state)
+            )
+        kept = torch.cat([text[:, :first], text[:, 40 - 1 - keep + first :]], dim=1)
+        expected, _ = lm(kept)
+    assert_close(logits[:, -1], expected[:, -1], 1e-5)
+
+
+def test_clipped_keys_all_stand_at_one_distance():
+    lm, text, keep = lm_of("llama", num_hidden_layers=1), tokens(2, 40), 8
+    other = torch.cat([text[:, torch.randperm(24)], text[:, 24:]], dim=1)
+    read = []
+    with torch.no_grad():
+        for ids in (text, other):
+            hold, state = Clipped(keep, Positions(lm).frequencies), None
+            for position in range(40):
+                logits, state = lm(
+                    ids[:, position : position + 1], state if state is None else hold(position, state)
+                )
+            read.append(logits[:, -1])
+        plain, _ = lm(text)
+        unclipped, _ = lm(other)
+    assert_close(read[0], read[1], 1e-5)
+    assert (plain[:, -1] - unclipped[:, -1]).abs().max() > 1e-3  # there the order counts
+
+
+def share(what: str, value: float, spread: float = 0.05) -> Share:
+    return Share(what, value, value - spread, value + spread)
+
+
+@pytest.mark.parametrize(
+    ("state", "attention", "spread", "verdict"),
+    [(0.9, 0.05, 0.05, "state"), (0.05, 0.9, 0.05, "attention"), (0.5, 0.4, 0.1, "both"),
+     (0.02, 0.03, 0.05, "neither"), (0.1, 0.1, 0.5, None), (0.3, 0.3, 0.5, None),
+     (float("nan"), 0.3, 0.5, None)],
+)  # fmt: skip
+def test_verdicts(state, attention, spread, verdict):
+    parts = {"state": share("state", state, spread), "attention": share("attention", attention, spread)}
+    readings = [share("window", 0.9), share("yarn", 0.8), share("ntk", 0.2)]
+    found = Blame(1.0, 8.0, [share("norms", 0.5)], readings, share("norms and window", 0.9), parts, "rotary")
+    assert found.verdict == verdict and str(found.scaling) == "yarn:8"
+    assert found.to_json()["parts"][0]["what"] == "state"
