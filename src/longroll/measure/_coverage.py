@@ -35,7 +35,7 @@ PERMUTATIONS = 9_999
 _PROJECTIONS = 8
 _LEAST_STD = 1e-3  # of a log norm: a head that varies by less than 0.1 % is not thereby infinitely far out
 _LARGEST = 1e30  # stands for numbers that have overflowed
-_ENTRIES = 2**24  # numbers of the permutation test that exist at once
+_ENTRIES = 2**22  # numbers of the permutation test that exist at once
 
 
 class Head(NamedTuple):
@@ -241,11 +241,12 @@ class _Samples:
         near, far = (torch.stack(self.features[which], dim=2) for which in (False, True))  # (B, H, k, F)
         if near.shape[0] < 4:
             raise LongrollError(f"{near.shape[0]} texts are too few to compare states: give at least 4.")
-        near, far = near.transpose(0, 1), far.transpose(0, 1)  # (H, B, k, F)
+        near, far = near.transpose(0, 1).contiguous(), far.transpose(0, 1).contiguous()  # (H, B, k, F)
         norms = near[..., 0].flatten(1)
         std = norms.std(dim=1).clamp_min(_LEAST_STD)
         variance = {which: moments.variance() for which, moments in self.moments.items()}
-        energy, p = _energy_test(near, far, generator)
+        device = self.directions.device
+        energy, p = (t.cpu() for t in _energy_test(near.to(device), far.to(device), generator))
         return LayerCoverage(
             key=key,
             shift=(far[..., 0].flatten(1).mean(dim=1) - norms.mean(dim=1)) / std,
@@ -260,7 +261,11 @@ class _Samples:
 
 
 class _Moments:
-    """Mean and variance of every number of the state over texts and positions (Welford 1962, in batches)."""
+    """Variance of the numbers of a head over texts and positions, by streamed moments.
+
+    The mean of every number is kept, in float32, and a head's sum of squares about it. Source: Chan, Golub
+    and LeVeque 1983 (Welford 1962, in batches).
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -268,18 +273,20 @@ class _Moments:
         self.squares: Tensor | float = 0.0
 
     def add(self, rows: Tensor) -> None:
-        count = self.count + len(rows)
         mean = rows.mean(dim=0)
+        self._add(len(rows), mean, (rows - mean).square().sum(dim=(0, 2)))
+
+    def _add(self, added: int, mean: Tensor, within: Tensor) -> None:
+        count = self.count + added
         away = mean - self.mean
-        within = (rows - mean).square().sum(dim=0)
-        self.squares = self.squares + within + away.square() * (self.count * len(rows) / count)
-        self.mean = self.mean + away * (len(rows) / count)
-        self.count = count
+        self.squares = self.squares + within + away.square().sum(dim=1) * (self.count * added / count)
+        self.mean = (self.mean + away * (added / count)).float()
+        self.numbers, self.count = mean.shape[1], count
 
     def variance(self) -> Tensor:
-        """Mean variance of a head's numbers, (H,)."""
+        """Mean variance of a head's numbers, (H,) float64."""
         assert isinstance(self.squares, Tensor)
-        return (self.squares / self.count).mean(dim=1).cpu()
+        return (self.squares / (self.count * self.numbers)).cpu()
 
 
 def _energy_test(near: Tensor, far: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -294,12 +301,13 @@ def _energy_test(near: Tensor, far: Tensor, generator: torch.Generator) -> tuple
     least = _LEAST_STD * flat.square().mean(dim=1).sqrt()
     least[:, 0] = _LEAST_STD  # the log norm has no scale of its own
     scale = torch.maximum(flat.std(dim=1), least).clamp_min(1 / _LARGEST)[:, None, None]
-    share = torch.tensor([1.0] + [1 / (features - 1)] * (features - 1), dtype=near.dtype)
+    share = near.new_tensor([1.0] + [1 / (features - 1)] * (features - 1))
     near, far = near * (share / scale), far * (share / scale)
-    between = torch.stack([_distances(a, b) for a, b in zip(near, far, strict=True)])  # (H, 2B, 2B)
-    weight = torch.tensor([1.0] * texts + [-1.0] * texts, dtype=near.dtype) / texts
+    between = _distances(near, far)  # (H, 2B, 2B)
+    weight = near.new_tensor([1.0] * texts + [-1.0] * texts) / texts
     observed = -(weight @ between @ weight)
-    weights = weight[torch.rand(PERMUTATIONS, 2 * texts, generator=generator).argsort(dim=1)]
+    chosen = torch.rand(PERMUTATIONS, 2 * texts, generator=generator).argsort(dim=1)
+    weights = weight[chosen.to(weight.device)]
     step = max(1, _ENTRIES // weights.numel())
     p = [
         _p_value(-((weights @ some) * weights).sum(-1), seen, texts)
@@ -328,14 +336,20 @@ def _p_value(null: Tensor, observed: Tensor, texts: int) -> Tensor:
 
 
 def _distances(near: Tensor, far: Tensor) -> Tensor:
-    """Mean city-block distances between the states of two texts, in range and far: (2B, 2B)."""
+    """Mean city-block distances between the states of two texts, in range and far: (H, 2B, 2B)."""
+    texts = near.shape[1]
+    step = max(1, _ENTRIES // (texts * (near.shape[2] + far.shape[2])) ** 2)
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
-        pairs = torch.cdist(a.flatten(0, 1), b.flatten(0, 1), p=1.0)
-        return pairs.view(len(a), a.shape[1], len(b), b.shape[1]).mean(dim=(1, 3))
+        pairs = torch.cdist(a.flatten(1, 2), b.flatten(1, 2), p=1.0)
+        return pairs.view(len(a), texts, a.shape[2], texts, b.shape[2]).mean(dim=(2, 4))
 
-    across = mean(near, far)
-    return torch.cat([torch.cat([mean(near, near), across], 1), torch.cat([across.mT, mean(far, far)], 1)])
+    parts = []
+    for a, b in zip(near.split(step), far.split(step), strict=True):
+        across = mean(a, b)
+        within = mean(a, a), mean(b, b)
+        parts.append(torch.cat([torch.cat([within[0], across], 2), torch.cat([across.mT, within[1]], 2)], 1))
+    return torch.cat(parts)
 
 
 def _benjamini_hochberg(p: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """How the state grows: its statistics per layer and head at chosen positions, for both parts of the state.
 
-Nothing of a state is kept but these numbers, so a roll-out of any length takes constant memory.
+Nothing of a state is kept but these numbers, which are taken where the state is, so a roll-out of any length
+takes constant memory, and a model of thousands of heads hardly more time than its loss.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +35,7 @@ class StateRecorder:
         if position not in self.positions:
             return
         keys = sorted(state)
-        self._at[position] = [
+        recurrent = [
             _of_heads(state[key]) | {"rank": head_rank(state[key][:_RANK_ROWS])}
             for key in keys
             if key.part == "recurrent"
@@ -42,10 +44,13 @@ class StateRecorder:
         for key in keys:
             if key.part == "conv" and state[key].is_floating_point():
                 tails.setdefault(key.layer, []).append(state[key].flatten(1))
-        self._conv_at[position] = {
+        conv = {
             layer: {name: t[0] for name, t in _of_heads(torch.cat(parts, dim=1).unsqueeze(1)).items()}
             for layer, parts in tails.items()
         }
+        here = _to_cpu([*recurrent, *conv.values()])
+        self._at[position] = here[: len(recurrent)]
+        self._conv_at[position] = dict(zip(conv, here[len(recurrent) :], strict=True))
 
     def statistics(self) -> StateStatistics:
         """What was seen so far."""
@@ -103,40 +108,51 @@ class StateStatistics:
 
 
 _NAMES = ("mean", "std", "norm", "max", "rank")
-_RANK_ROWS = 4  # the rows whose effective rank is taken: decompositions are slow
+_RANK_ROWS = 4  # the rows whose effective rank is taken
 
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
-    """Statistics over rows and everything inside a head, (H,) each, of a state (B, H, ...)."""
-    rows = channels_of(tensor.double()).cpu()
-    heads = rows.transpose(0, 1).flatten(1)
+    """Statistics over rows and everything inside a head, (H,) float64 each, of a state (B, H, ...)."""
+    rows = channels_of(tensor)
+    mean = rows.mean(dim=(0, 2), dtype=torch.float64)
+    norms = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
+    variance = norms.square().mean(dim=0) / rows.shape[2] - mean.square()
     return {
-        "mean": heads.mean(dim=1),
-        "std": heads.std(dim=1, correction=0),
-        "norm": rows.norm(dim=2).mean(dim=0),
-        "max": heads.abs().amax(dim=1),
+        "mean": mean,
+        "std": variance.clamp_min(0).sqrt(),
+        "norm": norms.mean(dim=0),
+        "max": torch.linalg.vector_norm(rows, ord=math.inf, dim=(0, 2)).double(),
     }
+
+
+def _to_cpu(statistics: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same float64 numbers on the CPU, in one transfer: each would have to be waited for."""
+    tensors = [t for named in statistics for t in named.values()]
+    if not tensors:
+        return statistics
+    parts = iter(torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors]))
+    return [{name: next(parts).view(t.shape) for name, t in named.items()} for named in statistics]
 
 
 def head_rank(tensor: Tensor) -> Tensor:
     """Effective rank of each head of a state (B, H, ...), mean over rows, (H,) float64.
 
-    The exponential of the entropy of the singular values as shares of their sum: n for n equal ones, 1 for a
-    single one. Of each head's matrix (P, N); where heads are vectors, as in Mamba-1, of the layer's matrix of
-    all heads, (1,). NaN for a state that is zero or not finite.
-    Source: Roy and Vetterli, "The effective rank", 2007.
+    The participation ratio (tr C)^2 / tr(C^2) of the Gram matrix C of a head's matrix (P, N): with singular
+    values s, (sum s^2)^2 / sum s^4. It is n for n equal singular values and 1 for a single one. It takes two
+    Frobenius norms and no decomposition. Where heads are vectors, as in Mamba-1, the layer's matrix of all
+    channels counts as one head, (1,). NaN for a state that is zero or not finite.
+    Sources: Bartlett et al. 2020, "Benign overfitting in linear regression" (effective rank R_0); Gao et al.
+    2017, "A theory of multineuronal dimensionality, dynamics and measurement" (participation ratio).
     """
-    matrices = heads_of(tensor.double())
+    matrices = heads_of(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
     if matrices.shape[-2] > matrices.shape[-1]:
         matrices = matrices.mT
-    finite = matrices.isfinite().all(dim=(-2, -1), keepdim=True)
-    matrices = torch.where(finite, matrices, 0)
-    matrices = matrices / matrices.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(1e-300)
-    # squares of the singular values: to about 1e-8 of the largest one, and several times faster
-    values = torch.linalg.eigvalsh(matrices @ matrices.mT).clamp_min(0).sqrt()
-    shares = values / values.sum(dim=-1, keepdim=True)  # zero state: NaN
-    rank = torch.special.entr(shares).sum(dim=-1).exp()
-    return torch.where(finite[..., 0, 0], rank, torch.nan).mean(dim=0).cpu()
+    largest = torch.linalg.vector_norm(matrices, ord=math.inf, dim=(-2, -1), keepdim=True)
+    matrices = matrices / largest  # zero state: NaN; fourth powers stay within float32
+    energy = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64).square()
+    gram = torch.linalg.vector_norm(matrices @ matrices.mT, dim=(-2, -1), dtype=torch.float64)
+    rank = (energy / gram).square()
+    return torch.where(largest[..., 0, 0].isfinite(), rank, torch.nan).mean(dim=0)
 
 
 def state_statistics(lm: RecurrentLM, tokens: Tensor, positions: Sequence[int]) -> StateStatistics:

@@ -22,7 +22,7 @@ from longroll.state import RecurrentState, StateKey
 LEAST_RATIO = 0.8
 """A head whose effective rank is a smaller share of its noise's is not IID."""
 ROWS = 8
-"""Texts whose states are compared: decompositions are slow."""
+"""Texts whose states are compared."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,24 @@ class IIDTest:
 def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
     """Compare the effective rank of every head of `state` with that of Fitted Noise of its moments.
 
+    The noise of one layer exists at a time.
+
     Args:
         state: of B >= 2 texts, where training ends.
         seed: of the noise.
     """
     state = state.part("recurrent").rows(slice(0, ROWS)).detach()
-    fitted = FittedNoise(conv=False, momentum=0.0, seed=seed)
-    fitted.observe(state)
-    generator: torch.Generator | None = None
+    generators: dict[torch.device, torch.Generator] = {}
+    real, drawn = {}, {}
+    for key, tensor in state.items():
+        generator = generators.setdefault(tensor.device, torch.Generator(tensor.device).manual_seed(seed))
+        fitted = FittedNoise(conv=False, momentum=0.0)
+        fitted.observe(RecurrentState({key: tensor}))
+        noise = fitted.noise(lambda like, g=generator: _normal(like, state.batch_size, g))
+        real[key], drawn[key] = head_rank(tensor), head_rank(noise[key])
+    return IIDTest(*({key: t.cpu() for key, t in ranks.items()} for ranks in (real, drawn)))
 
-    def draw(like: Tensor) -> Tensor:
-        nonlocal generator
-        generator = generator or torch.Generator(like.device).manual_seed(seed)
-        return like.new_empty(len(like), state.batch_size, *like.shape[2:]).normal_(generator=generator)
 
-    noise = fitted.noise(draw)
-    return IIDTest(
-        {key: head_rank(tensor) for key, tensor in state.items()},
-        {key: head_rank(noise[key]) for key in state},
-    )
+def _normal(like: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers (K, rows, ...) for a stack (K, 1, ...)."""
+    return like.new_empty(len(like), rows, *like.shape[2:]).normal_(generator=generator)
