@@ -10,6 +10,7 @@ with is that of `FittedNoise` itself, fitted to the same states.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +65,15 @@ def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
     generators: dict[torch.device, torch.Generator] = {}
     real, drawn = {}, {}
     for key, tensor in state.items():
-        generator = generators.setdefault(tensor.device, torch.Generator(tensor.device).manual_seed(seed))
+        device = tensor.device
+        draw = partial(
+            _normal,
+            rows=len(tensor),
+            generator=generators.setdefault(device, torch.Generator(device).manual_seed(seed)),
+        )
         fitted = FittedNoise(conv=False, momentum=0.0)
         fitted.observe(RecurrentState({key: tensor}))
-        noise = fitted.noise(lambda like, g=generator: _normal(like, state.batch_size, g))
-        real[key], drawn[key] = head_rank(tensor), head_rank(noise[key])
+        real[key], drawn[key] = head_rank(tensor), head_rank(fitted.noise(draw)[key])
     return IIDTest(*({key: t.cpu() for key, t in ranks.items()} for ranks in (real, drawn)))
 
 
