@@ -13,10 +13,8 @@ little. With one thread, processor time (which the table then shows) does not de
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -186,6 +184,7 @@ def main() -> None:
         print(json.dumps(measure(Case(**json.loads(options.case)), options.threads)))
         return
 
+    began = time.perf_counter()
     chosen = [c for c in cases(options.quick) if options.only in f"{c.model} {c.work} {c.side}"]
     runs: dict[Case, list[dict]] = {case: [] for case in chosen}
     for turn in range(1 if options.quick else options.rounds):
@@ -197,31 +196,24 @@ def main() -> None:
     rows = [summarize(case, done) for case, done in runs.items()]
     print(table(rows))
     if options.json:
+        from longroll.results import provenance
+
         result = {
-            "benchmark": "cpu_train",
-            "rows": rows,
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "transformers", "longroll")
+            "kind": "benchmark",
+            "schema_version": 1,
+            "what": "train",
+            "provenance": {
+                **provenance(seed=0, seconds=time.perf_counter() - began),
+                "threads": next(iter(runs.values()))[0]["threads"],
+                "dtype": "float32",
             },
-            "python": platform.python_version(),
-            "device": "cpu",
-            "processor": processor(),
-            "cores": os.cpu_count(),
+            "rows": rows,
             "clock": "processor time" if options.threads == 1 else "wall",
             "omp_wait_policy": ENVIRONMENT["OMP_WAIT_POLICY"],
-            "torch_threads": next(iter(runs.values()))[0]["threads"],
-            "dtype": "float32",
             "batch": 1,
             "model": "hidden 768, 2 layers, vocabulary 64, random weights",
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor()
 
 
 if __name__ == "__main__":

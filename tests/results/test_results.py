@@ -80,7 +80,10 @@ def test_a_published_file_opens_and_keeps_every_field(file):
 @pytest.mark.parametrize("name", ["gla", "granite", "passkey", "babilong"])
 def test_a_file_of_several_runs_gives_them_one_by_one(name):
     runs = read_results(
-        ROOT / f"recipes/results/{name}.json", DiagnosisResult, TaskResult, otherwise="is neither"
+        *(ROOT / "recipes/results").glob(f"{name}_*.json"),
+        DiagnosisResult,
+        TaskResult,
+        otherwise="is neither",
     )
     assert len(runs) > 2 and all(run.label for run in runs)
 

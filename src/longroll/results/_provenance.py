@@ -28,9 +28,8 @@ def provenance(
     `device` is where it was made; with a model, the model's.
     """
     device = next(lm.parameters()).device if lm is not None else torch.device(device)
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
     return {
-        "command": shlex.join(command),
+        "command": _command(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "seed": seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -39,6 +38,21 @@ def provenance(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
+
+
+def _command() -> str:
+    """Return the command line of this process, as one types it in the working directory."""
+    if not sys.argv or not sys.argv[0]:
+        return ""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        program = ["python", "-m", script.parent.name]
+    elif script.suffix == ".py":
+        here = script.absolute().is_relative_to(Path.cwd())
+        program = ["python", str(script.absolute().relative_to(Path.cwd()) if here else script.name)]
+    else:
+        program = [script.name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:
