@@ -1,0 +1,178 @@
+"""Arms of recipes/repair.py: what is varied, and the designs that vary it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longroll.interventions import TBPTT, FittedNoise, Intervention, RandomNoise, StatePassing
+from longroll.interventions._base import Batch
+from longroll.state import RecurrentState
+
+DEPTHS = 9  # of the ladder: a row is read on 1, 2, 4 ... 256 windows
+KINDS = ("none", "random", "fitted", "sp", "tbptt", "sp-depths", "tbptt-depths", "mixed")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One repair. The kinds beyond the library's interventions:
+
+    - sp-depths: a row's state is of other texts, and starts anew every 1, 2, 4 ... 256 windows, by row:
+      states of all depths, evenly in their logarithm, and 22 % zero states.
+    - tbptt-depths: the same depths; the row's text goes to another place where the state starts anew.
+    - mixed: the first half of the rows is TBPTT, the second half State Passing.
+    """
+
+    kind: str = "none"
+    zero: float = 0.0
+    """Zero probability."""
+    speed: float = 1.0
+    """Learning rate of the decays, as a multiple."""
+    rate: float = 3e-4
+    """Learning rate."""
+    skip: int = 0
+    """First tokens of a row without a loss, where the row does not start from zero."""
+    train: str = "all"
+    """Parameters: all, decays, norms (and decays and D), lora (of rank 16, and decays)."""
+    keep: float = 0.0
+    """Weight of KL(base || model) on the rows that start from zero."""
+    steps: int = 500
+    rows: int = 32
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The kind, and what differs from the defaults above."""
+        other = [f for f in fields(self) if f.name != "kind" and getattr(self, f.name) != f.default]
+        return " ".join([self.kind, *(f"{f.name}={_short(getattr(self, f.name))}" for f in other)])
+
+    def places(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """`stay` and `depth` of `repair_text.Feed`."""
+        row = np.arange(self.rows)
+        ladder = 2 ** (row % DEPTHS)
+        if self.kind == "tbptt":
+            return np.zeros_like(row), None
+        if self.kind == "tbptt-depths":
+            return ladder, None
+        if self.kind == "mixed":
+            return np.where(row < self.rows // 2, 0, 1), None
+        return np.ones_like(row), ladder if self.kind == "sp-depths" else None
+
+    def intervention(self) -> Intervention | None:
+        """What chooses the first state."""
+        options: dict[str, Any] = {"zero_probability": self.zero, "seed": self.seed}
+        if self.kind == "none":
+            return None
+        if self.kind == "random":
+            return RandomNoise(0.1, **options)
+        if self.kind == "mixed":
+            return Mixed(**options)
+        kinds: dict[str, type[Intervention]] = {"fitted": FittedNoise, "sp": StatePassing}
+        return kinds.get(self.kind, TBPTT)(**options)
+
+
+class Mixed(Intervention):
+    """TBPTT for the first half of the rows, State Passing for the others."""
+
+    name = "mixed"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.halves = (TBPTT(**options), StatePassing(**options))
+
+    def initial_state(self, batch: Batch) -> RecurrentState | None:
+        """The states of both halves, one below the other."""
+        rows = len(batch["input_ids"])  # type: ignore[call-overload]
+        parts = (slice(0, rows // 2), slice(rows // 2, rows))
+        pieces = [{name: value[part] for name, value in batch.items()} for part in parts]  # type: ignore[union-attr]
+        states = [half.initial_state(piece) for half, piece in zip(self.halves, pieces, strict=True)]
+        if states[0] is None or states[1] is None:
+            return None
+        return RecurrentState({key: torch.cat([t, states[1][key]]) for key, t in states[0].items()})
+
+    def observe(self, final_state: RecurrentState) -> None:
+        """Hand each half its own."""
+        rows = final_state.batch_size
+        self.halves[0].observe(final_state.rows(slice(0, rows // 2)))
+        self.halves[1].observe(final_state.rows(slice(rows // 2, rows)))
+
+
+def at_zero(state: RecurrentState | None, rows: int, device: torch.device) -> Tensor:
+    """Which rows start from the zero state, (B,) bool."""
+    if state is None or not state:
+        return torch.ones(rows, dtype=torch.bool, device=device)
+    largest = [t.flatten(1).abs().amax(1) for key, t in state.items() if key.part == "recurrent"]
+    return torch.stack(largest).amax(0) == 0
+
+
+RATES = (1e-4, 3e-4, 1e-3)
+TREATED = (Arm("sp", zero=0.1), Arm("tbptt", zero=0.1))
+FAST = tuple(replace(arm, speed=30.0) for arm in TREATED)
+
+
+def few() -> Iterator[Arm]:
+    """The paper's interventions, and the two best of earlier runs: for the figures."""
+    yield Arm("none")
+    yield from (Arm(kind) for kind in ("sp", "tbptt", "fitted", "random"))
+    yield from FAST
+
+
+def short() -> Iterator[Arm]:
+    """Every kind, an equal search of the learning rate, the best options together."""
+    yield from few()
+    for arm in (Arm("none"), *FAST):
+        yield from (replace(arm, rate=rate) for rate in RATES if rate != arm.rate)
+    yield from TREATED
+    yield Arm("tbptt", speed=30)
+    yield from (Arm(kind, speed=30) for kind in ("tbptt-depths", "sp-depths"))
+    yield Arm("mixed", zero=0.1, speed=30)
+    yield Arm("tbptt", zero=0.25, speed=30)
+    yield Arm("tbptt", zero=0.25, speed=30, keep=1)
+    yield Arm("tbptt-depths", speed=30, keep=1)
+    yield Arm("none", speed=30)
+    for seed in (1, 2):
+        yield from (replace(arm, seed=seed) for arm in (Arm("none"), *FAST, Arm("tbptt-depths", speed=30)))
+
+
+def full() -> Iterator[Arm]:
+    """The screen: each factor in turn around State Passing and TBPTT."""
+    yield from short()
+    for arm in (Arm("sp"), Arm("tbptt"), Arm("fitted"), Arm("random"), *TREATED):  # the learning rate
+        yield from (replace(arm, rate=rate) for rate in RATES)
+    for zero in (0.0, 0.25, 0.5):  # the share of zero rows, at both speeds
+        yield from (replace(arm, zero=zero) for arm in (*FAST, *TREATED))
+    for train in ("decays", "norms", "lora"):
+        yield from (replace(arm, train=train) for arm in FAST)
+        yield from (replace(arm, train=train, rate=1e-3) for arm in FAST)
+    yield from (replace(arm, skip=skip) for skip in (8, 32) for arm in FAST)
+    yield from (replace(arm, keep=keep) for keep in (0.3, 3) for arm in FAST)
+    yield from (replace(arm, speed=speed) for speed in (10, 100) for arm in FAST)
+    yield from (replace(arm, steps=steps) for steps in (125, 250, 1000) for arm in (Arm("none"), *FAST))
+    yield from (replace(arm, rows=16) for arm in (Arm("none"), *FAST))
+    yield from (replace(arm, rate=rate) for rate in RATES for arm in (Arm("tbptt-depths", speed=30),))
+
+
+def design(name: str) -> list[Arm]:
+    """The arms of a screen, each once."""
+    return list(dict.fromkeys({"few": few, "short": short, "full": full}[name]()))
+
+
+def arm_of(text: str) -> Arm:
+    """The arm of a name, as `Arm.name` gives it: `tbptt zero=0.1 speed=30`."""
+    kind, *options = text.split()
+    if kind not in KINDS:
+        raise SystemExit(f"--arm {text!r}: {kind} is none of {', '.join(KINDS)}.")
+    types = {f.name: type(f.default) for f in fields(Arm)}
+    try:
+        return Arm(kind, **{key: types[key](value) for key, value in (o.split("=") for o in options)})
+    except (KeyError, ValueError):
+        raise SystemExit(f"--arm {text!r}: options are {', '.join(list(types)[1:])}, as zero=0.1.") from None
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

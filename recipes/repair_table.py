@@ -1,0 +1,114 @@
+"""Tables of the results of recipes/repair.py, in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longroll.measure.bootstrap import bootstrap_mean
+
+Result = dict[str, Any]
+
+
+class Model:
+    """Results of one model: the base, the control, and what an arm costs and gains against them.
+
+    The control is plain steps at the learning rate that reads the books kept aside best in range.
+    """
+
+    def __init__(self, found: dict[str, Result]) -> None:
+        self.found = found
+        self.base = found["base"]
+        self.T = self.base["plan"]["length"]
+        plain = [r for r in found.values() if r.get("arm", {}).get("kind") == "none" and _standard(r["arm"])]
+        self.control = min(plain, key=lambda r: r["development"]["in_range"], default=self.base)
+
+    def price(self, result: Result) -> tuple[float, float, float]:
+        """Loss in range above the control's, in percent of it, and its 95 % interval over books."""
+        ours, theirs = (torch.tensor(r["in_range"], dtype=torch.float64) for r in (result, self.control))
+        return _interval(100 * (ours - theirs) / theirs.mean())
+
+    def gap(self, result: Result) -> tuple[float, float, float]:
+        """Loss over the octave to 64 T above the lowest octave of base or control in [T, 4 T), over texts."""
+        octaves = [tuple(pair) for pair in result["octaves"]]
+        far = octaves.index((result["at"] * self.T // 2, result["at"] * self.T))
+        near = [torch.tensor(r["by_octave"][i]) for r in (self.base, self.control) for i in (1, 2)]
+        lowest = min(near, key=lambda losses: losses.mean().item())
+        return _interval(torch.tensor(result["by_octave"][far]) - lowest)
+
+    def excess(self, result: Result) -> tuple[float, float, float]:
+        """The same tokens before 64 T: read on by the arm, above a fresh start of base or control."""
+        fresh = [torch.tensor(r["read_fresh"]) for r in (self.base, self.control)]
+        lowest = min(fresh, key=lambda losses: losses.mean().item())
+        return _interval(torch.tensor(result["read_on"]) - lowest)
+
+    def score(self, result: Result) -> float:
+        """What arms are chosen by: in range and beyond, on the books kept aside, summed."""
+        return result["development"]["in_range"] + result["development"]["beyond"]
+
+    def arms(self) -> list[Result]:
+        """The arms, the best score first."""
+        return sorted((r for label, r in self.found.items() if label != "base"), key=self.score)
+
+
+def table(found: Result) -> str:
+    """All tables of a result file."""
+    parts = []
+    for name, results in found["models"].items():
+        if "base" not in results:
+            continue
+        model = Model(results)
+        base, device = model.base, model.base["provenance"]["device"]
+        parts.append(
+            f"### {name}: {base['parameters'] / 1e6:.1f}M parameters, T = {model.T}, "
+            f"{base['tokens'] / 1e6:.0f}M tokens, {device}\n"
+        )
+        parts.append(_of_model(model))
+    return "\n".join(parts)
+
+
+def _of_model(model: Model) -> str:
+    T, octaves = model.T, model.base["octaves"]
+    shown = [i for i, (_, b) in enumerate(octaves) if b // T in (2, 4, 8, 64, 256)]
+    heads = [f"to {octaves[i][1] // T} T" for i in shown]
+    lines = [
+        "| arm | in range | price, % | " + " | ".join(heads)
+        + " | gap at 64 T | above a fresh start | recall .5 / 4 / 16 T, nats | cloze | s |",
+        "|---" * (8 + len(heads)) + "|",
+    ]  # fmt: skip
+    for result in (model.base, *model.arms()):
+        means = [torch.tensor(result["by_octave"][i]).double().mean().item() for i in shown]
+        recall = [_mean(result["memory"]["recall"][d]["gain"]) for d in ("0.5", "4", "16")]
+        cells = [
+            result["label"] + (" (control)" if result is model.control else ""),
+            f"{_mean(result['in_range']):.3f}",
+            _with_interval(model.price(result), 2),
+            *(f"{mean:.3f}" for mean in means),
+            _with_interval(model.gap(result), 3),
+            _with_interval(model.excess(result), 3),
+            " / ".join(f"{gain:.2f}" for gain in recall),
+            f"{result['memory']['cloze']:.3f}",
+            f"{result['train_seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _standard(arm: Result) -> bool:
+    return (arm["steps"], arm["rows"], arm["seed"], arm["train"], arm["keep"]) == (500, 32, 0, "all", 0)
+
+
+def _interval(values: Tensor) -> tuple[float, float, float]:
+    mean, low, high = bootstrap_mean(values[:, None].double())
+    return mean.item(), low.item(), high.item()
+
+
+def _with_interval(values: tuple[float, float, float], digits: int) -> str:
+    mean, low, high = (f"{value:+.{digits}f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
