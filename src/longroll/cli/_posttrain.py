@@ -115,6 +115,12 @@ def posttrain(
     momentum: Annotated[
         float, typer.Option(help="Weight of the past in the moments that fitted noise fits.")
     ] = 0.9,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Shard the weights over the processes of torchrun (FSDP2).")
+    ] = False,
+    fsdp_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings of --fsdp: transformers' fsdp_config, JSON.")
+    ] = None,
     lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
     bf16: Annotated[
         bool | None,
@@ -174,6 +180,8 @@ def posttrain(
         noise_std=noise_std,
         momentum=momentum,
     )
+    if fsdp and device is None:
+        device = "cpu"  # whole, and no GPU need hold all of it
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     length = o.find_train_length(lm, train_length)
     options = PosttrainOptions(
@@ -191,6 +199,8 @@ def posttrain(
         weights=weights.value,
         gradient_checkpointing=gradient_checkpointing,
         cuda_graphs=cuda_graphs,
+        fsdp=fsdp,
+        fsdp_config=None if fsdp_config is None else read_settings(fsdp_config),
         lora_rank=lora_rank,
         save_steps=save_steps,
         report_to=report_to.value,
@@ -240,6 +250,19 @@ def posttrain(
         out.print(f"{options.steps} steps in {seconds:.0f} s{rate}{learnt}: {output}")
         if push_to_hub is not None:
             out.print(push(output, push_to_hub))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read the settings of a JSON file by their names."""
+    from longroll.errors import LongrollError
+    from longroll.results import read_json
+
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise LongrollError(
+            f'`fsdp_config` {file} is no object of settings: {{"reshard_after_forward": true}}.'
+        )
+    return found
 
 
 def make_intervention(

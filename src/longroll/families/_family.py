@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -122,7 +122,7 @@ class Family:
         """Read tokens from an initial state: the one forward through which every state enters and leaves.
 
         Args:
-            module: the model, or DDP's, FSDP's, peft's or torch.compile's wrapper of it.
+            module: the model, or DDP's, peft's or torch.compile's wrapper of it.
             input_ids: (B, T) token ids, T >= 1.
             state: the initial state; None is the zero state.
             attention_mask: (B, T), 1 at real tokens and 0 at padding; None: every token is real.
@@ -182,7 +182,7 @@ class Family:
         anew = None if state is None or restart == "zero" else state.part("recurrent", "conv")
         # keys and values of the row are another document's, and zeros are no absence of them
         apart = state is not None and any(key.part == "attention" for key in state)
-        once = isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule)
+        once = isinstance(module, DistributedDataParallel) or is_sharded(module)
         for group in documents.groups(padded=self.masks_padding, together=not apart, once=once):
             group = group.to(input_ids.device)
             padding = None
@@ -257,9 +257,9 @@ class _BodyOutput(MoeModelOutputWithPast):
 
 
 def unwrapped(module: Any) -> Any:
-    """The model inside the wrappers of torch.compile, DDP, FSDP and peft; FSDP2 wraps in place."""
+    """The model inside the wrappers of torch.compile, DDP and peft; FSDP2 wraps in place."""
     while True:
-        if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+        if isinstance(module, DataParallel | DistributedDataParallel):
             module = module.module
         elif hasattr(module, "_orig_mod"):
             module = module._orig_mod
@@ -267,6 +267,11 @@ def unwrapped(module: Any) -> Any:
             module = module.get_base_model()
         else:
             return module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds `module` or a module in it, so that all ranks make the same forwards."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def _check_activation(model: PreTrainedModel) -> None:

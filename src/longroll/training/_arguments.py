@@ -63,11 +63,8 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
         "refused", "a sequence split over ranks has no single initial state: spread rows by DDP or FSDP"
     ),
     "deepspeed": Row("refused", "no run with a state under DeepSpeed has been seen: use DDP or FSDP"),
-    **_rows(
-        "neutral",
-        "FSDP shards weights; tests need GPUs for it, so the live check of each run watches the state",
-        "fsdp fsdp_config",
-    ),
+    "fsdp": Row("tested", "FSDP2 shards weights; states stay with the rows of their process"),
+    "fsdp_config": Row("tested", "its keys have a table of their own"),
     "ddp_static_graph": Row(
         "refused", "the first step, which has no state yet, has another graph than the rest: leave it out"
     ),
@@ -165,6 +162,37 @@ ACCELERATOR_CONFIG: dict[str, Row] = {
 }
 """The fields of `accelerator_config` (transformers' AcceleratorConfig)."""
 
+FSDP_CONFIG: dict[str, Row] = {
+    "version": Row("tested", "2; FSDP1 flattens the weights that states are computed by, and is refused"),
+    "reshard_after_forward": Row(
+        "tested", "False: weights stay gathered until backward, which takes more memory"
+    ),
+    "activation_checkpointing": Row("tested", "layers run again in backward, from the same state"),
+    "state_dict_type": Row("tested", "how checkpoints to resume from hold the weights"),
+    **_rows(
+        "tested",
+        "which modules are sharded together; by default the layers",
+        "auto_wrap_policy transformer_layer_cls_to_wrap min_num_params",
+    ),
+    "cpu_ram_efficient_loading": Row(
+        "neutral", "every process reads and checks the model, then takes the weights of the first"
+    ),
+    "cpu_offload": Row(
+        "refused", "no run with weights on the CPU and states on a GPU has been seen: use more processes"
+    ),
+    **_rows(
+        "refused",
+        "PyTorch/XLA has not been seen with states: leave it out",
+        "xla xla_fsdp_v2 xla_fsdp_settings xla_fsdp_grad_ckpt",
+    ),
+    **_rows(
+        "refused",
+        "a setting of FSDP1, which FSDP2 does not read: leave it out",
+        "forward_prefetch backward_prefetch use_orig_params sync_module_states limit_all_gathers",
+    ),
+}
+"""The keys of `fsdp_config`, also with the prefix `fsdp_`; `mixed_precision` and others are unknown."""
+
 TRAINER: dict[str, Row] = {
     "model": Row("tested", "a model, its folder or hub id, peft's wrapper of one, or a RecurrentLM"),
     "args": Row("tested", "its fields have a table of their own"),
@@ -197,6 +225,8 @@ def check_training_arguments(args: TrainingArguments, owners: Collection[str] = 
     _check(args, TRAINING_ARGUMENTS, type(args).__name__, owners)
     if isinstance(args.accelerator_config, AcceleratorConfig):
         _check(args.accelerator_config, ACCELERATOR_CONFIG, "accelerator_config")
+    if args.fsdp or args.fsdp_config:
+        _check_fsdp(args)
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if (getattr(args, name, None) or {}).get("use_reentrant"):
             raise LongrollError(
@@ -231,6 +261,18 @@ def _check(given: Any, table: dict[str, Row], where: str, owners: Collection[str
             found.setdefault(row, []).append(f"{field.name}={value!r}")
     for row, names in found.items():
         raise LongrollError(f"{where}({', '.join(names)}) cannot be honoured: {_why(row)}.")
+
+
+def _check_fsdp(args: TrainingArguments) -> None:
+    if not args.fsdp:
+        raise LongrollError("`fsdp_config` has no effect without `fsdp`: set fsdp=True, or leave it out.")
+    settings: Any = args.fsdp_config or {}  # transformers has read a file
+    for key, value in settings.items():
+        row = FSDP_CONFIG.get(key)
+        if row is None or (row.verdict == "refused" and value not in (False, None, {})):
+            raise LongrollError(f"`fsdp_config` {key} {value!r} cannot be honoured: {_why(row)}.")
+        if key == "version" and int(value) != 2:
+            raise LongrollError(f"`fsdp_config` {key} {value!r} cannot be honoured: {_why(row)}.")
 
 
 def _package(kind: type, field: str) -> str:

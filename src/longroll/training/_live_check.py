@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from longroll.errors import LongrollError
+from longroll.families._family import is_sharded
 from longroll.state import RecurrentState
 
 _KNOWN = ("transformers", "torch", "longroll", "fla", "peft", "accelerate", "trl")
@@ -78,7 +78,7 @@ class LiveCheck:
             key: (t.detach() + 1).requires_grad_() for key, t in state.items() if key.part == "recurrent"
         }
         hidden = read(RecurrentState({**state, **leaves}, seen=state.seen))
-        if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in self.model.modules()):
+        if is_sharded(self.model):
             return None, hidden.detach()
         if not hidden.requires_grad:
             return "no gradient reaches it", hidden

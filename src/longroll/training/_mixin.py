@@ -15,21 +15,21 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from longroll.data import Windows
 from longroll.errors import LongrollError
-from longroll.families._family import Restart, unwrapped
+from longroll.families._family import Restart, is_sharded, unwrapped
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
-from longroll.training import stop
+from longroll.training import sharding, stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
 from longroll.training._batch import IGNORED, KNOWN, Rows, aligned, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
 from longroll.training.guard import Guard, check_weights
+from longroll.training.launch import check_launcher, check_placement
 from longroll.training.weights import in_16_bits, projects
 from longroll.training.whole import WholeCheckpointsMixin
 
@@ -38,7 +38,7 @@ logger = logging.getLogger("longroll")
 _SEVERAL_TEXTS = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "PPO", "Reward", "PRM", "GKD", "Distill")
 """How the names of TRL's trainers begin that read several texts for one loss."""
 
-_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+_WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 _REPLACED = KNOWN | {"past_key_values", "cache_params", "state", "use_cache", "cache_position"}
 
 
@@ -74,6 +74,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     optimizer: Any
     add_callback: Any
     _tr_loss: torch.Tensor
+    is_fsdp_enabled: bool
     _passed_on = 0  # states, in this step
     _signature_columns: Any
 
@@ -110,6 +111,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     ) -> None:
         given = dict(zip(("model", "args"), arguments, strict=False)) | kwargs
         check_trainer_arguments(given, type(self).__name__)
+        check_launcher()
         args, model = given.get("args"), given.get("model")
         owners = {kind.__module__.partition(".")[0] for kind in type(self).__mro__} - {
             "transformers",
@@ -117,7 +119,11 @@ class InitialStateMixin(WholeCheckpointsMixin):
         }
         if args is not None:
             check_training_arguments(args, owners)
+            if sharding.asked(args):
+                sharding.check_launch()
             _checkpoint_without_reentry(args)
+        if isinstance(model, torch.nn.Module):
+            check_placement(unwrapped(model))
         config = getattr(unwrapped(model), "config", None)
         use_cache = getattr(config, "use_cache", None)
         super().__init__(*arguments, **kwargs)
@@ -132,7 +138,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self.family = self.lm.family
         self.intervention = intervention_of(intervention)
         self.restart = _checked_restart(restart, self.intervention)
-        self._projections = projects(self.model)  # now: FSDP flattens matrices
+        self._projections = projects(self.model)
         self._live_check = LiveCheck(self.base)
         self._guard = Guard()
         self.add_callback(_Stop(self))
@@ -143,7 +149,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     # ---- what cannot be
 
     def _check_accelerator(self) -> None:
-        """What `accelerate launch` sets past the arguments."""
+        """What `accelerate launch` sets past the arguments, besides `launch`."""
         if self.args.n_gpu > 1:
             raise LongrollError(
                 "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
@@ -154,13 +160,6 @@ class InitialStateMixin(WholeCheckpointsMixin):
         if plugin is not None and getattr(plugin.backend, "value", "NO") not in ("NO", "no"):
             raise LongrollError(
                 "ACCELERATE_DYNAMO_BACKEND compiles the model, which drops the state: set it to no."
-            )
-        if getattr(state, "deepspeed_plugin", None) is not None:
-            raise LongrollError("No run with a state under DeepSpeed has been seen: launch with DDP or FSDP.")
-        parallelism = getattr(state, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise LongrollError(
-                "A sequence split over ranks has no single initial state: leave out cp and sp."
             )
 
     def _check_model(self) -> None:
@@ -292,11 +291,10 @@ class InitialStateMixin(WholeCheckpointsMixin):
     ) -> tuple[Any, RecurrentState]:
         """The output of the body (with `logits`: of `model`) on a batch from a state, and the final state."""
         found: dict[str, Any] = {}
-        sharded = isinstance(model, FullyShardedDataParallel)  # whose ranks take as many forwards each
 
         def read(state: RecurrentState | None) -> Tensor:
             found["output"], found["final"] = self.family.run(
-                model if logits or sharded else self.base,
+                model if logits else self.base,
                 rows.input_ids,
                 state,
                 attention_mask=rows.attention_mask,
@@ -365,9 +363,26 @@ class InitialStateMixin(WholeCheckpointsMixin):
 
     # ---- the host's machinery
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The host's, with FSDP2 by the rules of `longroll.training.sharding`."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.is_fsdp_enabled = sharding.set_up(self.accelerator, self.args)
+
+    def autocast_smart_context_manager(self, *arguments: Any, **kwargs: Any) -> Any:
+        """The host's; accelerate wraps no autocast around a model that FSDP2 shards."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(*arguments, **kwargs)  # type: ignore[misc]
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         self._signature_columns = [*self._signature_columns, *sorted(KNOWN - set(self._signature_columns))]
+
+    def _prepare_for_training(self, *arguments: Any, **kwargs: Any) -> Any:
+        """The host's; FSDP2 shards what each rank holds, which must be the same model."""
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            sharding.same_everywhere(self.model, self.args.device)
+        return super()._prepare_for_training(*arguments, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]

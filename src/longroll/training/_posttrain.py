@@ -7,7 +7,7 @@ import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from longroll.history import record
 from longroll.interventions import TBPTT, Intervention
 from longroll.model import RecurrentLM
 from longroll.results import write_json
-from longroll.training import checkpoints
+from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
 from longroll.training.guard import check_weights
 from longroll.training.identity import check_same_run, describe_run
@@ -98,6 +98,10 @@ class PosttrainOptions:
     """Trade compute for memory."""
     cuda_graphs: bool = False
     """Replay a step as one CUDA graph: `InitialStateTrainer`."""
+    fsdp: bool = False
+    """Shard weights, gradients and the optimizer's moments over the processes of a launcher (FSDP2)."""
+    fsdp_config: dict[str, Any] | None = None
+    """Settings of FSDP2: transformers' `fsdp_config`, of which `longroll.training._arguments` has a table."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank on the linear layers and merge them; 0: train all weights."""
     save_steps: int = 100
@@ -130,6 +134,12 @@ class PosttrainOptions:
         if self.format not in FORMATS:
             raise LongrollError(f"`format` {self.format} is not one of {', '.join(FORMATS)}.")
         _check_reporter(self.report_to)
+        if self.fsdp_config is not None and not self.fsdp:
+            raise LongrollError("`fsdp_config` has no effect without `fsdp`: give both, or neither.")
+        if self.fsdp and self.weights == "bf16":
+            raise LongrollError(
+                "`weights` bf16 does not go with `fsdp`, which wants weights of one precision: leave one out."
+            )
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -156,6 +166,9 @@ def posttrain(
     Under torchrun or accelerate launch N processes train together, each on its own rows: `batch_size` rows on
     each of them are N times `batch_size` rows on one.
 
+    By `fsdp`, or accelerate's setting, each process holds a shard of the weights; `lm` may lie on the CPU and
+    its shards on the GPUs. Afterwards `lm` is the trained model on rank 0 only, on the CPU: open `output`.
+
     Args:
         lm: the model.
         corpus: tokenised training text or conversations; or rows of a task (`longroll.tasks`), read in their
@@ -178,6 +191,10 @@ def posttrain(
             model, text or other options, a full disk, and a loss that is not finite.
     """
     _check_adapters(lm, options)
+    if sharding.asked():
+        options = replace(options, fsdp=True)
+    if options.fsdp:
+        sharding.check_launch()
     output = Path(output)
     source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
     if options.format == "original":
@@ -194,6 +211,7 @@ def posttrain(
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
+    adapted = model is not lm.model
     if options.bf16 is False:
         widen(model)
     trainer = InitialStateTrainer(
@@ -206,6 +224,7 @@ def posttrain(
         train_dataset=data,
         callbacks=callbacks,
     )
+    empty = sharding.skeleton(model) if trainer.is_fsdp_enabled else None
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
@@ -220,9 +239,13 @@ def posttrain(
         batch = next(iter(trainer.get_train_dataloader()))
         mixed = options.weights == "bf16"  # which only autocast reads
         with trainer.accelerator.autocast() if mixed else contextlib.nullcontext():
-            trained = batch_loss(trainer.lm, batch)
-        if model is not lm.model:
-            lm.model, lm.adapted = model.merge_and_unload(), None
+            trained = batch_loss(trainer.lm, batch) if empty is None else trainer.loss_from_zero(batch)
+        if empty is not None:
+            found = sharding.whole(empty, trainer.model)
+            model = model if found is None else found
+        if empty is None or trainer.is_world_process_zero():
+            lm.model = model.merge_and_unload() if adapted else model
+            lm.adapted = None
         if trainer.is_world_process_zero():
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
             record(lm.model.config, started["arguments"])
@@ -236,7 +259,9 @@ def posttrain(
                 if tokenizer is not None:
                     tokenizer.save(partial)
             if not lm.own:  # which only its plug-in opens
-                trainer.state.log_history[-1].update(reread(place, lm, source, batch, trained))
+                dtype = source.dtype or lm.model.dtype
+                losses = reread(place, arguments.device, dtype, batch, trained)
+                trainer.state.log_history[-1].update(losses)
             if mixed:
                 lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
             if finish is not None:
@@ -259,7 +284,9 @@ def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> Trai
         max_grad_norm=options.clip,
         bf16=_autocasts(lm, options),
         gradient_checkpointing=options.gradient_checkpointing,
-        use_cpu=lm.device.type == "cpu",
+        use_cpu=_trains_on(lm, options).type == "cpu",
+        fsdp=options.fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=options.fsdp_config,
         save_strategy="steps",
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -284,9 +311,14 @@ def _check_adapters(lm: RecurrentLM, options: PosttrainOptions) -> None:
         raise LongrollError("`lora_rank`: the model has adapters already; leave it out, or merge them first.")
 
 
+def _trains_on(lm: RecurrentLM, options: PosttrainOptions) -> torch.device:
+    """Where the weights are trained: shards of a model on the CPU go to the GPUs."""
+    return torch.device("cuda") if options.fsdp and torch.cuda.is_available() else lm.device
+
+
 def _autocasts(lm: RecurrentLM, options: PosttrainOptions) -> bool:
     if options.bf16 is None:
-        return has_bf16(lm.device) and any(in_16_bits(p) for p in lm.model.parameters())
+        return has_bf16(_trains_on(lm, options)) and any(in_16_bits(p) for p in lm.model.parameters())
     return options.bf16
 
 

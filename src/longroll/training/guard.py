@@ -11,6 +11,7 @@ from torch import Tensor
 from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.state import RecurrentState, StateKey
+from longroll.training.sharding import local
 
 
 class Guard:
@@ -106,8 +107,8 @@ def check_weights(model: torch.nn.Module) -> None:
     Raises:
         LongrollError: on every rank, where a rank holds one.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
-    bad = [(~p.detach().isfinite()).any() for _, p in named]
+    named = [(name, local(p.detach())) for name, p in model.named_parameters() if p.is_floating_point()]
+    bad = [(~p.isfinite()).any() for _, p in named]
     mine = next((name for (name, _), one in zip(named, bad, strict=True) if one), None) if bad else None
     found = next((name for name in ranks.gather(mine) if name), None)
     if found is not None:

@@ -88,15 +88,14 @@ def batch_loss(lm: RecurrentLM, batch: dict[str, torch.Tensor]) -> float:
 
 
 def reread(
-    place: Path, lm: RecurrentLM, source: Checkpoint, batch: dict[str, torch.Tensor], trained: float
+    place: Path, device: torch.device, dtype: torch.dtype, batch: dict[str, torch.Tensor], trained: float
 ) -> dict[str, Any]:
-    """Loss of the saved files, opened in their own precision, beside that of the weights in memory.
+    """Loss of the saved files, opened in `dtype`, beside that of the weights in memory.
 
     Returns:
         `loss_trained` (`trained`) and `loss_saved`, nats, of the first batch, and `saved_dtype`.
     """
-    dtype = source.dtype or lm.model.dtype
-    saved = batch_loss(read(place, device=lm.device, dtype=dtype), batch)
+    saved = batch_loss(read(place, device=device, dtype=dtype), batch)
     return {
         "loss_trained": trained,
         "loss_saved": saved,

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from longroll.errors import LongrollError
-from longroll.families._family import unwrapped
+from longroll.families._family import is_sharded, unwrapped
 from longroll.interventions import Intervention
 from longroll.model import RecurrentLM, load
 from longroll.state import RecurrentState
@@ -20,6 +21,7 @@ from longroll.training._collate import Collator
 from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import hidden_loss, next_token_loss
+from longroll.training.sharding import full_state
 from longroll.training.weights import DECAYS, hold_weights, precision
 
 
@@ -171,10 +173,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         outputs: Any = None
         final: RecurrentState | None
         plain = self.label_smoother is None and self.compute_loss_func is None and not return_outputs
-        if plain and model is self.base and not self._replaced_forward and not _hooked(model):
-            with self.accelerator.autocast():
-                output, final = self._read(model, rows, state)
-                loss = hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
+        if plain and not self._replaced_forward and not _hooked(self.base) and self._only_forwards(model):
+            loss, final = self._fused_loss(model, rows, state, num_items_in_batch)
         elif self.base.base_model is self.base:  # a module of one's own: nothing lies below its wrappers
             outputs, final = self._read(model, rows, state, logits=True)
         else:
@@ -187,6 +187,39 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP will take the mean
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _only_forwards(self, model: torch.nn.Module) -> bool:
+        """Whether `model` is the model, or DDP around it, in which a loss may stand in for the logits."""
+        below = self.base.base_model is not self.base
+        return model is self.base or (isinstance(model, DistributedDataParallel) and below)
+
+    def _fused_loss(
+        self,
+        model: torch.nn.Module,
+        rows: Rows,
+        state: RecurrentState | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor, RecurrentState]:
+        """The loss, made of hidden states rather than of all logits, and the final state."""
+        found: dict[str, Any] = {}
+
+        def loss_of(*_: Any, **__: Any) -> Tensor:
+            with self.accelerator.autocast():
+                output, found["final"] = self._read(model, rows, state)
+                return hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
+
+        if model is self.base:
+            return loss_of(), found["final"]
+        replaced = vars(self.base).get("forward")  # accelerate's, for autocast
+        self.base.forward = loss_of
+        try:
+            loss: Tensor = model(input_ids=rows.input_ids)
+        finally:
+            if replaced is None:
+                del self.base.forward
+            else:
+                self.base.forward = replaced
+        return loss, found["final"]
 
     def _loss_of(
         self,
@@ -225,11 +258,32 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return data_collator
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's; matrices that were in 16 bits are saved in them, but in checkpoints to resume from."""
-        if self._saved_dtype is None or _internal_call or self.is_fsdp_enabled:
+        """Trainer's; matrices that were in 16 bits are saved in them, but in checkpoints to resume from.
+
+        A model that FSDP2 shards is saved whole, by rank 0; all ranks call it.
+        """
+        if is_sharded(self.model) and not (_internal_call and self._keeps_shards()):
+            tensors = full_state(self.model)
+            if self._saved_dtype is not None and not _internal_call:
+                wide = {id(tensors[name]): tensors[name] for name in self._projections & tensors.keys()}
+                narrow = {key: tensor.to(self._saved_dtype) for key, tensor in wide.items()}
+                tensors = {name: narrow.get(id(tensor), tensor) for name, tensor in tensors.items()}
+            return self._save(output_dir or self.args.output_dir, state_dict=tensors)
+        if self._saved_dtype is None or _internal_call:
             return super().save_model(output_dir, _internal_call)
         with precision(self.base, self._saved_dtype):
             return super().save_model(output_dir, _internal_call)
+
+    def _keeps_shards(self) -> bool:
+        """Whether a checkpoint to resume from holds the shards rather than whole weights."""
+        return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @torch.no_grad()
+    def loss_from_zero(self, batch: dict[str, Any]) -> float:
+        """Return the loss of a batch from the zero state, without autocast; under FSDP2 all ranks call it."""
+        self.model.eval()
+        loss: float = self.compute_loss(self.model, self._prepare_inputs(batch)).item()
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, with the decays in groups of their own."""

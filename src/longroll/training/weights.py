@@ -121,7 +121,7 @@ def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | Non
         _autocast(args)
     elif before is not None:
         widen(model)
-        if has_bf16(next(model.parameters()).device):
+        if has_bf16(next(model.parameters()).device if args is None else args.device):
             _autocast(args)
     return before
 

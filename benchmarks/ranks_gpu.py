@@ -1,0 +1,415 @@
+"""Training on several GPUs of one machine: DDP, FSDP2, interventions, and a killed run, by one command.
+
+    python benchmarks/ranks_gpu.py --json ranks.json                 # on all GPUs; starts torchrun itself
+    python benchmarks/ranks_gpu.py --shape toy --big toy --device cpu --ranks 2   # checks the script
+
+Parts, each in processes of its own, which import side by side and then take turns on the GPUs:
+
+- `ddp N`: InitialStateTrainer on N GPUs, a Mamba-2 of 370M's shape (random weights), bf16, AdamW. One Trainer
+  takes turns of a few steps with each intervention, so that a drift of the machine falls on all of them;
+  overheads are medians over the turns of an intervention's time to that of the zero state's.
+- `fsdp`: all weights of a Mamba-2 of 2.7B's shape under FSDP2, State Passing.
+- `lora`: LoRA adapters of rank 16 on the same shape in bfloat16, under FSDP2.
+- `killed`: `posttrain` undisturbed, and killed by SIGKILL on every rank in the midst; `resumed`: that run
+  goes on. The weights of both are compared bit by bit.
+
+MFU counts 6 flops a parameter and token (4 for LoRA, which needs no gradient of frozen weights), no
+recurrence. Results are written after each part; a part that no time is left for is named in `left_out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.perf_counter()
+ROWS = ("zero", "sp", "tbptt", "fitted", "random")
+SHAPES = {"370m": (1024, 48), "2.7b": (2560, 64), "130m": (768, 24), "toy": (64, 2)}
+PEAK = 989.4e12  # dense bf16 of H100 SXM and H200, from the data sheets
+KILLED_AT, STEPS, SAVE = 4, 6, 3
+
+
+# ---- the parent: starts the parts and writes what they found
+
+
+def parts(ranks: list[int], most: int) -> list[tuple[str, int, list[str]]]:
+    """Name, processes and work of each part, the most important first."""
+    first = [(f"ddp {n}", n, [f"ddp {n}"]) for n in sorted(ranks)]
+    return [*first, ("several", most, ["fsdp", "lora", "killed"]), ("resumed", most, ["resumed"])]
+
+
+def launch(name: str, processes: int, works: list[str], place: Path) -> Any:
+    """Start the processes of a part, which wait for their turn once they have imported."""
+    worker = [str(Path(__file__).resolve()), *sys.argv[1:], "--place", str(place)]
+    worker += ["--worker", json.dumps(works)]
+    command = [sys.executable, *worker]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
+        command = [sys.executable, *torchrun, "--rdzv-endpoint=localhost:0", *worker]
+    environment = os.environ | {"TURN": str(place / f"{name}.turn")}
+    if processes == 1:  # else Trainer would spread one process over all GPUs
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    log = (place / f"{name}.log").open("w")
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def parent(options: argparse.Namespace) -> None:
+    memory = shutil.disk_usage("/dev/shm").free > 32 << 30
+    place = Path(tempfile.mkdtemp(prefix="ranks_gpu_", dir="/dev/shm" if memory else None))
+    found: dict[str, Any] = {"parts": {}, "left_out": []}
+    all_parts = parts(options.ranks, max(options.ranks))
+    running = {name: launch(name, n, works, place) for name, n, works in all_parts}
+    try:
+        for name, _, works in all_parts:
+            (place / f"{name}.turn").touch()
+            while running[name].poll() is None and time.perf_counter() - BEGAN < options.budget:
+                time.sleep(0.2)
+                collect(place, found, options)
+            stop(running[name])
+            collect(place, found, options)
+            missing = [work for work in works if work not in found["parts"]]
+            found["left_out"] += missing
+            if missing:
+                sys.stdout.write((place / f"{name}.log").read_text()[-3000:])
+    finally:
+        for process in running.values():
+            stop(process)
+        compare(place, found)
+        write(found, options)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def stop(process: Any) -> None:
+    """End what a part started, and nothing else."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def collect(place: Path, found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Take what the parts have written since."""
+    new = [file for file in sorted(place.glob("*.json")) if file.stem not in found["parts"]]
+    for file in new:
+        found["parts"][file.stem] = json.loads(file.read_text())
+        part = json.dumps(found["parts"][file.stem])
+        print(f"{time.perf_counter() - BEGAN:5.0f} s  {file.stem}: {part}", flush=True)
+    if new:
+        write(found, options)
+
+
+def compare(place: Path, found: dict[str, Any]) -> None:
+    """The weights of the killed and resumed run against the undisturbed one."""
+    from safetensors.torch import load_file
+
+    files = [place / name / "model.safetensors" for name in ("undisturbed", "run")]
+    if not all(file.is_file() for file in files):
+        return
+    one, other = map(load_file, files)
+    unlike = [name for name in one if not one[name].equal(other[name])]
+    differ = {name: float((one[name] - other[name]).abs().max()) for name in unlike}
+    found["killed_and_resumed"] = {
+        "tensors": len(one),
+        "differ": len(differ),
+        "largest_difference": max(differ.values(), default=0.0),
+    }
+    print(found["killed_and_resumed"], flush=True)
+
+
+def write(found: dict[str, Any], options: argparse.Namespace) -> None:
+    from longroll.results import BenchmarkResult, provenance
+
+    steps = {name[4:]: part for name, part in found["parts"].items() if name.startswith("ddp ")}
+    if "1" in steps:
+        one = steps["1"]["rows"]["zero"]["tokens_per_second"]
+        found["of_linear"] = {
+            n: part["rows"]["zero"]["tokens_per_second"] / (int(n) * one) for n, part in steps.items()
+        }
+    if options.json:
+        made = provenance(seed=0, seconds=time.perf_counter() - BEGAN, device=options.device)
+        hidden = ("worker", "place", "json")
+        kept = {name: value for name, value in vars(options).items() if name not in hidden}
+        result = {"what": "ranks_gpu", "options": kept, **found, "provenance": made}
+        BenchmarkResult.from_json(result).write(options.json)
+
+
+# ---- the workers
+
+
+def worker(options: argparse.Namespace) -> None:
+    """The work of one process of a part."""
+    import torch
+
+    import longroll.training  # noqa: F401  (what takes long, before the turn)
+
+    torch.set_num_threads(4 if options.device == "cuda" else 1)
+    while not Path(os.environ["TURN"]).exists():
+        time.sleep(0.05)
+    for work in json.loads(options.worker):
+        began = time.perf_counter()
+        kind = work.partition(" ")[0]
+        try:
+            line = WORK[kind](options)
+        except Exception as error:  # one part must not end the others
+            line = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+            print(line, flush=True)
+        if int(os.environ.get("RANK", "0")) == 0:
+            whole = options.place / f".{work}"
+            whole.write_text(json.dumps(line | {"seconds": round(time.perf_counter() - began, 1)}))
+            whole.rename(options.place / f"{work}.json")
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order
+
+
+def model_of(name: str, device: str) -> Any:
+    import torch
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    hidden, layers = SHAPES[name]
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_heads=2 * hidden // 64, head_dim=64, state_size=128,
+        n_groups=1, vocab_size=50288 if name != "toy" else 512, expand=2,
+    )  # fmt: skip
+    with torch.device(device):
+        return Mamba2ForCausalLM(config)
+
+
+def rows_of(count: int, length: int, vocab: int) -> Any:
+    import torch
+
+    class Rows(torch.utils.data.Dataset):
+        """Random tokens; in every row a document begins or goes on, as TBPTT wants to know."""
+
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            ids = torch.randint(vocab, (length + 1,), generator=torch.Generator().manual_seed(index))
+            return {"input_ids": ids[:-1], "shift_labels": ids[1:], "starts": torch.tensor(index % 4 == 0)}
+
+    return Rows()
+
+
+def trainer_of(
+    model: Any, options: argparse.Namespace, steps: int, batch: int, length: int, **more: Any
+) -> Any:
+    from transformers import TrainingArguments
+
+    import longroll
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = TrainingArguments(
+        str(options.place / "trainer"), max_steps=steps, per_device_train_batch_size=batch, bf16=True,
+        learning_rate=1e-5, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=10**6,
+        logging_nan_inf_filter=False, train_sampling_strategy="sequential", dataloader_num_workers=2,
+        use_cpu=options.device == "cpu", **more,
+    )  # fmt: skip
+    data = rows_of(steps * batch * world, length, model.config.vocab_size)
+    return longroll.InitialStateTrainer(model, arguments, train_dataset=data)
+
+
+class Clock:
+    """Times turns of some steps; within a turn nothing waits for the GPU."""
+
+    def __init__(self, trainer: Any, ways: dict[str, Any], steps: int) -> None:
+        from transformers import TrainerCallback
+
+        self.trainer, self.ways, self.steps = trainer, ways, steps
+        self.seconds: dict[str, list[float]] = {name: [] for name in ways}
+        clock = self
+
+        class Turns(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                clock.begin(state.global_step)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                clock.end(state.global_step)
+
+        trainer.add_callback(Turns())
+
+    def now(self) -> float:
+        """Return the time, when the GPU has done its work."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def way(self, step: int) -> str:
+        """Return what a step starts from."""
+        return list(self.ways)[step // self.steps % len(self.ways)]
+
+    def begin(self, step: int) -> None:
+        """Note the time where a turn begins."""
+        if step % self.steps == 0:
+            self.trainer.intervention = self.ways[self.way(step)]
+            self.began = self.now()
+
+    def end(self, step: int) -> None:
+        """Note what a step took where a turn ends."""
+        if step % self.steps == 0:
+            self.seconds[self.way(step - 1)].append((self.now() - self.began) / self.steps)
+
+
+def speed(clock: Clock, tokens: int, parameters: int, flops: int, device: str) -> dict[str, Any]:
+    """Medians over the turns but the first, which compiles: tokens/s of all ranks, MFU, memory."""
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = {}
+    for name, seconds in clock.seconds.items():
+        step = statistics.median(seconds[1:])
+        zero = clock.seconds["zero" if "zero" in clock.seconds else name][1:]
+        both = zip(seconds[1:], zero, strict=True)
+        rows[name] = {
+            "tokens_per_second": tokens * world / step,
+            "mfu": flops * parameters * tokens / step / PEAK if device == "cuda" else None,
+            "overhead": statistics.median(own / other for own, other in both) - 1,
+            "seconds": [round(s, 4) for s in seconds],
+        }
+    cuda = device == "cuda"
+    return {
+        "ranks": world,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "parameters": parameters,
+        "tokens_a_rank": tokens,
+        "rows": rows,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+    }
+
+
+def ddp(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from longroll.interventions import INTERVENTIONS
+
+    model = model_of(options.shape, options.device)
+    names = ROWS if int(os.environ.get("WORLD_SIZE", "1")) == max(options.ranks) else ROWS[:2]
+    steps = options.steps * options.turns * len(names)
+    trainer = trainer_of(model, options, steps, options.batch, options.length)
+    ways = {name: INTERVENTIONS[name]() if name != "zero" else None for name in names}
+    clock = Clock(trainer, ways, options.steps)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    tokens = options.batch * options.length
+    return speed(clock, tokens, sum(p.numel() for p in model.parameters()), 6, options.device)
+
+
+def fsdp(options: argparse.Namespace, *, adapters: bool = False) -> dict[str, Any]:
+    import torch
+
+    from longroll.interventions import StatePassing
+    from longroll.training._posttrain import _with_lora
+    from longroll.training.weights import set_precision
+
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" else "cpu"
+    model = model_of(options.big, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    if adapters:
+        set_precision(model, torch.bfloat16)
+        model = _with_lora(model, 16)
+    turns, steps = 3, 3
+    trainer = trainer_of(model, options, turns * steps, options.big_batch, options.length, fsdp=True)
+    clock = Clock(trainer, {"sp": StatePassing()}, steps)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    tokens = options.big_batch * options.length
+    found = speed(clock, tokens, parameters, 4 if adapters else 6, options.device)
+    found["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return found
+
+
+def lora(options: argparse.Namespace) -> dict[str, Any]:
+    return fsdp(options, adapters=True)
+
+
+def post_train(options: argparse.Namespace, output: Path, **more: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from longroll import RecurrentLM, StatePassing
+    from longroll.data import Corpus
+    from longroll.training import PosttrainOptions, posttrain
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if options.device == "cuda" else "cpu"
+    lm = RecurrentLM(model_of(options.shape, device))
+    ids = np.random.default_rng(0).integers(0, lm.vocab_size, 1 << 20).astype(np.int32)
+    corpus = Corpus(ids, np.arange(0, len(ids) + 1, 1 << 16, dtype=np.int64), len(ids))
+    settings = PosttrainOptions(
+        length=options.length, steps=STEPS, batch_size=4, save_steps=SAVE, learning_rate=1e-4, bf16=True
+    )
+    began = time.perf_counter()
+    log = posttrain(lm, corpus, StatePassing(), settings, output, **more)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    return {"losses": losses, "posttrain_seconds": round(time.perf_counter() - began, 1)}
+
+
+def killed(options: argparse.Namespace) -> dict[str, Any]:
+    """An undisturbed run; then one that every rank ends by SIGKILL, after which nothing is left to run."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == KILLED_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    line = post_train(options, options.place / "undisturbed")
+    if int(os.environ.get("RANK", "0")) == 0:
+        (options.place / "killed.json").write_text(json.dumps(line))
+    post_train(options, options.place / "run", callbacks=[Kill()])
+    raise AssertionError("the run was not killed")
+
+
+def resumed(options: argparse.Namespace) -> dict[str, Any]:
+    return post_train(options, options.place / "run", resume=True)
+
+
+WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "killed": killed, "resumed": resumed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="370m")
+    parser.add_argument("--big", choices=SHAPES, default="2.7b", help="under FSDP2")
+    parser.add_argument("--batch", type=int, default=16, help="rows of each rank")
+    parser.add_argument("--big-batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=5, help="the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1, 2, 4, ... as there are GPUs")
+    parser.add_argument("--budget", type=float, default=210, help="seconds, after which no part goes on")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ranks is None:
+        import torch
+
+        options.ranks = [n for n in (1, 2, 4, 8) if n <= max(1, torch.cuda.device_count())]
+    if options.worker:
+        worker(options)
+    else:
+        parent(options)
+
+
+if __name__ == "__main__":
+    main()
