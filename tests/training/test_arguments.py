@@ -2,24 +2,39 @@
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 from test_trainer import quick_collections
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from longroll import InitialStateTrainer, LongrollError, StatePassing
 from longroll.training import _arguments
-from longroll.training._arguments import ACCELERATOR_CONFIG, TRAINER, TRAINING_ARGUMENTS
+from longroll.training._arguments import ACCELERATOR_CONFIG, FSDP_CONFIG, TRAINER, TRAINING_ARGUMENTS
+from longroll.training.launch import check_placement
 from zoo import build
 
 __all__ = ["quick_collections"]  # a fixture of each test here
 
+_FSDP1 = {
+    *("forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states"),
+    "limit_all_gathers",
+}
 _ADDED = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # by transformers 5.23
+
+
+def _documented(name):
+    """The keys that the docstring of TrainingArguments lists under an argument."""
+    listed = TrainingArguments.__doc__.partition(f"        {name} (")[2].partition("        > ")[0]
+    return re.findall(r"^ +- (\w+) \(", listed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +43,9 @@ _ADDED = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # by t
         ([f.name for f in dataclasses.fields(TrainingArguments)], TRAINING_ARGUMENTS, _ADDED),
         ([f.name for f in dataclasses.fields(AcceleratorConfig)], ACCELERATOR_CONFIG, set()),
         (list(inspect.signature(Trainer.__init__).parameters)[1:], TRAINER, set()),
+        (_documented("fsdp_config"), FSDP_CONFIG, _FSDP1 | {"xla_fsdp_v2"}),
     ],
-    ids=["TrainingArguments", "accelerator_config", "Trainer"],
+    ids=["TrainingArguments", "accelerator_config", "Trainer", "fsdp_config"],
 )
 def test_every_argument_of_this_transformers_is_decided(names, table, added):
     assert set(names) - set(table) == set(), "decide what becomes of these, in training/_arguments.py"
@@ -40,7 +56,7 @@ def test_every_argument_of_this_transformers_is_decided(names, table, added):
 def test_the_documented_table_is_this_one():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("| `")]
-    for table in (TRAINING_ARGUMENTS, ACCELERATOR_CONFIG, TRAINER):
+    for table in (TRAINING_ARGUMENTS, ACCELERATOR_CONFIG, FSDP_CONFIG, TRAINER):
         for name, row in table.items():
             assert any(
                 f"`{name}`" in line and f"| {row.verdict} | {row.reason} |" in line for line in lines
@@ -102,19 +118,69 @@ def test_a_field_that_a_newer_transformers_adds_is_refused_by_name(tmp_path, mon
 
 
 LAUNCHED = {
-    "cp": ("parallelism_config", SimpleNamespace(cp_enabled=True, sp_enabled=False), "leave out cp and sp"),
-    "sp": ("parallelism_config", SimpleNamespace(cp_enabled=False, sp_enabled=True), "leave out cp and sp"),
-    "deepspeed": ("deepspeed_plugin", object(), "DeepSpeed"),
-    "compiled": ("dynamo_plugin", SimpleNamespace(backend=DynamoBackend.EAGER), "ACCELERATE_DYNAMO_BACKEND"),
+    "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+    "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    "tp": ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+    "cp": ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
+    "sp": ({"PARALLELISM_CONFIG_SP_SIZE": "2"}, "sequence parallelism"),
+    "hsdp": ({"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, "hybrid sharding"),
+    "fsdp of one process": ({"ACCELERATE_USE_FSDP": "true"}, "start with torchrun"),
+    "fsdp1": ({"ACCELERATE_USE_FSDP": "true", "RANK": "0"}, "fsdp_version: 2"),
 }
 
 
-@pytest.mark.parametrize(("name", "value", "said"), LAUNCHED.values(), ids=LAUNCHED.keys())
-def test_what_a_launcher_sets_past_the_arguments_is_refused(name, value, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("environment", "said"), LAUNCHED.values(), ids=LAUNCHED.keys())
+def test_what_a_launcher_sets_past_the_arguments_is_refused(environment, said, tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LongrollError, match=said) as error:
+        trainer(tmp_path, args)
+    assert "\n" not in str(error.value)
+
+
+def test_a_compiling_launcher_is_refused(tmp_path, monkeypatch):
     made = trainer(tmp_path)
-    monkeypatch.setattr(made.accelerator, "state", SimpleNamespace(**{name: value}))
-    with pytest.raises(LongrollError, match=said):
+    plugin = SimpleNamespace(backend=DynamoBackend.EAGER)
+    monkeypatch.setattr(made.accelerator, "state", SimpleNamespace(dynamo_plugin=plugin))
+    with pytest.raises(LongrollError, match="ACCELERATE_DYNAMO_BACKEND"):
         made._check_accelerator()
+
+
+FSDP = {
+    "without fsdp": ({"fsdp_config": {"reshard_after_forward": False}}, "no effect without `fsdp`"),
+    "one process": ({"fsdp": True}, "start with torchrun"),
+    "unknown": ({"fsdp": True, "fsdp_config": {"fsdp_sharding": 3}}, "sharding 3"),
+    "fsdp1": ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1"),
+    "offload": ({"fsdp": "full_shard offload"}, "cpu_offload True"),
+    "xla": ({"fsdp": True, "fsdp_config": {"xla": True, "xla_fsdp_grad_ckpt": True}}, "xla True"),
+    "of fsdp1": ({"fsdp": True, "fsdp_config": {"use_orig_params": True}}, "use_orig_params True"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), FSDP.values(), ids=FSDP.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_settings_of_fsdp_that_cannot_be_honoured_are_refused(given, said, tmp_path):
+    with pytest.raises(LongrollError, match=said) as error:
+        trainer(tmp_path, **given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_is_spread_already_is_refused(tmp_path):
+    model = build("mamba2")
+    model.hf_device_map = {"backbone.layers.0": 0, "backbone.layers.1": 1}
+    with pytest.raises(LongrollError, match=r"pipeline.*FSDP2"):
+        check_placement(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = build("mamba2")
+        model.lm_head.weight = torch.nn.Parameter(
+            distribute_tensor(model.lm_head.weight, init_device_mesh("cpu", (1,)))
+        )
+        with pytest.raises(LongrollError, match="tp_plan"):
+            check_placement(model)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("in_place", [True, False])
