@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,22 @@ def assert_same_state(actual: RecurrentState, expected: RecurrentState, toleranc
             assert torch.equal(actual[key], expected[key]), str(key)
 
 
+def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
+    """The same plain data: numbers to seven digits, effective ranks, which hold fewer, to six."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_same_numbers(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same_numbers(found[i], value, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6 if "rank" in where else 1e-7, abs=1e-9), where
+    else:
+        assert found == expected, where
+
+
 __all__ = [
     "CONFIGS",
     "CONTROLS",
@@ -54,6 +71,7 @@ __all__ = [
     "RECURRENT",
     "VOCAB",
     "assert_close",
+    "assert_same_numbers",
     "assert_same_state",
     "build",
     "lm_of",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from longroll import RecurrentLM, ranks
+from longroll import RecurrentLM, diagnose, ranks
 from longroll.conformance.tiny import VOCAB, build
 from longroll.data import ByteTokenizer, Corpus
 from longroll.interventions import INTERVENTIONS
@@ -69,15 +69,31 @@ def measure(output):
     cells = evaluate_grid(lm, rows, [4, 6], samples=5, batch_size=4, dealt=not ranks.alone())
     for cell in cells:
         cell.pop("seconds")
+    write(output, cells)
+
+
+def explain(explained, texts=5):
+    """Diagnose a model with a head that hardly forgets, its texts, trials and starts dealt to the ranks."""
+    lm = RecurrentLM(build("mamba2", 0, torch.float64)).eval()
+    mixer = lm.model.backbone.layers[1].mixer
+    with torch.no_grad():
+        mixer.A_log[2], mixer.dt_bias[2] = -14.0, 0.0
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (texts, 81)))
+    write(explained, diagnose(lm, tokens, train_length=16, dealt=True).to_json())
+
+
+def write(output, data):
+    """A file for each rank."""
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{output}.{ranks.rank()}").write_text(json.dumps(cells))
+    Path(f"{output}.{ranks.rank()}").write_text(json.dumps(data))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for one in json.loads(sys.argv[1]):
         try:
-            run(**one) if "kind" in one else measure(**one)
+            kind = "kind" if "kind" in one else "explained" if "explained" in one else ""
+            {"kind": run, "explained": explain, "": measure}[kind](**one)
         except Abandoned:
             continue
     sys.stdout.flush()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranked import measure, run
+from ranked import explain, measure, run
 from safetensors.torch import load_file
 
 from longroll import LongrollError
 from longroll.interventions import INTERVENTIONS
+from zoo import assert_same_numbers
 
 KINDS = ["none", *INTERVENTIONS]
 BASE = {"length": 8, "steps": 6, "learning_rate": 1e-2, "save_steps": 2, "accumulation": 2, "batch_size": 2}
@@ -56,7 +57,8 @@ def root(tmp_path_factory):
     ends[-1]["kill_rank"] = 1
     began = time.monotonic()
     never = [spec(root, "two", kind) for kind in KINDS]
-    died = torchrun([*never, {"output": str(root / "cells" / "two")}, *ends])
+    measures = [{"output": str(root / "cells" / "two")}, {"explained": str(root / "diagnosis" / "two")}]
+    died = torchrun([*never, *measures, *ends])
     assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr
     assert time.monotonic() - began < 200
     shutil.copytree(root / "killed", root / "moved")
@@ -103,3 +105,14 @@ def test_two_ranks_measure_what_one_does(root):
     measure(root / "cells" / "one")
     one, *two = ((root / "cells" / name).read_text() for name in ("one.0", "two.0", "two.1"))
     assert two == [one, one] and len(json.loads(one)) == 2
+
+
+def test_two_ranks_diagnose_what_one_does(root):
+    """In float64, but for losses and the states' effective ranks, which hold fewer digits."""
+    explain(root / "diagnosis" / "one")
+    one, *two = (json.loads((root / "diagnosis" / name).read_text()) for name in ("one.0", "two.0", "two.1"))
+    assert one["verdict"] != "healthy" and len(one["coverage"]["causal"]) > 3
+    for found in (one, *two):
+        del found["provenance"], found["advice"]
+    for found in two:
+        assert_same_numbers(found, one)

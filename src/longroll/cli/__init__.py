@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib.metadata import version
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from longroll.cli._lm_eval import lm_eval
 from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, named
 from longroll.printable import printable
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
@@ -72,7 +73,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if not _several():
             raise
         sys.stdout.flush()
         sys.stderr.flush()
@@ -92,11 +93,30 @@ def _run() -> None:
             error.show()
             raise SystemExit(2) from None
         _fail(in_one_line(error))
+    except Exception as error:
+        if not _several():
+            raise
+        from longroll.ranks import loss_of_another, tell
+
+        if lost := loss_of_another(error):
+            _fail(lost)
+        tell(named(error))
+        traceback.print_exc()
+        raise SystemExit(1) from None  # an interpreter that ends in order ends after those that lose it
     if status == INTERRUPTED:
         sys.stderr.write("longroll: interrupted; what was written so far is kept.\n")
     raise SystemExit(status)
 
 
+def _several() -> bool:
+    """Whether a launcher started other processes beside this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _fail(message: str) -> None:
+    if _several():
+        from longroll.ranks import tell
+
+        tell(message)
     sys.stderr.write(f"longroll: {printable(message)}\n")
     raise SystemExit(2) from None

@@ -53,13 +53,11 @@ def diagnose(
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
     from longroll.files import is_stream, write_whole
-    from longroll.ranks import rank
+    from longroll.ranks import join, rank
     from longroll.report import write_report
     from longroll.report.export import slug
     from longroll.training.card import with_diagnosis
 
-    if rank() > 0:
-        return  # a diagnosis is not dealt: rank 0 makes it
     card_file = _card_of(model) if card else None
     before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -74,6 +72,8 @@ def diagnose(
         concatenate=concatenate,
         seed=seed,
     )
+
+    join()
 
     def write(result: DiagnosisResult, *, early: bool = False) -> DiagnosisResult:
         """Write the result to its files; as far as it is known (`early`), not into a stream."""
@@ -97,7 +97,10 @@ def diagnose(
         control=plain,
         seed=seed,
         save=lambda diagnosis: write(diagnosis.result(), early=True),
+        dealt=True,
     )
+    if rank() > 0:
+        return
     found = write(found)
     runs = [run for run in (before, plain, found) if run]
     out.print(levels_table(runs))

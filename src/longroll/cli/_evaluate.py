@@ -39,13 +39,12 @@ def loss(
     """Loss, perplexity and bits per byte at every position of long texts, in constant memory."""
     import math
 
-    import torch
     from rich.table import Table
 
     from longroll.cli._console import out
     from longroll.cli._progress import progress
-    from longroll.measure import PositionLoss, position_loss
-    from longroll.ranks import gather, join, rank, world_size
+    from longroll.measure import position_loss
+    from longroll.ranks import join, rank
     from longroll.results import LossResult, provenance
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -60,13 +59,9 @@ def loss(
         seed=seed,
     )
     join()
-    share = tokens.tensor_split(world_size())[rank()]  # some have none where there are fewer texts
     began = time.perf_counter()
     with progress("measuring", total=length) as advance:
-        losses = torch.empty(0, length)
-        if len(share):
-            losses = position_loss(lm, share, chunk_size=chunk_size, progress=advance).losses
-    found = PositionLoss(torch.cat(gather(losses)))
+        found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance, dealt=True)
     if rank() > 0:
         return
     seconds = time.perf_counter() - began

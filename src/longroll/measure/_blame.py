@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.families._rope import KINDS, RopeScaling, scaled_rope
 from longroll.measure._attention_readings import FIRST, Clipped, Hold, Norms, Positions, Rescan, Window, both
@@ -137,6 +138,7 @@ def split_blame(
     carried: PositionLoss | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    dealt: bool = False,
 ) -> Blame:
     """Read a hybrid past T with its states, its attention and both held in range, and split the damage.
 
@@ -149,10 +151,26 @@ def split_blame(
         carried: losses of `tokens` from the zero state, when they are known already.
         seed: of the bootstrap.
         progress: called with how many readings are done.
+        dealt: deal the texts to the ranks, each of which must call this and gets the result.
 
     Raises:
         LongrollError: for a model without one of the two, an unknown training length, and texts not past 2 T.
     """
+    with ranks.together(dealt):
+        return _split(lm, tokens, coverage, train_length, factor, carried, seed, progress)
+
+
+def _split(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    coverage: Coverage,
+    train_length: int | None,
+    factor: float | None,
+    carried: PositionLoss | None,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> Blame:
+    """`split_blame` among the ranks that work on it."""
     train_length, _ = lm.find_train_length(train_length)
     if not (lm.layers and lm.has_attention):
         raise LongrollError(f"{lm.name} has no recurrent layers beside attention layers: it is no hybrid.")
@@ -163,21 +181,23 @@ def split_blame(
         )
     factor = factor or 2.0 ** math.ceil(math.log2(length / train_length))
     positions = Positions(lm)
-    carried = carried or position_loss(lm, tokens)
-    ends, excess = excess_loss(lm, tokens, carried, train_length)
+    carried = carried or position_loss(lm, tokens, dealt=True)
+    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
     half = train_length - train_length // 2
     far = [i for i, end in enumerate(ends) if end > length // 2 and end >= train_length + half]
     whole = excess[:, far].double().mean(dim=1)  # (B,)
     damage = whole.mean().item()
     if damage <= DAMAGE or not math.isfinite(damage):
         return Blame(damage, factor, [], [], None, {}, positions.kind)
-    readings = _Readings(lm, tokens, train_length, [(ends[i] - half, ends[i]) for i in far], progress)
+    share = ranks.deal(len(tokens))
+    mine = tokens[share.rows]
+    readings = _Readings(lm, mine, train_length, [(ends[i] - half, ends[i]) for i in far], progress)
     before = readings.mean(carried.losses.double())
 
     stride, keep = readings.stride, train_length - readings.stride
     states: dict[str, Callable[[], Hold]] = {
         "norms": lambda: Norms(coverage),
-        "rescan": lambda: Rescan(lm, tokens, keep),
+        "rescan": lambda: Rescan(lm, mine, keep),
     }
     attentions: dict[str, Callable[[], Hold]] = {}
     if positions.windows:
@@ -193,7 +213,8 @@ def split_blame(
         """Nats of each text, (B,)."""
         made = [states[state]()] if state else []
         made += [attentions[attention]()] if attention in attentions else []
-        return before - readings.read(both(*made), scalings.get(attention or ""))
+        read = readings.read(both(*made), scalings.get(attention or ""))
+        return before - ranks.gather_rows(read if share.part == 0 else read[:0])
 
     alone_states = {name: recovered(name, None) for name in states}
     alone_attentions = {name: recovered(None, name) for name in attentions}

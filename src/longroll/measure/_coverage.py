@@ -15,6 +15,7 @@ Sources: Szekely & Rizzo 2013 (energy distance); Benjamini & Hochberg 1995.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.heads import has_heads, heads_of
 from longroll.measure.roll_out import roll_out
@@ -153,6 +155,17 @@ class CoverageRecorder:
                     self._samples[key] = _Samples(state[key], self.seed + len(self._samples))
                 self._samples[key].add(state[key], far=position in self.far)
 
+    def over_ranks(self) -> None:
+        """Take on rank 0 what the recorders of all ranks saw for seen there; every rank must call this."""
+        if ranks.alone():
+            return
+        keys = next(keys for keys in ranks.gather(list(self._samples)) if keys)
+        for key in keys:  # one after another: they are as large as the states
+            mine = self._samples.pop(key, None)
+            parts = [part for part in ranks.gather(mine) if part]
+            if mine and ranks.rank() == 0:
+                self._samples[key] = mine.of_all(parts)
+
     def coverage(self) -> Coverage:
         """Compare what was seen.
 
@@ -229,6 +242,19 @@ class _Samples:
         self.features: dict[bool, list[Tensor]] = {False: [], True: []}  # each (B, H, 1 + projections)
         self.moments = {False: _Moments(), True: _Moments()}
 
+    def of_all(self, parts: Sequence[_Samples]) -> _Samples:
+        """Those of all rows from those of parts of the rows, compared on the device of these here."""
+        found = copy.copy(self)
+        found.features = {
+            far: [torch.cat(rows) for rows in zip(*(part.features[far] for part in parts), strict=True)]
+            for far in (False, True)
+        }
+        found.moments = {far: _Moments() for far in (False, True)}
+        for part in parts:
+            for far, moments in part.moments.items():
+                found.moments[far].merge(moments)
+        return found
+
     def add(self, tensor: Tensor, *, far: bool) -> None:
         heads = torch.nan_to_num(heads_of(tensor.double()).flatten(2), _LARGEST, _LARGEST, -_LARGEST)
         log_norm = heads.norm(dim=2, keepdim=True).clamp_min(1 / _LARGEST).log()
@@ -275,6 +301,10 @@ class _Moments:
     def add(self, rows: Tensor) -> None:
         mean = rows.mean(dim=0)
         self._add(len(rows), mean, (rows - mean).square().sum(dim=(0, 2)))
+
+    def merge(self, other: _Moments) -> None:
+        if other.count:
+            self._add(other.count, other.mean, other.squares)
 
     def _add(self, added: int, mean: Tensor, within: Tensor) -> None:
         count = self.count + added

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.history import history
 from longroll.measure._position_loss import PositionLoss, position_loss
@@ -93,6 +94,7 @@ def diagnose(
     seed: int = 0,
     save: Callable[[Diagnosis], object] | None = None,
     progress: Progress | None = None,
+    dealt: bool = False,
 ) -> Diagnosis:
     """Roll a model out over `tokens` and say how it does past its training length.
 
@@ -115,13 +117,48 @@ def diagnose(
         against: a diagnosis of the model before a repair, or its JSON: the sentence names the price.
         control: likewise of a model that took plain steps from zero states.
         seed: of the bootstrap, the permutations and the noise that states are compared with.
-        save: called with the diagnosis as far as the losses tell it, before causes are looked for.
+        save: called on rank 0 with the diagnosis as far as the losses tell it, before causes are looked for.
         progress: see `Progress`.
+        dealt: deal texts, trials and starts to the ranks, each of which must call this and gets the
+            diagnosis. It differs from that of one process by rounding.
 
     Raises:
         LongrollError: for an unknown training length, too few sequences, or too short ones, and for another
             run of another training length or tokenizer.
     """
+    with ranks.together(dealt):
+        return _diagnose(
+            lm,
+            tokens,
+            train_length=train_length,
+            label=label,
+            bytes_per_token=bytes_per_token,
+            chunk_size=chunk_size,
+            explain=explain,
+            against=against,
+            control=control,
+            seed=seed,
+            save=save,
+            progress=progress,
+        )
+
+
+def _diagnose(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    *,
+    train_length: int | None,
+    label: str | None,
+    bytes_per_token: float | None,
+    chunk_size: int | None,
+    explain: bool,
+    against: Diagnosis | DiagnosisResult | Mapping[str, Any] | None,
+    control: Diagnosis | DiagnosisResult | Mapping[str, Any] | None,
+    seed: int,
+    save: Callable[[Diagnosis], object] | None,
+    progress: Progress | None,
+) -> Diagnosis:
+    """`diagnose` among the ranks that work on it."""
     began = time.perf_counter()
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     train_length, _ = lm.find_train_length(train_length)
@@ -149,7 +186,10 @@ def diagnose(
     runs = {name: _result(run, f"`{name}`") for name, run in others.items() if run is not None}
     for name, run in runs.items():
         check_comparable(run, train_length, bytes_per_token, f"`{name}`")
-    watch = StateWatch(lm, length, train_length, seed=seed) if lm.family.recurrent else None
+    mine = ranks.share(rows)
+    watch = None
+    if lm.family.recurrent:
+        watch = StateWatch(lm, length, train_length, seed=seed, first=mine.start)
     rolled = time.perf_counter()
     with Float16Watch(lm) as activations:
         carried = position_loss(
@@ -159,9 +199,13 @@ def diagnose(
             stops=watch.stops if watch else (),
             watch=watch,
             progress=stage(progress, "reading on", length),
+            dealt=True,
         )
-    speed = rows * length / (time.perf_counter() - rolled)
-    ends, excess = excess_loss(lm, tokens, carried, train_length)
+    speed = max(ranks.gather((mine.stop - mine.start) * length / (time.perf_counter() - rolled)))
+    activations.over_ranks()
+    if watch is not None:
+        watch.over_ranks()
+    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
     mean, low, high = bootstrap_mean(excess, seed=seed)
     level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
     _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
@@ -190,17 +234,18 @@ def diagnose(
     sentence = _sentence(verdict, edge, severity, length, prices)
     made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
     diagnosis = replace(diagnosis, sentence=sentence, details=details | {"provenance": made})
-    if save is not None:
+    if save is not None and ranks.rank() == 0:
         save(diagnosis)
-    precision = check_precision(lm, tokens, carried, activations, train_length)
+    precision = ranks.on_first(lambda: check_precision(lm, tokens, carried, activations, train_length))
     details["precision"] = precision.to_json()
     _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)
     breaks = edge is not None
     # it may hold its level only because the text gets easier: then a fresh start tells
-    suffers = breaks or (severity > TOLERANCE and far_low.item() > 0)
+    suffers = ranks.on_first(lambda: breaks or (severity > TOLERANCE and far_low.item() > 0))
     advice = NO_STATE if suffers else LEAVE_ALONE
     if watch is not None:
-        iid, drift = watch.iid(), end_drift(tokens, max(16, train_length // 8), seed=seed)
+        iid = ranks.on_first(watch.iid)
+        drift = end_drift(tokens, max(16, train_length // 8), seed=seed)
         if suffers:
             advice = advise(
                 lm.name if lm.flags is not None else None,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
@@ -96,6 +97,7 @@ def position_loss(
     progress: Callable[[int], None] | None = None,
     attention_mask: Tensor | None = None,
     starts: Tensor | None = None,
+    dealt: bool = False,
 ) -> PositionLoss:
     """Measure the loss at every position of `tokens` from the zero state, in constant memory.
 
@@ -110,10 +112,12 @@ def position_loss(
         starts: (B, L + 1), nonzero at the first token of each document inside a row, which is read from the
             zero state; None: each row is one document. Only tokens that the next token of the same document
             follows have a loss (`PositionLoss.counted`).
+        dealt: deal the rows to the ranks, each of which must call this and gets the losses of all; `watch`
+            sees those of its rank.
 
     Raises:
         LongrollError: for fewer than two tokens, tokens outside the vocabulary, a mask or starts of another
-            shape, and `watch` or `stops` together with either: documents end at different positions.
+            shape, and `watch`, `stops` or `dealt` together with either: documents end at different positions.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
@@ -121,10 +125,28 @@ def position_loss(
     if attention_mask is not None or starts is not None:
         documents = Documents(attention_mask, starts, tokens.shape)
     if documents is not None and not documents.whole:
-        if watch is not None or tuple(stops):
-            raise LongrollError("`watch` and `stops` need rows of one document each, without padding.")
+        if watch is not None or tuple(stops) or dealt:
+            raise LongrollError(
+                "`watch`, `stops` and `dealt` need rows of one document each, without padding."
+            )
         return _of_documents(lm, tokens, documents, chunk_size, progress)
     check_ids(lm, tokens)
+    with ranks.together(dealt):
+        mine = tokens[ranks.share(len(tokens))]
+        if not len(mine):  # fewer rows than ranks
+            return PositionLoss(ranks.gather_rows(torch.empty(mine[:, 1:].shape)))
+        return PositionLoss(ranks.gather_rows(_read(lm, mine, chunk_size, stops, watch, progress)))
+
+
+def _read(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    chunk_size: int | None,
+    stops: Iterable[int],
+    watch: Callable[[int, RecurrentState], None] | None,
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """The losses (B, L) of whole rows."""
     tokens = tokens.to(lm.device)
     losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # a GPU need not be waited for
     for start, hidden, state in roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops):
@@ -134,7 +156,7 @@ def position_loss(
             watch(stop, state)
         if progress is not None:
             progress(stop)
-    return PositionLoss(losses.cpu())
+    return losses
 
 
 def _of_documents(

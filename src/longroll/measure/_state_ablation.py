@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.heads import choose_heads, head_norms, scale_heads
 from longroll.measure._coverage import Coverage, Head, LayerCoverage
@@ -156,6 +157,7 @@ def state_ablation(
     interval: int | None = None,
     carried: PositionLoss | None = None,
     progress: Callable[[int], None] | None = None,
+    dealt: bool = False,
 ) -> CausalTest:
     """Hold heads in their training range past T and report the share of the far damage that this recovers.
 
@@ -171,10 +173,30 @@ def state_ablation(
         interval: tokens between two corrections; default: T / 4.
         carried: losses of `tokens` from the zero state, when they are known already.
         progress: called with how many trials are done.
+        dealt: deal texts and trials to the ranks, each of which must call this and gets the result.
 
     Raises:
         LongrollError: for an unknown training length, texts not past 2 T, and an unknown mode.
     """
+    with ranks.together(dealt):
+        return _ablated(
+            lm, tokens, coverage, train_length, mode, candidates, most, interval, carried, progress
+        )
+
+
+def _ablated(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    coverage: Coverage,
+    train_length: int | None,
+    mode: Mode,
+    candidates: int,
+    most: int,
+    interval: int | None,
+    carried: PositionLoss | None,
+    progress: Callable[[int], None] | None,
+) -> CausalTest:
+    """`state_ablation` among the ranks that work on it."""
     train_length = train_length or lm.train_length
     if train_length is None:
         raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
@@ -185,8 +207,8 @@ def state_ablation(
         raise LongrollError(
             f"{length} positions are too few to see damage: give at least {2 * train_length}."
         )
-    carried = carried or position_loss(lm, tokens)
-    ends, excess = excess_loss(lm, tokens, carried, train_length)
+    carried = carried or position_loss(lm, tokens, dealt=True)
+    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
     half = train_length - train_length // 2  # what a probe compares; heads are held from T on
     far = [i for i, end in enumerate(ends) if end > length // 2 and end >= train_length + half]
     damage = excess[:, far].double().mean().item()
@@ -198,8 +220,12 @@ def state_ablation(
     )
 
     def measure(choices: list[list[Head]]) -> list[Recovery]:
+        losses = trials.losses(choices, spans)
+        return ranks.on_first(lambda: compare(choices, losses))  # which heads are tried next hangs on it
+
+    def compare(choices: list[list[Head]], means: list[Tensor]) -> list[Recovery]:
         recoveries = []
-        for heads, losses in zip(choices, trials.losses(choices, spans), strict=True):
+        for heads, losses in zip(choices, means, strict=True):
             before = torch.stack([carried.losses[:, a:b].mean(dim=1) for a, b in spans], dim=1)
             shares = (before.double() - losses).mean(dim=1, keepdim=True) / damage
             mean, low, high = (t.item() for t in bootstrap_mean(shares))
@@ -241,7 +267,9 @@ class _Trials:
         interval: int,
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.lm, self.tokens, self.mode, self.interval = lm, tokens.to(lm.device), mode, interval
+        self.texts, self.share = len(tokens), ranks.deal(len(tokens))
+        self.tokens = tokens[self.share.rows].to(lm.device)
+        self.lm, self.mode, self.interval = lm, mode, interval
         self.layers = {layer.key: layer for layer in coverage.layers}
         self.start, self.progress, self.done = train_length, progress, 0
         _, self.at_edge = lm(self.tokens[:, :train_length], logits=False)
@@ -250,15 +278,20 @@ class _Trials:
         """For each choice of heads, the mean loss of every text over every span, (B, spans) float64."""
         step = max(1, _ROWS // len(self.tokens))
         means: list[Tensor] = []
-        for i in range(0, len(choices), step):
-            some = choices[i : i + step]
+        mine = choices[self.share.part :: self.share.parts]
+        for i in range(0, len(mine), step):
+            some = mine[i : i + step]
             losses = self._read([set(heads) for heads in some], spans)
             columns = torch.stack([losses[:, :, a:b].mean(dim=2) for a, b in spans], dim=2)
             means.extend(columns.unbind(0))
             self.done += len(some)
             if self.progress is not None:
-                self.progress(self.done)
-        return means
+                self.progress(self.done * self.share.parts)
+        found = torch.empty(len(choices), self.texts, len(spans), dtype=torch.float64)
+        for share, part in ranks.gather((self.share, means)):
+            if part:
+                found[share.part :: share.parts, share.rows] = torch.stack(part)
+        return list(found)
 
     def _read(self, choices: list[set[Head]], spans: list[tuple[int, int]]) -> Tensor:
         """Losses (choices, B, L) float64; NaN before the first span."""

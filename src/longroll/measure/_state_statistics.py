@@ -7,26 +7,39 @@ takes constant memory, and a model of thousands of heads hardly more time than i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.heads import channels_of, heads_of
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
+RANK_ROWS = 4
+"""Rows whose effective rank is taken."""
+
 
 class StateRecorder:
-    """Takes statistics of the recurrent state at `positions` as a roll-out comes by (its `watch`)."""
+    """Takes statistics of the recurrent state at `positions` as a roll-out comes by (its `watch`).
 
-    def __init__(self, lm: RecurrentLM, positions: Sequence[int]) -> None:
+    Args:
+        lm: the model.
+        positions: where.
+        rank_rows: how many rows, the first ones, effective ranks are taken of.
+    """
+
+    def __init__(self, lm: RecurrentLM, positions: Sequence[int], *, rank_rows: int = RANK_ROWS) -> None:
         self.lm = lm
         self.positions = sorted(set(positions))
+        self.rank_rows = rank_rows
+        self.rows = 0
+        """Rows of the states seen."""
         self._at: dict[int, list[dict[str, Tensor]]] = {}
         self._conv_at: dict[int, dict[int, dict[str, Tensor]]] = {}
 
@@ -35,8 +48,9 @@ class StateRecorder:
         if position not in self.positions:
             return
         keys = sorted(state)
+        self.rows = state.batch_size
         recurrent = [
-            _of_heads(state[key]) | {"rank": head_rank(state[key][:_RANK_ROWS])}
+            _of_heads(state[key]) | {"rank": head_rank(state[key][: self.rank_rows])}
             for key in keys
             if key.part == "recurrent"
         ]
@@ -51,6 +65,23 @@ class StateRecorder:
         here = _to_cpu([*recurrent, *conv.values()])
         self._at[position] = here[: len(recurrent)]
         self._conv_at[position] = dict(zip(conv, here[len(recurrent) :], strict=True))
+
+    def over_ranks(self) -> None:
+        """Take what the recorders of all ranks saw for seen here; every rank must call this."""
+        if ranks.alone():
+            return
+        mine = self.rows, min(self.rows, self.rank_rows), self._at, self._conv_at
+        parts = [part for part in ranks.gather(mine) if part[0]]  # the last ranks may have no rows
+        rows, ranked, at, conv_at = zip(*parts, strict=True)
+        self.rows, self.rank_rows = sum(rows), sum(ranked)
+        self._at = {
+            position: [_of_all(layer, rows, ranked) for layer in zip(*(p[position] for p in at), strict=True)]
+            for position in at[0]
+        }
+        self._conv_at = {
+            position: {layer: _of_all([p[position][layer] for p in conv_at], rows, ranked) for layer in tails}
+            for position, tails in conv_at[0].items()
+        }
 
     def statistics(self) -> StateStatistics:
         """What was seen so far."""
@@ -108,7 +139,28 @@ class StateStatistics:
 
 
 _NAMES = ("mean", "std", "norm", "max", "rank")
-_RANK_ROWS = 4  # the rows whose effective rank is taken
+
+
+def _of_all(
+    parts: Sequence[dict[str, Tensor]], rows: Sequence[int], ranked: Sequence[int]
+) -> dict[str, Tensor]:
+    """Statistics of all rows from those of parts of so many rows, of which so many have a rank."""
+
+    def mean(tensors: Iterable[Tensor], counts: Sequence[int]) -> Tensor:
+        shares = [t * (n / sum(counts)) for t, n in zip(tensors, counts, strict=True) if n]
+        return torch.stack(shares).sum(dim=0)
+
+    middle = mean((part["mean"] for part in parts), rows)
+    squares = (part["std"].square() + (part["mean"] - middle).square() for part in parts)
+    found = {
+        "mean": middle,
+        "std": mean(squares, rows).sqrt(),
+        "norm": mean((part["norm"] for part in parts), rows),
+        "max": torch.stack([part["max"] for part in parts]).amax(dim=0),
+    }
+    if "rank" in parts[0]:
+        found["rank"] = mean((part["rank"] for part in parts), ranked)
+    return found
 
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:

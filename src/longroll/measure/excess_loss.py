@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.measure._position_loss import PositionLoss, log_spaced, token_losses
 from longroll.measure.roll_out import chunk_tokens
 from longroll.model import RecurrentLM
@@ -17,7 +18,13 @@ from longroll.model import RecurrentLM
 
 @torch.no_grad()
 def excess_loss(
-    lm: RecurrentLM, tokens: Tensor, carried: PositionLoss, train_length: int, *, per_octave: int = 6
+    lm: RecurrentLM,
+    tokens: Tensor,
+    carried: PositionLoss,
+    train_length: int,
+    *,
+    per_octave: int = 6,
+    dealt: bool = False,
 ) -> tuple[list[int], Tensor]:
     """Loss carried minus loss restarted, at log-spaced positions past the training length.
 
@@ -27,12 +34,21 @@ def excess_loss(
         carried: their losses from the zero state.
         train_length: T; a probe restarts T tokens before its end and compares the last half of them.
         per_octave: probes to a doubling of the position.
+        dealt: deal the rows to the ranks, each of which must call this and gets the differences of all.
 
     Returns:
         Where the probes end (K,), and the differences (B, K) in nats, a mean over T - T // 2 tokens each.
     """
-    length, half = carried.losses.shape[1], train_length // 2
-    ends = [p for p in log_spaced(length, per_octave) if p > train_length]
+    ends = [p for p in log_spaced(carried.losses.shape[1], per_octave) if p > train_length]
+    with ranks.together(dealt):
+        mine = tokens[ranks.share(len(tokens))]
+        fresh = _restarted(lm, mine, ends, train_length) if len(mine) else torch.empty(0, len(ends))
+        return ends, probe_losses(carried, ends, train_length) - ranks.gather_rows(fresh)
+
+
+def _restarted(lm: RecurrentLM, tokens: Tensor, ends: list[int], train_length: int) -> Tensor:
+    """Mean loss of the last half of the `train_length` tokens before each end, read afresh, (B, K)."""
+    half = train_length // 2
     rows = max(1, chunk_tokens(lm) // (train_length * tokens.shape[0]))
     restarted = []
     for some in (ends[i : i + rows] for i in range(0, len(ends), rows)):
@@ -41,7 +57,7 @@ def excess_loss(
         hidden, _ = lm(windows[:, :-1], logits=False)
         losses = token_losses(lm, hidden[:, half:], windows[:, half + 1 :]).mean(dim=1).cpu()
         restarted.append(losses.view(tokens.shape[0], len(some)))
-    return ends, probe_losses(carried, ends, train_length) - torch.cat(restarted, dim=1)
+    return torch.cat(restarted, dim=1)
 
 
 def probe_losses(carried: PositionLoss, ends: list[int], train_length: int) -> Tensor:

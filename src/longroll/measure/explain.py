@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.measure._blame import Blame, split_blame
 from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
 from longroll.measure._state_ablation import DAMAGE, state_ablation
-from longroll.measure._state_statistics import StateRecorder
+from longroll.measure._state_statistics import RANK_ROWS, StateRecorder
 from longroll.measure.iid import ROWS, IIDTest, iid_test
 from longroll.measure.remembrance import remembrance_map, spread_starts
 from longroll.model import RecurrentLM
@@ -31,15 +33,25 @@ def stage(progress: Progress | None, what: str, total: int | None = None) -> Cal
 
 
 class StateWatch:
-    """What is noted of the states as a roll-out comes by (its `watch`)."""
+    """What is noted of the states as a roll-out comes by (its `watch`).
 
-    def __init__(self, lm: RecurrentLM, length: int, train_length: int, *, seed: int) -> None:
-        self.statistics = StateRecorder(lm, log_spaced(length, 3))
+    Args:
+        lm: the model.
+        length: L.
+        train_length: T.
+        seed: of projections, permutations and noise.
+        first: which of all texts is the first one read here: measures of a few texts take the first ones.
+    """
+
+    def __init__(self, lm: RecurrentLM, length: int, train_length: int, *, seed: int, first: int = 0) -> None:
+        ranked = max(0, RANK_ROWS - first)
+        self.statistics = StateRecorder(lm, log_spaced(length, 3), rank_rows=ranked)
         self.coverage = CoverageRecorder(
             in_range_positions(train_length), far_positions(length, train_length), seed=seed
         )
         self.stops = [*self.statistics.positions, *self.coverage.stops]
         self._train_length, self._seed = train_length, seed
+        self._edge_rows = max(0, ROWS - first)
         self._at_edge = RecurrentState({})
         self.has_attention = False
         """Whether the model has a memory besides its recurrent state: the KV of a hybrid."""
@@ -50,7 +62,17 @@ class StateWatch:
         self.coverage(position, state)
         if position == self._train_length:
             self.has_attention = any(key.part == "attention" for key in state)
-            self._at_edge = state.part("recurrent").rows(slice(0, ROWS))
+            self._at_edge = state.part("recurrent").rows(slice(0, self._edge_rows)).map(torch.clone)
+
+    def over_ranks(self) -> None:
+        """Take on rank 0 what all ranks saw for seen there; every rank must call this."""
+        if ranks.alone():
+            return
+        self.statistics.over_ranks()
+        self.coverage.over_ranks()
+        self.has_attention = any(ranks.gather(self.has_attention))
+        parts = [part for part in ranks.gather(self._at_edge) if part.batch_size]
+        self._at_edge = RecurrentState({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
 
     def iid(self) -> IIDTest:
         """Whether the states where training ends could be IID noise."""
@@ -67,8 +89,11 @@ def explain_coverage(
     healthy: bool,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Which heads left their training range and, for a model that breaks, which of them do the damage."""
-    coverage = watch.coverage.coverage()
+    """Which heads left their training range and, for a model that breaks, which of them do the damage.
+
+    Texts are dealt to the ranks that work together; `watch` is that of rank 0.
+    """
+    coverage = ranks.on_first(watch.coverage.coverage)
     section = coverage.to_json()
     if healthy:
         return section
@@ -83,6 +108,7 @@ def explain_coverage(
         train_length,
         carried=PositionLoss(carried.losses[:, :length]),
         progress=stage(progress, "holding heads in range"),
+        dealt=True,
     )
     later = test.damage <= DAMAGE and measured > length
     return section | {
@@ -109,22 +135,27 @@ def explain_blame(
     return split_blame(
         lm,
         tokens[:, : length + 1],
-        watch.coverage.coverage(),
+        ranks.on_first(watch.coverage.coverage),
         train_length,
         carried=PositionLoss(carried.losses[:, :length]),
         seed=seed,
         progress=stage(progress, "splitting the blame"),
+        dealt=True,
     )
 
 
 def explain_remembrance(
     lm: RecurrentLM, tokens: Tensor, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """How much the tokens before t matter for the prediction at T, for T at the end and on the way."""
+    """How much the tokens before t matter for the prediction at T, for T at the end and on the way.
+
+    Texts and starts are dealt to the ranks that work together.
+    """
     length = tokens.shape[1] - 1
     # the control is read anew from every start, at a price that grows with the square of the length
     parts = 16 if lm.family.recurrent else 4
     starts = spread_starts(length, parts=parts)
     ends = sorted({max(1, i * length // parts) for i in range(1, parts + 1)})
     told = stage(progress, "forgetting the past", length)
-    return remembrance_map(lm, tokens[:_REMEMBERED_ROWS, :length], starts, ends, progress=told).to_json()
+    texts = tokens[:_REMEMBERED_ROWS, :length]
+    return remembrance_map(lm, texts, starts, ends, progress=told, dealt=True).to_json()

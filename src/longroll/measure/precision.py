@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from longroll import ranks
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure.roll_out import free_bytes
 from longroll.model import RecurrentLM
@@ -111,6 +112,13 @@ class Float16Watch:
                     self._largest[name] = largest if before is None else torch.maximum(before, largest)
 
         return note
+
+    def over_ranks(self) -> None:
+        """Take the largest numbers of all ranks for those noted here; every rank must call this."""
+        for noted in ranks.gather(self._largest):
+            for name, largest in noted.items():
+                here = self._largest.get(name, largest)
+                self._largest[name] = torch.maximum(here, largest.to(here))
 
     def largest(self) -> tuple[float | None, str | None]:
         """The largest activation and its module; of several that overflowed, the first to run."""

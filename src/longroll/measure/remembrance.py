@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.distances import Distance, check_distance, head_distance
@@ -91,7 +92,6 @@ def effective_remembrance(
     return remembrance_map(lm, tokens, starts, ends, **options).mean  # type: ignore[arg-type]
 
 
-@torch.no_grad()
 def remembrance_map(
     lm: RecurrentLM,
     tokens: Tensor,
@@ -101,6 +101,7 @@ def remembrance_map(
     distance: Distance = "tv",
     chunk_size: int | None = None,
     progress: Callable[[int], None] | None = None,
+    dealt: bool = False,
 ) -> Remembrance:
     """Measure `EffRem_T(t)` for every t in `starts` and T in `ends`, with intervals over rows.
 
@@ -115,6 +116,7 @@ def remembrance_map(
             to the suffix's).
         chunk_size: tokens of a row in one forward; default: as many as keep the processor busy.
         progress: called with how many positions of each row are done.
+        dealt: deal rows and starts to the ranks, each of which must call this and gets the whole map.
 
     Raises:
         LongrollError: for starts and ends outside the text, an unknown distance, tokens outside the
@@ -123,23 +125,46 @@ def remembrance_map(
     starts, ends = [int(t) for t in starts], [int(t) for t in (ends or [tokens.shape[-1]])]
     _check(lm, tokens, starts, ends, distance, chunk_size)
     joining = sorted({0, *(t for t in starts if t < max(ends))})
-    probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
-    together = not any(key.part == "attention" for key in probe)
-    row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
-    groups = tokens.split(_rows_at_once(lm, row_bytes, len(joining))) if together else [tokens]
-    work = _Work(progress, max(ends), len(groups) if together else len(joining))
     distances = torch.full((tokens.shape[0], len(joining), len(set(ends))), torch.nan, dtype=torch.float64)
-    for rows, out in zip(groups, distances.split([len(g) for g in groups]), strict=True):
-        read = _read_together if together else _read_apart
-        for end, hidden in read(lm, rows, joining, sorted(set(ends)), chunk_size, work):
-            measured = head_distance(lm, hidden[0], hidden, distance)
-            measured[0] = 0  # the text against itself
-            out[:, : len(hidden), sorted(set(ends)).index(end)] = measured.T.double().cpu()
+    with ranks.together(dealt):
+        share = ranks.deal(len(tokens))
+        mine = joining[share.part :: share.parts]
+        read = sorted({0, *mine})  # every suffix is compared with the whole text
+        measured = _distances(lm, tokens[share.rows], read, sorted(set(ends)), distance, chunk_size, progress)
+        measured = measured[:, [read.index(t) for t in mine]]
+        for other, part in ranks.gather((share, measured)):
+            distances[other.rows, other.part :: other.parts] = part
     blank = distances.new_full((tokens.shape[0], 1, distances.shape[2]), torch.nan)  # starts past every end
     distances = torch.cat([distances, blank], dim=1)
     row_of = [joining.index(t) if t in joining else len(joining) for t in starts]
     column_of = [sorted(set(ends)).index(t) for t in ends]
     return Remembrance(distances[:, row_of][:, :, column_of], starts, ends, distance)
+
+
+@torch.no_grad()
+def _distances(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    joining: list[int],
+    ends: list[int],
+    distance: Distance,
+    chunk_size: int | None,
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """Distances (B, S, E) float64 for sorted starts, 0 the first of them, and sorted ends."""
+    probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
+    together = not any(key.part == "attention" for key in probe)
+    row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
+    groups = tokens.split(_rows_at_once(lm, row_bytes, len(joining))) if together else [tokens]
+    work = _Work(progress, ends[-1], len(groups) if together else len(joining))
+    distances = torch.full((tokens.shape[0], len(joining), len(ends)), torch.nan, dtype=torch.float64)
+    for rows, out in zip(groups, distances.split([len(g) for g in groups]), strict=True):
+        read = _read_together if together else _read_apart
+        for end, hidden in read(lm, rows, joining, ends, chunk_size, work):
+            measured = head_distance(lm, hidden[0], hidden, distance)
+            measured[0] = 0  # the text against itself
+            out[:, : len(hidden), ends.index(end)] = measured.T.double().cpu()
+    return distances
 
 
 def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:

@@ -59,7 +59,6 @@ from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 _STARTED = "run.json"
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-_DIED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 _READ_BARE = ["dt_proj", "out_proj", "x_proj.2"]
@@ -409,11 +408,8 @@ def _faults_are_said(output: Path, options: PosttrainOptions) -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
             raise LongrollError(_what_would_fit(options)) from error
-        if ranks.world_size() > 1 and any(sign in str(error) for sign in _DIED):
-            raise LongrollError(
-                f"Rank {ranks.rank()} lost another process of the run, which the launcher names: go on by "
-                "`resume`."
-            ) from error
+        if lost := ranks.loss_of_another(error):
+            raise LongrollError(f"{lost} Go on by `resume`.") from error
         if not any(sign in str(error) for sign in _FULL):
             raise
         raise LongrollError(
