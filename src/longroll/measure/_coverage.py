@@ -303,7 +303,7 @@ class _Moments:
         self._add(len(rows), mean, (rows - mean).square().sum(dim=(0, 2)))
 
     def merge(self, other: _Moments) -> None:
-        if other.count:
+        if isinstance(other.mean, Tensor) and isinstance(other.squares, Tensor):
             self._add(other.count, other.mean, other.squares)
 
     def _add(self, added: int, mean: Tensor, within: Tensor) -> None:
