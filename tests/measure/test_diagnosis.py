@@ -25,9 +25,9 @@ def test_a_planted_head_is_explained():
     assert data["coverage"]["ranking"][0] == str(PLANTED)
     assert data["coverage"]["causal_sentence"].startswith("One head carries")
     assert str(PLANTED) in data["coverage"]["causal_sentence"]
-    assert found.advice.startswith("Repair it by State Passing")
-    assert data["advice"]["intervention"] == "sp" and data["advice"]["seconds"] > 0
-    assert "--intervention sp --train-length 16" in data["advice"]["command"]
+    assert found.advice.startswith("Repair it by TBPTT: the texts go on for 24 windows of 16 tokens")
+    assert data["advice"]["intervention"] == "tbptt" and data["advice"]["seconds"] > 0
+    assert data["advice"]["command"].endswith(" --train-length 16 --output repaired")
     remembered = data["remembrance"]
     assert remembered["starts"][0] == 0 and remembered["ends"][-1] == 384
     assert remembered["mean"][0][-1] == 0
@@ -140,6 +140,7 @@ def test_advice_follows_the_evidence(iid, ends, intervention, reason):
     found = advise("my model", 256, iid=iid, ends=ends, tokens_per_second=1e4)
     assert found.intervention == intervention and reason in found.sentence
     assert "'my model'" in found.command
+    assert ("--intervention fitted" in found.command) == (intervention == "fitted")
     assert found.tokens == 500 * 16 * 256
     assert found.seconds == pytest.approx(found.tokens * 3.5 / 1e4)
     assert "12 minutes" in found.sentence

@@ -74,6 +74,8 @@ def diagnose(
     )
 
     join()
+    if lm.flags is not None:  # the repair that is advised reads the same text
+        lm.flags += o.text_flags(text, text_column, tokenizer, bos)
 
     def write(result: DiagnosisResult, *, early: bool = False) -> DiagnosisResult:
         """Write the result to its files; as far as it is known (`early`), not into a stream."""

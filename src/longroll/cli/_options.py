@@ -153,6 +153,13 @@ def open_tokenizer(
     return opened
 
 
+def text_flags(text: str, column: str | None, tokenizer: str | None, bos: bool | None) -> tuple[str, ...]:
+    """The flags by which another command reads the same text; defaults are left out."""
+    given = {"--text": None if text == "stdlib" else text, "--text-column": column, "--tokenizer": tokenizer}
+    told = [part for flag, value in given.items() if value is not None for part in (flag, value)]
+    return (*told, *([] if bos is None else ["--bos" if bos else "--no-bos"]))
+
+
 def read_corpus(
     text: str, tokenizer: Tokenizer, *, split: str, column: str | None, max_tokens: int | None, seed: int
 ) -> Corpus:

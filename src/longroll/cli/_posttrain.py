@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
 from longroll.cli._flags import unread
-
-if TYPE_CHECKING:
-    from longroll.interventions import Intervention
 
 
 class Choice(StrEnum):
@@ -24,6 +21,13 @@ class Choice(StrEnum):
     fitted = "fitted"
     random = "random"
     none = "none"
+
+
+class RecipeName(StrEnum):
+    """The recipes; `paper` has State Passing, no zero rows, and one learning rate for all."""
+
+    longroll = "longroll"
+    paper = "paper"
 
 
 class Weights(StrEnum):
@@ -80,7 +84,17 @@ def posttrain(
     context: typer.Context,
     model: o.Model,
     output: Annotated[Path, typer.Option(help="Folder for the repaired model.", callback=o.folder_to_write)],
-    intervention: Annotated[Choice, typer.Option(help="Which state sequences start from.")] = Choice.sp,
+    intervention: Annotated[
+        Choice | None,
+        typer.Option(help="Which state sequences start from. Default: --recipe's choice for the text."),
+    ] = None,
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(
+            help="What chooses --intervention and sets --zero-probability, --decay-speed and --learning-rate "
+            "where they are not given; paper: State Passing, 0, 1 and 5e-4."
+        ),
+    ] = RecipeName.longroll,
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
@@ -99,15 +113,21 @@ def posttrain(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of AdamW. Default: --recipe's.")
+    ] = None,
     decay_speed: Annotated[
-        float, typer.Option(help="Learning rate of A_log, dt_bias, times the others'.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Learning rate of A_log, dt_bias, times the others'. Default: --recipe's."),
+    ] = None,
     schedule: Annotated[str, typer.Option(help="transformers' name of the schedule.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps to warm up over.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    zero_probability: Annotated[float, typer.Option(help="How often a row starts from zero anyway.")] = 0.0,
+    zero_probability: Annotated[
+        float | None,
+        typer.Option(help="Share of rows that start from zero anyway, 0 to 1. Default: --recipe's."),
+    ] = None,
     conv: Annotated[
         bool | None, typer.Option(help="Set the conv state too. Default: all but random.")
     ] = None,
@@ -161,25 +181,18 @@ def posttrain(
 
     from longroll.cli._console import console, out
     from longroll.errors import LongrollError
+    from longroll.interventions.recipes import NON_STATIONARY, recipe_of
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
-    from longroll.training import PosttrainOptions
+    from longroll.training import PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
 
-    for wrong in unread(context, "intervention", intervention, READ_BY_INTERVENTION):
-        raise LongrollError(f"{wrong}: leave it out.")
+    asked = recipe_of(recipe)
+    check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
     for left_out in unread(context, "task", task, READ_BY_TASK):
         console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
     if push_to_hub is not None:
         check_push(push_to_hub, output, resume=resume)
-    chosen = make_intervention(
-        intervention,
-        zero_probability=zero_probability,
-        conv=conv,
-        seed=seed,
-        noise_std=noise_std,
-        momentum=momentum,
-    )
     if fsdp and device is None:
         device = "cpu"  # whole, and no GPU need hold all of it
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -216,9 +229,26 @@ def posttrain(
         data = o.read_training_text(text, tok, column=text_column, max_tokens=most, seed=seed)
     else:
         data = t.training_rows(
-            task, tok, options, intervention=intervention, haystack=haystack, instruction=instruction,
+            task, tok, options, haystack=haystack, instruction=instruction,
             facts=facts, books=text, kinds=qa, windows=windows,
         )  # fmt: skip
+    own = given(context, conv=conv, noise_std=noise_std, momentum=momentum)
+    if "noise_std" in own:
+        own["std"] = own.pop("noise_std")
+    prepared = by_recipe(
+        lm,
+        data,
+        options,
+        recipe=recipe.value,
+        intervention=None if intervention is None else intervention.value,
+        zero_probability=zero_probability,
+        **own,
+    )
+    check_read(context, prepared.name)
+    options = prepared.options
+    if task is not None:
+        t.check_fits(task, data, prepared.name)
+    console.print(prepared.sentence, highlight=False, soft_wrap=True)
     began = time.perf_counter()
 
     def finish(log: list[dict[str, Any]]) -> None:
@@ -227,7 +257,8 @@ def posttrain(
                 {
                     "model": lm.name,
                     "output": str(output),
-                    "intervention": intervention.value,
+                    "intervention": prepared.name,
+                    "recipe": recipe.value,
                     "task": task,
                     "options": vars(options),
                     "processes": world_size(),
@@ -237,7 +268,7 @@ def posttrain(
             ).write(json)
 
     log, seconds = run_posttrain(
-        lm, data, chosen, options, output, tokenizer=tok, resume=resume, finish=finish
+        lm, data, prepared.intervention, options, output, tokenizer=tok, resume=resume, finish=finish
     )
     tokens = options.tokens * world_size()
     rate = "" if resume else f" ({tokens / seconds:,.0f} tokens/s)"
@@ -265,28 +296,23 @@ def read_settings(file: Path) -> dict[str, Any]:
     return found
 
 
-def make_intervention(
-    choice: str,
-    *,
-    zero_probability: float = 0.0,
-    conv: bool | None = None,
-    seed: int = 0,
-    noise_std: float = 1.0,
-    momentum: float = 0.9,
-) -> Intervention | None:
-    """Build an intervention from flags; None for the control."""
-    from longroll.interventions import INTERVENTIONS
+def check_read(context: typer.Context, *interventions: str) -> None:
+    """Refuse flags that none of some interventions reads.
 
-    if choice == "none":
-        return None
-    options: dict[str, Any] = {"zero_probability": zero_probability, "seed": seed}
-    if conv is not None:
-        options["conv"] = conv
-    if choice == "random":
-        options["std"] = noise_std
-    if choice == "fitted":
-        options["momentum"] = momentum
-    return INTERVENTIONS[choice](**options)
+    Raises:
+        LongrollError: naming the flag.
+    """
+    from longroll.errors import LongrollError
+
+    wrong = [unread(context, "intervention", name, READ_BY_INTERVENTION) for name in interventions]
+    if all(wrong):
+        raise LongrollError(f"{wrong[0][0]}: leave it out.")
+
+
+def given(context: typer.Context, **values: Any) -> dict[str, Any]:
+    """Those of some values whose flags are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: value for name, value in values.items() if getattr(sources[name], "name", "") != "DEFAULT"}
 
 
 def run_posttrain(lm, corpus, intervention, options, output, **more: Any):

@@ -247,7 +247,6 @@ def training_rows(
     tokenizer: Tokenizer,
     options: PosttrainOptions,
     *,
-    intervention: str,
     haystack: str,
     instruction: bool,
     facts: str | None,
@@ -255,20 +254,16 @@ def training_rows(
     kinds: str,
     windows: int,
 ) -> TaskRows | CopyRows:
-    """The rows of a task to train on, with a word of warning where State Passing will do harm.
+    """The rows of a task to train on.
 
     Raises:
-        LongrollError: for babilong without facts, and copying by TBPTT.
+        LongrollError: for babilong without facts.
     """
-    from longroll.cli._console import console
-    from longroll.errors import LongrollError
     from longroll.ranks import world_size
-    from longroll.tasks import TaskRows, training_rows
+    from longroll.tasks import training_rows
 
-    if task == "copying" and intervention == "tbptt":
-        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
     lanes = options.batch_size * world_size()
-    rows = training_rows(
+    return training_rows(
         task,
         tokenizer,
         length=options.length,
@@ -284,15 +279,28 @@ def training_rows(
         books=books,
         kinds=parse_kinds(kinds),
     )
-    stationary = not isinstance(rows, TaskRows) or rows.tasks[0].stationary
-    if not stationary and intervention in ("sp", "tbptt") and windows == 1:
+
+
+def check_fits(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
+    """Warn where State Passing will do harm to a task.
+
+    Raises:
+        LongrollError: for copying by TBPTT.
+    """
+    from longroll.cli._console import console
+    from longroll.errors import LongrollError
+    from longroll.tasks import TaskRows
+
+    if task == "copying" and intervention == "tbptt":
+        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
+    stationary = not isinstance(rows, TaskRows) or rows.tasks[0].stationary or rows.windows > 1
+    if not stationary and intervention in ("sp", "tbptt"):
         console.print(
             f"Warning: --intervention {intervention} is the wrong tool for {task}: the final state of one "
             "sample holds an answer that no next text is about (the data are not stationary). Use "
             "--intervention fitted.",
             style="yellow",
         )
-    return rows
 
 
 def task_table(runs: Sequence[TaskResult], name: str) -> Table:

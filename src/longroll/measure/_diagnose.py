@@ -13,10 +13,10 @@ from torch import Tensor
 from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.history import history
+from longroll.interventions.recipes import NAMES
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure.advice import (
     LEAVE_ALONE,
-    NAMES,
     NO_STATE,
     advise,
     after_repair,
@@ -251,6 +251,7 @@ def _diagnose(
                 lm.name if lm.flags is not None else None,
                 train_length,
                 flags=lm.flags or (),
+                length=length,
                 breaks=breaks,
                 iid=iid,
                 ends=drift,

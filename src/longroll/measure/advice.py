@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from longroll.interventions.recipes import DEFAULT, NAMES, NON_STATIONARY, WINDOWS, recipe_of
 from longroll.measure._blame import Blame
 from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
@@ -59,10 +60,6 @@ def of_dtype(model: str, dtype: str, *, told: bool) -> Advice:
     return Advice(None, f"Read it in {other} before any repair: {why}.", command)
 
 
-NAMES = {"sp": "State Passing", "tbptt": "TBPTT", "fitted": "Fitted Noise", "random": "Random Noise"}
-"""Interventions as people call them."""
-
-
 def after_repair(model: str, repair: str | None, price: Comparison | None) -> Advice:
     """What to do with a model that was repaired and holds.
 
@@ -83,10 +80,17 @@ def after_repair(model: str, repair: str | None, price: Comparison | None) -> Ad
     if dear:
         return Advice(
             None,
-            f"{holds}, at a price in range. A lower one may do: fewer steps, a tenth of the rows from zero "
-            "states, or TBPTT.",
+            f"{holds}, at a price in range. The default recipe of `longroll posttrain` may cost less, or "
+            "fewer steps.",
         )
     return Advice(None, f"{holds}: keep it.")
+
+
+REPAIRS = (
+    "Training then covers the states past T. It adds no memory, mends no read-out, and corrects no errors "
+    "that a model writes into its state."
+)
+"""What a repair does and does not do: docs/defaults.md."""
 
 
 def advise(
@@ -94,6 +98,7 @@ def advise(
     train_length: int,
     *,
     flags: Sequence[str] = (),
+    length: int = 0,
     breaks: bool = True,
     iid: IIDTest,
     ends: EndDrift,
@@ -102,12 +107,14 @@ def advise(
     """Choose an intervention for a model that reads worse past T than from a fresh start.
 
     State Passing and TBPTT repair every model of the paper; IID noise fails where states are not IID (paper,
-    section 4), and State Passing where a text's end is no place to start another (section 6.2).
+    section 4), and State Passing where a text's end is no place to start another (section 6.2). Between the
+    first two the default recipe decides (`longroll.interventions.recipes`), as `longroll posttrain` does.
 
     Args:
         model: its name, for the command; None: no command opens it.
         train_length: T.
         flags: what the command needs besides to open it.
+        length: tokens of a document of the texts measured, at least; 0: not known.
         breaks: whether its loss rises above its level in range, rather than only above a fresh start's.
         iid: of its states at T.
         ends: of the texts.
@@ -118,8 +125,9 @@ def advise(
     real, noise = iid.ranks
     share = f"{100 * iid.share:.0f} % of its heads"
     ranks = f"effective rank {real:.3g}, noise of the same moments {noise:.3g}"
+    named: tuple[str, ...] = ()
     if not ends.stationary:
-        choice, name = "fitted", "Fitted Noise"
+        choice, named = NON_STATIONARY, ("--intervention", NON_STATIONARY)
         why = (
             f"these texts end unlike they go on (drift {ends.drift:.2f}), so a passed final state is no "
             "sensible beginning, and State Passing is the wrong tool"
@@ -127,24 +135,27 @@ def advise(
         if iid.share > 0:
             why += f"; check the result, since {share} have states that are not IID ({ranks})"
     else:
-        choice, name = "sp", "State Passing"
+        recipe, windows = recipe_of(DEFAULT), length // train_length
+        choice = recipe.long if windows >= WINDOWS else recipe.short
+        why = ""
+        if choice == recipe.long:
+            why = f"the texts go on for {windows} windows of {train_length} tokens, and "
         if iid.share > 0:
-            why = (
+            why += (
                 f"{share} have states that are not IID ({ranks}), so noise is a poor stand-in, the poorer "
                 "the larger the model"
             )
         else:
-            why = f"its states could be IID ({ranks}), so Fitted Noise may do as well"
-    arguments = ["--intervention", choice, "--train-length", str(train_length), "--steps", str(STEPS)]
-    command = model and shlex.join(
-        ["longroll", "posttrain", model, *flags, *arguments, "--output", "repaired"]
-    )
+            why += f"its states could be IID ({ranks}), so Fitted Noise may do as well"
+    name = NAMES[choice]
+    arguments = [*named, "--train-length", str(train_length), "--output", "repaired"]
+    command = model and shlex.join(["longroll", "posttrain", model, *flags, *arguments])
     if not breaks:
         might = f"a repair by {name} may win that back, at some loss in range"
         return Advice(None, f"It keeps its level, so leave it alone; {might}.")
     sentence = (
-        f"Repair it by {name}: {why}. {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take about "
-        f"{_duration(seconds)} on this device; fewer often do."
+        f"Repair it by {name}: {why}. {REPAIRS} {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take "
+        f"about {_duration(seconds)} on this device; fewer often do."
     )
     return Advice(choice, sentence, command, STEPS, tokens, seconds)
 

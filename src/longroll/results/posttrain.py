@@ -18,6 +18,8 @@ class PosttrainResult(Result):
     output: str
     """Folder of the trained model."""
     intervention: str
+    recipe: str | None = None
+    """What chose the intervention and the settings that were not given."""
     task: str | None
     options: dict[str, Any]
     """The fields of `longroll.training.PosttrainOptions`."""

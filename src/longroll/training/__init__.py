@@ -2,6 +2,7 @@
 
 from longroll.training._mixin import InitialStateMixin
 from longroll.training._posttrain import PosttrainOptions, posttrain
+from longroll.training.recipe import Prepared, by_recipe
 from longroll.training.stop import stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 
@@ -9,6 +10,8 @@ __all__ = [
     "InitialStateMixin",
     "InitialStateTrainer",
     "PosttrainOptions",
+    "Prepared",
+    "by_recipe",
     "posttrain",
     "stops_between_steps",
 ]

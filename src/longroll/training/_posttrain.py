@@ -36,13 +36,15 @@ from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.files import try_folder
 from longroll.history import record
-from longroll.interventions import TBPTT, Intervention
+from longroll.interventions import TBPTT, Intervention, intervention_of
+from longroll.interventions.recipes import RECIPES, Settings
 from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
 from longroll.training.guard import check_weights
 from longroll.training.identity import check_same_run, describe_run
+from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
     FORMATS,
     batch_loss,
@@ -77,10 +79,11 @@ class PosttrainOptions:
     """Rows of a micro-batch."""
     accumulation: int = 1
     """Micro-batches a step."""
-    learning_rate: float = 5e-4
-    """Peak of the schedule."""
-    decay_speed: float = 1.0
-    """Learning rate of the decays (`A_log`, `dt_bias`) as a multiple of the others'."""
+    learning_rate: float | None = None
+    """Peak of the schedule; None: the recipe's, 5e-4 without a recipe."""
+    decay_speed: float | None = None
+    """Learning rate of the decays (`A_log`, `dt_bias`) as a multiple of the others'; None: the recipe's, 1
+    without a recipe."""
     schedule: str = "cosine"
     """transformers' name of the learning-rate schedule after the warm-up."""
     warmup: float = 0.05
@@ -111,6 +114,8 @@ class PosttrainOptions:
     """Whose layout is written: `transformers`, or `original` for state-spaces or BlinkDL."""
     seed: int = 0
     """Seed of the data order."""
+    recipe: str | None = None
+    """The recipe that the run was prepared by (`longroll.training.by_recipe`)."""
 
     def __post_init__(self) -> None:
         for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
@@ -119,13 +124,12 @@ class PosttrainOptions:
         for name in ("weight_decay", "clip", "lora_rank"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LongrollError(f"`{name}` {getattr(self, name)} must be 0 or above.")
-        if not 0 < self.learning_rate < math.inf:
-            raise LongrollError(f"`learning_rate` {self.learning_rate} must be above 0.")
+        for name in ("learning_rate", "decay_speed"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise LongrollError(f"`{name}` {getattr(self, name)} must be above 0.")
         if self.schedule not in list(SchedulerType):
             known = ", ".join(SchedulerType)
             raise LongrollError(f"`schedule` {self.schedule} is not one transformers knows: {known}.")
-        if not 0 < self.decay_speed < math.inf:
-            raise LongrollError(f"`decay_speed` {self.decay_speed} must be above 0.")
         if self.weights not in WEIGHTS:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
         if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
@@ -151,7 +155,7 @@ class PosttrainOptions:
 def posttrain(
     lm: RecurrentLM,
     corpus: Corpus | Dataset[Item],
-    intervention: Intervention | None,
+    intervention: Intervention | str | None,
     options: PosttrainOptions,
     output: str | Path,
     *,
@@ -172,7 +176,9 @@ def posttrain(
         lm: the model.
         corpus: tokenised training text or conversations; or rows of a task (`longroll.tasks`), read in their
             order.
-        intervention: None is the plain control.
+        intervention: an intervention; "longroll" or "paper": what this recipe takes for the text, with its
+            settings (`longroll.training.by_recipe`); a short name ("sp", "tbptt", "fitted", "random"): that
+            intervention as the paper has it; None or "none": the plain control.
         options: how.
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
         tokenizer: saved beside the model.
@@ -194,6 +200,11 @@ def posttrain(
         options = replace(options, fsdp=True)
     if options.fsdp:
         sharding.check_launch()
+    if isinstance(intervention, str) and intervention in RECIPES:
+        prepared = by_recipe(lm, corpus, options, recipe=intervention)
+        intervention, options = prepared.intervention, prepared.options
+    intervention = intervention_of(intervention)
+    options = _settled(options)
     output = Path(output)
     source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
     if options.format == "original":
@@ -217,7 +228,7 @@ def posttrain(
         model,
         arguments,
         intervention=intervention,
-        decay_speed=options.decay_speed,
+        decay_speed=options.decay_speed,  # type: ignore[arg-type]
         cuda_graphs=options.cuda_graphs,
         weights=options.weights,
         train_dataset=data,
@@ -270,13 +281,21 @@ def posttrain(
     return list(trainer.state.log_history)
 
 
+def _settled(options: PosttrainOptions) -> PosttrainOptions:
+    """The options with what no recipe has set."""
+    plain = Settings()
+    rate = plain.learning_rate if options.learning_rate is None else options.learning_rate
+    speed = plain.decay_speed if options.decay_speed is None else options.decay_speed
+    return replace(options, learning_rate=rate, decay_speed=speed)
+
+
 def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate,  # type: ignore[arg-type]
         lr_scheduler_type=options.schedule,
         warmup_steps=round(options.warmup * options.steps),
         weight_decay=options.weight_decay,

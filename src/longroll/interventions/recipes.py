@@ -1,0 +1,117 @@
+"""Recipes: the intervention and the settings that a repair takes where nobody names them.
+
+`RECIPES` is the one place that holds them. The values of `longroll` are the least expensive of those measured
+(docs/defaults.md); `paper` is what Buitrago Ruiz and Gu publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from longroll.errors import LongrollError
+
+NAMES = {
+    "sp": "State Passing",
+    "tbptt": "TBPTT",
+    "fitted": "Fitted Noise",
+    "random": "Random Noise",
+    "none": "zero states (the control)",
+}
+"""Interventions as people call them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe sets for one intervention."""
+
+    zero_probability: float = 0.0
+    """Share of the rows that start from the zero state all the same."""
+    decay_speed: float = 1.0
+    """Learning rate of the decays as a multiple of the others'."""
+    learning_rate: float = 5e-4
+    """Peak of the schedule."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which intervention a repair takes, by the documents of its text, and its settings."""
+
+    long: str
+    """Intervention for text whose documents are long."""
+    short: str
+    """Intervention for text whose documents are short."""
+    settings: Mapping[str, Settings]
+    """By intervention; one that is not named here has the values of `Settings()`."""
+
+
+WINDOWS = 8
+"""A document is long where it fills this many windows of the training length."""
+LONG_SHARE = 0.5
+"""The documents of a text are long where long ones hold at least this share of its tokens."""
+NON_STATIONARY = "fitted"
+"""For tasks whose final states start no other text (paper, section 6.2)."""
+
+RECIPES = {
+    "longroll": Recipe(
+        long="tbptt",
+        short="sp",
+        settings={
+            "tbptt": Settings(zero_probability=0.1),
+            "sp": Settings(zero_probability=0.1, decay_speed=30.0),
+        },
+    ),
+    "paper": Recipe(long="sp", short="sp", settings={}),
+}
+DEFAULT = "longroll"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The intervention that a recipe takes, and why."""
+
+    intervention: str
+    """Its short name."""
+    why: str
+    """The reason, as the end of a sentence."""
+
+
+def recipe_of(name: str) -> Recipe:
+    """Return a recipe by its name.
+
+    Raises:
+        LongrollError: for a name that is not one.
+    """
+    if name not in RECIPES:
+        raise LongrollError(f"`recipe` {name} is not one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def choose(recipe: str, lengths: np.ndarray, train_length: int, lanes: int) -> Choice:
+    """Choose an intervention for training on text.
+
+    TBPTT reads a document on from window to window, so states far past the training length come up only in
+    documents of many windows. A lane of TBPTT reads at most its share of the text, which caps a document.
+
+    Args:
+        recipe: a name in `RECIPES`.
+        lengths: tokens of each document, (documents,).
+        train_length: T.
+        lanes: rows of a batch, of all ranks together.
+    """
+    asked = recipe_of(recipe)
+    if asked.long == asked.short:
+        return Choice(asked.long, f"recipe {recipe} takes it for every text")
+    windows = (lengths - 1) / train_length
+    per_lane = windows.sum() / lanes
+    held = f"documents of {WINDOWS} or more windows of {train_length:,} tokens"
+    if per_lane < WINDOWS:
+        why = f"the text gives each of {lanes} rows {per_lane:.1f} windows of {train_length:,} tokens"
+        return Choice(asked.short, f"{why}, too few for {NAMES[asked.long]}")
+    share = float(lengths[windows >= WINDOWS].sum() / lengths.sum())
+    found = f"{held} hold {100 * share:.0f} % of the text's tokens"
+    if share >= LONG_SHARE:
+        return Choice(asked.long, found)
+    return Choice(asked.short, f"{found}, and {NAMES[asked.long]} needs {100 * LONG_SHARE:.0f} %")

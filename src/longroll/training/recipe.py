@@ -1,0 +1,107 @@
+"""Prepare a run by a recipe: the intervention that fits the data, with the recipe's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from longroll import ranks
+from longroll.data import Corpus
+from longroll.data.windows import Item
+from longroll.interventions import INTERVENTIONS, Intervention
+from longroll.interventions.recipes import (
+    DEFAULT,
+    NAMES,
+    NON_STATIONARY,
+    Choice,
+    Settings,
+    choose,
+    recipe_of,
+)
+from longroll.model import RecurrentLM
+from longroll.training.weights import DECAYS
+
+if TYPE_CHECKING:
+    from longroll.training._posttrain import PosttrainOptions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run as a recipe wants it."""
+
+    intervention: Intervention | None
+    """None is the control."""
+    options: PosttrainOptions
+    """With every setting of the recipe, and its name."""
+    name: str
+    """The intervention's short name; "none" is the control."""
+    sentence: str
+    """The intervention, its settings and the reason, in one line."""
+
+
+def by_recipe(
+    lm: RecurrentLM,
+    data: Corpus | Dataset[Item],
+    options: PosttrainOptions,
+    *,
+    recipe: str = DEFAULT,
+    intervention: str | None = None,
+    zero_probability: float | None = None,
+    **more: Any,
+) -> Prepared:
+    """Choose an intervention and settings by a recipe; what is given has precedence over the recipe.
+
+    Args:
+        lm: the model.
+        data: the text, or rows of a task, that the run will read.
+        options: of the run; `learning_rate` and `decay_speed` are the recipe's where they are None.
+        recipe: a name in `longroll.interventions.recipes.RECIPES`.
+        intervention: a short name; None: chosen by the recipe from the documents of `data`.
+        zero_probability: share of rows that start from zero all the same; None: the recipe's.
+        **more: arguments of the intervention's class.
+
+    Raises:
+        LongrollError: for a recipe that does not exist, and as the intervention's class and its options.
+    """
+    if intervention is None:
+        choice = _choose(recipe, data, options)
+    else:
+        choice = Choice(intervention, "the intervention was named")
+    settings = recipe_of(recipe).settings.get(choice.intervention, Settings())
+    speed, why = settings.decay_speed, choice.why
+    if options.decay_speed is None and speed != 1 and not _trains_decays(lm, options):
+        speed, why = 1.0, f"{why}; no parameter that sets a decay is trained"
+    chosen = replace(
+        options,
+        learning_rate=settings.learning_rate if options.learning_rate is None else options.learning_rate,
+        decay_speed=speed if options.decay_speed is None else options.decay_speed,
+        recipe=recipe,
+    )
+    told = f"decay speed {chosen.decay_speed:g}, learning rate {chosen.learning_rate:g}"
+    made = None
+    if choice.intervention != "none":
+        zero = settings.zero_probability if zero_probability is None else zero_probability
+        made = INTERVENTIONS[choice.intervention](zero_probability=zero, seed=options.seed, **more)
+        told = f"zero probability {zero:g}, {told}"
+    sentence = f"Recipe {recipe}: {NAMES[choice.intervention]}, {told} ({why})."
+    return Prepared(made, chosen, choice.intervention, sentence)
+
+
+def _choose(recipe: str, data: Any, options: PosttrainOptions) -> Choice:
+    if isinstance(data, Corpus):
+        return choose(recipe, data.lengths, options.length, options.batch_size * ranks.world_size())
+    asked, windows = recipe_of(recipe), getattr(data, "windows", 1)
+    tasks = getattr(data, "tasks", [getattr(data, "task", None)])
+    if windows > 1:
+        return Choice(asked.long, f"each sample goes on over {windows} rows")
+    if not all(getattr(task, "stationary", True) for task in tasks):
+        return Choice(NON_STATIONARY, "the final state of one sample starts no other: it holds an answer")
+    return Choice(asked.short, "each row is a sample of its own")
+
+
+def _trains_decays(lm: RecurrentLM, options: PosttrainOptions) -> bool:
+    if options.lora_rank:
+        return False
+    return any(p.requires_grad and name.endswith(DECAYS) for name, p in lm.model.named_parameters())
