@@ -45,8 +45,9 @@ VERSION = re.compile(
     re.IGNORECASE,
 )
 NUMBER = re.compile(
-    r"(?<![\w.])\d*(?:,\d{3})*\.\d+(?:e[-+]?\d+)?(?![\w.]*\.\d)(?=(\s?(%|ms|us|[kKMG]i?B?))?)"
+    r"(?<![\w.])\d*(?:,\d{3})*\.\d+(?:e[-+]?\d+)?(?![\w.]*\.\d|[bB]\b)(?=(\s?(%|ms|us|[kKMG]i?B?))?)"
 )
+"""A number with decimals, and its unit; 2.7B is the name of a model."""
 UNITS = {"%": 1e2, "ms": 1e3, "us": 1e6, "k": 1e-3, "K": 1e-3, "M": 1e-6, "G": 1e-9}
 UNITS |= {"KiB": 2.0**-10, "MiB": 2.0**-20, "GiB": 2.0**-30, "kB": 1e-3, "MB": 1e-6, "GB": 1e-9}
 
@@ -160,7 +161,7 @@ def result(tmp_path, monkeypatch) -> str:
 
 
 CASES = {
-    **dict.fromkeys(("5.692", "0.98", ".99", ".27", "python 3.11", "`3.14`", "[a](b-1.5.md)"), True),
+    **dict.fromkeys(("5.692", "0.98", ".99", ".27", "python 3.11", "`3.14`", "[a](b-1.5.md)", "2.7B"), True),
     **dict.fromkeys(("5.70", "7.77", "3.14", "1.0e-3"), False),
 }
 

@@ -1,7 +1,7 @@
 """Recipes: the intervention and the settings that a repair takes where nobody names them.
 
 `RECIPES` is the one place that holds them. The values of `longroll` are the least expensive of those measured
-(docs/defaults.md); `paper` is what Buitrago Ruiz and Gu publish.
+(docs/choose.md); `paper` is what Buitrago Ruiz and Gu publish.
 """
 
 from __future__ import annotations

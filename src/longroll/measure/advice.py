@@ -90,7 +90,7 @@ REPAIRS = (
     "Training then covers the states past T. It adds no memory, mends no read-out, and corrects no errors "
     "that a model writes into its state."
 )
-"""What a repair does and does not do: docs/defaults.md."""
+"""What a repair does and does not do: docs/choose.md."""
 
 
 def advise(
