@@ -1,0 +1,391 @@
+"""Remake the tables of Markdown pages from result files.
+
+    python benchmarks/tables.py            # write the tables into the pages
+    python benchmarks/tables.py --check    # fail if a page differs from its result files
+
+A page holds `<!-- table: NAME -->`, the table, and `<!-- /table -->`. TABLES maps each name to a function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+GLOBS = ("README.md", "docs/**/*.md", "benchmarks/*.md", "recipes/*.md")
+REGION = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+WAYS = {
+    "zero": "zero state",
+    "sp": "State Passing",
+    "tbptt": "TBPTT",
+    "fitted": "Fitted Noise",
+    "random": "Random Noise",
+}
+OPS = ("gla", "rwkv6", "rwkv7", "retention", "delta_rule", "gated_delta_rule", "kda")
+
+
+@cache
+def result(name: str) -> Any:
+    """Return a result file of benchmarks/results, or of recipes/results, by its name without the suffix."""
+    (file,) = (f for f in ROOT.glob(f"*/results/{name}.json"))
+    return json.loads(file.read_text())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first column is left-aligned, the others right-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def digits(number: float, significant: int = 3) -> str:
+    """Return a number with so many significant digits, and thousands separators."""
+    if number == 0:
+        return "0"
+    rounded = float(f"{number:.{significant - 1}e}")
+    places = significant - 1 - int(f"{rounded:e}".split("e")[1])
+    return f"{rounded:,.{max(0, places)}f}"
+
+
+def tiny(number: float) -> str:
+    """Return an error: 3.0e-3."""
+    return "0" if number == 0 else re.sub(r"e-0?", "e-", f"{number:.1e}")
+
+
+def training(name: str, reference: str) -> str:
+    """Return the training steps of one file: time, tokens/s, memory, MFU, overhead over the zero state."""
+    data = result(name)
+    options, rows = data["options"], data["rows"]
+    tokens, speeds = options["batch"] * options["length"], {r["row"]: r["tokens_per_second"] for r in rows}
+    names = {"triton": "longroll", "graphs": "longroll, CUDA graphs"}
+    lines = []
+    for row in rows:
+        side, _, way = row["row"].partition(" ")
+        label = f"{names[side]}, {WAYS[way]}" if way else row["row"]
+        turns = [1e3 * seconds for seconds in row["seconds"][-options["turns"] :]]
+        lines.append([
+            label,
+            digits(1e3 * tokens / row["tokens_per_second"], 4),
+            f"{digits(min(turns), 4)} to {digits(max(turns), 4)}",
+            digits(row["tokens_per_second"]),
+            f"{row['tokens_per_second'] / speeds[reference]:.2f}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['reserved_gib']:.1f}",
+            f"{row['mfu']:.3f}",
+            f"{100 * row['overhead']:+.2f} %" if way and way != "zero" else "",
+        ])  # fmt: skip
+    head = ["", "median step (ms)", "range over turns (ms)", "tokens/s", f"speed relative to {reference}"]
+    return markdown([*head, "peak GiB", "reserved GiB", "MFU", "time over zero state"], lines)
+
+
+def graphs(names: Sequence[tuple[str, str]]) -> str:
+    """Return the overhead of each intervention over a CUDA graph that was captured without states."""
+    lines = []
+    for name, label in names:
+        data = result(name)
+        tokens = data["options"]["batch"] * data["options"]["length"]
+        rows = {row["row"].removeprefix("graphs "): row for row in data["rows"]}
+        base = 1e3 * tokens / rows["zero"]["tokens_per_second"]
+        over = [f"{100 * rows[way]['overhead']:+.2f} %" for way in WAYS if way != "zero"]
+        lines.append([label, *over, digits(base, 3)])
+    return markdown(["", *list(WAYS.values())[1:], "step without states (ms)"], lines)
+
+
+def loss() -> str:
+    """Return time and memory of the loss with its gradients."""
+    rows = result("loss_h100_2026-11-25")["rows"]
+    sides = {
+        "pytorch": "PyTorch",
+        "fla": "fla",
+        "liger": "Liger-Kernel",
+        "longroll": "longroll",
+        "longroll, whole": "longroll, in one piece",
+    }
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    found = {(row["shape"], row["row"]): f"{digits(row['ms'])} ms, {row['peak_gib']:.2f} GiB" for row in rows}
+    lines = [[shape.replace("x", " x "), *[found[shape, side] for side in sides]] for shape in shapes]
+    return markdown(["tokens x width x vocabulary", *sides.values()], lines)
+
+
+def ops(names: Sequence[tuple[str, str]]) -> str:
+    """Return our kernels against mamba-ssm's."""
+    lines = []
+    for name, device in names:
+        for op, sides in result(name)["ops"].items():
+            for side, row in sides.items():
+                spread = row.get("forward_backward_spread_ms")
+                lines.append([
+                    f"{op}: {side}",
+                    device,
+                    digits(row["forward_ms"]),
+                    digits(row["forward_backward_ms"], 4),
+                    f"{digits(spread[0], 4)} to {digits(spread[1], 4)}" if spread else "",
+                    f"{row['peak_gib']:.2f}",
+                ])  # fmt: skip
+    return markdown(["", "GPU", "forward (ms)", "forward and backward (ms)", "range (ms)", "peak GiB"], lines)
+
+
+def evaluation(names: Sequence[tuple[str, str]]) -> str:
+    """Return time and memory of the loss at every position of one long text."""
+    lines = []
+    for name, device in names:
+        for row in result(name)["rows"]:
+            seconds = statistics.median(row["seconds"])
+            speed = digits(row["length"] / seconds)
+            lines.append([f"{row['length']:,}", device, digits(seconds), speed, f"{row['peak_gib']:.2f}"])
+    return markdown(["tokens", "GPU", "seconds", "tokens/s", "peak GiB"], lines)
+
+
+def memory_on_cpu() -> str:
+    """Return time and memory of long texts and prompts on a CPU."""
+    lines = []
+    names = {
+        "evaluation-specimen_cpu_2026-11-24": "loss at every position",
+        "lm-eval-memory_cpu_2026-11-24": "lm-eval, one prompt",
+    }
+    for name, label in names.items():
+        for length, row in result(name)["medians"].items():
+            lines.append([label, f"{int(length):,}", digits(row["seconds"]), digits(row["peak_mib"])])
+    return markdown(["", "tokens", "seconds", "peak MiB"], lines)
+
+
+def first_step() -> str:
+    """Return the seconds of the first training step, kernels compiled side by side and one after another."""
+    side: dict[str, list[float]] = {}
+    one: dict[str, list[float]] = {}
+    for run in result("first-step_h100_2026-11-25")["runs"]:
+        into = one if "one after another" in run.get("kernels", "") else side
+        for row in run["rows"]:
+            into.setdefault(row["family"], []).append(row["first_step_seconds"])
+    lines = [
+        [family, *[" and ".join(f"{s:.1f}" for s in times.get(family, [])) for times in (side, one)]]
+        for family in side
+    ]
+    return markdown(
+        ["family", "compiled side by side (s)", "compiled one after another, another machine (s)"], lines
+    )
+
+
+def documents() -> str:
+    """Return the time of a step with masks over that of the same batch without one."""
+    files = {
+        "documents_h100_2026-11-26": "H100",
+        "documents_h200_2026-11-26": "H200",
+        "documents_cpu_2026-11-26": "CPU, 1 thread",
+    }
+    lines = []
+    for name, device in files.items():
+        rows = result(name)["rows"]
+        for model in dict.fromkeys(row["model"] for row in rows):
+            found = {row["batch"]: row["ratio"] for row in rows if row["model"] == model}
+            kinds = ("mask of ones", "padded right", "padded left", "packed")
+            lines.append([model, device, *[f"{found[kind]:.2f}" for kind in kinds]])
+    return markdown(["model", "device", "mask of ones", "padded right", "padded left", "packed"], lines)
+
+
+def cpu_training() -> str:
+    """Return Mamba-1 and Mamba-2 on a CPU against transformers' own path."""
+    rows = result("train_cpu_2026-11-24")["rows"]
+    theirs = {(r["model"], r["work"], r["time"]): r for r in rows if r["side"] == "transformers"}
+    lines = []
+    for row in rows:
+        if row["side"] != "longroll":
+            continue
+        other = theirs.get((row["model"], row["work"], row["time"]))
+        work = "forward and backward" if row["work"] == "train" else "forward"
+        speed, room = digits(row["tokens_per_second"]), digits(row["peak_mib"])
+        lines.append([
+            f"{row['model']}, {work}", f"{row['time']:,}", speed,
+            digits(other["tokens_per_second"]) if other else "not run",
+            f"{row['tokens_per_second'] / other['tokens_per_second']:.1f}" if other else "",
+            room, digits(other["peak_mib"]) if other else "",
+        ])  # fmt: skip
+    head = ["", "T", "tokens/s", "transformers, tokens/s", "ratio", "peak MiB", "transformers, peak MiB"]
+    return markdown(head, lines)
+
+
+def cpu_ops() -> str:
+    """Return the ops on a CPU against a loop over time steps and transformers' functions."""
+    lines = []
+    for row in result("ops_cpu_2026-11-25")["results"]:
+        size = row["size"]
+        times = row["forward_and_backward"]
+        ratios = times["times_ours"]
+        lines.append([
+            row["op"],
+            f"{size['B']} x {size['T']:,}, {size['H']} heads of {size['K']} x {size['V']}",
+            digits(1e3 * times["medians"]["ours"]),
+            *[f"{ratios[side]:.1f}" if side in ratios else "" for side in ("loop", "transformers")],
+            tiny(row["largest_difference"]["ours"]),
+        ])  # fmt: skip
+    head = ["op", "shape", "forward and backward (ms)", "loop over steps, relative time"]
+    return markdown([*head, "transformers, relative time", "largest difference from float64"], lines)
+
+
+def precision() -> str:
+    """Return the loss of the specimen in three dtypes."""
+    data = result("precision_cpu_2026-11-26")
+    runs, lines = data["runs"], []
+    for i, (start, stop) in enumerate(data["octaves"]):
+        apart = [f"{runs[dtype]['difference'][i]:+.4f}" for dtype in ("bfloat16", "float16")]
+        lines.append([f"{start:,} - {stop:,}", f"{runs['float32']['loss'][i]:.4f}", *apart])
+    return markdown(["positions", "float32, nats", "bfloat16, difference", "float16, difference"], lines)
+
+
+def damaged() -> str:
+    """Return what became of files that were damaged at random."""
+    outcomes = result("mutated-files_cpu_2026-11-26")["outcomes"]
+    return markdown(
+        ["file", "refused in one line", "works"],
+        [[k, str(v["refused"]), str(v["works"])] for k, v in outcomes.items()],
+    )
+
+
+def kills() -> str:
+    """Return the runs that were killed at random and resumed, by kind of run."""
+    data = result("kill-resume_cpu_2026-11-26")
+    lines = []
+    for processes in sorted({trial["processes"] for trial in data["trials"]}):
+        trials = [trial for trial in data["trials"] if trial["processes"] == processes]
+        killed = sum(len(trial["kills"]) for trial in trials)
+        lines.append(
+            [str(processes), str(len(trials)), str(killed), str(sum(trial["exact"] for trial in trials))]
+        )
+    return markdown(["processes", "runs", "kills", "bit-identical to the undisturbed run"], lines)
+
+
+def fla_ops() -> str:
+    """Return the error of ops on fla's kernels against float64."""
+    jobs = result("fla_h200_2026-11-25")["jobs"]
+    lines = []
+    for op in OPS:
+        cells = []
+        for dtype in ("bfloat16", "float32", "tf32"):
+            errors = jobs.get(f"op:{op}:{dtype}", {}).get("errors")
+            if not errors:
+                cells.append("not run")
+                continue
+            out = max(e for shape in errors.values() for key, e in shape.items() if key in ("o", "state"))
+            back = max(e for shape in errors.values() for key, e in shape.items() if key.startswith("d"))
+            cells.append(f"{tiny(out)} / {tiny(back)}" + (" *" if len(errors) < 3 else ""))
+        lines.append([op, *cells])
+    return markdown(["op", "bfloat16", "float32", "tf32"], lines)
+
+
+def fla_laws(names: Sequence[str]) -> str:
+    """Return the widest gap of each law by family."""
+    lines = []
+    for name in names:
+        for key, row in result(name)["jobs"].items():
+            if key.startswith("laws:") and "state_gap" in row:
+                gaps = (row.get(f"{part}_gap") for part in ("reference", "state", "gradient", "bfloat16"))
+                path = row["gpu"].split(" or ")[0].split(";")[0]
+                lines.append([row["family"], path, *[tiny(gap["size"]) if gap else "" for gap in gaps]])
+    return markdown(["family", "GPU path", "logits", "state in and out", "gradient", "bfloat16"], lines)
+
+
+def fla_parity() -> str:
+    """Return logits of the same checkpoint by longroll's modules and by fla's classes."""
+    jobs, lines = result("fla_h200_2026-11-25")["jobs"], []
+    for key in sorted(
+        (k for k in jobs if k.startswith("parity:")), key=lambda k: (k.split(":")[2] != "float32", k)
+    ):
+        _, family, dtype = key.split(":")
+        errors = jobs[key]["errors"]
+        pairs = ("ours to fla's", "ours to exact", "fla's to exact")
+        lines.append([family, dtype, *[tiny(max(errors[p], errors[f"{p}, chunked"])) for p in pairs]])
+    return markdown(["family", "precision", "ours to fla's", "ours to exact", "fla's to exact"], lines)
+
+
+def fla_speed() -> str:
+    """Return fla's kernels against longroll's PyTorch on the same GPU."""
+    lines = []
+    for op, row in result("fla-speed_h100_2026-11-25")["jobs"]["speed:all:-"].items():
+        if isinstance(row, dict):
+            peaks = [f"{row[f'{side}_peak_GiB']:.2f}" for side in ("fla", "torch")]
+            lines.append(
+                [op, digits(row["fla_ms"], 2), digits(row["torch_ms"]), f"{row['ratio']:.1f}", *peaks]
+            )
+    head = ["op", "fla's kernel (ms)", "PyTorch (ms)", "ratio", "fla's kernel, peak GiB", "PyTorch, peak GiB"]
+    return markdown(head, lines)
+
+
+H200, H100 = "_h200_2026-11-25", "_h100_2026-11-25"
+TABLES: dict[str, Callable[[], str]] = {
+    "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
+    "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
+    "train-mamba-370m": partial(training, f"train-mamba-370m{H200}", "mamba-ssm"),
+    "train-mamba2-370m-h100": partial(training, f"train-mamba2-370m{H100}", "mamba-ssm"),
+    "train-mamba-130m-h100": partial(training, f"train-mamba-130m{H100}", "mamba-ssm"),
+    "train-mamba-370m-h100": partial(training, f"train-mamba-370m{H100}", "mamba-ssm"),
+    "graphs": partial(graphs, [
+        (f"graphs-mamba2-370m{H200}", "mamba2-370m, 4 rows, H200"),
+        (f"train-mamba2-370m{H100}", "mamba2-370m, 4 rows, H100"),
+        (f"graphs-mamba2-370m-first{H100}", "mamba2-370m, 4 rows, another H100"),
+        (f"graphs-mamba-130m{H200}", "mamba-130m, 8 rows, H200"),
+        (f"train-mamba-130m{H100}", "mamba-130m, 8 rows, H100"),
+        (f"train-mamba-370m{H100}", "mamba-370m, 4 rows, H100"),
+    ]),
+    "loss": loss,
+    "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
+    "evaluation": partial(evaluation, [
+        (f"evaluation-mamba2-370m{H200}", "H200"),
+        (f"evaluation-mamba2-370m{H100}", "H100"),
+    ]),
+    "memory-cpu": memory_on_cpu,
+    "first-step": first_step,
+    "documents": documents,
+    "train-cpu": cpu_training,
+    "ops-cpu": cpu_ops,
+    "precision": precision,
+    "damaged-files": damaged,
+    "kill-resume": kills,
+    "fla-ops": fla_ops,
+    "fla-laws": partial(fla_laws, ["fla_h200_2026-11-25"]),
+    "fla-laws-h100": partial(fla_laws, ["fla-laws-all_h100_2026-11-25", "fla-laws-tiles_h100_2026-11-25"]),
+    "fla-parity": fla_parity,
+    "fla-speed": fla_speed,
+}  # fmt: skip
+
+
+def remade(text: str) -> str:
+    """Return a page with its tables remade.
+
+    Raises:
+        SystemExit: the page names a table that is not in TABLES.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise SystemExit(f"{found[2]}: no such table in benchmarks/tables.py.")
+        return found[1] + TABLES[found[2]]() + found[3]
+
+    return REGION.sub(table, text)
+
+
+def main() -> None:
+    """Remake or check all pages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="Write nothing; fail if a table is out of date.")
+    check, stale = parser.parse_args().check, []
+    for page in sorted({page for glob in GLOBS for page in ROOT.glob(glob)}):
+        text = page.read_text()
+        new = remade(text)
+        if new != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new)
+    if check and stale:
+        raise SystemExit(f"tables are out of date: {', '.join(stale)}. Run python benchmarks/tables.py.")
+    print(f"{len(stale)} pages {'differ' if check else 'changed'}.")
+
+
+if __name__ == "__main__":
+    main()
