@@ -12,7 +12,16 @@ from longroll.report.figures._axes import even_ticks, octaves, round_ticks
 from longroll.report.figures._labels import spread
 from longroll.report.style import PAPER_COLUMN, PHONE, TONES, WEB, run_styles
 
+SHARES = [
+    {"what": what, "recovered": share, "low": share - 0.1, "high": share + 0.2}
+    for what, share in (("rescan", 0.9), ("window+first", -0.05), ("state", 0.8), ("attention", 0.1))
+]
+BLAME = {
+    "verdict": "state", "sentence": "The recurrent states do the damage.", "damage": 1.5, "factor": 16,
+    "parts": SHARES[2:], "states": SHARES[:1], "attentions": SHARES[1:2], "together": SHARES[0],
+}  # fmt: skip
 FIGURES = {
+    "blame": lambda look: report.blame_figure(run("base", blame=BLAME), look=look),
     "position": lambda look: report.position_figure(runs("base", "tbptt"), look=look),
     "bits": lambda look: report.position_figure(runs("base", "tbptt"), "bits_per_byte", look=look),
     "nats": lambda look: report.position_figure(runs("base", "tbptt"), "nats", look=look),
@@ -108,6 +117,12 @@ def test_spread_keeps_order_and_distance():
     assert (np.argsort(placed) == np.argsort(wanted)).all()
     assert np.diff(np.sort(placed)).min() >= 2 - 1e-9
     assert placed[4] == 30
+
+
+def test_the_page_shows_which_side_is_to_blame():
+    page = report.render([run("base", blame=BLAME)])
+    assert "State or attention" in page and "states: rescan" in page and "Shapley" in page
+    assert "State or attention" not in report.render([run("base")])
 
 
 def test_wrong_requests_are_said_clearly():

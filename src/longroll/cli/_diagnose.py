@@ -151,6 +151,8 @@ def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **optio
 def findings(found: DiagnosisResult) -> list[str]:
     """What a diagnosis says in words: the verdict, the heads that do the damage, what to do, and how."""
     lines = [found.sentence, found.coverage and found.coverage.causal_sentence]
+    if found.blame:
+        lines.append(found.blame.sentence)
     if found.advice:
         lines += [found.advice.sentence, found.advice.command and f"  {found.advice.command}"]
     return [line for line in lines if line]

@@ -141,6 +141,13 @@ def posttrain(
     fsdp_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings of --fsdp: transformers' fsdp_config, JSON.")
     ] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:FACTOR",
+            help="Scale the rotary positions of attention: linear, ntk or yarn, and how far: yarn:4.",
+        ),
+    ] = None,
     lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
     bf16: Annotated[
         bool | None,
@@ -214,6 +221,7 @@ def posttrain(
         cuda_graphs=cuda_graphs,
         fsdp=fsdp,
         fsdp_config=None if fsdp_config is None else read_settings(fsdp_config),
+        rope_scaling=rope_scaling,
         lora_rank=lora_rank,
         save_steps=save_steps,
         report_to=report_to.value,

@@ -15,6 +15,7 @@ config says so, and loads everywhere.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,13 +123,14 @@ def scale_rope(model: PreTrainedModel, scaling: RopeScaling, train_length: int) 
         return
     modules = _rotary_modules(model)
     config, size = modules[0].config, 2 * len(modules[0].inv_freq)
-    config.rope_parameters = config.rope_parameters | _entries(
+    scaled = copy.copy(config)
+    scaled.rope_parameters = config.rope_parameters | _entries(
         scaling, config.rope_parameters["rope_theta"], size, train_length
     )
-    config.max_position_embeddings = round(scaling.factor * train_length)
+    scaled.max_position_embeddings = round(scaling.factor * train_length)
     for module in modules:
         try:
-            fresh = type(module)(config)
+            fresh = type(module)(scaled)
         except ValueError as error:  # RecurrentGemma's takes no kind but the default
             raise LongrollError(
                 f"`rope_scaling` {scaling} cannot be had of {config.model_type}: {first_line(error)}"
@@ -139,6 +141,8 @@ def scale_rope(model: PreTrainedModel, scaling: RopeScaling, train_length: int) 
                 setattr(
                     module, name, value.to(module.inv_freq.device) if isinstance(value, Tensor) else value
                 )
+    for name in ("rope_parameters", "max_position_embeddings"):
+        setattr(config, name, getattr(scaled, name))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from longroll.report.export import write_figures
 from longroll.report.figures import (
+    blame_figure,
     coverage_map,
     excess_figure,
     position_figure,
@@ -15,6 +16,7 @@ from longroll.report.page import render, write_report
 from longroll.report.svg import to_svg
 
 __all__ = [
+    "blame_figure",
     "coverage_map",
     "excess_figure",
     "position_figure",

@@ -9,10 +9,11 @@ import numpy as np
 
 from longroll.printable import printable
 from longroll.report import units
+from longroll.report.figures.blame import blame_rows
 from longroll.report.figures.coverage import layer_names
 from longroll.report.figures.position import shown_curve
 from longroll.report.figures.remembrance import curve_at
-from longroll.report.runs import Run, first_shown, numbers, train_lengths
+from longroll.report.runs import Run, first_shown, number, numbers, train_lengths
 from longroll.report.style import RunStyle
 
 Cell = str | float
@@ -122,6 +123,17 @@ def coverage_data(run: Run, style: RunStyle) -> Data:
     ]
     head = ["run", "layer", "head", "shift", "significant"]
     return _data("Shift of the state in standard deviations by layer", [(run, style)], "head", head, rows)
+
+
+def blame_data(run: Run, style: RunStyle) -> Data:
+    """Share of the damage that each reading recovers, in per cent, with its 95 % interval."""
+    assert run.blame is not None
+    rows: list[list[Cell]] = [
+        [style.label, name, *(100 * number(end) for end in (share.recovered, share.low, share.high))]
+        for name, share, _ in blame_rows(run.blame)
+    ]
+    head = ["run", "reading", "recovered", "low", "high"]
+    return _data("Per cent of the damage recovered", [(run, style)], "reading", head, rows)
 
 
 def task_data(styled: Styled, name: str) -> Data:

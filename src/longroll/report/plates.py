@@ -43,6 +43,11 @@ LOOK_FOR = {
         "How far the state of each head has left the range seen in training, in standard deviations; "
         "a dot marks a significant shift. Orange lies above the range, blue below."
     ),
+    "blame": (
+        "How much of the damage comes back when the far text is read with the recurrent states, the "
+        "attention, or both held in their training range, with 95 % intervals over texts. The part of a side "
+        "is its Shapley value."
+    ),
     "task": (
         "Accuracy by length and by depth of the answer in the text; right of the dashed line the text "
         "is longer than any in training. A flat loss is not yet a long memory: this is the test of "
@@ -97,6 +102,7 @@ def plates(runs: Sequence[AnyRun], unit: str | None = None) -> list[Plate]:
         _remembrance,
         _remembrance_maps,
         _coverage,
+        _blame,
         _tasks,
     )
     return [plate for part in parts for plate in part(runs, styled)]
@@ -207,6 +213,20 @@ def _coverage(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
 
 def _coverage_map(run: Run, top: float, signed: bool) -> Draw:
     return lambda look: figures.coverage_map(run, top=top, signed=signed, look=look)
+
+
+def _blame(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:
+    having = [(run, style) for run, style in styled if run.blame and run.blame.parts]
+    if not having:
+        return []
+    panels = [Panel(f"blame-{s.label}", _blame_figure(r), data.blame_data(r, s), s) for r, s in having]
+    numbers = tables.blame_tables(having)
+    heading = "State or attention"
+    return [Plate("blame", heading, LOOK_FOR["blame"], panels, numbers, wide=False)]
+
+
+def _blame_figure(run: Run) -> Draw:
+    return lambda look: figures.blame_figure(run, look=look)
 
 
 def _tasks(runs: Sequence[Run], styled: tables.Styled) -> list[Plate]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longroll.report import units
+from longroll.report.figures.blame import blame_rows
 from longroll.report.figures.coverage import layer_names
 from longroll.report.runs import Run, number, numbers
 from longroll.report.style import RunStyle
@@ -117,6 +118,26 @@ def coverage_tables(styled: Styled) -> list[Table]:
         head = ["layer", *(f"head {i}" for i in range(values.shape[1]))]
         tables.append(Table(f"{style.label}: standardised shift", head, rows))
     return tables
+
+
+def blame_tables(styled: Styled) -> list[Table]:
+    """What each reading recovers of the damage of a hybrid, a table a run."""
+    tables = []
+    for run, style in styled:
+        if run.blame is None:
+            continue
+        rows = [
+            [name, *map(_percent, (share.recovered, share.low, share.high))]
+            for name, share, _ in blame_rows(run.blame)
+        ]
+        caption = f"{style.label}: {units.typeset(run.blame.sentence)}"
+        tables.append(Table(caption, ["reading", "recovered", "low", "high"], rows))
+    return tables
+
+
+def _percent(share: float | None) -> str:
+    value = 100 * number(share)
+    return units.minus(f"{value:.0f} %") if np.isfinite(value) else units.MISSING
 
 
 def causal_table(run: Run, style: RunStyle) -> Table | None:

@@ -9,6 +9,8 @@ from longroll.results.benchmark import BenchmarkResult
 from longroll.results.diagnosis import (
     IID,
     AdviceResult,
+    BlameResult,
+    BlameShare,
     Causal,
     Comparison,
     Coverage,
@@ -35,6 +37,8 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdviceResult",
     "BenchmarkResult",
+    "BlameResult",
+    "BlameShare",
     "Causal",
     "Cell",
     "Comparison",

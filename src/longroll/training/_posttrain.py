@@ -34,6 +34,7 @@ from longroll.data import (
 )
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
+from longroll.families._rope import RopeScaling, check_scalable, scale_rope
 from longroll.files import try_folder
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
@@ -110,6 +111,8 @@ class PosttrainOptions:
     """A checkpoint to resume from every so many steps."""
     report_to: str = "none"
     """Where Trainer sends its log too: tensorboard (`output`/runs), wandb, mlflow; none."""
+    rope_scaling: str | None = None
+    """Scale the rotary positions of attention: `linear:F`, `ntk:F` or `yarn:F`, F above 1."""
     format: str = "transformers"
     """Whose layout is written: `transformers`, or `original` for state-spaces or BlinkDL."""
     seed: int = 0
@@ -136,6 +139,8 @@ class PosttrainOptions:
             raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
         if self.format not in FORMATS:
             raise LongrollError(f"`format` {self.format} is not one of {', '.join(FORMATS)}.")
+        if self.rope_scaling is not None:
+            RopeScaling.parse(self.rope_scaling)
         _check_reporter(self.report_to)
         if self.fsdp_config is not None and not self.fsdp:
             raise LongrollError("`fsdp_config` has no effect without `fsdp`: give both, or neither.")
@@ -193,7 +198,8 @@ def posttrain(
     Raises:
         LongrollError: for text that does not fit the model, a `format` that the model did not come in, an
             output that holds another model or cannot be written, too little text, a run resumed with another
-            model, text or other options, a full disk, and a loss that is not finite.
+            model, text or other options, a full disk, a loss that is not finite, and a `rope_scaling` of a
+            model whose attention reads no RoPE config.
     """
     _check_adapters(lm, options)
     if sharding.asked():
@@ -207,6 +213,8 @@ def posttrain(
     options = _settled(options)
     output = Path(output)
     source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
+    if options.rope_scaling is not None:
+        check_scalable(lm.model)
     if options.format == "original":
         check_original(source)
     place = opened_as(output, source, options.format)
@@ -217,6 +225,8 @@ def posttrain(
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus
+    if options.rope_scaling is not None:
+        scale_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length)
     started = describe_run(lm, corpus, options, intervention, ranks.world_size())
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
