@@ -36,7 +36,7 @@ def check_chunks(lm: RecurrentLM, ids: Tensor) -> None:
     half = tokens // 2
     for piece in ids.split([half, tokens - half - 3, 1, 2], dim=1):  # a state lost last shows most
         hidden, state = lm(piece, state, logits=False)
-        pieces.append(lm.head(hidden))
+        pieces.append(lm.head(hidden).to(full.device))
     assert state is not None
     limit, flips = _limit(lm), _flips(lm)
     for key in full_state:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from longroll import ranks
 from longroll._plugins import Build, Plugin
 from longroll._self_check import check_chunks, check_gradients, check_pure, check_weights
 from longroll.checkpoint import Checkpoint, common_dtype, stored_tensors, unused_names, weight_files
@@ -32,6 +33,7 @@ from longroll.families import (
     model_class,
 )
 from longroll.families._family import Restart
+from longroll.families._spread import STRATEGIES, spread
 from longroll.history import BESIDE, read_beside
 from longroll.state import Part, RecurrentState
 
@@ -324,6 +326,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     plugin: str | Build | None = None,
 ) -> RecurrentLM:
@@ -332,8 +335,11 @@ def load(
     Args:
         path_or_hub_id: a folder, a file, a hub id, or "specimen" for the small model inside the package; with
             a `plugin` that builds models a name that it knows, or a folder of a model that it built.
-        device: default: a GPU if there is one.
+        device: default: a GPU if there is one; "auto" is `device_map` "auto".
         dtype: default: float32 on a CPU, the checkpoint's own on a GPU; for a plug-in's models: their own.
+        device_map: instead of `device`: accelerate's, as `from_pretrained` of transformers takes it. "auto"
+            spreads the layers over all GPUs, for models larger than one; each layer's state, keys and values
+            stay where the layer is. Such a model is read, not trained.
         trust_remote_code: run code that comes with the checkpoint; off unless the user asks. It runs before
             the model type is judged, so that it can register its family.
         plugin: `my_module`, imported first, or `my_module:build`, or the function `build` itself, which makes
@@ -344,9 +350,12 @@ def load(
 
     Raises:
         LongrollError: for a missing or broken checkpoint, an unknown architecture, a plug-in that fails, a
-            failed self-check.
+            failed self-check, a `device_map` beside a `device`, and one that leaves weights off the GPUs.
     """
-    lm = read(path_or_hub_id, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
+    lm = read(
+        path_or_hub_id, device=device, dtype=dtype, device_map=device_map,
+        trust_remote_code=trust_remote_code, plugin=plugin,
+    )  # fmt: skip
     if lm.checkpoint is not None and lm.checkpoint.unused:
         logger.warning(
             "%s: %d tensors of its files are not in %s and not used (posttrain copies them): %s.",
@@ -360,10 +369,22 @@ def read(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     plugin: str | Build | None = None,
 ) -> RecurrentLM:
     """`load` without its notices."""
+    if device == "auto":
+        device, device_map = None, device_map or "auto"
+    if device_map is not None and device is not None:
+        raise LongrollError("`device` and `device_map` both say where the model is to lie: give one of them.")
+    if device_map is not None and ranks.world_size() > 1:
+        raise LongrollError(
+            "`device_map` spreads a model over the GPUs of one process: start one, or leave it out."
+        )
+    if device_map is not None and device_map not in STRATEGIES:
+        for place in {*device_map.values()} - {"disk"} if isinstance(device_map, dict) else {device_map}:
+            _device_of(place)
     device = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype_of(dtype)
@@ -373,16 +394,20 @@ def read(
         lm = _build(imported, name)
         if isinstance(dtype, torch.dtype):
             lm = lm.to(dtype)
+        if device_map is not None:
+            spread(lm.model, device_map)
     else:
         dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        model, checkpoint = _open(name, dtype, trust_remote_code)
+        model, checkpoint = _open(name, dtype, trust_remote_code, device_map)
+        if device_map is not None:
+            spread(model, device_map)
         lm = RecurrentLM(model, name=name)
         lm.checkpoint = checkpoint
     if imported is not None:
         lm.flags = imported.flags
     elif trust_remote_code:
         lm.flags = ("--trust-remote-code",)
-    lm = lm.to(device).eval()
+    lm = lm.eval() if device_map is not None else lm.to(device).eval()
     lm.self_check()
     return lm
 
@@ -391,7 +416,12 @@ def _few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple[PreTrainedModel, Checkpoint]:
+def _open(
+    name: str,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, Checkpoint]:
     folder = SPECIMEN if name == "specimen" else Path(name)
     source = str(folder) if folder.exists() else name
     if is_rwkv_file(source):
@@ -422,7 +452,7 @@ def _open(name: str, dtype: torch.dtype | str, trust_remote_code: bool) -> tuple
         )
     family_of(model_type)
     loader = model_class(model_type) or AutoModelForCausalLM
-    model, unexpected = _load_transformers(loader, source, dtype, trust_remote_code)
+    model, unexpected = _load_transformers(loader, source, dtype, trust_remote_code, device_map)
     folder = _local_folder(source, only_config=True)  # where transformers keeps the rest too
     stored = stored_tensors(folder)
     own = common_dtype(stored.values())
@@ -539,7 +569,7 @@ SPECIMEN = Path(__file__).parent / "assets" / "specimen"
 """The small model inside the package that breaks past its training length."""
 
 
-def _device_of(device: str | torch.device) -> torch.device:
+def _device_of(device: str | int | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -610,12 +640,17 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
 
 
 def _load_transformers(
-    loader: Any, source: str, dtype: torch.dtype | str, trust_remote_code: bool
+    loader: Any,
+    source: str,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    device_map: str | dict[str, Any] | None,
 ) -> tuple[PreTrainedModel, set[str]]:
     try:
         loaded: Any = loader.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+            source, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map,
+            output_loading_info=True,
+        )  # fmt: skip
     except Exception as error:  # every way in which a checkpoint can be broken comes up here
         raise LongrollError(f"{source} cannot be loaded: {error}") from error
     model, info = loaded

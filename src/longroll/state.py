@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from longroll.blocks import Blocks
 from longroll.files import write_whole
 from longroll.stacks import Stacks
 
@@ -43,17 +44,26 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         tensors: the tensors; axis 0 is the batch, axis 1 of recurrent and conv tensors the head
             (for Mamba-1, whose channels are heads of size one, the channel).
         seen: how many tokens this state has read (position ids and KV masks go on from there).
+            Keys and values may come as `Blocks`: they are joined only where somebody asks for the tensor.
         ragged: the rows have read different numbers of tokens, and keys and values were left out: the state
             can start new texts, and cannot go on with these.
     """
 
-    def __init__(self, tensors: Mapping[StateKey, Tensor], *, seen: int = 0, ragged: bool = False) -> None:
+    def __init__(
+        self, tensors: Mapping[StateKey, Tensor | Blocks], *, seen: int = 0, ragged: bool = False
+    ) -> None:
         self._tensors = dict(tensors)
         self.seen = seen
         self.ragged = ragged
 
     def __getitem__(self, key: StateKey) -> Tensor:
-        return self._tensors[key]
+        tensor = self._tensors[key]
+        return tensor.whole() if isinstance(tensor, Blocks) else tensor
+
+    def blocks(self, key: StateKey) -> Blocks | None:
+        """The tensor in the pieces it is kept in; None where there is none."""
+        tensor = self._tensors.get(key)
+        return Blocks(tensor) if isinstance(tensor, Tensor) else tensor
 
     def __iter__(self) -> Iterator[StateKey]:
         return iter(self._tensors)
@@ -62,13 +72,13 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return len(self._tensors)
 
     def __repr__(self) -> str:
-        shapes = ", ".join(f"{key}: {tuple(t.shape)}" for key, t in self.items())
+        shapes = ", ".join(f"{key}: {tuple(t.shape)}" for key, t in self._tensors.items())
         return f"RecurrentState(seen={self.seen}, {shapes})"
 
     @property
     def batch_size(self) -> int:
         """Rows in the batch; 0 for a state without tensors."""
-        return next(iter(self.values())).shape[0] if self else 0
+        return next(iter(self._tensors.values())).shape[0] if self else 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
         """Apply `function` to every tensor."""
@@ -76,10 +86,17 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             {key: function(t) for key, t in self.items()}, seen=self.seen, ragged=self.ragged
         )
 
+    def _map_pieces(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
+        """`map` for functions that treat positions alike, which joins no blocks."""
+        mapped: dict[StateKey, Tensor | Blocks] = {
+            key: t.map(function) if isinstance(t, Blocks) else function(t) for key, t in self._tensors.items()
+        }
+        return RecurrentState(mapped, seen=self.seen, ragged=self.ragged)
+
     def alike(self) -> list[list[StateKey]]:
         """Return the keys, those of one part, shape, dtype and device together."""
         groups: dict[tuple[Part, torch.Size, torch.dtype, torch.device], list[StateKey]] = {}
-        for key, tensor in self.items():
+        for key, tensor in self._tensors.items():
             groups.setdefault((key.part, tensor.shape, tensor.dtype, tensor.device), []).append(key)
         return list(groups.values())
 
@@ -97,19 +114,19 @@ class RecurrentState(Mapping[StateKey, Tensor]):
 
     def detach(self) -> RecurrentState:
         """Cut the graph: the caller's duty between training steps."""
-        return self.map(Tensor.detach)
+        return self._map_pieces(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> RecurrentState:
         """Move or cast every tensor, as `Tensor.to`."""
-        return self.map(lambda t: t.to(*args, **kwargs))
+        return self._map_pieces(lambda t: t.to(*args, **kwargs))
 
     def rows(self, index: Tensor | list[int] | slice) -> RecurrentState:
         """Take batch rows by index, mask or slice."""
-        return self.map(lambda t: t[index])
+        return self._map_pieces(lambda t: t[index])
 
     def part(self, *parts: Part) -> RecurrentState:
         """Keep only these parts, as the state of a fresh sequence (`seen` is 0 without its KV)."""
-        kept = {key: t for key, t in self.items() if key.part in parts}
+        kept = {key: t for key, t in self._tensors.items() if key.part in parts}
         if "attention" in parts:
             return RecurrentState(kept, seen=self.seen, ragged=self.ragged)
         return RecurrentState(kept)

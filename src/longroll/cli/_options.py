@@ -49,7 +49,12 @@ Concatenate = Annotated[
     bool, typer.Option("--concatenate", help="Join documents where none is long enough, rather than fail.")
 ]
 ChunkSize = Annotated[int | None, length_option(help="Tokens of a text in one forward. Default: by memory.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, ...; auto: layers spread over all GPUs. Default: a GPU if there is one."
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on a CPU.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")

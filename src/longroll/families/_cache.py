@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from longroll.families._dispatch import Start, clear_handoffs, conv_handoff, recurrent_handoff
+from longroll.blocks import Blocks, own_memory
+from longroll.errors import LongrollError
+from longroll.families._dispatch import (
+    Start,
+    attention_handoff,
+    clear_handoffs,
+    conv_handoff,
+    recurrent_handoff,
+)
 from longroll.families._padding import Padding
 from longroll.state import Part, RecurrentState, StateKey
 
@@ -55,6 +63,8 @@ class StateCache(DynamicCache):
             is one, with the whole state.
         reads_tail: mixers prepend the conv tail themselves, and read it by `get_conv_state` for that.
         context: what the layers call recurrent state is context.
+        in_blocks: attention layers read earlier keys and values in the blocks that hold them, without a
+            gradient (`attention_in_blocks`).
     """
 
     padding: Padding | None = None
@@ -69,6 +79,7 @@ class StateCache(DynamicCache):
         scans: int | None = None,
         reads_tail: bool = False,
         context: bool = False,
+        in_blocks: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.initial = initial if initial is not None else RecurrentState({})
@@ -76,7 +87,8 @@ class StateCache(DynamicCache):
         self.scans = scans
         self.reads_tail = reads_tail
         self.context = context
-        self._final: dict[StateKey, Tensor] = {}
+        self.in_blocks = in_blocks
+        self._final: dict[StateKey, Tensor | Blocks] = {}
         clear_handoffs()
         self._place_indexer()
 
@@ -167,21 +179,39 @@ class StateCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (batch, heads, tokens, head size) to the initial ones; keep the result.
+        """Keep keys and values (batch, heads, tokens, head size) after the initial ones; return them all.
 
-        A layer with a sliding window keeps what the next token can see.
+        A layer with a sliding window keeps what the next token can see. Where layers read in blocks, the
+        initial ones are left for them, and the new ones returned.
         """
         layer: Any = self.layers[layer_idx]
+        new, keys = (key_states, value_states), _keys_and_values(layer_idx)
+        past = [self.initial.blocks(key) for key in keys]
+        if self._in_blocks(layer_idx):
+            self._final.update(zip(keys, map(Blocks.after, past, new), strict=True))
+            if past[0] is not None and past[1] is not None:
+                if attention_handoff.get():
+                    raise LongrollError(
+                        f"Layer {layer_idx}: attention before it has read no keys and values."
+                    )
+                pairs = tuple(zip(past[0].pieces, past[1].pieces, strict=True))
+                attention_handoff.set((Start(pairs),))
+            return new
         window = getattr(layer, "sliding_window", None)
-        grown = []
-        for slot, new in ((_KEYS, key_states), (_VALUES, value_states)):
-            key = StateKey(layer_idx, "attention", slot)
-            if key in self.initial:
-                new = torch.cat([self.initial[key], new], dim=-2)
-            self._final[key] = new if window is None else new[..., max(0, new.shape[-2] - window + 1) :, :]
-            grown.append(new)
-        layer.keys, layer.is_initialized = grown[0], True  # GLM-5-Next's indexer counts them
-        return grown[0], grown[1]
+        whole = []
+        for key, blocks, states in zip(keys, past, new, strict=True):
+            grown = states if blocks is None else Blocks(*blocks.pieces, states).whole()
+            if window is not None:
+                kept = grown[..., max(0, grown.shape[-2] - window + 1) :, :]
+                self._final[key] = own_memory(kept)
+            else:
+                self._final[key] = grown if torch.is_grad_enabled() else Blocks.after(blocks, states)
+            whole.append(grown)
+        layer.keys, layer.is_initialized = whole[0], True  # GLM-5-Next's indexer counts them
+        return whole[0], whole[1]
+
+    def _in_blocks(self, layer_idx: int) -> bool:
+        return self.in_blocks and getattr(self.layers[layer_idx], "sliding_window", None) is None
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Append the keys (batch, tokens, size) by which sparse attention chooses what to read."""
@@ -207,6 +237,10 @@ class StateCache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys that the attention mask of a layer covers."""
-        keys = self.initial.get(StateKey(layer_idx, "attention", _KEYS))
-        past = 0 if keys is None else keys.shape[-2]
+        keys = self.initial.blocks(StateKey(layer_idx, "attention", _KEYS))
+        past = 0 if keys is None or self._in_blocks(layer_idx) else keys.shape[-2]
         return past + query_length, self.initial.seen - past
+
+
+def _keys_and_values(layer: int) -> tuple[StateKey, StateKey]:
+    return StateKey(layer, "attention", _KEYS), StateKey(layer, "attention", _VALUES)

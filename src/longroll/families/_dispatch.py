@@ -16,10 +16,13 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
 
 from longroll import ops
 from longroll.families._padding import Padding, limited_steps, no_step, still
+from longroll.ops._block_attention import block_attention
 from longroll.ops._common import widen_float16
 
 
@@ -37,6 +40,7 @@ class Start(NamedTuple):
 Handoff = ContextVar[tuple["Start", ...]]
 recurrent_handoff: Handoff = ContextVar("longroll_recurrent_state", default=())
 conv_handoff: Handoff = ContextVar("longroll_conv_state", default=())
+attention_handoff: Handoff = ContextVar("longroll_keys_and_values", default=())
 
 
 def take(handoff: Handoff) -> Start | None:
@@ -48,8 +52,8 @@ def take(handoff: Handoff) -> Start | None:
 
 def clear_handoffs() -> None:
     """Forget what was left: a forward that died must not hand its state to another model's."""
-    recurrent_handoff.set(())
-    conv_handoff.set(())
+    for handoff in (recurrent_handoff, conv_handoff, attention_handoff):
+        handoff.set(())
 
 
 @contextlib.contextmanager
@@ -76,6 +80,45 @@ def install(modeling: ModuleType, name: str, adapter: Callable, handoff: Handoff
         replacement = functools.partial(_dispatch, adapter, handoff, original)
         replacement._longroll = True  # type: ignore[attr-defined]
         setattr(modeling, name, replacement)
+
+
+class _Attention(AttentionInterface):
+    """Transformers' attention functions; longroll's where a cache left keys and values for it."""
+
+    def __init__(self, table: AttentionInterface) -> None:
+        super().__init__()
+        self._local_mapping = table._local_mapping
+
+    def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
+        """The function that an attention layer calls next."""
+        left = take(attention_handoff)
+        if left is None:
+            return super().get_interface(attn_implementation, default)
+        return functools.partial(_block_attention, left.state)
+
+
+def attention_in_blocks(modeling: ModuleType) -> None:
+    """Let attention layers read what a cache keeps in blocks; doing it twice is harmless."""
+    table = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", None)
+    if table is not None and not isinstance(table, _Attention):
+        modeling.ALL_ATTENTION_FUNCTIONS = _Attention(table)  # type: ignore[attr-defined]
+
+
+def _block_attention(
+    past: tuple[tuple[Tensor, Tensor], ...],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_,
+    scaling: float | None = None,
+    **__,
+) -> tuple[Tensor, None]:
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+    return block_attention(query, key, value, past, scaling).transpose(1, 2).contiguous(), None
 
 
 def torch_on_cpu(modeling: ModuleType) -> None:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from longroll.errors import LongrollError
 from longroll.families import _heads
 from longroll.families._cache import StateCache
-from longroll.families._dispatch import clean_handoffs, own_recurrence, torch_on_cpu
+from longroll.families._dispatch import attention_in_blocks, clean_handoffs, own_recurrence, torch_on_cpu
 from longroll.families._documents import Documents, Results
 from longroll.families._mixers import own_mixers
 from longroll.families._norms import fuse_norms
@@ -51,6 +51,9 @@ class Family:
     """The config entry that says how many scans a layer runs, if not one."""
     reads_tail: bool = False
     """Mixers prepend the conv tail themselves (see `StateCache`)."""
+    blocks: bool = False
+    """Attention layers hand what the cache returns to the attention function as it is, so that they can read
+    earlier keys and values in the blocks that hold them."""
     learned_positions: str | None = None
     """The config entry that bounds the positions the model has embeddings for."""
     masks_padding: bool = False
@@ -101,6 +104,8 @@ class Family:
             _check_activation(model)
             own_recurrence(_modeling(model))
         torch_on_cpu(_modeling(model))
+        if self.blocks:
+            attention_in_blocks(_modeling(model))
         fuse_norms(model)
         own_mixers(model)
         for module in model.modules():
@@ -215,7 +220,12 @@ class Family:
             scans=getattr(model.config, self.scans) if self.scans else None,
             reads_tail=self.reads_tail,
             context=not self.recurrent,
+            in_blocks=self.in_blocks(model) and not (model.training or torch.is_grad_enabled()),
         )
+
+    def in_blocks(self, model: PreTrainedModel) -> bool:
+        """Whether attention reads earlier keys and values in blocks where no gradient is asked for."""
+        return self.blocks and model.config.get_text_config()._attn_implementation == "sdpa"
 
     def _inputs(
         self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None

@@ -18,14 +18,20 @@ LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 _CPU_TOKENS = 4096  # what keeps a CPU busiest (2-4k), and small in memory
 _GPU_TOKENS = 65_536  # more gained nothing on an H200
+_GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
 
 
 def chunk_tokens(lm: RecurrentLM) -> int:
     """Tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
-    if lm.device.type != "cuda" or lm.has_attention:  # its memory grows with tokens times keys
+    if lm.device.type != "cuda":
         return _CPU_TOKENS
-    return max(_CPU_TOKENS, min(_GPU_TOKENS, free_bytes(lm.device) // 4 // (_TOKEN_BYTES * lm.width)))
+    room = free_bytes(lm.device) // 4 // (_TOKEN_BYTES * lm.width)
+    if lm.has_attention:
+        if not lm.family.in_blocks(lm.model):  # its memory grows with tokens times keys
+            return _CPU_TOKENS
+        room = min(room // 4, _GPU_TOKENS_WITH_KEYS)  # keys and values will take the rest
+    return max(_CPU_TOKENS, min(_GPU_TOKENS, room))
 
 
 def free_bytes(device: torch.device) -> int:

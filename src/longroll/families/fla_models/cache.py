@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longroll.blocks import Blocks
 from longroll.families._padding import Padding, still
 from longroll.state import Part, RecurrentState, StateKey
 
@@ -25,13 +26,13 @@ class FlaCache:
 
     def __init__(self, initial: RecurrentState | None = None) -> None:
         self.initial = initial if initial is not None else RecurrentState({})
-        self._final: dict[StateKey, Tensor] = {}
+        self._final: dict[StateKey, Tensor | Blocks] = {}
 
     def final(self, tokens: int) -> RecurrentState:
         """Return the state after this forward, on the graph. `tokens` is how many were read."""
         return RecurrentState(self._final, seen=self.initial.seen + tokens)
 
-    def keep(self, key: StateKey, tensor: Tensor) -> None:
+    def keep(self, key: StateKey, tensor: Tensor | Blocks) -> None:
         """Leave a tensor in the final state."""
         self._final[key] = tensor
 
@@ -52,7 +53,15 @@ class LayerState:
         """Return the initial tensor; None is zero."""
         return None if self._cache is None else self._cache.initial.get(StateKey(self._layer, part, slot))
 
-    def keep(self, part: Part, tensor: Tensor, slot: int = 0) -> None:
+    def blocks(self, slot: int) -> Blocks | None:
+        """The initial keys or values in the blocks that hold them; None where there are none."""
+        return (
+            None
+            if self._cache is None
+            else self._cache.initial.blocks(StateKey(self._layer, "attention", slot))
+        )
+
+    def keep(self, part: Part, tensor: Tensor | Blocks, slot: int = 0) -> None:
         """Leave the final tensor, on the graph."""
         if self._cache is not None:
             self._cache.keep(StateKey(self._layer, part, slot), tensor)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longroll import ops
+from longroll.blocks import Blocks, own_memory
 from longroll.errors import LongrollError
 from longroll.families.fla_models.cache import LayerState
+from longroll.ops._block_attention import block_attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -178,12 +180,18 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.size)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (rotary(t, state.seen, self.base).transpose(1, 2) for t in (q, k))
         v = v.transpose(1, 2)
-        past_k, past_v = state.read("attention", 0), state.read("attention", 1)
+        past_k, past_v = state.blocks(0), state.blocks(1)
+        if self.window is None and not torch.is_grad_enabled():
+            past = () if past_k is None or past_v is None else zip(past_k.pieces, past_v.pieces, strict=True)
+            o = block_attention(q, k, v, past)
+            state.keep("attention", Blocks.after(past_k, k), 0)
+            state.keep("attention", Blocks.after(past_v, v), 1)
+            return self.o_proj(o.transpose(1, 2).flatten(-2))
         if past_k is not None and past_v is not None:
-            k, v = torch.cat([past_k.to(k), k], dim=-2), torch.cat([past_v.to(v), v], dim=-2)
+            k, v = (torch.cat([t.whole().to(new), new], dim=-2) for t, new in ((past_k, k), (past_v, v)))
         kept = slice(None) if self.window is None else slice(-self.window, None)
-        state.keep("attention", k[..., kept, :], 0)
-        state.keep("attention", v[..., kept, :], 1)
+        state.keep("attention", own_memory(k[..., kept, :]), 0)
+        state.keep("attention", own_memory(v[..., kept, :]), 1)
         query, key = x.shape[1], k.shape[-2]
         ahead = torch.arange(key, device=x.device) - torch.arange(key - query, key, device=x.device)[:, None]
         seen = ahead <= 0 if self.window is None else (ahead <= 0) & (ahead > -self.window)
