@@ -41,7 +41,7 @@ from longroll.measure import position_loss
 from longroll.model import RecurrentLM, load
 from longroll.tasks import BABILong, Passkey, Row, Task, TaskRows, TextHaystack, evaluate_grid, read_stories
 from longroll.tasks.babilong import QAS
-from longroll.tasks.baselines import READINGS, make_reading
+from longroll.tasks.baselines import make_reading
 from longroll.tasks.evaluate import fingerprint, task_result
 
 FULL = {
@@ -347,7 +347,7 @@ def main() -> None:
         elif name == "readings":
             timed.wait_for(options.output / "base" / "config.json")
             lm = load(options.output / "base", device=options.device)
-            for reading in READINGS[1:]:
+            for reading in ("reset", "decay", "clip", "chunk"):
                 evaluate(lm, "base", data, {}, options, reading=reading)
         elif name != "tbptt" or options.task == "babilong":
             lm, told = train_on(name, data, options)

@@ -93,6 +93,10 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         }
         return RecurrentState(mapped, seen=self.seen, ragged=self.ragged)
 
+    def changed(self, tensors: Mapping[StateKey, Tensor]) -> RecurrentState:
+        """The state with some of its tensors replaced; the others are shared, as they are kept."""
+        return RecurrentState({**self._tensors, **tensors}, seen=self.seen, ragged=self.ragged)
+
     def alike(self) -> list[list[StateKey]]:
         """Return the keys, those of one part, shape, dtype and device together."""
         groups: dict[tuple[Part, torch.Size, torch.dtype, torch.device], list[StateKey]] = {}

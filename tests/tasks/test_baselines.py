@@ -9,6 +9,7 @@ from longroll.conformance.tiny import CONFIGS
 from longroll.errors import LongrollError
 from longroll.families import FAMILIES as EVERY_FAMILY
 from longroll.heads import has_heads, head_norms
+from longroll.measure._attention_readings import Positions
 from longroll.tasks import Sample, Task
 from longroll.tasks.baselines import (
     READINGS,
@@ -119,6 +120,10 @@ def test_every_reading_reads_every_kind_of_state(kind):
     lm, given = zoo.lm_of(KINDS[kind]), [sample(0, context=150), sample(1, context=20)]
     plain = {row: read for read in prefill_samples(lm, given) for row in read.rows}
     for name in READINGS:
+        if name == "window" and not (lm.has_attention and Positions(lm).windows):
+            with pytest.raises(LongrollError, match="no attention whose keys"):
+                make_reading(name, lm, window=32, rows=[Row(None, Drawn())], length=96)
+            continue
         reading = make_reading(name, lm, window=32, rows=[Row(None, Drawn())], length=96)
         found = {row: read for read in reading(lm, given) for row in read.rows}
         assert found.keys() == plain.keys()

@@ -28,6 +28,14 @@ def loss(
     sequences: o.Sequences = 4,
     concatenate: o.Concatenate = False,
     chunk_size: o.ChunkSize = None,
+    reading: Annotated[
+        str,
+        typer.Option(
+            help="plain; or held in the range of --window tokens: reset (all of the state), rescan, decay, "
+            "clip (the recurrent states), window (attention)."
+        ),
+    ] = "plain",
+    window: t.Window = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -44,10 +52,15 @@ def loss(
     from longroll.cli._console import out
     from longroll.cli._progress import progress
     from longroll.measure import position_loss
+    from longroll.measure.holds import check_hold, loss_under
     from longroll.ranks import join, rank
     from longroll.results import LossResult, provenance
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
+    span = None
+    if reading != "plain":
+        check_hold(reading, lm)
+        span, _ = lm.find_train_length(window)
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(
         text,
@@ -61,7 +74,10 @@ def loss(
     join()
     began = time.perf_counter()
     with progress("measuring", total=length) as advance:
-        found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance, dealt=True)
+        if span is None:
+            found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance, dealt=True)
+        else:
+            found = loss_under(reading, lm, tokens, span, progress=advance, dealt=True)
     if rank() > 0:
         return
     seconds = time.perf_counter() - began
@@ -70,6 +86,8 @@ def loss(
             "model": lm.name,
             "sequences": tokens.shape[0],
             "max_position": length,
+            "reading": reading,
+            "window": span,
             "bytes_per_token": bytes_per_token,
             "tokenizer": tok.name,
             "prefix_ids": list(tok.prefix_ids),

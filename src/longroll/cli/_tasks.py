@@ -75,7 +75,8 @@ HowRead = Annotated[
     typer.Option(
         "--reading",
         help="plain; or a baseline: reset (only the last --window tokens), decay, clip (the state, to the "
-        "range of --window tokens), chunk (answer from the best --window tokens: OPRM).",
+        "range of --window tokens), chunk (answer from the best --window tokens: OPRM), rescan (recurrent "
+        "states of the last --window tokens), window (attention of the last --window tokens).",
     ),
 ]
 Window = Annotated[int | None, typer.Option(help="Tokens of --reading. Default: the training length.", min=1)]

@@ -80,19 +80,19 @@ class Window:
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
         """The state without the keys and values that lie farther back."""
-        held = dict(state)
+        held: dict[StateKey, Tensor] = {}
         for key, tensor in _keys_and_values(state):
             size = tensor.shape[-2]
             if size <= self.keep:
                 continue
             if key not in self._first:  # a layer with a window of its own no longer has them
                 self._first[key] = tensor[..., : self.first if size == position else 0, :]
-            first = self._first[key]
+            first = self._first[key][: len(tensor)]  # of the rows that go on
             last = tensor[..., size - self.keep + first.shape[-2] :, :]
             if key.slot == _KEYS and self.frequencies is not None:
                 first = turn_keys(first, position - self.keep, self.frequencies)
             held[key] = torch.cat([first, last], dim=-2)
-        return RecurrentState(held, seen=state.seen)
+        return state.changed(held)
 
 
 class Clipped:
@@ -104,9 +104,12 @@ class Clipped:
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
         """The state with its far keys turned to the farthest position of training."""
-        held = dict(state)
+        held: dict[StateKey, Tensor] = {}
         for key, tensor in _keys_and_values(state):
-            if key.slot != _KEYS or tensor.shape[-2] < position:  # a layer with a window of its own
+            if tensor.shape[-2] < position:  # a layer with a window of its own
+                continue
+            if key.slot == _VALUES:
+                held[key] = tensor  # in as many pieces as the keys: one
                 continue
             if key in self._keys:  # those before are turned in `tensor`
                 past = self._keys[key]
@@ -114,7 +117,7 @@ class Clipped:
             self._keys[key] = tensor
             at = torch.arange(position, device=tensor.device)
             held[key] = turn_keys(tensor, (position - self.keep - at).clamp_min(0), self.frequencies)
-        return RecurrentState(held, seen=state.seen)
+        return state.changed(held)
 
 
 class Norms:
@@ -125,26 +128,36 @@ class Norms:
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
         """The state in range."""
-        held = dict(state)
+        held: dict[StateKey, Tensor] = {}
         for key, (low, high) in self.ranges.items():
             norm = head_norms(state[key])
             factor = norm.clamp(low.to(norm), high.to(norm)) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             held[key] = scale_heads(state[key], factor.to(state[key]))
-        return RecurrentState(held, seen=state.seen)
+        return state.changed(held)
 
 
 class Rescan:
-    """Read the last `span` tokens again from zero, for the recurrent states; attention keeps all keys."""
+    """Read the last `span` tokens again from zero, for the recurrent states.
 
-    def __init__(self, lm: RecurrentLM, tokens: Tensor, span: int) -> None:
-        self.lm, self.tokens, self.span = lm, tokens, span
+    Args:
+        lm: the model.
+        tokens: (B, L), the text; a state of fewer rows is that of the first ones.
+        span: how many.
+        attention: keep all keys; else those of the last tokens only.
+    """
+
+    def __init__(self, lm: RecurrentLM, tokens: Tensor, span: int, *, attention: bool = True) -> None:
+        self.lm, self.tokens, self.span, self.attention = lm, tokens, span, attention
 
     @torch.no_grad()
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
         """The state with recurrent states that have read `span` tokens."""
-        some = self.tokens[:, max(0, position - self.span) : position].to(self.lm.device)
+        some = self.tokens[: state.batch_size, max(0, position - self.span) : position].to(self.lm.device)
+        fresh: RecurrentState
         _, fresh = self.lm(some, logits=False)
-        return RecurrentState(dict(state) | dict(fresh.part("recurrent", "conv")), seen=state.seen)
+        if not self.attention:
+            return fresh
+        return state.changed(fresh.part("recurrent", "conv"))
 
 
 def both(*holds: Hold) -> Hold:
@@ -159,4 +172,5 @@ def both(*holds: Hold) -> Hold:
 
 
 def _keys_and_values(state: RecurrentState) -> list[tuple[StateKey, Tensor]]:
-    return [(key, t) for key, t in state.items() if key.part == "attention" and key.slot in (_KEYS, _VALUES)]
+    keys = [key for key in state if key.part == "attention" and key.slot in (_KEYS, _VALUES)]
+    return [(key, state[key]) for key in keys]

@@ -23,10 +23,11 @@ from longroll.errors import LongrollError
 from longroll.families._rope import KINDS, RopeScaling, scaled_rope
 from longroll.measure._attention_readings import FIRST, Clipped, Hold, Norms, Positions, Rescan, Window, both
 from longroll.measure._coverage import Coverage
-from longroll.measure._position_loss import PositionLoss, position_loss, token_losses
+from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure._state_ablation import DAMAGE
 from longroll.measure.bootstrap import bootstrap_ratio
 from longroll.measure.excess_loss import excess_loss
+from longroll.measure.holds import held_loss
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
@@ -263,17 +264,13 @@ class _Readings:
 
     def read(self, hold: Hold, scaling: RopeScaling | None) -> Tensor:
         """Mean loss of each text over the spans, (B,) float64, read under `hold` from T on."""
-        lm, length = self.lm, self.tokens.shape[1] - 1
-        losses = torch.full((len(self.tokens), length), torch.nan, dtype=torch.float64)
-        first = min(a for a, _ in self.spans)
-        with scaled_rope(lm.model, scaling, self.train_length) if scaling else contextlib.nullcontext():
+        lm, edge = self.lm, self.train_length
+        with scaled_rope(lm.model, scaling, edge) if scaling else contextlib.nullcontext():
             state = self._edge(scaled=scaling is not None)
-            for start in range(self.train_length, length, self.stride):
-                stop = min(start + self.stride, length)
-                ids = self.tokens[:, start : stop + 1]
-                hidden, state = lm(ids[:, :-1], hold(start, state), logits=False)
-                if stop > first:
-                    losses[:, start:stop] = token_losses(lm, hidden, ids[:, 1:]).double().cpu()
+            losses = held_loss(
+                lm, self.tokens, hold,
+                stride=self.stride, start=edge, state=state, measured_from=min(a for a, _ in self.spans),
+            ).losses.double()  # fmt: skip
         self.done += 1
         if self.progress is not None:
             self.progress(self.done)

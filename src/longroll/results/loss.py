@@ -19,6 +19,10 @@ class LossResult(Result):
     schema_version: Version = SCHEMA_VERSION
     model: str | None
     sequences: Count
+    reading: str = "plain"
+    """How the text was read: `longroll.measure.holds` has other ways."""
+    window: Count | None = None
+    """Tokens that the reading works over."""
     max_position: Count
     bytes_per_token: Annotated[float, Field(gt=0)] | None
     tokenizer: str | None = None

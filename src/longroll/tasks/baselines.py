@@ -1,32 +1,27 @@
 """Ways to read a prompt that need no training: what a repair has to beat.
 
 Each makes a `Reading` for `answer`. They are for inference, on any recurrent model: forget all but a window;
-weaken or clip the state, so that it stays in the range of training (after thunlp/stuffed-mamba, Chen et al.
-2025, who weaken and normalise inside each step; here it happens every `stride` tokens); read the text in
-chunks and answer from one of them (OPRM).
+hold the state or the attention in the range of training (`longroll.measure.holds`); read the text in chunks
+and answer from one of them (OPRM).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from longroll.data import ByteTokenizer
 from longroll.errors import LongrollError
-from longroll.heads import head_norms, scale_heads
-from longroll.measure.roll_out import roll_out
+from longroll.measure.holds import STRIDE, Clip, Decay, check_hold, make_hold, state_limits
 from longroll.model import RecurrentLM
-from longroll.state import RecurrentState, StateKey
+from longroll.state import StateKey
 from longroll.tasks._task import TRAINING, Sample, random_of
 from longroll.tasks.evaluate import Row
 from longroll.tasks.generate import Prefilled, Reading, prefill, prefill_samples
 
-READINGS = ("plain", "reset", "decay", "clip", "chunk")
-
-STRIDE = 64
-"""Tokens between two looks at the state."""
+READINGS = ("plain", "reset", "decay", "clip", "chunk", "rescan", "window")
 
 
 def last_window(window: int) -> Reading:
@@ -53,45 +48,39 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
         after: tokens that are read as ever.
         stride: tokens between two multiplications.
     """
-
-    def watch(read: int, state: RecurrentState) -> RecurrentState:
-        factor = torch.tensor(per_token ** min(stride, max(0, read - after)))
-        return _scaled(state, lambda key, tensor: factor)
+    hold = Decay(per_token, after=after, stride=stride)
 
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
-        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=hold)
 
     return reading
 
 
-def state_limits(
-    lm: RecurrentLM, tokens: torch.Tensor, *, stride: int = STRIDE
-) -> dict[StateKey, torch.Tensor]:
-    """Return the largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
+def held(name: str, window: int, *, stride: int) -> Reading:
+    """Read under `rescan` or `window` of `longroll.measure.holds`.
 
     Args:
-        lm: the model.
-        tokens: (B, T), texts as long as those of training.
-        stride: tokens between two looks.
+        name: of the hold.
+        window: tokens it works over.
+        stride: tokens between two looks at the state.
     """
-    limits: dict[StateKey, torch.Tensor] = {}
-    for chunk in roll_out(lm, tokens, chunk_size=stride):
-        for key, tensor in chunk.state.part("recurrent").items():
-            largest = head_norms(tensor).amax(dim=0, keepdim=True)
-            limits[key] = torch.maximum(limits[key], largest) if key in limits else largest
-    return limits
+
+    def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
+        prompts = sorted((sample.prompt for sample in samples), key=len, reverse=True)
+        longest = len(prompts[0])
+        # the rows that go on are always the first (`prefill`), so that those that ended are never read
+        tokens = np.stack([np.resize(prompt, longest) for prompt in prompts]).astype(np.int64)
+        hold = make_hold(name, lm, torch.from_numpy(tokens), window, stride=stride)
+        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=hold)
+
+    return reading
 
 
 def clipped(limits: dict[StateKey, torch.Tensor], *, stride: int = STRIDE) -> Reading:
     """Scale a head's state down to its limit (from `state_limits`) whenever its norm is above."""
 
-    def watch(read: int, state: RecurrentState) -> RecurrentState:
-        return _scaled(
-            state, lambda key, tensor: (limits[key] / head_norms(tensor).clamp_min(1e-30)).clamp_max(1)
-        )
-
     def reading(lm: RecurrentLM, samples: Sequence[Sample]) -> list[Prefilled]:
-        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=watch)
+        return prefill(lm, [sample.prompt for sample in samples], stops=stride, watch=Clip(limits))
 
     return reading
 
@@ -155,24 +144,13 @@ def _entropies(lm: RecurrentLM, read: Prefilled, tokens: int) -> list[float]:
 _TOGETHER = 64  # chunks read at once
 
 
-def _scaled(
-    state: RecurrentState, factor: Callable[[StateKey, torch.Tensor], torch.Tensor]
-) -> RecurrentState:
-    """Return recurrent tensors times a factor a head, (B, heads) or (); the rest as it is."""
-    scaled = {
-        key: scale_heads(t, factor(key, t).to(t)) if key.part == "recurrent" else t
-        for key, t in state.items()
-    }
-    return RecurrentState(scaled, seen=state.seen)
-
-
 def make_reading(
     reading: str, lm: RecurrentLM, *, window: int | None, rows: Sequence[Row], length: int
 ) -> Reading:
     """Return a reading by its name on the command line.
 
     Args:
-        reading: "plain", "reset", "decay", "clip" or "chunk".
+        reading: one of `READINGS`.
         lm: the model.
         window: tokens it works over; T is the natural choice.
         rows: of the grid that it is for: "clip" takes its limits from the beginnings of such prompts.
@@ -193,10 +171,11 @@ def make_reading(
         return last_window(window)
     if reading == "chunk":
         return best_chunk(window, tokens=2 if isinstance(rows[0].task.tokenizer, ByteTokenizer) else 1)
-    if not lm.layers:
-        raise LongrollError(f"`reading` {reading}: {lm.name} has no recurrent state.")
+    check_hold(reading, lm)
     if reading == "decay":
         return decayed(1 - 1 / window, after=window)
+    if reading in ("rescan", "window"):
+        return held(reading, window, stride=min(STRIDE, max(1, window // 4)))
     drawn = (rows[0].task.sample(length, rng=random_of(TRAINING, number)) for number in range(16))
     prompts = [sample.prompt[:window] for sample in drawn]
     shortest = min(map(len, prompts))
