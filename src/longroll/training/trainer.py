@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -173,7 +174,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         outputs: Any = None
         final: RecurrentState | None
         plain = self.label_smoother is None and self.compute_loss_func is None and not return_outputs
-        if plain and not self._replaced_forward and not _hooked(self.base) and self._only_forwards(model):
+        if plain and not self._replaced_forward and self._only_forwards(model):
             loss, final = self._fused_loss(model, rows, state, num_items_in_batch)
         elif self.base.base_model is self.base:  # a module of one's own: nothing lies below its wrappers
             outputs, final = self._read(model, rows, state, logits=True)
@@ -189,9 +190,13 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def _only_forwards(self, model: torch.nn.Module) -> bool:
-        """Whether `model` is the model, or DDP around it, in which a loss may stand in for the logits."""
-        below = self.base.base_model is not self.base
-        return model is self.base or (isinstance(model, DistributedDataParallel) and below)
+        """Whether `model` is the model, or wrappers of it, in which a loss may stand in for the logits."""
+        if _hooked(self.base) or isinstance(self.lm.model.get_output_embeddings(), FSDPModule):
+            return False
+        if model is self.base and not isinstance(model, FSDPModule):
+            return True
+        known = isinstance(model, DistributedDataParallel | FSDPModule) or hasattr(model, "get_base_model")
+        return known and self.base.base_model is not self.base and not _hooked(model)
 
     def _fused_loss(
         self,
@@ -208,7 +213,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                 output, found["final"] = self._read(model, rows, state)
                 return hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
 
-        if model is self.base:
+        if model is self.base and not isinstance(model, FSDPModule):
             return loss_of(), found["final"]
         replaced = vars(self.base).get("forward")  # accelerate's, for autocast
         self.base.forward = loss_of
@@ -304,5 +309,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 
 
 def _hooked(model: torch.nn.Module) -> bool:
-    """Whether calling `model` does more than its forward, as with FSDP2 and accelerate's `device_map`."""
-    return bool(model._forward_pre_hooks or model._forward_hooks or hasattr(model, "_hf_hook"))
+    """Whether calling `model` does more than its forward and FSDP2, as with accelerate's `device_map`."""
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    others = [hook for hook in hooks if not str(hook.__module__).startswith("torch.distributed.fsdp")]
+    return bool(others) or hasattr(model, "_hf_hook")
