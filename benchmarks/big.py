@@ -417,7 +417,7 @@ def posttrain(
     length, steps = bench.size(length, 64), bench.size(steps, 4)
     tokens = bench.tokens(lm, rows * steps, length)
     given = PosttrainOptions(
-        length=length, steps=steps, batch_size=rows, bf16=True, lora_rank=rank, **options
+        length=length, steps=steps, batch_size=rows, bf16=True, lora_rank=rank, learning_rate=5e-4, **options
     )
     clock = _Clock(bench)
     model: Any = _with_lora(lm.model, rank)

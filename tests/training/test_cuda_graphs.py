@@ -9,7 +9,7 @@ from longroll import InitialStateTrainer, LongrollError, StatePassing
 from longroll.data import Windows
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import next_token_loss
-from zoo import VOCAB, assert_close, assert_same_state, lm_of, tokens
+from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,30 +20,50 @@ def test_a_cpu_has_none():
 
 
 @pytest.mark.parametrize(
-    ("router", "smoothing", "function", "checkpointing"),
-    [(True, 0, None, False), (False, 0.1, None, False), (False, 0, print, False), (False, 0, None, True)],
+    ("router", "smoothing", "function", "dropout"),
+    [(True, 0, None, 0.0), (False, 0.1, None, 0.0), (False, 0, print, 0.0), (False, 0, None, 0.1)],
 )
-def test_a_step_with_another_loss_or_checkpoints_has_none(
-    router, smoothing, function, checkpointing, tmp_path
+def test_a_step_with_another_loss_or_random_checkpoints_has_none(
+    router, smoothing, function, dropout, tmp_path
 ):
-    lm = lm_of("mamba2")
-    lm.model.config.output_router_logits = router
+    model = build("bamba", attention_dropout=dropout)
+    model.config.output_router_logits = router
     arguments = TrainingArguments(
-        str(tmp_path), use_cpu=True, label_smoothing_factor=smoothing, gradient_checkpointing=checkpointing
+        str(tmp_path), use_cpu=True, label_smoothing_factor=smoothing, gradient_checkpointing=bool(dropout)
     )
-    with pytest.raises(LongrollError, match="with gradient checkpointing" if checkpointing else "plain loss"):
-        InitialStateTrainer(lm, arguments, compute_loss_func=function, cuda_graphs=True)
+    with pytest.raises(LongrollError, match="has dropout" if dropout else "plain loss"):
+        InitialStateTrainer(model, arguments, compute_loss_func=function, cuda_graphs=True)
+    InitialStateTrainer(model, arguments, compute_loss_func=function, cuda_graphs=None)
+
+
+def test_by_default_there_is_none_on_a_cpu(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    assert InitialStateTrainer(build("mamba2"), arguments, cuda_graphs=None)._graph is None
 
 
 @on_a_gpu
-def test_attention_has_none():
-    lm = lm_of("llama").to("cuda")
-    with pytest.raises(LongrollError, match="cuda_graphs"):
-        StepGraph(lm)
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_by_default_graphs_are_for_what_is_known(name, checkpointing, tmp_path, caplog):
+    arguments = TrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing)
+    arguments._n_gpu = 1  # of several
+    trainer = InitialStateTrainer(build(name), arguments, cuda_graphs=None)
+    known = name in ("mamba", "mamba2") and not checkpointing
+    assert (trainer._graph is not None) == known
+    assert ("one CUDA graph" in caplog.text) == known
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_step_that_waits_for_the_gpu_has_none():
+    lm = lm_of("qwen3_next").to("cuda").train()
+    lm.model.set_experts_implementation("eager")  # which asks which experts were hit
+    batch = tokens(2, 13).cuda()
+    with pytest.raises(LongrollError, match="leave out `cuda_graphs`"):
+        StepGraph(lm)(batch[:, :-1], batch[:, 1:])
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2", "llama"])
 def test_a_replay_is_the_step(name):
     """Losses, final states and gradients, summed over steps: from zero, from a state, from a part of one."""
     plain, graphed = (lm_of(name).to("cuda").train() for _ in range(2))
@@ -51,6 +71,8 @@ def test_a_replay_is_the_step(name):
     ids = [tokens(2, 13, seed=i).cuda() for i in range(4)]
     state = state_of_plain = None
     for i, batch in enumerate(ids):
+        if state_of_plain is not None:  # as interventions give it: without keys and values
+            state_of_plain = state_of_plain.part("recurrent", "conv")
         if i == 2:
             state, state_of_plain = state.part("recurrent"), state_of_plain.part("recurrent")
         loss, state = graph(batch[:, :-1], batch[:, 1:], state)
@@ -59,7 +81,9 @@ def test_a_replay_is_the_step(name):
         expected.backward()
         state_of_plain = state_of_plain.detach()
         assert_close(loss, expected, 1e-5)
-        assert_same_state(state, state_of_plain, 1e-4)
+        assert_same_state(state, state_of_plain.part("recurrent", "conv"), 1e-4)
+        if any(key.part == "attention" for key in state_of_plain):
+            assert state.seen == 0
     gradients = {key: p.grad for key, p in graphed.named_parameters()}
     for key, parameter in plain.named_parameters():
         assert_close(gradients[key], parameter.grad, 1e-3, key)
@@ -80,12 +104,15 @@ def test_steps_without_states_are_those_from_zero():
 
 
 @on_a_gpu
-def test_trainer_learns_the_same(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["mamba2", "mamba", "bamba"])
+def test_trainer_learns_the_same(name, checkpointing, tmp_path):
     def weights(graphs: bool) -> dict[str, torch.Tensor]:
-        lm = lm_of("mamba2")
+        lm = lm_of(name)
         arguments = TrainingArguments(
             output_dir=str(tmp_path / str(graphs)), max_steps=4, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, learning_rate=1e-3, report_to=[], save_strategy="no",
+            gradient_checkpointing=checkpointing,
         )  # fmt: skip
         arguments._n_gpu = 1  # of several
         data = Windows(corpus_of(vocab=VOCAB), 8, num_items=16)

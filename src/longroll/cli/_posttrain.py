@@ -160,8 +160,13 @@ def posttrain(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="Steps as one CUDA graph: faster where a model is small.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay each step as one CUDA graph. Default: Mamba and Mamba-2 on a GPU.",
+            show_default=False,
+        ),
+    ] = None,
     report_to: Annotated[
         ReportTo, typer.Option(help="Where the log goes too; tensorboard: --output/runs.")
     ] = ReportTo.none,

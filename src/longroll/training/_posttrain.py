@@ -99,8 +99,8 @@ class PosttrainOptions:
     """How trained weights are held: `float32`, or `bf16`, which loses small updates and saves memory."""
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
-    cuda_graphs: bool = False
-    """Replay a step as one CUDA graph: `InitialStateTrainer`."""
+    cuda_graphs: bool | None = None
+    """Replay a step as one CUDA graph; None: where it is known to be right (`InitialStateTrainer`)."""
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's moments over the processes of a launcher (FSDP2)."""
     fsdp_config: dict[str, Any] | None = None

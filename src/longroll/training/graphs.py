@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, first_line
 from longroll.model import RecurrentLM
 from longroll.stacks import Stacks
 from longroll.state import RecurrentState
@@ -23,15 +23,16 @@ class StepGraph:
     autograd, as interventions want it. A recurrence reads an explicit zero state for None.
 
     Args:
-        lm: a model on a CUDA device, in training mode, without attention (its KV would change shape).
+        lm: a model on a CUDA device, in training mode. Attention starts each step without keys and values, as
+            under every intervention, so that its shapes are fixed.
         dtype: autocast to it; None computes in the weights' precision.
         states: False for steps that all start from zero and whose final states nobody wants: these are
             captured without either.
         pool: `torch.cuda.graph_pool_handle()` of graphs that take turns and share their memory.
 
     Raises:
-        LongrollError: for a model on another device, or with attention; when called with a state that it
-            was made without.
+        LongrollError: for a model on another device; when called with a state that it was made without, or
+            for a model whose step waits for the GPU, as routers of experts do.
     """
 
     def __init__(
@@ -39,10 +40,19 @@ class StepGraph:
     ) -> None:
         if lm.device.type != "cuda":
             raise LongrollError("CUDA graphs (`cuda_graphs`) need the model on a CUDA device.")
-        if lm.has_attention:
-            raise LongrollError(f"{lm.name} has attention, whose keys grow: train it without `cuda_graphs`.")
         self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, input_ids: Tensor) -> None:
+        """Capture the step for batches of the shape of `input_ids` (B, T), unless one is captured."""
+        if self._graph is not None:
+            return
+        earlier = [p.grad for p in self._parameters()]
+        self._clear()
+        with torch.cuda.device(self.lm.device):
+            self._graph = self._capture(input_ids)
+        for parameter, gradient in zip(self._parameters(), earlier, strict=True):
+            parameter.grad = gradient
 
     def fits(self, input_ids: Tensor) -> bool:
         """Whether a batch (B, T) has the shape that was captured; any does before."""
@@ -75,8 +85,9 @@ class StepGraph:
         self, input_ids: Tensor, targets: Tensor, state: RecurrentState | None, num_items: Tensor | int | None
     ) -> tuple[Tensor, RecurrentState]:
         num_items = (targets != -100).sum().clamp_min(1) if num_items is None else num_items
+        self.capture(input_ids)
+        assert self._graph is not None
         earlier = [None if p.grad is None else p.grad.clone() for p in self._parameters()]
-        graph = self._graph or self._capture(input_ids)
         self._ids.copy_(input_ids)
         self._targets.copy_(targets)
         self._num_items.copy_(num_items) if isinstance(num_items, Tensor) else self._num_items.fill_(
@@ -84,12 +95,12 @@ class StepGraph:
         )
         full = RecurrentState({**self._zero, **(state or {})})  # an intervention may leave parts at zero
         self._stacks.copy(full, out=self._initial)
-        graph.replay()
+        self._graph.replay()
         for parameter, gradient, before in zip(self._parameters(), self._gradients, earlier, strict=True):
             parameter.grad = gradient
             if before is not None:
                 gradient.add_(before)
-        seen = (0 if state is None else state.seen) + input_ids.shape[1]
+        seen = 0 if self._forgets else (0 if state is None else state.seen) + input_ids.shape[1]
         # the next replay overwrites the graph's own
         final = self._stacks.copy(self._final, out=[torch.empty_like(stack) for stack in self._initial])
         return self._loss.clone(), RecurrentState(self._stacks.split(final), seen=seen)
@@ -111,11 +122,19 @@ class StepGraph:
                 self._clear()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # data may load in other threads
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            self._loss, self._final = self._step()
+        try:  # data may load in other threads
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                self._loss, final = self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise LongrollError(
+                f"A step of {self.lm.name} cannot be one CUDA graph: leave out `cuda_graphs` "
+                f"({first_line(error)})"
+            ) from error
+        self._final = final.part("recurrent", "conv")
+        self._forgets = self._final.keys() != final.keys()  # keys and values, which no new text goes on from
         self._gradients: list[Tensor] = [p.grad for p in self._parameters()]  # type: ignore[misc]
-        self._graph = graph
         return graph
 
     def _clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from longroll.training.loss import hidden_loss, next_token_loss
 from longroll.training.sharding import full_state
 from longroll.training.weights import DECAYS, hold_weights, precision
 
+logger = logging.getLogger("longroll")
+
+_CHECKED = 256  # tokens that the live check reads of a step that is a graph
+
 
 class InitialStateTrainer(InitialStateMixin, Trainer):
     """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
@@ -46,9 +51,10 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
-        cuda_graphs: replay a step as one CUDA graph, which small models gain from; one GPU, no attention, no
-            gradient checkpointing, no fp16, the plain loss. Batches of another shape than the first, padded
-            and packed ones run as without.
+        cuda_graphs: replay a step as one CUDA graph, which spares the GPU to wait for Python; one GPU, no
+            fp16, the plain loss, no experts that wait for the GPU. Batches of another shape than the first,
+            padded and packed ones run as without. None: where it is known to be right, which is Mamba and
+            Mamba-2 without attention, gradient checkpointing and adapters.
         weights: `float32`: parameters in 16 bits are trained in float32, under bf16 autocast on a GPU, and
             `save_model` writes matrices in 16 bits again. `bf16`: matrices stay in (or come to) bfloat16.
         **kwargs: as for Trainer, and `restart` as for `InitialStateMixin`.
@@ -77,7 +83,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         *arguments: Any,
         intervention: Intervention | str | None = None,
         decay_speed: float = 1.0,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = False,
         weights: str = "float32",
         **kwargs: Any,
     ) -> None:
@@ -113,19 +119,45 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                 "transformers' LabelSmoother leaves out the router's loss: remove `label_smoothing_factor`, "
                 "or set config.output_router_logits = False."
             )
-        self._graph = self._new_graph() if cuda_graphs else None
+        self._graph: StepGraph | None = None
+        self._by_default = cuda_graphs is None
+        if cuda_graphs or (self._by_default and self._gains_from_graphs()):
+            self._graph = self._new_graph()
+
+    def _gains_from_graphs(self) -> bool:
+        """Whether steps as CUDA graphs are known to be the plain ones, and faster."""
+        if self._graph_refusal() or self.args.gradient_checkpointing or self.base is not self.model:
+            return False
+        if self.args.device.type != "cuda" or self.lm.family.op not in ("ssd", "selective_scan"):
+            return False
+        if self.lm.has_attention or _hooked(self.base) or self._replaced_forward:
+            return False
+        logger.warning(
+            "Steps are replayed as one CUDA graph: cuda_graphs=False (--no-cuda-graphs) leaves them."
+        )
+        return True
+
+    def _graph_refusal(self) -> str | None:
+        """Why a step cannot be one CUDA graph; None where it can."""
+        if self.args.world_size > 1 or self.args.fp16:
+            return "on several GPUs, or in fp16"
+        if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
+            return (
+                "with another than the plain loss: label smoothing, compute_loss_func, output_router_logits"
+            )
+        if self.args.gradient_checkpointing and any(map(_drops, self.model.modules())):
+            return "with gradient checkpointing of a model that has dropout"
+        return None
 
     def _new_graph(self) -> StepGraph:
-        if self.args.gradient_checkpointing or self.args.world_size > 1 or self.args.fp16:
+        if refusal := self._graph_refusal():
             raise LongrollError(
-                "A step cannot be one CUDA graph with gradient checkpointing, on several GPUs, or in fp16: "
-                "leave out `cuda_graphs`, or these."
+                f"A step cannot be one CUDA graph {refusal}: leave out `cuda_graphs`, or these."
             )
-        if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
-            raise LongrollError(
-                "A step as one CUDA graph has the plain loss: leave out `cuda_graphs`, or label smoothing, "
-                "compute_loss_func and output_router_logits."
-            )
+        for flag in ("activation_checkpointing", "gradient_checkpointing"):
+            if getattr(self.args, flag, None):  # there is nothing random to draw again
+                kept = getattr(self.args, f"{flag}_kwargs", None) or {}
+                setattr(self.args, f"{flag}_kwargs", kept | {"preserve_rng_state": False})
         dtype = torch.bfloat16 if self.args.bf16 else None
         return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)
 
@@ -149,13 +181,31 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         model.train()
         if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches
             train()
+        if not self._captured(rows.input_ids):
+            return super().training_step(model, inputs, num_items_in_batch)
         state = self._choose(model, inputs)
         if self._live_check.due(state):  # by an eager forward: a graph cannot be asked
             with self.accelerator.autocast():
-                self._read(model, rows, state)
+                self._read(model, rows._replace(input_ids=rows.input_ids[:1, :_CHECKED]), state.rows([0]))
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
         self._observe(model, final)
         return loss
+
+    def _captured(self, input_ids: Tensor) -> bool:
+        """Whether there is a graph now; one by default is given up where memory does not hold it."""
+        assert self._graph is not None
+        try:
+            self._graph.capture(input_ids)
+        except torch.OutOfMemoryError:
+            if not self._by_default:
+                raise
+            logger.warning(
+                "There is no memory for steps as CUDA graphs, which reserve their own: plain steps."
+            )
+            self._graph = None
+            self.base.zero_grad()
+            torch.cuda.empty_cache()
+        return self._graph is not None
 
     def compute_loss(
         self,
@@ -306,6 +356,11 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 
     def _decays(self) -> list[torch.nn.Parameter]:
         return [p for name, p in self.base.named_parameters() if name.endswith(DECAYS)]
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _hooked(model: torch.nn.Module) -> bool:
