@@ -184,7 +184,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if not self._captured(rows.input_ids):
             return super().training_step(model, inputs, num_items_in_batch)
         state = self._choose(model, inputs)
-        if self._live_check.due(state):  # by an eager forward: a graph cannot be asked
+        if state is not None and self._live_check.due(state):  # by an eager forward: a graph cannot be asked
             with self.accelerator.autocast():
                 self._read(model, rows._replace(input_ids=rows.input_ids[:1, :_CHECKED]), state.rows([0]))
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
