@@ -53,7 +53,7 @@ def diagnose(
     """Measure a model at every position up to --length and say whether, and where, it breaks."""
     from longroll.cli._console import levels_table, out
     from longroll.files import is_stream, write_whole
-    from longroll.ranks import join, rank
+    from longroll.ranks import join, rank, wait
     from longroll.report import write_report
     from longroll.report.export import slug
     from longroll.training.card import with_diagnosis
@@ -76,16 +76,31 @@ def diagnose(
     join()
     if lm.flags is not None:  # the repair that is advised reads the same text
         lm.flags += o.text_flags(text, text_column, tokenizer, bos)
+    named = slug(label or Path(model).name) or "diagnosis"
+    kept = o.kept_beside(json, output and output / f"{named}.json")
 
     def write(result: DiagnosisResult, *, early: bool = False) -> DiagnosisResult:
         """Write the result to its files; as far as it is known (`early`), not into a stream."""
         prefix_ids = list(own_tokenizer.prefix_ids)
         result = result.changed(tokenizer=own_tokenizer.name, prefix_ids=prefix_ids)
-        named = output and output / f"{slug(result.label or '') or 'diagnosis'}.json"
-        for path in (json, named):
+        own = output and output / f"{slug(result.label or '') or 'diagnosis'}.json"
+        for path in (json, own):
             if path and not (early and is_stream(path)):
                 result.write(path)
         return result
+
+    def tell(found: DiagnosisResult) -> None:
+        """Print the result, and write it into the card and the report."""
+        runs = [run for run in (before, plain, found) if run]
+        out.print(levels_table(runs))
+        for line in findings(found):
+            out.print(line, soft_wrap=True)
+        if card_file:
+            text_of_card = card_file.read_text(encoding="utf-8", errors="surrogateescape")
+            told = with_diagnosis(text_of_card, runs).encode("utf-8", errors="surrogateescape")
+            write_whole(card_file, told)
+        if output:
+            write_report(runs, output / "report.html")
 
     found = run_diagnosis(
         lm,
@@ -100,20 +115,12 @@ def diagnose(
         seed=seed,
         save=lambda diagnosis: write(diagnosis.result(), early=True),
         dealt=True,
+        kept=kept,
     )
-    if rank() > 0:
-        return
-    found = write(found)
-    runs = [run for run in (before, plain, found) if run]
-    out.print(levels_table(runs))
-    for line in findings(found):
-        out.print(line, soft_wrap=True)
-    if card_file:
-        text_of_card = card_file.read_text(encoding="utf-8", errors="surrogateescape")
-        told = with_diagnosis(text_of_card, runs).encode("utf-8", errors="surrogateescape")
-        write_whole(card_file, told)
-    if output:
-        write_report(runs, output / "report.html")
+    if rank() == 0:
+        tell(write(found))
+    wait()
+    kept.remove()
 
 
 def _card_of(model: str) -> Path:

@@ -53,7 +53,7 @@ def loss(
     from longroll.cli._progress import progress
     from longroll.measure import position_loss
     from longroll.measure.holds import check_hold, loss_under
-    from longroll.ranks import join, rank
+    from longroll.ranks import join, rank, wait
     from longroll.results import LossResult, provenance
 
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -72,15 +72,15 @@ def loss(
         seed=seed,
     )
     join()
+    kept = o.kept_beside(json, output and output / "loss.json")
+    kept.begin(lm, tokens, chunk_size=chunk_size, reading=reading, window=span)
     began = time.perf_counter()
     with progress("measuring", total=length) as advance:
         if span is None:
-            found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance, dealt=True)
+            found = position_loss(lm, tokens, chunk_size=chunk_size, progress=advance, dealt=True, kept=kept)
         else:
-            found = loss_under(reading, lm, tokens, span, progress=advance, dealt=True)
-    if rank() > 0:
-        return
-    seconds = time.perf_counter() - began
+            found = loss_under(reading, lm, tokens, span, progress=advance, dealt=True, kept=kept)
+    seconds = time.perf_counter() - began + kept.spent
     result = LossResult.from_json(
         {
             "model": lm.name,
@@ -97,7 +97,7 @@ def loss(
         }
     )
     for file in (json, output and output / "loss.json"):
-        if file:
+        if file and rank() == 0:
             result.write(file)
     curve = found.curve(per_octave=1)
     table = Table(title=f"{model}: {tokens.shape[0]} texts, {tokens[:, 1:].numel() / seconds:,.0f} tokens/s")
@@ -112,6 +112,8 @@ def loss(
             f"{mean / math.log(2) / bytes_per_token:.4f}",
         )
     out.print(table)
+    wait()
+    kept.remove()
 
 
 @t.task_command(app, lengths="256,1k,4k,16k")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from longroll.data import Corpus, Tokenizer
+    from longroll.measure import Kept
     from longroll.model import RecurrentLM
 
 Model = Annotated[
@@ -98,6 +99,19 @@ Json = Annotated[
 Output = Annotated[
     Path | None, typer.Option(help="Folder for everything this command makes.", callback=folder_to_write)
 ]
+
+
+def kept_beside(*files: Path | None) -> Kept:
+    """Where a measurement keeps what is done, beside the first result file that it can go on from."""
+    from longroll.cli._console import console
+    from longroll.files import is_stream
+    from longroll.measure import Kept
+
+    file = next((file for file in files if file and not is_stream(file)), None)
+    folder = file and file.with_name(f"{file.name}.kept")
+    if folder and folder.is_dir():
+        console.print(f"Goes on from what is kept in {folder}.", soft_wrap=True)
+    return Kept(folder)
 
 
 def open_model(

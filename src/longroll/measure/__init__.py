@@ -5,12 +5,14 @@ from longroll.measure._diagnose import Diagnosis, diagnose
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure._state_ablation import CausalTest, causal, state_ablation
 from longroll.measure._state_statistics import StateStatistics, state_statistics
+from longroll.measure.kept import Kept
 from longroll.measure.remembrance import Remembrance, effective_remembrance, remembrance_map
 
 __all__ = [
     "CausalTest",
     "Coverage",
     "Diagnosis",
+    "Kept",
     "PositionLoss",
     "Remembrance",
     "StateStatistics",

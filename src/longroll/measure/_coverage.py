@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +155,14 @@ class CoverageRecorder:
                     self._samples[key] = _Samples(state[key], self.seed + len(self._samples))
                 self._samples[key].add(state[key], far=position in self.far)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far."""
+        return {str(key): samples.state_dict() for key, samples in self._samples.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen before."""
+        self._samples = {StateKey.parse(key): _Samples.of(held) for key, held in state.items()}
+
     def over_ranks(self) -> None:
         """Take on rank 0 what the recorders of all ranks saw for seen there; every rank must call this."""
         if ranks.alone():
@@ -241,6 +249,20 @@ class _Samples:
         self.directions = (directions / size**0.5).to(like.device, torch.float64)
         self.features: dict[bool, list[Tensor]] = {False: [], True: []}  # each (B, H, 1 + projections)
         self.moments = {False: _Moments(), True: _Moments()}
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = {far: vars(moments) for far, moments in self.moments.items()}
+        return vars(self) | {"moments": moments}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Samples:
+        """Those that had this `state_dict`."""
+        found = cls.__new__(cls)
+        vars(found).update(state)
+        found.moments = {far: _Moments() for far in state["moments"]}
+        for far, moments in found.moments.items():
+            vars(moments).update(state["moments"][far])
+        return found
 
     def of_all(self, parts: Sequence[_Samples]) -> _Samples:
         """Those of all rows from those of parts of the rows, compared on the device of these here."""

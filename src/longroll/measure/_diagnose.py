@@ -14,6 +14,7 @@ from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.history import history
 from longroll.interventions.recipes import NAMES
+from longroll.measure._blame import Blame, Share
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure.advice import (
     LEAVE_ALONE,
@@ -34,6 +35,7 @@ from longroll.measure.explain import (
     explain_remembrance,
     stage,
 )
+from longroll.measure.kept import Kept
 from longroll.measure.precision import Float16Watch, check_precision
 from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
@@ -95,6 +97,7 @@ def diagnose(
     save: Callable[[Diagnosis], object] | None = None,
     progress: Progress | None = None,
     dealt: bool = False,
+    kept: Kept | None = None,
 ) -> Diagnosis:
     """Roll a model out over `tokens` and say how it does past its training length.
 
@@ -121,10 +124,12 @@ def diagnose(
         progress: see `Progress`.
         dealt: deal texts, trials and starts to the ranks, each of which must call this and gets the
             diagnosis. It differs from that of one process by rounding.
+        kept: where what is done is kept until the caller removes it (`Kept.remove`); the diagnosis goes on
+            from what is there.
 
     Raises:
-        LongrollError: for an unknown training length, too few sequences, or too short ones, and for another
-            run of another training length or tokenizer.
+        LongrollError: for an unknown training length, too few sequences, or too short ones, for another
+            run of another training length or tokenizer, and where `kept` holds something else.
     """
     with ranks.together(dealt):
         return _diagnose(
@@ -140,6 +145,7 @@ def diagnose(
             seed=seed,
             save=save,
             progress=progress,
+            kept=kept or Kept(),
         )
 
 
@@ -157,6 +163,7 @@ def _diagnose(
     seed: int,
     save: Callable[[Diagnosis], object] | None,
     progress: Progress | None,
+    kept: Kept,
 ) -> Diagnosis:
     """`diagnose` among the ranks that work on it."""
     began = time.perf_counter()
@@ -190,8 +197,10 @@ def _diagnose(
     watch = None
     if lm.family.recurrent:
         watch = StateWatch(lm, length, train_length, seed=seed, first=mine.start)
+    kept.begin(lm, tokens, train_length=train_length, chunk_size=chunk_size, seed=seed)
     rolled = time.perf_counter()
     with Float16Watch(lm) as activations:
+        kept.held = [activations, *([watch] if watch else [])]
         carried = position_loss(
             lm,
             tokens,
@@ -200,12 +209,14 @@ def _diagnose(
             watch=watch,
             progress=stage(progress, "reading on", length),
             dealt=True,
+            kept=kept,
         )
-    speed = max(ranks.gather((mine.stop - mine.start) * length / (time.perf_counter() - rolled)))
+    seconds = time.perf_counter() - rolled + kept.spent
+    speed = max(ranks.gather((mine.stop - mine.start) * length / seconds))
     activations.over_ranks()
     if watch is not None:
         watch.over_ranks()
-    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
+    ends, excess = kept.once("excess", lambda: excess_loss(lm, tokens, carried, train_length, dealt=True))
     mean, low, high = bootstrap_mean(excess, seed=seed)
     level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
     _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
@@ -259,18 +270,30 @@ def _diagnose(
             )
         details |= {"iid": iid.to_json(), "stationarity": drift.to_json()}
         if explain:
-            details["coverage"] = explain_coverage(
-                lm, tokens, carried, watch, train_length, healthy=not suffers, progress=progress
+            seen = watch
+            details["coverage"] = kept.once(
+                "coverage",
+                lambda: explain_coverage(
+                    lm, tokens, carried, seen, train_length, healthy=not suffers, progress=progress
+                ),
             )
             blame = None
             if suffers:
-                blame = explain_blame(lm, tokens, carried, watch, train_length, seed=seed, progress=progress)
+                blame = kept.once(
+                    "blame",
+                    lambda: explain_blame(
+                        lm, tokens, carried, seen, train_length, seed=seed, progress=progress
+                    ),
+                    kinds=(Blame, Share),
+                )
             if blame is not None:
                 details["blame"] = blame.to_json()
                 opened = lm.name if lm.flags is not None else None
                 advice = of_blame(advice, blame, opened, train_length, lm.flags or ())
     if explain:
-        details["remembrance"] = explain_remembrance(lm, tokens, progress=progress)
+        details["remembrance"] = kept.once(
+            "remembrance", lambda: explain_remembrance(lm, tokens, progress=progress)
+        )
     repair = next((name for name in reversed(trained) if name != "none"), None)
     if precision.suspect:
         advice = of_dtype(lm.name, precision.dtype, told=precision.blamed)

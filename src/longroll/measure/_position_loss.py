@@ -15,6 +15,7 @@ from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.kept import Kept
 from longroll.measure.roll_out import LOGITS, check_ids, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
@@ -98,6 +99,7 @@ def position_loss(
     attention_mask: Tensor | None = None,
     starts: Tensor | None = None,
     dealt: bool = False,
+    kept: Kept | None = None,
 ) -> PositionLoss:
     """Measure the loss at every position of `tokens` from the zero state, in constant memory.
 
@@ -114,10 +116,12 @@ def position_loss(
             follows have a loss (`PositionLoss.counted`).
         dealt: deal the rows to the ranks, each of which must call this and gets the losses of all; `watch`
             sees those of its rank.
+        kept: where the reading is kept from time to time; it goes on from what is there.
 
     Raises:
         LongrollError: for fewer than two tokens, tokens outside the vocabulary, a mask or starts of another
-            shape, and `watch`, `stops` or `dealt` together with either: documents end at different positions.
+            shape, and `watch`, `stops`, `dealt` or `kept` together with either: documents end at different
+            positions.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise LongrollError(f"tokens {tuple(tokens.shape)}: a loss needs (B, L + 1) with L >= 1.")
@@ -125,9 +129,9 @@ def position_loss(
     if attention_mask is not None or starts is not None:
         documents = Documents(attention_mask, starts, tokens.shape)
     if documents is not None and not documents.whole:
-        if watch is not None or tuple(stops) or dealt:
+        if watch is not None or tuple(stops) or dealt or kept is not None:
             raise LongrollError(
-                "`watch`, `stops` and `dealt` need rows of one document each, without padding."
+                "`watch`, `stops`, `dealt` and `kept` need rows of one document each, without padding."
             )
         return _of_documents(lm, tokens, documents, chunk_size, progress)
     check_ids(lm, tokens)
@@ -135,7 +139,9 @@ def position_loss(
         mine = tokens[ranks.share(len(tokens))]
         if not len(mine):  # fewer rows than ranks
             return PositionLoss(ranks.gather_rows(torch.empty(mine[:, 1:].shape)))
-        return PositionLoss(ranks.gather_rows(_read(lm, mine, chunk_size, stops, watch, progress)))
+        return PositionLoss(
+            ranks.gather_rows(_read(lm, mine, chunk_size, stops, watch, progress, kept or Kept()))
+        )
 
 
 def _read(
@@ -145,17 +151,21 @@ def _read(
     stops: Iterable[int],
     watch: Callable[[int, RecurrentState], None] | None,
     progress: Callable[[int], None] | None,
+    kept: Kept,
 ) -> Tensor:
     """The losses (B, L) of whole rows."""
     tokens = tokens.to(lm.device)
     losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # a GPU need not be waited for
-    for start, hidden, state in roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops):
+    first, state = kept.go_on(losses)
+    chunks = roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops, state=state, first=first)
+    for start, hidden, state in chunks:
         stop = start + hidden.shape[1]
         losses[:, start:stop] = token_losses(lm, hidden, tokens[:, start + 1 : stop + 1])
         if watch is not None:
             watch(stop, state)
         if progress is not None:
             progress(stop)
+        kept.note(stop, state, losses)
     return losses
 
 

@@ -7,7 +7,7 @@ takes constant memory, and a model of thousands of heads hardly more time than i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,14 @@ class StateRecorder:
         here = _to_cpu([*recurrent, *conv.values()])
         self._at[position] = here[: len(recurrent)]
         self._conv_at[position] = dict(zip(conv, here[len(recurrent) :], strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far."""
+        return {"rows": self.rows, "at": self._at, "conv_at": self._conv_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen before."""
+        self.rows, self._at, self._conv_at = state["rows"], state["at"], state["conv_at"]
 
     def over_ranks(self) -> None:
         """Take what the recorders of all ranks saw for seen here; every rank must call this."""

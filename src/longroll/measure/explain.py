@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,22 @@ class StateWatch:
         if position == self._train_length:
             self.has_attention = any(key.part == "attention" for key in state)
             self._at_edge = state.part("recurrent").rows(slice(0, self._edge_rows)).map(torch.clone)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was noted so far."""
+        return {
+            "statistics": self.statistics.state_dict(),
+            "coverage": self.coverage.state_dict(),
+            "at_edge": self._at_edge.named(),
+            "has_attention": self.has_attention,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was noted before."""
+        self.statistics.load_state_dict(state["statistics"])
+        self.coverage.load_state_dict(state["coverage"])
+        self._at_edge = RecurrentState.from_named(state["at_edge"])
+        self.has_attention = state["has_attention"]
 
     def over_ranks(self) -> None:
         """Take on rank 0 what all ranks saw for seen there; every rank must call this."""

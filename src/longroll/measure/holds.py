@@ -19,6 +19,7 @@ from longroll.errors import LongrollError
 from longroll.heads import head_norms, scale_heads
 from longroll.measure._attention_readings import Hold, Positions, Rescan, Window
 from longroll.measure._position_loss import PositionLoss, token_losses
+from longroll.measure.kept import Kept
 from longroll.measure.roll_out import check_ids, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
@@ -130,6 +131,7 @@ def held_loss(
     state: RecurrentState | None = None,
     measured_from: int = 0,
     progress: Callable[[int], None] | None = None,
+    kept: Kept | None = None,
 ) -> PositionLoss:
     """Loss at every position of `tokens`, read in pieces with `hold` between them.
 
@@ -142,10 +144,14 @@ def held_loss(
         state: the state there; None: zero, at position 0.
         measured_from: position from which losses are wanted; NaN before the piece that holds it.
         progress: called with how many positions of each row are done.
+        kept: where the reading is kept from time to time, for holds without a memory of their own, whose
+            reading begins at 0; it goes on from what is there.
     """
     check_ids(lm, tokens)
     tokens, length = tokens.to(lm.device), tokens.shape[1] - 1
     losses = torch.full((len(tokens), length), torch.nan)
+    if kept is not None:
+        start, state = kept.go_on(losses)
     for begin in range(start, length, stride):
         stop = min(begin + stride, length)
         ids = tokens[:, begin : stop + 1]
@@ -154,6 +160,8 @@ def held_loss(
             losses[:, begin:stop] = token_losses(lm, hidden, ids[:, 1:]).float().cpu()
         if progress is not None:
             progress(stop)
+        if kept is not None:
+            kept.note(stop, state, losses)
     return PositionLoss(losses)
 
 
@@ -165,6 +173,7 @@ def loss_under(
     *,
     progress: Callable[[int], None] | None = None,
     dealt: bool = False,
+    kept: Kept | None = None,
 ) -> PositionLoss:
     """Loss at every position of `tokens` (B, L + 1), read under a hold by its name (`make_hold`).
 
@@ -175,6 +184,7 @@ def loss_under(
         window: tokens that the hold works over; it looks at the state every quarter of them, or sooner.
         progress: called with how many positions of each row are done.
         dealt: deal the rows to the ranks, each of which must call this and gets the losses of all.
+        kept: as for `position_loss`.
     """
     check_hold(name, lm)
     stride = min(STRIDE, max(1, window // 4))
@@ -187,7 +197,7 @@ def loss_under(
             if name == "clip"
             else make_hold(name, lm, mine, window, stride=stride)
         )
-        read = held_loss(lm, mine, hold, stride=stride, progress=progress)
+        read = held_loss(lm, mine, hold, stride=stride, progress=progress, kept=kept)
         return PositionLoss(ranks.gather_rows(read.losses))
 
 

@@ -7,7 +7,7 @@ looks like a state that explodes, and no intervention on states mends it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -112,6 +112,14 @@ class Float16Watch:
                     self._largest[name] = largest if before is None else torch.maximum(before, largest)
 
         return note
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was noted so far."""
+        return dict(self._largest)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was noted before."""
+        self._largest = dict(state)
 
     def over_ranks(self) -> None:
         """Take the largest numbers of all ranks for those noted here; every rank must call this."""

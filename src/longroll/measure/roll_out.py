@@ -56,6 +56,7 @@ def roll_out(
     chunk_size: int | None = None,
     stops: Iterable[int] = (),
     state: RecurrentState | None = None,
+    first: int = 0,
 ) -> Iterator[Chunk]:
     """Read `input_ids` (B, L) from `state` (default: zero) in constant memory.
 
@@ -65,6 +66,7 @@ def roll_out(
         chunk_size: tokens of a row in one forward; default: as many as make `chunk_tokens` over all rows.
         stops: positions after which a chunk must end, so that the state there can be seen.
         state: the initial state.
+        first: position of the first token that is read; `state` is the state before it.
 
     Raises:
         LongrollError: for tokens outside the vocabulary, and for a `chunk_size` below 1.
@@ -77,6 +79,7 @@ def roll_out(
     chunk_size = chunk_size or max(64, chunk_tokens(lm) // rows)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
     cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
+    cuts = [cut for cut in cuts if cut >= first]
     for start, stop in pairwise(cuts):
         hidden, state = lm(input_ids[:, start:stop], state, logits=False)
         yield Chunk(start, hidden, state)

@@ -5,6 +5,7 @@ from longroll.results._json import read_json, write_json
 from longroll.results._provenance import package_versions, provenance
 from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_results
 from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
+from longroll.results._same import check_settings, warn_of_changes
 from longroll.results.benchmark import BenchmarkResult
 from longroll.results.diagnosis import (
     IID,
@@ -66,6 +67,7 @@ __all__ = [
     "TaskResult",
     "Tasks",
     "Texts",
+    "check_settings",
     "fingerprint",
     "fingerprint_of_arrays",
     "package_versions",
@@ -73,5 +75,6 @@ __all__ = [
     "read_json",
     "read_result",
     "read_results",
+    "warn_of_changes",
     "write_json",
 ]

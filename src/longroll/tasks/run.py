@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from longroll import ranks
-from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
-from longroll.results import TaskResult, read_results
+from longroll.results import TaskResult, check_settings, read_results
 from longroll.tasks.baselines import make_reading
 from longroll.tasks.evaluate import Cell, Row, evaluate_grid, fingerprint, task_result
 
@@ -106,11 +105,5 @@ def finished_cells(file: Path, settings: dict[str, Any]) -> list[Cell]:
     (before,) = read_results(
         file, TaskResult, otherwise="holds no results of a task: name another file, or remove it."
     )
-    for name in {**before.settings, **settings}:
-        held, wanted = before.settings.get(name), settings.get(name)
-        if held != wanted:
-            raise LongrollError(
-                f"{file} holds results with {name} = {held!r}, not {wanted!r}: name another file, remove "
-                "this one, or use the same settings to go on with it."
-            )
+    check_settings(file, before.settings, settings)
     return [cell.to_json() for cell in before.cells]

@@ -13,7 +13,13 @@ from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.interventions import Intervention
 from longroll.model import RecurrentLM
-from longroll.results import fingerprint, fingerprint_of_arrays, package_versions, read_json
+from longroll.results import (
+    fingerprint,
+    fingerprint_of_arrays,
+    package_versions,
+    read_json,
+    warn_of_changes,
+)
 
 # do not change what is learned
 _FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format")
@@ -86,12 +92,7 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
                 f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was "
                 "started, or name another `output`."
             )
-    for package in before["versions"] | now["versions"]:
-        was, given = before["versions"].get(package), now["versions"].get(package)
-        if was != given:
-            logger.warning("The run was started with %s %s, not %s.", package, was, given)
-    if before["device"] != now["device"]:
-        logger.warning("The run was started on %s, not %s.", before["device"], now["device"])
+    warn_of_changes(before, now)
 
 
 def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""A measurement that was killed goes on from what it kept, and finds what one that was not killed finds."""
+
+import json
+import random
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from planted import TRAIN_LENGTH, planted_lm, texts_of_twin
+
+import zoo
+from longroll import LongrollError, diagnose, position_loss
+from longroll.measure import Kept
+from longroll.measure.holds import loss_under
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def of_planted(folder, progress=None, **more):
+    options = {"train_length": TRAIN_LENGTH, "chunk_size": 16, **more}
+    texts = texts_of_twin()[:4, :81]
+    found = diagnose(planted_lm(), texts, progress=progress, kept=Kept(folder, every=0.0), **options)
+    found = found.to_json()
+    del found["provenance"], found["advice"]  # which hold seconds
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "llama"])
+@pytest.mark.parametrize("killed", [8, 24])
+@pytest.mark.parametrize("hold", ["", "window", "clip", "reset"])
+def test_a_reading_goes_on_where_it_was_killed(name, killed, hold, tmp_path):
+    if (hold, name) in (("window", "mamba2"), ("clip", "llama")):
+        return  # no such part of the state
+    lm, tokens, told = zoo.lm_of(name), zoo.tokens(2, 50), []
+    ways = {"chunk_size": 8} if not hold else {"window": 32}
+    measure = partial(loss_under, hold) if hold else position_loss
+    expected = measure(lm, tokens, **ways).losses
+
+    def die(position):
+        if position == killed:
+            raise KilledError
+
+    def read(progress):
+        kept = Kept(tmp_path / "kept", every=0.0)
+        kept.begin(lm, tokens)
+        return measure(lm, tokens, kept=kept, progress=progress, **ways).losses, kept
+
+    with pytest.raises(KilledError):
+        read(die)
+    found, kept = read(told.append)
+    assert torch.equal(found, expected)
+    assert told == [p for p in (8, 16, 24, 32, 40, 48, 49) if p >= killed]  # the piece was not yet kept
+    kept.remove()
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A diagnosis: what it found, all its pieces, and its reports of progress."""
+    told, folder = [], tmp_path_factory.mktemp("whole") / "kept"
+    return of_planted(folder, lambda *report: told.append(report)), folder, told
+
+
+def test_a_diagnosis_goes_on_where_it_was_killed(whole, tmp_path):
+    """Killed in the midst of each stage; what was done is not done again, and every number is the same."""
+    expected, _, told = whole
+    assert of_planted(None) == expected
+    stages = list(dict.fromkeys(stage for stage, *_ in told))
+    assert len(stages) == 3
+    for stage in stages:
+        reports = [done for name, done, _ in told if name == stage]
+        last, seen = (stage, reports[len(reports) // 2]), []
+
+        def die(name, done, _, last=last, seen=seen):
+            seen.append(name)
+            if (name, done) == last:
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            of_planted(tmp_path / "kept", die)
+        assert set(seen) <= set(stages[max(0, stages.index(stage) - 1) : stages.index(stage) + 1])
+    seen = []
+    assert of_planted(tmp_path / "kept", lambda name, *_: seen.append(name)) == expected
+    assert set(seen) == {stages[-1]}
+
+
+@pytest.mark.parametrize("name", ["settings.json", "reading-0-of-1.pt", "coverage.pt"])
+@pytest.mark.parametrize("torn", [True, False])
+def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
+    expected = whole[0]
+    shutil.copytree(whole[1], tmp_path / "kept")
+    file, rng = tmp_path / "kept" / name, random.Random(name)
+    data = bytearray(file.read_bytes())
+    if torn:
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[rng.randrange(len(data))] ^= 1 + rng.randrange(255)
+    file.write_bytes(data)
+    stages = []
+    assert of_planted(tmp_path / "kept", lambda stage, *_: stages.append(stage)) == expected
+    assert f"{file} is damaged" in caplog.text
+    again = {"reading-0-of-1.pt": ["reading on"], "coverage.pt": ["holding heads in range"]}
+    assert name not in again or list(dict.fromkeys(stages)) == again[name]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"seed": 1}, "seed = 0, not 1"), ({"train_length": 8}, "train_length = 16, not 8"), ({}, "weights = ")],
+)
+def test_pieces_of_something_else_are_refused(changed, named, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[1], tmp_path / "kept")
+    if not changed:
+        norm = planted_lm().model.backbone.norm_f
+        monkeypatch.setattr(norm, "weight", torch.nn.Parameter(norm.weight * 1.5))
+    with pytest.raises(LongrollError, match=f"kept holds results with {named}.*or use the same settings"):
+        of_planted(tmp_path / "kept", **changed)
