@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from longroll.cli import _console
+from longroll.cli._calibrate import calibrate
 from longroll.cli._diagnose import diagnose
 from longroll.cli._doctor import doctor
 from longroll.cli._evaluate import app as evaluate
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("quickstart", cls=Command)(quickstart)
 app.command("diagnose", cls=Command)(diagnose)
 app.command("posttrain", cls=Command)(posttrain)
+app.command("calibrate", cls=Command)(calibrate)
 app.add_typer(evaluate, name="evaluate")
 app.command(
     "lm-eval",

@@ -225,14 +225,15 @@ def read_sequences(
     column: str | None = None,
     concatenate: bool = False,
     seed: int = 0,
+    split: str = "validation",
 ) -> tuple[torch.Tensor, float]:
-    """Long texts of the validation split, (sequences, length + 1), and the bytes of a token of theirs."""
+    """Long texts of a split, (sequences, length + 1), and the bytes of a token of theirs."""
     from longroll.cli._console import console
     from longroll.data import bytes_per_token, long_sequences
 
     # joined documents need no more than what is asked; whole long ones have to be found among all
     max_tokens = 2 * sequences * (length + 1) if concatenate else None
-    corpus = read_corpus(text, tokenizer, split="validation", column=column, max_tokens=max_tokens, seed=seed)
+    corpus = read_corpus(text, tokenizer, split=split, column=column, max_tokens=max_tokens, seed=seed)
     tokens = long_sequences(corpus, length, sequences, concatenate=concatenate, seed=seed)
     short = int((corpus.lengths <= length).sum())
     if short and not concatenate:

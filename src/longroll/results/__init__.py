@@ -7,6 +7,7 @@ from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_re
 from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
 from longroll.results._same import check_settings, warn_of_changes
 from longroll.results.benchmark import BenchmarkResult
+from longroll.results.calibration import CalibrationResult
 from longroll.results.diagnosis import (
     IID,
     AdviceResult,
@@ -40,6 +41,7 @@ __all__ = [
     "BenchmarkResult",
     "BlameResult",
     "BlameShare",
+    "CalibrationResult",
     "Causal",
     "Cell",
     "Comparison",

@@ -13,6 +13,7 @@ from longroll.errors import LongrollError
 from longroll.results._json import decode, read_bytes
 from longroll.results._result import SCHEMA_VERSION, Result, Version
 from longroll.results.benchmark import BenchmarkResult
+from longroll.results.calibration import CalibrationResult
 from longroll.results.diagnosis import DiagnosisResult
 from longroll.results.doctor import DoctorResult, PackingResult
 from longroll.results.loss import LossResult
@@ -50,6 +51,7 @@ KINDS: dict[str, type[Result]] = {
     "posttrain": PosttrainResult,
     "quickstart": QuickstartResult,
     "benchmark": BenchmarkResult,
+    "calibration": CalibrationResult,
     "doctor": DoctorResult,
     "packing": PackingResult,
 }
