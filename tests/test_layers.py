@@ -17,7 +17,7 @@ LAYERS = (
     ("model",),
     ("measure",),
     ("tasks", "training", "report"),
-    ("conformance", "harness"),
+    ("conformance", "harness", "reproduce"),
     ("cli",),
     ("longroll",),
 )

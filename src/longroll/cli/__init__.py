@@ -20,6 +20,7 @@ from longroll.cli._lm_eval import lm_eval
 from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
+from longroll.cli._reproduce import reproduce
 from longroll.errors import LongrollError, named
 from longroll.printable import printable
 
@@ -41,6 +42,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(lm_eval)
 app.command("report", cls=Command)(report)
+app.command("reproduce", cls=Command)(reproduce)
 app.command("doctor", cls=Command)(doctor)
 
 
