@@ -66,9 +66,10 @@ class CachedTokenizer(HFTokenizer):
     """Calls the Rust tokenizer without transformers' wrapping, and remembers short texts."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(PreTrainedTokenizerFast.from_pretrained(folder), "books and facts, BPE")
-        encode = self.tokenizer.backend_tokenizer.encode
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        encode = tokenizer.backend_tokenizer.encode
         self._encode = lru_cache(500_000)(lambda text: np.array(encode(text).ids, dtype=np.int32))
+        super().__init__(tokenizer, "books and facts, BPE")
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, (T,) int32; the array is shared."""

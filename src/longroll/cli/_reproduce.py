@@ -296,13 +296,16 @@ def _summary_table(output: Path) -> Table:
     from rich.table import Table
 
     from longroll.reproduce import rows_of
-    from longroll.reproduce.summary import HEADS, cells
+    from longroll.reproduce.summary import cells
 
-    table = Table(title="Perplexity a token; the paper's are of another text")
-    for head in HEADS:
+    table = Table(title="Perplexity a token (the paper's: of another text)")
+    for head in ("model", "arm", "in range", "32k", "last", "EffRem", "std x", "verdict", "paper 2k, 32k"):
         table.add_column(head)
     for row in rows_of(_all_results(output)):
-        table.add_row(*cells(row))
+        model, _, *numbers, at_range, at_far = cells(row)
+        table.add_row(
+            model, row.arm, *numbers, f"{at_range or '-'}, {at_far or '-'}" if at_range + at_far else ""
+        )
     return table
 
 
