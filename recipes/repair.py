@@ -322,9 +322,9 @@ def collect(work: Path, output: Path) -> None:
     """Merge the results of all arms into one file: model -> label -> result."""
     with _taken(work / "collect.lock", wait=True):
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted(work.glob("*/*.json")):
-            one = json.loads(path.read_text())
-            found.setdefault(one["model"], {})[one["label"]] = one
+        for name in PLANS:
+            for path in sorted((work / name).glob("*.json")):
+                found.setdefault(name, {})[path.stem] = json.loads(path.read_text())
         write_json(output, {"kind": "repair", "models": found})
 
 

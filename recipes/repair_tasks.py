@@ -106,8 +106,9 @@ def finetune(arm: str, data: Data, weights: Path, options: argparse.Namespace) -
     model = plan.build(plan, VOCABULARY)
     model.load_state_dict(load_file(weights), strict=False)
     lm = RecurrentLM(model.to(options.device), name=options.model)
+    folder = options.work / "tasks" / f"{options.task}-{arm}"
     told = timed.train(
-        lm, rows, way and way(zero_probability=0.1), options.work / f"{options.task}-{arm}", seconds=None,
+        lm, rows, way and way(zero_probability=0.1), folder, seconds=None,
         steps=options.steps, length=plan.length, batch_size=options.rows, learning_rate=options.learning_rate,
         cuda_graphs=lm.device.type == "cuda" and plan.graphs,
     )  # fmt: skip

@@ -121,6 +121,7 @@ def run(tmp_path, *more):
     return CliRunner().invoke(app, command, catch_exceptions=True)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_pages_goes_on_and_refuses_other_settings(tmp_path):
     small_checkpoint(tmp_path / "given")
     found = run(tmp_path, "--interventions", "sp")
