@@ -12,7 +12,7 @@ from longroll.cli import _figures as f
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
 from longroll.cli._flags import Command
-from longroll.cli._numbers import length_option
+from longroll.cli._numbers import length_option, parse_counts
 
 app = typer.Typer(no_args_is_help=True, help="One measure at a time.")
 
@@ -138,13 +138,16 @@ def niah(
     opened: t.Opened,
     *,
     depths: t.Depths = "0.1,0.5,0.9",
+    needles: Annotated[
+        str, typer.Option(help="single, multikey (three other keys), multivalue (four numbers of one key).")
+    ] = "single",
     prompts: t.Prompts = "own",
     chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
-    """RULER's niah_single_1: a number between lines of noise, right if it is anywhere in 128 tokens."""
+    """RULER's needles: numbers between lines of noise, right if they are anywhere in 128 tokens."""
     from longroll.tasks import Niah, Row
 
-    task = Niah(opened.tokenizer, prompts=prompts, chat_template=chat_template)
+    task = Niah(opened.tokenizer, needles=needles, prompts=prompts, chat_template=chat_template)
     return t.TaskGrid([Row(depth, task, depth) for depth in depths], opened.lm.train_length)
 
 
@@ -180,6 +183,49 @@ def babilong(
     form = {"few_shot": few_shot, "prompts": prompts, "chat_template": chat_template}
     tasks = open_babilong(opened.tokenizer, facts, books, kinds, train=False, **form)
     return t.TaskGrid([Row(task.qa, task) for task in tasks], opened.lm.train_length)
+
+
+@t.task_command(app, lengths="1k,4k,16k")
+def variables(
+    opened: t.Opened,
+    *,
+    hops: Annotated[int, typer.Option(help="Times that the value is passed on.", min=1)] = 4,
+    chat_template: t.ChatTemplate = False,
+) -> t.TaskGrid:
+    """RULER's variable tracking: a value passed from variable to variable between lines of noise."""
+    from longroll.tasks import Row, Variables
+
+    task = Variables(opened.tokenizer, hops=hops, chat_template=chat_template)
+    return t.TaskGrid([Row(None, task)], opened.lm.train_length)
+
+
+@t.task_command(app, without=("reading", "window"), lengths="64,256,1k,4k", samples=64, batch_size=64)
+def tracking(
+    opened: t.Opened,
+    *,
+    groups: Annotated[
+        str, typer.Option(help="Groups with commas: parity, z2 to z120, s3 to s5, a3 to a5.")
+    ] = "parity,z5,s3,s5",
+) -> t.TaskGrid:
+    """Products of group elements read one by one: told after each of the last, and asked for at the end."""
+    from longroll.tasks import Row, StateTracking
+
+    rows = [Row(group, StateTracking(opened.tokenizer, group)) for group in t.parse_kinds(groups)]
+    return t.TaskGrid(rows, opened.lm.train_length)
+
+
+@t.task_command(app, lengths="256,1k,4k", samples=64, batch_size=64)
+def recall(
+    opened: t.Opened,
+    *,
+    pairs: Annotated[str, typer.Option(help="Keys that are told and asked for, with commas.")] = "4,8,16",
+) -> t.TaskGrid:
+    """Multi-query associative recall: values told once after their keys, asked for at the end."""
+    from longroll.tasks import Recall, Row
+
+    counts = parse_counts(pairs, "--pairs")
+    rows = [Row(f"{count} pairs", Recall(opened.tokenizer, count)) for count in counts]
+    return t.TaskGrid(rows, opened.lm.train_length)
 
 
 @app.command("compare", cls=Command)

@@ -55,6 +55,18 @@ def parse_depths(text: str) -> list[float]:
     return depths
 
 
+def parse_counts(text: str, flag: str) -> list[int]:
+    """Whole numbers above 0 with commas between.
+
+    Raises:
+        LongrollError: for anything else; it names the flag.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
+        raise LongrollError(f"{flag} {text}: give whole numbers above 0, with commas: 4,8,16.")
+    return [int(part) for part in parts]
+
+
 def length_option(*names: str, help: str, minimum: int = 1, **options: Any) -> Any:
     """A flag that takes one length."""
 

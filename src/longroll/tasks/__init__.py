@@ -9,8 +9,11 @@ from longroll.tasks.generate import Answers, answer
 from longroll.tasks.haystack import NoiseHaystack, TextHaystack, open_haystack
 from longroll.tasks.niah import Niah
 from longroll.tasks.passkey import Passkey
+from longroll.tasks.recall import Recall, recall_tokenizer
 from longroll.tasks.run import run_task
+from longroll.tasks.state_tracking import StateTracking, TrackingRows, tracking_tokenizer
 from longroll.tasks.training import TaskRows, training_rows
+from longroll.tasks.variables import Variables
 
 __all__ = [
     "Answers",
@@ -20,19 +23,25 @@ __all__ = [
     "Niah",
     "NoiseHaystack",
     "Passkey",
+    "Recall",
     "Row",
     "Sample",
+    "StateTracking",
     "Story",
     "Task",
     "TaskRows",
     "TextHaystack",
+    "TrackingRows",
+    "Variables",
     "answer",
     "copying_tokenizer",
     "evaluate_grid",
     "open_babilong",
     "open_haystack",
     "read_stories",
+    "recall_tokenizer",
     "run_task",
+    "tracking_tokenizer",
     "training_rows",
     "wilson",
 ]

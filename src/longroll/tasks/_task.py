@@ -40,6 +40,8 @@ class Sample:
     """What was asked, where the score needs it."""
     prefix: int = 0
     """Tokens at the beginning of the prompt that begin any text (BOS)."""
+    learned: np.ndarray | None = None
+    """(A,) which tokens of the answer a model is trained on; None: all."""
 
     @property
     def tokens(self) -> np.ndarray:

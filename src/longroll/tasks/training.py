@@ -82,6 +82,9 @@ class TaskRows(Dataset[Item]):
         place = np.arange(1, whole)
         first_learned = len(sample.prompt) if self.answers_only else 0
         learned = (place >= first_learned) & (place < len(sample.tokens))
+        if sample.learned is not None:
+            answer = slice(len(sample.prompt) - 1, len(sample.tokens) - 1)
+            learned[answer] &= sample.learned[: max(0, whole - len(sample.prompt))]
         labels = np.where(learned, ids[1:], IGNORED)
         piece = slice((window - first) * self.length, (window - first + 1) * self.length)
         return {

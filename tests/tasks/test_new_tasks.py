@@ -1,0 +1,158 @@
+"""State tracking, associative recall and RULER's other needles: by their definitions."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import zoo
+from longroll import LongrollError
+from longroll.data import ByteTokenizer, HFTokenizer
+from longroll.data.lanes import IGNORED
+from longroll.tasks import (
+    Niah,
+    Recall,
+    Row,
+    StateTracking,
+    TaskRows,
+    TrackingRows,
+    Variables,
+    evaluate_grid,
+    recall_tokenizer,
+    tracking_tokenizer,
+)
+from longroll.tasks.state_tracking import TAGGED, product_table
+
+TRACKING = HFTokenizer(tracking_tokenizer(), "tracking")
+RECALL = HFTokenizer(recall_tokenizer(), "recall")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("group", ["parity", "z7", "s3", "a4", "s4", "a5", "s5"])
+def test_a_table_is_a_group(group):
+    table = product_table(group)
+    n = len(table)
+    assert n == {"parity": 2, "z7": 7, "s3": 6, "a4": 12, "s4": 24, "a5": 60, "s5": 120}[group]
+    assert (table[0] == np.arange(n)).all() and (table[:, 0] == np.arange(n)).all()
+    assert all(sorted(row) == list(range(n)) for row in (*table, *table.T))
+    a, b, c = rng().integers(n, size=(3, 2000))
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+    commutes = (table == table.T).all()
+    assert commutes == (group in ("parity", "z7"))
+
+
+@pytest.mark.parametrize("group", ["parity", "s3", "s5"])
+@pytest.mark.parametrize("length", [1, 5, TAGGED, TAGGED + 1, 300])
+def test_a_word_and_its_products(group, length):
+    task = StateTracking(TRACKING, group)
+    sample = task.sample(length, rng=rng(length))
+    ids = sample.tokens[:-1].tolist()
+    assert ids[0] == task.start and ids[-1] == task.ask_id and len(ids) == length + 2
+    place = {token: i for i, token in enumerate(task.elements.tolist())}
+    state, right = 0, []
+    for token in ids[1:-1]:
+        state = task.table[state, place[token]]
+        right.append(task.elements[state])
+    expected = [*right[-TAGGED:], right[-1]]
+    assert sample.target.split() == [str(token) for token in expected]
+    assert len(sample.answer) == len(expected)
+    assert task.score(sample, np.array([]), np.array(expected)) == {"tagged": 1.0, "free": 1.0}
+    wrong = np.array([*expected[:-1], -1])
+    assert task.score(sample, np.array([]), wrong) == {"tagged": 1.0, "free": 0.0}
+
+
+def test_rows_of_words_are_labelled_by_their_products():
+    task = StateTracking(TRACKING, "s3")
+    rows = TrackingRows([task], 64, 10, seed=3)
+    row = rows[4]
+    ids, labels = row["input_ids"].tolist(), row["shift_labels"].tolist()
+    place, state = {token: i for i, token in enumerate(task.elements.tolist())}, 0
+    assert ids[0] == task.start and labels[0] == IGNORED and len(ids) == len(labels) == 64
+    for token, label in itertools.islice(zip(ids, labels, strict=True), 1, None):
+        state = state if token == task.ask_id else task.table[state, place[token]]
+        assert label == task.elements[state]
+    assert any(task.ask_id in row["input_ids"] for row in map(rows.__getitem__, range(10)))
+
+
+@pytest.mark.parametrize("pairs", [1, 8, 64])
+def test_recall_tells_every_pair_once_and_asks_for_all(pairs):
+    task = Recall(RECALL, pairs)
+    sample = task.sample(4 * pairs + 50, rng=rng())
+    ids = sample.tokens.tolist()
+    assert len(ids) == 4 * pairs + 50
+    told = dict(zip(ids[: 2 * pairs : 2], ids[1 : 2 * pairs : 2], strict=True))
+    asked = ids[-2 * pairs :]
+    assert len(told) == pairs and dict(zip(asked[::2], asked[1::2], strict=True)) == told
+    assert not set(ids[2 * pairs : -2 * pairs]) & set(task.keys.tolist())
+    assert task.score(sample, np.array([]), sample.answer) == {"recalled": 1.0, "first": 1.0}
+    half = np.where(np.arange(len(sample.answer)) >= pairs, sample.answer, -1)
+    assert task.score(sample, np.array([]), half)["recalled"] == pytest.approx(
+        (half == sample.answer)[::2].mean()
+    )
+    labels = TaskRows([task], 4 * pairs + 49, 4)[0]["shift_labels"]
+    learned = labels[labels != IGNORED].tolist()
+    assert len(learned) == pairs and set(learned) <= set(task.values.tolist())
+
+
+@pytest.mark.parametrize("needles", ["multikey", "multivalue"])
+@pytest.mark.parametrize("depth", [None, 0.0, 0.5, 1.0])
+def test_several_needles(needles, depth):
+    tokenizer = ByteTokenizer()
+    task = Niah(tokenizer, needles=needles)
+    sample = task.sample(3000, depth=depth, rng=rng())
+    text, wanted = tokenizer.decode(sample.prompt), sample.target.split()
+    assert 3000 - len(task.line) < len(sample.prompt) + 128 <= 3000
+    assert len(wanted) == (4 if needles == "multivalue" else 1)
+    question = text[text.rindex("Which") :]
+    key = question.split(" to ")[1].split("?")[0]
+    lines = [line for line in text.splitlines() if line.startswith("The number that belongs to ")][:4]
+    assert all(any(f"to {key} is {value}." in line for line in lines) for value in wanted)
+    assert sum(f"to {key} is" in line for line in lines) == len(wanted) and len(lines) == 4
+    if depth == 0.0:
+        assert wanted[0] in lines[0]
+    said = np.frombuffer(f" {' and '.join(wanted)}.".encode(), dtype=np.uint8).astype(np.int32)
+    assert task.score(sample, said) == {"accuracy": 1.0}
+    some = np.frombuffer(wanted[0].encode(), dtype=np.uint8).astype(np.int32)
+    assert task.score(sample, some) == {"accuracy": 1 / len(wanted)}
+
+
+def test_variables_follow_a_chain_in_order():
+    tokenizer, task = ByteTokenizer(), Variables(ByteTokenizer(), hops=4)
+    sample = task.sample(2500, rng=rng(1))
+    chain, text = sample.target.split(), tokenizer.decode(sample.prompt)
+    assert 2500 - len(task.line) < len(sample.prompt) + 30 <= 2500 and len(chain) == 5
+    told = [f"VAR {name} = VAR {before}\n" for before, name in itertools.pairwise(chain)]
+    assert f"VAR {chain[0]} = " in text
+    assert [text.index(line) for line in told] == sorted(text.index(line) for line in told)
+    said = np.frombuffer(" ".join(chain[:2]).encode(), dtype=np.uint8).astype(np.int32)
+    assert task.score(sample, said) == {"accuracy": 0.4}
+
+
+def test_grids_run_on_a_model():
+    lm = zoo.lm_of("mamba2", vocab_size=200)
+    for rows, lengths in (
+        ([Row("s3", StateTracking(TRACKING, "s3")), Row("s5", StateTracking(TRACKING, "s5"))], [8, 100]),
+        ([Row("4 pairs", Recall(RECALL, 4))], [40, 80]),
+    ):
+        cells = evaluate_grid(lm, rows, lengths, samples=6, batch_size=4)
+        assert [cell["length"] for cell in cells] == sorted(lengths * len(rows))
+        assert all(0 <= score["mean"] <= 1 for cell in cells for score in cell["scores"].values())
+
+
+def test_mistakes_are_named():
+    for make, said in (
+        (lambda: StateTracking(TRACKING, "d4"), "`groups` d4: give parity, z2 to z120"),
+        (lambda: StateTracking(TRACKING, "s6"), "`groups` s6"),
+        (lambda: StateTracking(ByteTokenizer(), "s5"), "has none for '10'.*smaller group"),
+        (lambda: Recall(ByteTokenizer()), "recall_tokenizer"),
+        (lambda: Recall(RECALL, 65), "`pairs` 65"),
+        (lambda: Niah(ByteTokenizer(), needles="many"), "`needles` many"),
+        (lambda: Niah(ByteTokenizer(), needles="multikey", prompts="official"), "`prompts` official"),
+        (lambda: Variables(ByteTokenizer(), hops=0), "`hops` 0"),
+        (lambda: Recall(RECALL, 8).sample(20, rng=rng()), "length 20"),
+    ):
+        with pytest.raises(LongrollError, match=said):
+            make()
