@@ -43,12 +43,44 @@ class Killed(TrainerCallback):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(kind, output, *, options, resume=False, kill=None, kill_rank=None, family="mamba2", dtype="float32"):
+class Poisoned(TrainerCallback):
+    """Spoils what an intervention carries at the beginning of a step: a row of all ranks', or moments."""
+
+    def __init__(self, intervention, step: int, row: int) -> None:
+        self.intervention, self.step, self.row = intervention, step, row
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step != self.step:
+            return
+        if self.intervention.name == "fitted":
+            self.intervention.moments = self.intervention.moments.map(lambda t: t / 0)
+        elif self.intervention.name != "random":
+            row = self.row - ranks.rank() * self.intervention.passed.batch_size
+            spoilt = self.intervention.passed.map(torch.clone)
+            if 0 <= row < spoilt.batch_size:
+                for tensor in spoilt.values():
+                    tensor[row] = torch.inf
+            self.intervention.passed = spoilt
+
+
+def run(
+    kind,
+    output,
+    *,
+    options,
+    resume=False,
+    kill=None,
+    kill_rank=None,
+    family="mamba2",
+    dtype="float32",
+    poison=None,
+):
     """Post-train a tiny model; the result is `output`, or an interrupted run in it."""
     lm = RecurrentLM(build(family, 0, getattr(torch, dtype)))
     makes = {"zero_probability": 0.3, "seed": 3}
     intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
     callbacks = [] if kill is None else [Killed(kill, kill_rank)]
+    callbacks += [Poisoned(intervention, *poison)] if poison else []
     log = posttrain(
         lm,
         corpus_of(),

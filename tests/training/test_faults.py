@@ -1,6 +1,7 @@
 """A state or loss that is not finite, signals, too little memory: what a run says, and what it keeps."""
 
 import json
+import math
 import os
 import signal
 
@@ -166,3 +167,69 @@ def test_too_little_memory_says_what_would_fit(error, tmp_path, monkeypatch):
 
     with pytest.raises(LongrollError, match=r"2 x 8 tokens.*`batch_size` 1 with `accumulation` 2"):
         run_with(At(1, die), tmp_path / "out", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["sp", "tbptt", "fitted"])
+@pytest.mark.parametrize(
+    ("accumulation", "step"), [(1, 4), (2, 3)]
+)  # at which row 1 does not start from zero
+def test_a_state_that_is_not_finite_is_dropped_and_the_run_goes_on(
+    kind, accumulation, step, tmp_path, caplog
+):
+    """The step is skipped: weights do not move, healthy rows keep their states, and all is counted."""
+    seen = {}
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            carried = poison.intervention
+            memory = carried.moments if kind == "fitted" else carried.passed
+            seen[state.global_step] = [p.detach().clone() for p in model.parameters()], memory
+
+    make = ranked.Poisoned
+
+    def poison_after(intervention, *where):
+        nonlocal poison
+        poison = make(intervention, *where)
+        return poison
+
+    poison = None
+    options = OPTIONS | {"on_not_finite": "drop", "accumulation": accumulation}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranked, "Poisoned", poison_after)
+        patch.setattr(ranked, "Killed", lambda *_: Note())
+        _, log = run(kind, str(tmp_path / "out"), options=options, poison=[step, 1], kill=0)
+    (weights, before), (same, after) = seen[step], seen[step + 1]
+    assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
+    assert not all(one.equal(other) for one, other in zip(seen[step - 1][0], weights, strict=True))
+    if kind == "fitted":
+        assert all(after[key].equal(before[key]) for key in before)
+    else:
+        recurrent = after.part("recurrent")
+        assert all(not t[1].any() and t[0].any() for t in recurrent.values())
+    (entry,) = (entry for entry in log if "not_finite" in entry)
+    assert entry["not_finite_step"] == step + 1 and entry["states_dropped"] == (0 if kind == "fitted" else 1)
+    assert f"Step {step + 1}: " in caplog.text and "is not finite. The optimizer did not move" in caplog.text
+    assert all(math.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    assert all(t.isfinite().all() for t in saved(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("kind", ["none", "sp", "random"])
+def test_a_run_whose_weights_are_spoilt_stops_though_it_drops_states(kind, tmp_path, monkeypatch):
+    def spoil(model, _):
+        with torch.no_grad():
+            model.get_output_embeddings().weight[3, 0] = torch.nan
+
+    with pytest.raises(LongrollError, match=r"Step 8: .* is not finite, as in the 4 steps before"):
+        run_with(At(3, spoil), tmp_path / "out", monkeypatch, kind, on_not_finite="drop", steps=12)
+
+
+def test_dropping_nothing_changes_nothing(tmp_path):
+    for name, choice in (("stop", "stop"), ("drop", "drop")):
+        run("sp", str(tmp_path / name), options=OPTIONS | {"on_not_finite": choice})
+    one, other = saved(tmp_path / "stop"), saved(tmp_path / "drop")
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+def test_another_choice_is_refused():
+    with pytest.raises(LongrollError, match=r"`on_not_finite` 'ignore' is none of stop, drop"):
+        guard.Guard("ignore")

@@ -18,6 +18,7 @@ from longroll.interventions import INTERVENTIONS
 from zoo import assert_same_numbers
 
 KINDS = ["none", *INTERVENTIONS]
+CARRY = ["sp", "tbptt", "fitted"]
 BASE = {"length": 8, "steps": 6, "learning_rate": 1e-2, "save_steps": 2, "accumulation": 2, "batch_size": 2}
 ALONE = BASE | {"batch_size": 4}
 SECONDS = 20  # in which a rank ends after another died; the launcher's own limit is 30
@@ -57,6 +58,8 @@ def root(tmp_path_factory):
     ends[-1]["kill_rank"] = 1
     began = time.monotonic()
     never = [spec(root, "two", kind) for kind in KINDS]
+    spoilt = {"options": BASE | {"on_not_finite": "drop"}, "poison": [3, 2]}
+    never += [spec(root, "spoilt-two", kind) | spoilt for kind in CARRY]
     measures = [{"output": str(root / "cells" / "two")}, {"explained": str(root / "diagnosis" / "two")}]
     died = torchrun([*never, *measures, *ends])
     assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr
@@ -76,6 +79,24 @@ def test_two_processes_are_one_of_twice_the_batch(kind, root):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ended_in_the_midst_and_resumed_is_undisturbed(kind, root):
     assert_same_result(root / "killed" / kind, root / "two" / kind, 0.0)
+
+
+@pytest.mark.parametrize("kind", CARRY)
+def test_a_state_that_is_dropped_on_one_rank_is_dropped_in_one_process(kind, root):
+    """Every rank skips the step; row 2 is the first of rank 1."""
+    spoilt = {"options": ALONE | {"on_not_finite": "drop"}, "poison": [3, 2]}
+    run(**spec(root, "spoilt-one", kind) | spoilt)
+    assert_same_result(root / "spoilt-two" / kind, root / "spoilt-one" / kind, 2e-6)
+    one, two = (
+        [
+            entry
+            for entry in json.loads((root / name / kind / "log.json").read_text())
+            if "not_finite" in entry
+        ]
+        for name in ("spoilt-one", "spoilt-two")
+    )
+    assert one == two and [entry["not_finite_step"] for entry in one] == [4]
+    assert one[0]["states_dropped"] == (kind == "sp")  # of tbptt, the row begins a document in this step
 
 
 @pytest.mark.slow

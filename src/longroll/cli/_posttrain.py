@@ -44,6 +44,13 @@ class Format(StrEnum):
     original = "original"
 
 
+class OnNotFinite(StrEnum):
+    """What becomes of a step whose loss, state or gradient is not finite."""
+
+    stop = "stop"
+    drop = "drop"
+
+
 class ReportTo(StrEnum):
     """The loggers of HF Trainer that can be asked for."""
 
@@ -179,6 +186,12 @@ def posttrain(
             metavar="REPO_ID", help="Upload --output to this repository of the hub, made if missing."
         ),
     ] = None,
+    on_not_finite: Annotated[
+        OnNotFinite,
+        typer.Option(
+            help="At a step that is not finite: stop; or drop the carried states at fault, skip it, go on."
+        ),
+    ] = OnNotFinite.stop,
     save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: o.Device = None,
@@ -231,6 +244,7 @@ def posttrain(
         save_steps=save_steps,
         report_to=report_to.value,
         format=format.value,
+        on_not_finite=on_not_finite.value,
         seed=seed,
     )
     if task is not None and text_column is not None:
@@ -276,6 +290,7 @@ def posttrain(
                     "options": vars(options),
                     "processes": world_size(),
                     "log": log,
+                    "not_finite_steps": len(skipped_in(log)),
                     "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
                 }
             ).write(json)
@@ -291,9 +306,19 @@ def posttrain(
             out.print(f"First batch from zero: {trained:.4f} nats as trained, {saved:.4f} as saved ({kept}).")
         losses = [entry["loss"] for entry in log if "loss" in entry]
         learnt = f", loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+        if skipped := skipped_in(log):
+            rows = sum(entry["states_dropped"] for entry in skipped)
+            out.print(
+                f"{len(skipped)} steps were not finite and are skipped; the states of {rows} rows dropped."
+            )
         out.print(f"{options.steps} steps in {seconds:.0f} s{rate}{learnt}: {output}")
         if push_to_hub is not None:
             out.print(push(output, push_to_hub))
+
+
+def skipped_in(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of steps that were not finite and at which states were dropped."""
+    return [entry for entry in log if "not_finite_step" in entry]
 
 
 def read_settings(file: Path) -> dict[str, Any]:

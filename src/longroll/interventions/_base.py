@@ -66,6 +66,20 @@ class Intervention:
         """Take note of the final state of a batch; it is detached here."""
         self._learn(final_state.part("recurrent", *(("conv",) if self.conv else ())).detach())
 
+    def forget(self, skipped: Tensor, unknown: Tensor) -> Tensor:
+        """After a step, forget what is not finite; a step that was skipped leaves nothing behind.
+
+        Both arguments and the result stay on their device, so that nothing waits for a GPU.
+
+        Args:
+            skipped: (), whether the step was not finite on some rank.
+            unknown: (), whether no state of this rank shows what is at fault: forget all.
+
+        Returns:
+            How many rows have lost their state, ().
+        """
+        return torch.zeros((), device=skipped.device)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs: tensors only, so that it loads with `weights_only`."""
         return {"memory": self._memory(), "seed": self.seed, "batches": self._batches, "drawn": self._drawn}

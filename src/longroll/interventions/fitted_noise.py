@@ -39,6 +39,7 @@ class FittedNoise(Intervention):
         self.momentum = momentum
         self.moments = RecurrentState({})  # two rows, of a number a head: mean and mean square
         self.like = RecurrentState({})  # one row, for its shapes: it takes no memory
+        self._before: RecurrentState | None = None  # the moments before this step
 
     def _choose(self, batch: Batch, rows: int) -> RecurrentState | None:
         if not self.moments:
@@ -70,12 +71,27 @@ class FittedNoise(Intervention):
             new = new.map_stacked(lambda now, old: torch.lerp(now, old, self.momentum), self.moments)
         self.moments = new
 
+    def forget(self, skipped: Tensor, unknown: Tensor) -> Tensor:
+        """Keep the moments of before a step that was skipped, and of heads whose squares overflow.
+
+        They are the same on all ranks.
+        """
+        before = self.moments.map(torch.zeros_like) if self._before is None else self._before
+
+        def keep(now: Tensor, old: Tensor) -> Tensor:
+            return torch.where(skipped | ~now.isfinite().all(dim=1, keepdim=True), old, now)
+
+        self.moments = self.moments.map_stacked(keep, before)
+        self._before = self.moments
+        return super().forget(skipped, unknown)
+
     def _memory(self) -> dict[str, Any]:
         shapes = {name: list(t.shape) for name, t in self.like.named().items()}
         return {"shapes": shapes, "moments": self.moments.named()}
 
     def _recall(self, memory: Mapping[str, Any]) -> None:
         self.moments = RecurrentState.from_named(memory["moments"])
+        self._before = self.moments if self.moments else None
         self.like = RecurrentState.from_named(
             {n: t.new_zeros(()).expand(memory["shapes"][n]) for n, t in self.moments.named().items()}
         )

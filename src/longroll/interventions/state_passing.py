@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longroll.interventions._base import Batch, Intervention, fit_rows
 from longroll.state import RecurrentState
@@ -33,6 +34,15 @@ class StatePassing(Intervention):
         if waiting is not None and taken is not None and waiting.batch_size == len(taken):
             final_state = final_state.where(taken, waiting)
         self.passed = final_state
+
+    def forget(self, skipped: Tensor, unknown: Tensor) -> Tensor:
+        """Forget the states of rows that are not finite, or of all rows: they start from zero."""
+        if self.passed is None:
+            return super().forget(skipped, unknown)
+        finite = [t.isfinite().flatten(1).all(dim=1) for t in self.passed.values() if t.is_floating_point()]
+        kept = torch.stack(finite).all(dim=0) & ~unknown
+        self.passed = self.passed.where(kept)
+        return (~kept).sum().float()
 
     def _memory(self) -> dict[str, Any]:
         return {} if self.passed is None else self.passed.named()

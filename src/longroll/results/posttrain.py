@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Version
+from longroll.results._result import SCHEMA_VERSION, Count, Provenance, Result, Version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class PosttrainResult(Result):
     """The fields of `longroll.training.PosttrainOptions`."""
     processes: int = 1
     """Each read `batch_size` rows."""
+    not_finite_steps: Count = 0
+    """Steps that were skipped, and whose states were dropped (`on_not_finite`)."""
     log: list[dict[str, Any]]
     """Entries of transformers' Trainer."""
     provenance: Provenance | None = None

@@ -28,7 +28,7 @@ from longroll.training import sharding, stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
 from longroll.training._batch import IGNORED, KNOWN, Rows, aligned, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
-from longroll.training.guard import Guard, check_weights
+from longroll.training.guard import Guard, OnNotFinite, check_weights
 from longroll.training.launch import check_launcher, check_placement
 from longroll.training.weights import in_16_bits, projects
 from longroll.training.whole import WholeCheckpointsMixin
@@ -61,6 +61,8 @@ class InitialStateMixin(WholeCheckpointsMixin):
             starts every sequence from the zero state.
         restart: what the documents inside a packed row start from in training, but its first: the "zero"
             state, or the "state" that the intervention chose for the row.
+        on_not_finite: at a step whose loss, state or gradient is not finite, "stop", or "drop" the carried
+            states at fault, skip the step on all ranks, log it, and go on (`longroll.training.guard`).
         **kwargs: the host's.
 
     Raises:
@@ -107,6 +109,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         *arguments: Any,
         intervention: Intervention | str | None = None,
         restart: Restart = "zero",
+        on_not_finite: OnNotFinite = "stop",
         **kwargs: Any,
     ) -> None:
         given = dict(zip(("model", "args"), arguments, strict=False)) | kwargs
@@ -140,7 +143,8 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self.restart = _checked_restart(restart, self.intervention)
         self._projections = projects(self.model)
         self._live_check = LiveCheck(self.base)
-        self._guard = Guard()
+        self.on_not_finite = on_not_finite
+        self._guard = Guard(on_not_finite)
         self.add_callback(_Stop(self))
         self._check_model()
         self._check_precision()
@@ -213,7 +217,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
 
     def train(self, *arguments: Any, **kwargs: Any) -> Any:
         """The host's, with the live check of a new run."""
-        self._live_check, self._guard = LiveCheck(self.base), Guard()
+        self._live_check, self._guard = LiveCheck(self.base), Guard(self.on_not_finite)
         return super().train(*arguments, **kwargs)
 
     def compute_loss(
@@ -247,7 +251,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
                 f"{type(self).__name__} calls super().compute_loss {self._passed_on} times a step, where a "
                 "state enters and is passed on: call it once, or train with intervention=None."
             )
-        return loss
+        return self._guard.see_loss(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The host's, of the targets that enter its loss."""
@@ -406,11 +410,19 @@ class InitialStateMixin(WholeCheckpointsMixin):
             norm.full_tensor() if hasattr(norm, "full_tensor") else norm,
             stop=bool(stop.asked()),
             scaled=getattr(self.accelerator, "scaler", None) is not None,
+            intervention=self.intervention,
         )
+        self._log_dropped()
         return norm
+
+    def _log_dropped(self) -> None:
+        """Log the steps at which states were dropped."""
+        while self._guard.dropped:
+            self.log(self._guard.dropped.pop(0))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._guard.settle()
+        self._log_dropped()
         check_weights(self.model)
         super()._save_checkpoint(model, trial)
 

@@ -43,7 +43,7 @@ from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
-from longroll.training.guard import check_weights
+from longroll.training.guard import Guard, OnNotFinite, check_weights
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
@@ -119,6 +119,9 @@ class PosttrainOptions:
     """Seed of the data order."""
     recipe: str | None = None
     """The recipe that the run was prepared by (`longroll.training.by_recipe`)."""
+    on_not_finite: OnNotFinite = "stop"
+    """At a step whose loss, state or gradient is not finite: `stop`, or `drop` the carried states at fault,
+    skip the step, and go on."""
 
     def __post_init__(self) -> None:
         for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
@@ -137,6 +140,7 @@ class PosttrainOptions:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
         if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
             raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
+        Guard(self.on_not_finite)  # refuses others
         if self.format not in FORMATS:
             raise LongrollError(f"`format` {self.format} is not one of {', '.join(FORMATS)}.")
         if self.rope_scaling is not None:
@@ -241,6 +245,7 @@ def posttrain(
         decay_speed=options.decay_speed,  # type: ignore[arg-type]
         cuda_graphs=options.cuda_graphs,
         weights=options.weights,
+        on_not_finite=options.on_not_finite,
         train_dataset=data,
         callbacks=callbacks,
     )

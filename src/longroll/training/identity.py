@@ -22,7 +22,7 @@ from longroll.results import (
 )
 
 # do not change what is learned
-_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format")
+_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format", "on_not_finite")
 _SAMPLED = 8  # rows of a task that are compared
 _WHAT = {
     "model": "another model: its weights differ",

@@ -57,7 +57,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             Mamba-2 without attention, gradient checkpointing and adapters.
         weights: `float32`: parameters in 16 bits are trained in float32, under bf16 autocast on a GPU, and
             `save_model` writes matrices in 16 bits again. `bf16`: matrices stay in (or come to) bfloat16.
-        **kwargs: as for Trainer, and `restart` as for `InitialStateMixin`.
+        **kwargs: as for Trainer, and `restart` and `on_not_finite` as for `InitialStateMixin`.
 
     Raises:
         LongrollError: as `InitialStateMixin`; for a decay speed where no decay is trained, and CUDA graphs
@@ -189,7 +189,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                 self._read(model, rows._replace(input_ids=rows.input_ids[:1, :_CHECKED]), state.rows([0]))
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
         self._observe(model, final)
-        return loss
+        return self._guard.see_loss(loss)
 
     def _captured(self, input_ids: Tensor) -> bool:
         """Whether there is a graph now; one by default is given up where memory does not hold it."""
