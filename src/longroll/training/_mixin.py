@@ -75,6 +75,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     args: TrainingArguments
     optimizer: Any
     add_callback: Any
+    log: Any
     _tr_loss: torch.Tensor
     is_fsdp_enabled: bool
     _passed_on = 0  # states, in this step
