@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def launch(name: str, processes: int, works: list[str], place: Path) -> Any:
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
         command = [sys.executable, *torchrun, "--rdzv-endpoint=localhost:0", *worker]
-    environment = os.environ | {"TURN": str(place / f"{name}.turn")}
+    environment = os.environ | {"TURN": str(place / f"{name}.turn"), "PARENT": str(os.getpid())}
     if processes == 1:  # else Trainer would spread one process over all GPUs
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     log = (place / f"{name}.log").open("w")
@@ -93,9 +94,13 @@ def parent(options: argparse.Namespace) -> None:
 
 
 def stop(process: Any) -> None:
-    """End what a part started, and nothing else."""
+    """End what a part started: torchrun's processes end when they no longer see this one, or by torchrun."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -150,6 +155,14 @@ def write(found: dict[str, Any], options: argparse.Namespace) -> None:
 
 def worker(options: argparse.Namespace) -> None:
     """The work of one process of a part."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher and Path(f"/proc/{os.environ['PARENT']}").exists():
+            time.sleep(0.5)
+        os._exit(1)  # a process that nobody waits for would keep its GPU
+
+    threading.Thread(target=watch, daemon=True).start()
     import torch
 
     import longroll.training  # noqa: F401  (what takes long, before the turn)

@@ -15,6 +15,7 @@ LAYERS = (
     ("state", "results", "history"),
     ("families", "interventions", "data"),
     ("model",),
+    ("memory",),
     ("measure",),
     ("tasks", "training", "report"),
     ("conformance", "harness", "reproduce"),

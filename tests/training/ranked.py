@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from longroll import RecurrentLM, diagnose, ranks
+from longroll import InitialStateTrainer, LongrollError, RecurrentLM, diagnose, ranks
 from longroll.conformance.tiny import VOCAB, build
-from longroll.data import ByteTokenizer, Corpus
+from longroll.data import ByteTokenizer, Corpus, Windows
 from longroll.interventions import INTERVENTIONS
 from longroll.tasks import Copying, Row, evaluate_grid
 from longroll.training import PosttrainOptions, posttrain
+from longroll.training.sharding import local
 
 SIZES = (70, 9, 33, 50, 21, 8, 40, 61, 300, 120)
 
@@ -63,24 +64,32 @@ class Poisoned(TrainerCallback):
             self.intervention.passed = spoilt
 
 
+class Spoiled(TrainerCallback):
+    """Puts NaN into a weight of the last rank before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model, **_):
+        if state.global_step == self.step and ranks.rank() == ranks.world_size() - 1:
+            with torch.no_grad():
+                local(next(model.parameters())).view(-1)[0] = torch.nan
+
+
 def run(
-    kind,
-    output,
-    *,
-    options,
-    resume=False,
-    kill=None,
-    kill_rank=None,
-    family="mamba2",
-    dtype="float32",
-    poison=None,
-):
+    kind, output, *, options, resume=False, kill=None, kill_rank=None, spoil=None,
+    family="mamba2", dtype="float32", config=None, poison=None,
+):  # fmt: skip
     """Post-train a tiny model; the result is `output`, or an interrupted run in it."""
-    lm = RecurrentLM(build(family, 0, getattr(torch, dtype)))
+    lm = RecurrentLM(build(family, 0, getattr(torch, dtype), **(config or {})))
     makes = {"zero_probability": 0.3, "seed": 3}
     intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
     callbacks = [] if kill is None else [Killed(kill, kill_rank)]
+<<<<<<< HEAD
     callbacks += [Poisoned(intervention, *poison)] if poison else []
+=======
+    callbacks += [] if spoil is None else [Spoiled(spoil)]
+>>>>>>> 3db5a43 (WIP sharding, memory, faults, fuzz)
     log = posttrain(
         lm,
         corpus_of(),
@@ -92,6 +101,30 @@ def run(
         finish=lambda log: Path(output, "log.json").write_text(json.dumps(log)),
     )
     return lm, log
+
+
+def train(output, *, family, batch_size, arguments):
+    """Train by InitialStateTrainer with evaluation inside, and save by `save_model`."""
+    rows = Windows(corpus_of(), 8, num_items=4 * 4)
+    trainer = InitialStateTrainer(
+        build(family, 0, torch.float32),
+        TrainingArguments(
+            output, max_steps=4, per_device_train_batch_size=batch_size, use_cpu=True, report_to="none",
+            per_device_eval_batch_size=batch_size, eval_strategy="steps", eval_steps=2, save_steps=2,
+            logging_steps=1, learning_rate=1e-3, max_grad_norm=0.5, weight_decay=0.1, **arguments,
+        ),
+        intervention="sp",
+        train_dataset=rows,
+        eval_dataset=Windows(corpus_of(seed=1), 8, num_items=8),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(output)
+    moments = [t for s in trainer.optimizer.state.values() for t in s.values() if t.ndim]
+    held = {"weights": trainer.model.parameters(), "optimizer": moments}
+    sizes = {name: sum(local(t).nbytes for t in tensors) for name, tensors in held.items()}
+    Path(f"{output}.bytes.{ranks.rank()}").write_text(json.dumps(sizes))
+    if ranks.rank() == 0:
+        Path(output, "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
 def measure(output):
@@ -124,9 +157,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for one in json.loads(sys.argv[1]):
         try:
-            kind = "kind" if "kind" in one else "explained" if "explained" in one else ""
-            {"kind": run, "explained": explain, "": measure}[kind](**one)
+            works = {"kind": run, "explained": explain, "arguments": train}
+            next((work for key, work in works.items() if key in one), measure)(**one)
         except Abandoned:
             continue
+        except LongrollError as error:
+            Path(f"{one['output']}.{ranks.rank()}").write_text(str(error))
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order (torch 2.13)

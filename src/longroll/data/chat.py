@@ -15,7 +15,7 @@ from ._rows import is_rows, read_columns
 from .corpus import Corpus
 from .hf_tokenizer import HFTokenizer
 from .lanes import IGNORED, Lanes, _windows, padded_window
-from .windows import Item, _positive
+from .windows import Item, Rounds, _positive
 
 COLUMN = "messages"
 
@@ -131,10 +131,11 @@ class ChatWindows(Dataset[Item]):
         learned = np.concatenate([[0], np.cumsum(corpus.answers)])
         start, size = windows[:, 0], windows[:, 1]
         self.windows = windows[learned[start + size + 1] > learned[start + 1]]
-        items = len(self.windows) if num_items is None else num_items
-        rounds = range(-(-items // len(self.windows)))
-        orders = [np.random.default_rng([seed, number]).permutation(len(self.windows)) for number in rounds]
-        self.order = np.concatenate(orders)[:items]
+        if not len(self.windows):
+            raise LongrollError(
+                f"no window of {length} tokens holds an answer: give conversations with answers"
+            )
+        self.order = Rounds(len(self.windows), seed, num_items)
 
     def __len__(self) -> int:
         return len(self.order)

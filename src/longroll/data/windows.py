@@ -1,5 +1,8 @@
 """Shuffled windows of joined documents: the data of ordinary training."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -42,19 +45,46 @@ class Windows(Dataset[Item]):
                 f"a window of {length} tokens needs {length + 1} tokens of text, "
                 f"and there are {len(self.ids)}: ask for a smaller `length` or give more text"
             )
-        items = self.windows if num_items is None else num_items
-        rounds = range(-(-items // self.windows))
-        orders = [np.random.default_rng([seed, number]).permutation(self.windows) for number in rounds]
-        self.order = np.concatenate([np.empty(0, dtype=np.int64), *orders])[:items]
+        self.order = Rounds(self.windows, seed, num_items)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> Item:
-        start = int(self.order[index]) * self.length
+        start = self.order[index] * self.length
         # + 1: the token after the last input is its target
         ids = torch.from_numpy(self.ids[start : start + self.length + 1].astype(np.int64))
         return {"input_ids": ids[:-1], "shift_labels": ids[1:], "starts": torch.tensor(True)}
+
+
+class Rounds(Sequence[int]):
+    """The numbers below `size`, each once in a drawn order, and again and again in new ones.
+
+    The orders of two rounds exist at a time: a run of any length takes no more memory.
+
+    Args:
+        size: how many numbers.
+        seed: of the orders.
+        items: how many numbers to give in all; None: one round.
+    """
+
+    def __init__(self, size: int, seed: int, items: int | None = None) -> None:
+        self.size, self.seed = size, seed
+        self.items = size if items is None else items
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, index: Any) -> Any:
+        number, place = divmod(range(self.items)[index], self.size)
+        if number not in self._orders:
+            kept = list(self._orders.items())[-1:]
+            self._orders = dict(kept) | {number: self._order(number)}
+        return int(self._orders[number][place])
+
+    def _order(self, number: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, number]).permutation(self.size)
 
 
 def _positive(length: int) -> int:

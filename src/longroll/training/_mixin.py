@@ -387,6 +387,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         """The host's; FSDP2 shards what each rank holds, which must be the same model."""
         if self.is_fsdp_enabled and not is_sharded(self.model):
             sharding.same_everywhere(self.model, self.args.device)
+            sharding.choose_layers(self.accelerator.state.fsdp_plugin, self.model)
         return super()._prepare_for_training(*arguments, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -437,6 +438,8 @@ class InitialStateMixin(WholeCheckpointsMixin):
             torch.save(self.intervention.state_dict(), self._memory_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # an earlier run of this process may have ended inside a step; FSDP2 loads by a step without effect
+        self.accelerator.gradient_state._set_sync_gradients(True)
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None or self.intervention is None:
             return

@@ -39,6 +39,7 @@ from longroll.files import try_folder
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES, Settings
+from longroll.memory import check_micro_batch
 from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints, sharding
@@ -152,6 +153,11 @@ class PosttrainOptions:
             raise LongrollError(
                 "`weights` bf16 does not go with `fsdp`, which wants weights of one precision: leave one out."
             )
+        if self.tokens >= 2**62:
+            raise LongrollError(
+                "`steps` x `accumulation` x `batch_size` x `length` is more than can be counted: "
+                f"{self.tokens:,} tokens."
+            )
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -226,6 +232,7 @@ def posttrain(
     arguments = _arguments(lm, options, folder)  # the processes meet here
     if ranks.on_first(lambda: _is_done(output, place, resume)):
         return []
+    check_micro_batch(lm, options.batch_size, options.length, arguments.device)
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus

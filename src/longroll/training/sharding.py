@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from typing import Any
 
 import torch
@@ -75,6 +76,31 @@ def set_up(accelerator: Any, args: TrainingArguments) -> bool:
     return True
 
 
+def choose_layers(plugin: Any, model: nn.Module) -> None:
+    """Have FSDP2 shard the layers of `model` one by one, where the user does not say which modules.
+
+    transformers lists layers that a model may have (`_no_split_modules`). Left out are those of towers that
+    this one lacks, and those that share weights with another (Zamba): these are gathered with the rest.
+
+    Raises:
+        LongrollError: for modules that the user names and the model lacks, or that share weights.
+    """
+    instances: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        instances.setdefault(type(module).__name__, []).append(module)
+    given = plugin.transformer_cls_names_to_wrap
+    names = [name for name in given or getattr(model, "_no_split_modules", None) or () if name in instances]
+    uses = {name: Counter(id(p) for m in instances[name] for p in set(m.parameters())) for name in names}
+    apart = [name for name in names if max(uses[name].values(), default=0) < 2]
+    wrong = set(given or ()) - set(apart)
+    if wrong:
+        raise LongrollError(
+            f"`fsdp_config` transformer_layer_cls_to_wrap {', '.join(sorted(wrong))}: the model has no such "
+            f"module, or its instances share weights: leave it out, or take of {', '.join(instances)}."
+        )
+    plugin.transformer_cls_names_to_wrap = apart
+
+
 def same_everywhere(model: nn.Module, device: torch.device) -> None:
     """Copy the parameters and buffers of rank 0 to all ranks, as DDP does.
 
@@ -125,7 +151,8 @@ def full_state(sharded: nn.Module) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = get_model_state_dict(sharded, options=options)
     first: dict[int, str] = {}
-    for name, parameter in sharded.named_parameters(remove_duplicate=False) if found else ():
+    for wrapped, parameter in sharded.named_parameters(remove_duplicate=False) if found else ():
+        name = wrapped.replace("_checkpoint_wrapped_module.", "")
         found[name] = found[first.setdefault(id(parameter), name)]  # tied ones are one tensor again
     return found
 
