@@ -1,4 +1,4 @@
-"""Make each fault that a run can meet, and note what the user sees and what survives: the table of docs/runs.md.
+"""Make each fault that a run can meet; note what the user sees and what survives: the table of docs/runs.md.
 
     python benchmarks/faults.py --json benchmarks/results/faults.json
     python benchmarks/faults.py --table benchmarks/results/faults.json    # the table, as Markdown
@@ -31,6 +31,7 @@ from typing import Any
 
 LENGTH, STEPS = 16, 6
 SECONDS = 120
+BEFORE_STEP = "longroll.training.guard:Guard.before_step"
 Arm = Callable[[], None]
 
 
@@ -56,6 +57,7 @@ class Fault:
     """Whether the weights at the end are those of the undisturbed run; None: there is no such end."""
 
     def row(self) -> dict[str, Any]:
+        """Return the row as plain data."""
         return {
             "fault": self.name,
             "made_by": self.how,
@@ -103,7 +105,7 @@ def run(*argv: object, arm: Arm | None = None, work: Callable[[], None] | None =
         child = os.fork()
         if child == 0:
             os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             sys.argv = ["longroll", *map(str, argv)]
             status = 1
             try:
@@ -159,7 +161,8 @@ def told(text: str) -> list[str]:
     """The lines that are neither progress nor result nor a library's."""
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
-        r"^$|^T = |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: |^\[(W|rank)|^W\d{4}|━|passkey|\|"
+        r"^$|^T = |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: |^\[(W|rank)|^W\d{4}|━"
+        r"|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]
 
@@ -176,6 +179,7 @@ class Place:
     whole: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self) -> None:
+        """Make them."""
         from longroll.conformance.tiny import build
 
         for seed in (0, 1):
@@ -193,6 +197,7 @@ class Place:
     def posttrain(
         self, name: str, *more: object, model: str = "model0", text: str = "text.txt"
     ) -> list[object]:
+        """Return the command of a run, with other options than its own."""
         given = dict(zip(more[::2], more[1::2], strict=True)) if len(more) > 1 else {}
         options = {
             "--text": self.root / text,
@@ -208,6 +213,7 @@ class Place:
         return ["posttrain", self.root / model, *(part for pair in options.items() for part in pair)]
 
     def new(self) -> str:
+        """Return the name of another run."""
         self.count += 1
         return f"run{self.count}"
 
@@ -233,6 +239,7 @@ class Place:
         return again, same
 
     def same(self, output: Path) -> bool:
+        """Whether a result has the weights of the undisturbed run."""
         found = weights(output)
         return found.keys() == self.whole.keys() and all(found[n].equal(t) for n, t in self.whole.items())
 
@@ -256,22 +263,33 @@ def say(ran: Ran, same: bool | None) -> str:
 def ended(place: Place) -> Iterator[Fault]:
     """Runs that a signal ends."""
     kill = signalled(signal.SIGKILL)
-    removed = ".removed-checkpoints"
+
+    def removal(name: str) -> Callable[..., bool]:
+        """Whether a folder that is there, of this name, is being removed."""
+        return lambda path, *_: str(path).endswith(f".removed-{name}") and Path(path).exists()
+
     moments = {
-        "SIGKILL in a step": ("before the optimizer moves, step 4", at("longroll.training.guard:Guard.before_step", 4, kill)),
+        "SIGKILL in a step": ("before the optimizer moves, step 4", at(BEFORE_STEP, 4, kill)),
         "SIGKILL in a save": ("while checkpoint-4 is written", at("torch:save", 7, kill)),
         "SIGKILL between a save and its commit": (
-            "before the manifest of checkpoint-4 is written", at("longroll.training.checkpoints:write_whole", 2, kill)),
+            "before the manifest of checkpoint-4 is written",
+            at("longroll.training.checkpoints:write_whole", 2, kill),
+        ),
         "SIGKILL while old checkpoints are removed": (
             "while checkpoint-2 is removed",
-            at("shutil:rmtree", 1, kill, lambda path, *_: str(path).endswith(".removed-checkpoint-2") and Path(path).exists())),
-        "SIGKILL while the result is saved": ("before the result is moved to its place", at("longroll.training._posttrain:model_card", 1, kill)),
+            at("shutil:rmtree", 1, kill, removal("checkpoint-2")),
+        ),
+        "SIGKILL while the result is saved": (
+            "before the result is moved to its place",
+            at("longroll.training._posttrain:model_card", 1, kill),
+        ),
         "SIGKILL in the clean-up": (
             "after the result is saved, while the checkpoints are removed",
-            at("shutil:rmtree", 1, kill, lambda path, *_: str(path).endswith(removed) and Path(path).exists())),
-        "SIGTERM": ("to the process, in step 3", at("longroll.training.guard:Guard.before_step", 3, signalled(signal.SIGTERM))),
-        "Ctrl-C": ("SIGINT to the process, in step 3", at("longroll.training.guard:Guard.before_step", 3, signalled(signal.SIGINT))),
-    }  # fmt: skip
+            at("shutil:rmtree", 1, kill, removal("checkpoints")),
+        ),
+        "SIGTERM": ("to the process, in step 3", at(BEFORE_STEP, 3, signalled(signal.SIGTERM))),
+        "Ctrl-C": ("SIGINT to the process, in step 3", at(BEFORE_STEP, 3, signalled(signal.SIGINT))),
+    }
     for fault, (how, arm) in moments.items():
         name = place.new()
         ran = run(*place.posttrain(name), arm=arm)
@@ -377,7 +395,7 @@ def ranks_die(place: Place) -> Iterator[Fault]:
     name = place.new()
     run(
         *place.posttrain(name),
-        arm=at("longroll.training.guard:Guard.before_step", 4, signalled(signal.SIGKILL)),
+        arm=at(BEFORE_STEP, 4, signalled(signal.SIGKILL)),
     )
     kept = place.kept(name)
     refused = torchrun(2, *place.posttrain(name), "--resume")
@@ -402,7 +420,7 @@ def no_room(place: Place) -> Iterator[Fault]:
     probe = place.new()
     run(
         *place.posttrain(probe),
-        arm=at("longroll.training.guard:Guard.before_step", 3, signalled(signal.SIGKILL)),
+        arm=at(BEFORE_STEP, 3, signalled(signal.SIGKILL)),
     )
     size = sum(file.stat().st_size for file in (place.root / probe).rglob("*") if file.is_file())
     output = place.root / name
@@ -426,7 +444,7 @@ def no_room(place: Place) -> Iterator[Fault]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-        first = at("longroll.training.guard:Guard.before_step", 3, limit)
+        first = at(BEFORE_STEP, 3, limit)
         ran = run(*place.posttrain(name), arm=first)
         kept = place.kept(name)
         again, same = place.resumed(name)
@@ -440,7 +458,9 @@ def no_room(place: Place) -> Iterator[Fault]:
             argv = ["evaluate", "loss", place.root / "model0", "--tokenizer", "bytes", "--device", "cpu"]
             argv += ["--text", place.root / "text.txt", "--length", "64", "--sequences", "1"]
             ran = run(*argv, "--json", small / "loss.json")
-            yield Fault("disk full", "evaluate loss --json on a full tmpfs", ran, "no half of a file", "with room: goes on", None)  # fmt: skip
+            how, kept = "evaluate loss --json on a full tmpfs", sorted(file.name for file in small.iterdir())
+            left = "no part of a file" if kept == ["filler"] else f"{kept}"
+            yield Fault("disk full", how, ran, left, "-", None)
         finally:
             subprocess.run(["umount", str(small)], check=True)
 
@@ -470,7 +490,7 @@ def no_memory(place: Place) -> Iterator[Fault]:
 
 def damage(place: Place) -> Iterator[Fault]:
     """Checkpoints that are damaged between two runs."""
-    kill = at("longroll.training.guard:Guard.before_step", 6, signalled(signal.SIGKILL))
+    kill = at(BEFORE_STEP, 6, signalled(signal.SIGKILL))
 
     def cut(file: Path) -> None:
         os.truncate(file, file.stat().st_size // 2)
@@ -480,20 +500,23 @@ def damage(place: Place) -> Iterator[Fault]:
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
 
-    cases: dict[str, tuple[str, Callable[[Path], None]]] = {
-        "a torn checkpoint": ("model.safetensors of checkpoint-4 cut in half", lambda c: cut(c / "model.safetensors")),
-        "a flipped bit": ("one bit of optimizer.pt of checkpoint-4", lambda c: flip(c / "optimizer.pt")),
-        "a flipped bit in the states": ("one bit of intervention_0.pt of checkpoint-4", lambda c: flip(c / "intervention_0.pt")),
-        "no optimizer": ("optimizer.pt of checkpoint-4 removed", lambda c: (c / "optimizer.pt").unlink()),
-        "no manifest": ("manifest.json of checkpoint-4 removed", lambda c: (c / "manifest.json").unlink()),
-        "every checkpoint damaged": (
-            "one bit of every optimizer.pt",
-            lambda c: [flip(file) for file in c.parent.glob("checkpoint-*/optimizer.pt")] and None),
-    }  # fmt: skip
-    for fault, (how, harm) in cases.items():
+    def flip_all(checkpoint: Path) -> None:
+        for file in checkpoint.parent.glob("checkpoint-*/optimizer.pt"):  # `checkpoint` is checkpoint-4/.
+            flip(file)
+
+    cases: dict[str, tuple[str, str, Callable[[Path], None]]] = {
+        "a torn checkpoint": ("cut in half", "model.safetensors", cut),
+        "a flipped bit": ("one bit", "optimizer.pt", flip),
+        "a flipped bit in the states": ("one bit", "intervention_0.pt", flip),
+        "no optimizer": ("removed", "optimizer.pt", Path.unlink),
+        "no manifest": ("removed", "manifest.json", Path.unlink),
+        "every checkpoint damaged": ("one bit in each checkpoint", ".", flip_all),
+    }
+    for fault, (how, file, harm) in cases.items():
         name = place.new()
         run(*place.posttrain(name), arm=kill)
-        harm(place.root / name / "checkpoints" / "checkpoint-4")
+        harm(place.root / name / "checkpoints" / "checkpoint-4" / file)
+        how = f"{file} of checkpoint-4: {how}" if file != "." else how
         again, same = place.resumed(name)
         newest = "checkpoint-2" if "every" not in fault else "nothing: the run starts anew"
         yield Fault(fault, how, again, newest, say(again, same), same)
@@ -501,7 +524,7 @@ def damage(place: Place) -> Iterator[Fault]:
 
 def another_run(place: Place) -> Iterator[Fault]:
     """A run that goes on as another one."""
-    kill = at("longroll.training.guard:Guard.before_step", 4, signalled(signal.SIGKILL))
+    kill = at(BEFORE_STEP, 4, signalled(signal.SIGKILL))
     name = place.new()
     run(*place.posttrain(name), arm=kill)
     cases: dict[str, tuple[str, list[object]]] = {
@@ -517,16 +540,17 @@ def another_run(place: Place) -> Iterator[Fault]:
     }
     for fault, (how, argv) in cases.items():
         ran = run(*argv, "--resume")
-        yield Fault(f"{fault} on --resume", how, ran, place.kept(name), "refused" if ran.status == "2" else "accepted", None)  # fmt: skip
+        yield Fault(f"{fault} on --resume", how, ran, place.kept(name), say(ran, None), None)
     ran = run(*place.posttrain(name))
-    yield Fault("no --resume", "the command again", ran, place.kept(name), "refused" if ran.status == "2" else "accepted", None)  # fmt: skip
+    yield Fault("no --resume", "the command again", ran, place.kept(name), say(ran, None), None)
     note = place.root / name / "checkpoints" / "run.json"
     told_of = json.loads(note.read_text())
     told_of["versions"] |= {"torch": "2.0.0", "transformers": "5.0.0"}
     note.write_text(json.dumps(told_of))
     kept = place.kept(name)
     ran, same = place.resumed(name)
-    yield Fault("other versions", "run.json names torch 2.0.0 and transformers 5.0.0", ran, kept, say(ran, same), same)  # fmt: skip
+    how = "run.json names torch 2.0.0 and transformers 5.0.0"
+    yield Fault("other versions", how, ran, kept, say(ran, same), same)
 
 
 def not_finite(place: Place) -> Iterator[Fault]:
@@ -606,7 +630,7 @@ def child() -> None:
 
     torch.set_num_threads(1)
     if os.environ["FAULTS_KILL"] == os.environ["RANK"]:
-        at("longroll.training.guard:Guard.before_step", 4, signalled(signal.SIGKILL))()
+        at(BEFORE_STEP, 4, signalled(signal.SIGKILL))()
     sys.argv = ["longroll", *sys.argv[sys.argv.index("--child") + 1 :]]
     cli.main()
 

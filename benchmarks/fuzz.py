@@ -36,17 +36,46 @@ MEMORY = 6 << 30  # bytes of address space beyond the parent's
 TAKEN = 1 << 30  # bytes of memory that a trial may take at its peak
 
 HOSTILE = [
-    "", " ", "-1", "0", "1e999", "nan", "-inf", "9" * 30, "1" + "0" * 15, "0x10", "1_0", "1.5", "16kk", "k", ",",
-    "1,,2", "3,2,1", "None", "true", "--", "-", "\u0661\u0662", "\U0001f4a5", "[bold]x[/bold]", "{{7*7}}", "%s%n", "a" * 5000,
-    "\x1b[31mred\x1b[0m", "a\nb", "a\rb", "tab\there", "\udcff", "$(reboot)", "../../../etc/passwd", "~", ".", "/", "/dev/null",
-    "/dev/full", "/proc/self/mem", "/nowhere/at/all", "file:///etc/passwd", "https://127.0.0.1:1/x", "a/b/c", "specimen",
-    "cuda", "cuda:99", "meta", "bfloat16", "float8_e4m3fn", "int64", "linear", "cosine", "original", "passkey", "copying",
-]  # fmt: skip
+    *(
+        "",
+        " ",
+        "-1",
+        "0",
+        "1e999",
+        "nan",
+        "-inf",
+        "9" * 30,
+        "1" + "0" * 15,
+        "0x10",
+        "1_0",
+        "1.5",
+        "16kk",
+        "k",
+    ),
+    *(
+        ",",
+        "1,,2",
+        "3,2,1",
+        "None",
+        "true",
+        "--",
+        "-",
+        "\u0661\u0662",
+        "\U0001f4a5",
+        "[bold]x[/bold]",
+        "a" * 5000,
+    ),
+    *("{{7*7}}", "%s%n", "\x1b[31mred\x1b[0m", "a\nb", "a\rb", "tab\there", "\udcff", "$(exit)", "../x/../y"),
+    *(".", "/dev/null", "/dev/full", "/proc/self/mem", "/nowhere/at/all", "https://127.0.0.1:1/x", "a/b/c"),
+    *("specimen", "cuda", "cuda:99", "meta", "bfloat16", "float8_e4m3fn", "int64", "linear", "cosine"),
+    *("original", "passkey", "copying", "file:///nowhere"),
+]
 """Values for any flag."""
 ABSURD = ["1" + "0" * 9, "1" + "0" * 12, "1" + "0" * 15, "9" * 18, "64M", "1" + "0" * 20]
 """Sizes that no machine has."""
 SIZES = {
-    "--length", "--lengths", "--sequences", "--chunk-size", "--train-length", "--batch-size", "--accumulation",
+    "--length", "--lengths", "--sequences", "--chunk-size", "--train-length", "--batch-size",
+    "--accumulation",
     "--lora-rank", "--windows", "--window", "--samples", "--few-shot", "--prompts", "--width", "--font-size",
 }  # fmt: skip
 
@@ -67,8 +96,10 @@ class Ground:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.flag = root / "exploded"
+        self.plain = root / "text" / "plain.txt"
 
     def prepare(self) -> None:
+        """Make all of it."""
         from faults import at, run, signalled
 
         from longroll.conformance.tiny import build
@@ -109,27 +140,32 @@ class Ground:
         (self.root / "prompts.json").write_text(json.dumps({"template": "{context} {question}"}))
 
     def posttrain(self, output: str) -> list[object]:
+        """Return a command that trains for three steps."""
         return [
-            "posttrain", self.root / "model", "--text", self.root / "text" / "plain.txt", "--tokenizer", "bytes",
-            "--output", self.root / output, "--steps", 3, "--batch-size", 2, "--device", "cpu",
+            "posttrain", self.root / "model", "--text", self.plain, "--tokenizer", "bytes",
+            "--intervention", "sp", "--output", self.root / output, "--steps", 3, "--batch-size", 2,
+            "--device", "cpu",
         ]  # fmt: skip
 
     def diagnose(self) -> list[object]:
+        """Return a command that diagnoses short texts."""
         return [
-            "diagnose", self.root / "model", "--text", self.root / "text" / "plain.txt", "--tokenizer", "bytes",
+            "diagnose", self.root / "model", "--text", self.plain, "--tokenizer", "bytes",
             "--length", 64, "--sequences", 2, "--device", "cpu", "--no-explain",
         ]  # fmt: skip
 
     def loss(self, text: object) -> list[object]:
+        """Return a command that measures the loss of a text."""
         return [
             "evaluate", "loss", self.root / "model", "--text", text, "--tokenizer", "bytes", "--length", 32,
             "--sequences", 1, "--device", "cpu",
         ]  # fmt: skip
 
     def passkey(self) -> list[object]:
+        """Return a command that measures one cell."""
         return [
-            "evaluate", "passkey", self.root / "model", "--tokenizer", "bytes", "--lengths", "128", "--depths", "0.5",
-            "--samples", 1, "--device", "cpu",
+            "evaluate", "passkey", self.root / "model", "--tokenizer", "bytes", "--lengths", "128",
+            "--depths", "0.5", "--samples", 1, "--device", "cpu",
         ]  # fmt: skip
 
 
@@ -138,14 +174,15 @@ class Ground:
 
 def flags(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
     """A good command line with one to three flags of hostile values."""
+    plain_cells = ["--tokenizer", "bytes", "--samples", 1, "--device", "cpu"]
     bases = {
         "posttrain": ground.posttrain(f"{copy.name}/out"),
         "diagnose": ground.diagnose(),
-        "loss": ground.loss(ground.root / "text" / "plain.txt"),
+        "loss": ground.loss(ground.plain),
         "passkey": ground.passkey(),
         "niah": ["evaluate", "niah", *ground.passkey()[2:]],
-        "copying": ["evaluate", "copying", ground.root / "model", "--tokenizer", "bytes", "--lengths", "8", "--samples", 1],
-        "babilong": ["evaluate", "babilong", *[part for part in ground.passkey()[2:] if part not in ("--depths", "0.5")]],
+        "copying": ["evaluate", "copying", ground.root / "model", *plain_cells, "--lengths", "8"],
+        "babilong": ["evaluate", "babilong", ground.root / "model", *plain_cells, "--lengths", "128"],
         "compare": ["evaluate", "compare", ground.root / "task.json"],
         "report": ["report", ground.root / "diagnosis.json", "--output", copy / "page"],
         "doctor": ["doctor", "--packing", ground.root / "model", "--device", "cpu"],
@@ -212,7 +249,8 @@ def model_folder(ground: Ground, copy: Path, random_: random.Random) -> tuple[li
     else:
         file.write_bytes(damaged(file.read_bytes(), random_.randrange(10**6)))
         what = f"{file.name} damaged"
-    argv = random_.choice([ground.diagnose(), ground.loss(ground.root / "text" / "plain.txt"), ground.passkey(), ground.posttrain(f"{copy.name}/out")])  # fmt: skip
+    uses = [ground.diagnose(), ground.loss(ground.plain), ground.passkey()]
+    argv = random_.choice([*uses, ground.posttrain(f"{copy.name}/out")])
     return [copy / "model" if part == ground.root / "model" else part for part in argv], f"{name}: {what}"
 
 
@@ -280,7 +318,8 @@ def text_file(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[
         )
     file.write_bytes(made)
     column = random_.choice([[], [], ["--text-column", random_.choice(["id", "nothing", "\x1b[2J", "text"])]])
-    base = random_.choice([ground.loss(file), [file if part == ground.root / "text" / "plain.txt" else part for part in ground.posttrain(f"{copy.name}/out")]])  # fmt: skip
+    training = [file if part == ground.plain else part for part in ground.posttrain(f"{copy.name}/out")]
+    base = random_.choice([ground.loss(file), training])
     return [*base, *column], f"{whole.name}: {kind}"
 
 
@@ -290,7 +329,7 @@ def adapter(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[ob
     shutil.copytree(ground.root / "adapter", copy / "adapter")
     file = random_.choice(sorted(file for file in (copy / "adapter").iterdir() if file.is_file()))
     file.write_bytes(damaged(file.read_bytes(), random_.randrange(10**6)))
-    argv = ground.loss(ground.root / "text" / "plain.txt")
+    argv = ground.loss(ground.plain)
     return [
         copy / "adapter" if part == ground.root / "model" else part for part in argv
     ], f"{file.name} damaged"
@@ -312,9 +351,7 @@ def pickled(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[ob
         place = "pytorch_model.bin"
     (folder / place).write_bytes(bomb(ground))
     model = folder / place if place.endswith(".pth") else folder
-    argv = random_.choice(
-        [ground.loss(ground.root / "text" / "plain.txt"), ground.posttrain(f"{copy.name}/out")]
-    )
+    argv = random_.choice([ground.loss(ground.plain), ground.posttrain(f"{copy.name}/out")])
     return [model if part == ground.root / "model" else part for part in argv], f"code in {place}"
 
 
@@ -353,7 +390,7 @@ KINDS: dict[str, tuple[Callable[..., tuple[list[object], str]], int]] = {
 """Kind -> what draws a trial, and how often of 30."""
 
 
-def limited(argv: list[object], ground: Ground) -> dict[str, Any]:
+def limited(argv: list[object], ground: Ground, place: Path) -> dict[str, Any]:
     """Run `longroll` with these arguments in a process of its own, with limits."""
     from longroll import cli
 
@@ -361,11 +398,14 @@ def limited(argv: list[object], ground: Ground) -> dict[str, Any]:
         child = os.fork()
         if child == 0:
             os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
-            sys.stdout, sys.stderr = (open(n, "w", closefd=False, errors="surrogateescape") for n in (1, 2))
-            sys.stdin = open(os.devnull)
+            sys.stdout, sys.stderr = (
+                os.fdopen(n, "w", closefd=False, errors="surrogateescape") for n in (1, 2)
+            )
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
             sys.argv = ["longroll", *map(str, argv)]
+            os.chdir(place)  # what is written beside a relative name stays there
             status = 1
             try:
                 cli.main()
@@ -450,7 +490,7 @@ def main() -> None:
         copy = root / f"trial{number}"
         copy.mkdir()
         argv, what = KINDS[kind][0](ground, copy, random_)
-        found = limited(argv, ground)
+        found = limited(argv, ground, copy)
         counts.setdefault(kind, Counter())[found["verdict"]] += 1
         if found["verdict"] not in ("works", "refused") or options.only:
             failures.append({"trial": number, "kind": kind, "what": what, "argv": [*map(str, argv)], **found})

@@ -85,11 +85,8 @@ def run(
     makes = {"zero_probability": 0.3, "seed": 3}
     intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
     callbacks = [] if kill is None else [Killed(kill, kill_rank)]
-<<<<<<< HEAD
     callbacks += [Poisoned(intervention, *poison)] if poison else []
-=======
     callbacks += [] if spoil is None else [Spoiled(spoil)]
->>>>>>> 3db5a43 (WIP sharding, memory, faults, fuzz)
     log = posttrain(
         lm,
         corpus_of(),
