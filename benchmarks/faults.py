@@ -161,7 +161,7 @@ def told(text: str) -> list[str]:
     """The lines that are neither progress nor result nor a library's."""
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
-        r"^$|^T = |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: |^\[(W|rank)|^W\d{4}|━"
+        r"^$|^T = |^Recipe |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: |^\[(W|rank)|^W\d{4}|━"
         r"|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]
@@ -303,7 +303,7 @@ def evaluations(place: Place) -> Iterator[Fault]:
     kill = signalled(signal.SIGKILL)
     file = place.root / "passkey.json"
     grid = ["evaluate", "passkey", place.root / "model0", "--tokenizer", "bytes", "--lengths", "128,192,256"]
-    grid += ["--depths", "0.5", "--samples", "2", "--device", "cpu"]
+    grid += ["--depths", "0.5", "--samples", "4", "--device", "cpu"]
     whole = run(*grid, "--json", place.root / "whole.json")
     ran = run(*grid, "--json", file, arm=at("longroll.tasks.run:TaskResult.write", 3, kill))
     cells = json.loads(file.read_text())["cells"]
@@ -320,7 +320,7 @@ def evaluations(place: Place) -> Iterator[Fault]:
 
     file = place.root / "diagnosis.json"
     base = ["diagnose", place.root / "model0", "--tokenizer", "bytes", "--text", place.root / "text.txt"]
-    base += ["--length", "256", "--sequences", "2", "--device", "cpu", "--json", file]
+    base += ["--length", "256", "--sequences", "4", "--device", "cpu", "--json", file]
     ran = run(*base, arm=at("longroll.measure._diagnose:remembrance", 1, kill))
     if not ran.status.startswith("SIG"):
         ran = run(*base, arm=at("longroll.cli._diagnose:DiagnosisResult.write", 2, kill))

@@ -151,7 +151,7 @@ class Ground:
         """Return a command that diagnoses short texts."""
         return [
             "diagnose", self.root / "model", "--text", self.plain, "--tokenizer", "bytes",
-            "--length", 64, "--sequences", 2, "--device", "cpu", "--no-explain",
+            "--length", 64, "--sequences", 4, "--device", "cpu", "--no-explain",
         ]  # fmt: skip
 
     def loss(self, text: object) -> list[object]:
@@ -165,7 +165,7 @@ class Ground:
         """Return a command that measures one cell."""
         return [
             "evaluate", "passkey", self.root / "model", "--tokenizer", "bytes", "--lengths", "128",
-            "--depths", "0.5", "--samples", 1, "--device", "cpu",
+            "--depths", "0.5", "--samples", 4, "--device", "cpu",
         ]  # fmt: skip
 
 
@@ -174,7 +174,7 @@ class Ground:
 
 def flags(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
     """A good command line with one to three flags of hostile values."""
-    plain_cells = ["--tokenizer", "bytes", "--samples", 1, "--device", "cpu"]
+    plain_cells = ["--tokenizer", "bytes", "--samples", 4, "--device", "cpu"]
     bases = {
         "posttrain": ground.posttrain(f"{copy.name}/out"),
         "diagnose": ground.diagnose(),
