@@ -161,8 +161,8 @@ def told(text: str) -> list[str]:
     """The lines that are neither progress nor result nor a library's."""
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
-        r"^$|^T = |^Recipe |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: |^\[(W|rank)|^W\d{4}|━"
-        r"|passkey|\|"
+        r"^$|^T = |^Recipe |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: "
+        r"|^\[(W|rank)|^W\d{4}|━|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]
 
