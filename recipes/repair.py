@@ -49,7 +49,11 @@ from longroll.training.weights import DECAYS, projects
 
 BEGAN = time.time()
 COPIED = 1 / 8  # share of rows with a span twice
-FIGURES = ("none", "sp", "tbptt", "sp zero=0.1 speed=30", "tbptt zero=0.1 speed=30")  # arms measured in depth
+FIGURES = (
+    "none", "sp", "tbptt", "sp zero=0.1 speed=30", "tbptt zero=0.1 speed=30",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=scales",
+)  # fmt: skip
+"""Arms measured in depth."""
 VOCABULARY = 16_384
 LORA = 16
 
@@ -243,10 +247,12 @@ class Run:
         if arm.train == "lora":
             adapted = _with_lora(model, LORA)
             lm = RecurrentLM(adapted, name=self.name)
+        matrices = projects(model)
         for name, parameter in model.named_parameters():
             decays = name.endswith(DECAYS)
             norms = decays or "norm" in name or name.endswith((".D", "layernorm.weight"))
             chosen = {"all": True, "decays": decays, "norms": norms, "lora": decays or "lora_" in name}
+            chosen["scales"] = name not in matrices
             parameter.requires_grad_(chosen[arm.train])
         steps = self.steps
         if adapted is not None:
@@ -342,6 +348,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="weights and arms, to go on from")
     parser.add_argument("--output", type=Path, help="the result file")
     parser.add_argument("--arm", action="append", metavar="NAME", help="these arms in place of the screen")
+    parser.add_argument("--screen", choices=["few", "short", "full", "last"], help="in place of the model's")
     parser.add_argument("--until", type=float, default=math.inf, help="begin no arm that would end later")
     parser.add_argument("--scale", type=float, default=1.0, help="of the base's tokens")
     parser.add_argument("--share", type=float, default=1.0, help="of steps and measured rows, to try it")
@@ -350,7 +357,8 @@ def main() -> None:
     if options.prepare:
         prepare(options.prepare, options.tokens, vocabulary=VOCABULARY)
     for name in options.models:
-        arms = [arm_of(text) for text in options.arm] if options.arm else design(PLANS[name].screen)
+        arms = [arm_of(text) for text in options.arm] if options.arm else None
+        arms = arms or design(options.screen or PLANS[name].screen)
         Run(name, options).all(arms)
     if options.table:
         print(table(json.loads(options.table.read_text())))

@@ -38,7 +38,7 @@ class Arm:
     skip: int = 0
     """First tokens of a row without a loss, where the row does not start from zero."""
     train: str = "all"
-    """Parameters: all, decays, norms (and decays and D), lora (of rank 16, and decays)."""
+    """Parameters: all, scales (all but matrices), norms (also decays, D), decays, lora (rank 16, and decays)."""
     keep: float = 0.0
     """Weight of KL(base || model) on the rows that start from zero."""
     steps: int = 500
@@ -157,9 +157,37 @@ def full() -> Iterator[Arm]:
     yield from (replace(arm, rate=rate) for rate in RATES for arm in (Arm("tbptt-depths", speed=30),))
 
 
+def last() -> Iterator[Arm]:
+    """Which parameters to train, around the best of the screen."""
+    best = [replace(arm, rate=1e-3, train="scales") for arm in (FAST[1], FAST[0])]
+    yield Arm("none", rate=1e-4)
+    yield from best
+    yield Arm("tbptt-depths", speed=30, rate=1e-3, train="scales")
+    yield replace(FAST[1], rate=1e-3, train="decays")
+    yield replace(best[0], rows=16)
+    yield replace(FAST[1], rate=1e-4)
+    yield replace(best[1], rows=16)
+    yield Arm("tbptt-depths", speed=30, keep=1)
+    yield Arm("none", rate=1e-3, train="scales")
+    yield replace(best[0], rate=3e-3)
+    yield replace(best[0], zero=0.25)
+    yield Arm("sp-depths", speed=30, rate=1e-3, train="scales")
+    yield from (replace(best[0], speed=speed) for speed in (10, 100))
+    yield replace(best[0], keep=1)
+    yield replace(FAST[0], rate=1e-4)
+    for seed in (1, 2):
+        yield from (replace(arm, seed=seed) for arm in best)
+    yield replace(best[0], zero=0.0)
+    yield from (replace(best[0], steps=steps) for steps in (125, 250, 1000))
+    yield replace(best[1], zero=0.25)
+    yield replace(FAST[1], rate=1e-3, train="norms")
+    yield from (Arm(kind) for kind in ("none", "sp", "tbptt", "fitted", "random"))
+    yield from (Arm(kind, zero=0.1, speed=30, rate=1e-3, train="scales") for kind in ("mixed", "fitted"))
+
+
 def design(name: str) -> list[Arm]:
     """The arms of a screen, each once."""
-    return list(dict.fromkeys({"few": few, "short": short, "full": full}[name]()))
+    return list(dict.fromkeys({"few": few, "short": short, "full": full, "last": last}[name]()))
 
 
 def arm_of(text: str) -> Arm:

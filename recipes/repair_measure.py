@@ -106,7 +106,9 @@ class Measures:
         texts = self.long[:8, : min(32, self.plan.longest) * T]
         positions = [T // 4, T // 2, *(stop for _, stop in self.octaves())]
         with self._reading(lm):
-            found = {"state": state_statistics(lm, self.long[:8], positions).to_json()}
+            state = state_statistics(lm, self.long[:8], positions).to_json()
+            layers = [{key: layer[key] for key in ("layer", "std")} for layer in state["layers"]]
+            found = {"state": state | {"layers": layers}}
             if not lm.has_attention:  # its rows would be read once a start
                 found["remembrance"] = remembrance_map(lm, texts, spread_starts(texts.shape[1])).to_json()
         return found

@@ -48,6 +48,15 @@ class Plan:
     """Whether a step can be a CUDA graph."""
 
 
+def official_mamba2(plan: Plan, vocabulary: int) -> PreTrainedModel:
+    """Mamba-2, its decay rates A drawn from (1, 16): a model that holds."""
+    model = mamba2(plan, vocabulary)
+    for name, rates in model.named_parameters():
+        if name.endswith("A_log"):
+            rates.data.uniform_(1, 16).log_()
+    return model
+
+
 def mamba2(plan: Plan, vocabulary: int) -> PreTrainedModel:
     """Mamba-2, its decay rates A drawn from `SLOW`."""
     width = plan.width
@@ -136,6 +145,11 @@ PLANS = {
     "gla-36m": Plan(gla, 512, 8, rate=1e-3, tokens=40, frozen=("gk_proj.1.weight", "gk_proj.1.bias")),
     "granite-33m": Plan(granite, 512, 8, rate=2e-3, tokens=40, longest=64, graphs=False),
     "gdn-40m": Plan(gated_deltanet, 512, 8, rate=1e-3, tokens=40, screen="few"),
+    "gla-36m-free": Plan(gla, 512, 8, rate=1e-3, tokens=40),
+    "granite-33m-frozen": Plan(granite, 512, 8, rate=2e-3, tokens=40, longest=64, graphs=False,
+                               frozen=("A_log", "dt_bias")),
+    "mamba2-103m-30m": Plan(mamba2, 768, 24, rate=1e-3, tokens=30),
+    "mamba2-22m-holds": Plan(official_mamba2, 512, 8, rate=2e-3, tokens=40, screen="few"),
     "mamba2-6m": Plan(mamba2, 256, 4, rate=3e-3, tokens=20, screen="few"),
     "mamba2-22m-t128": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, length=128, rows=128, screen="few"),
     "mamba2-22m-n64": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, state=64, screen="few"),
