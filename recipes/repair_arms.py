@@ -38,7 +38,7 @@ class Arm:
     skip: int = 0
     """First tokens of a row without a loss, where the row does not start from zero."""
     train: str = "all"
-    """Parameters: all, scales (all but matrices), norms (also decays, D), decays, lora (rank 16, and decays)."""
+    """Parameters: all, scales (all but matrices), norms (and decays, D), decays, lora (16, and decays)."""
     keep: float = 0.0
     """Weight of KL(base || model) on the rows that start from zero."""
     steps: int = 500
