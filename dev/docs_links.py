@@ -98,7 +98,9 @@ def _in_repository(page: str, target: str) -> str | None:
     """Where in the repository a link of a page leads; None: out of it."""
     if re.match(r"[a-z]+:|/|#|<", target):
         return None
-    source = page.removeprefix("repository/") if page.startswith("repository/") else PAGES.get(page, f"docs/{page}")
+    source = PAGES.get(page, f"docs/{page}")
+    if page.startswith("repository/"):
+        source = page.removeprefix("repository/")
     place = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     return None if place.startswith("..") else place
 

@@ -22,7 +22,7 @@ class Plugin:
         plugin: `my_module` or `my_module:build`, importable, from the current directory too; or the function.
 
     Raises:
-        LongrollError: for a module that cannot be imported, and a name in it that is no function.
+        LongrollError: for a module that cannot be imported, and a name in it that is not a function.
     """
 
     def __init__(self, plugin: str | Build) -> None:

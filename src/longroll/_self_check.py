@@ -52,7 +52,7 @@ def check_chunks(lm: RecurrentLM, ids: Tensor) -> None:
 
 @torch.no_grad()
 def check_pure(lm: RecurrentLM, ids: Tensor) -> None:
-    """Raise a LongrollError where a forward is no function of tokens and state.
+    """Raise a LongrollError where a forward is not a function of tokens and state alone.
 
     It writes into the state that it is given, gives other numbers a second time, or starts from something
     else than the zero state where it is given none.

@@ -117,7 +117,7 @@ def unused_names(stored: Iterable[str], model: Any, unexpected: Iterable[str]) -
     Args:
         stored: the files' names.
         model: what transformers made of them.
-        unexpected: what it reports as unexpected, which leaves out what the class is told to ignore.
+        unexpected: what it reports as unexpected, which leaves out the names that the class ignores.
     """
     patterns = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ())
     ignored = re.compile(patterns) if patterns else None

@@ -1,8 +1,8 @@
-"""The one exception a user sees: what is wrong, and the mend."""
+"""The exception that a user sees: what is wrong, and what to do."""
 
 
 class LongrollError(Exception):
-    """A problem in what longroll was given. The message names the argument or file and says how to mend it.
+    """A problem in what longroll was given. The message names the argument or file and says what to do.
 
     Arguments stand in backticks under their Python names; the command line writes its flags in their place
     (`longroll.cli._flags`).
@@ -17,7 +17,7 @@ class LongrollError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an exception of another library says, short enough to stand inside one line of ours."""
+    """Return what an exception of another library says, short enough to stand inside one line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 

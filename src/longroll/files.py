@@ -97,6 +97,6 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
 
 def try_folder(folder: Path) -> None:
     """Make a folder, and a file in it that goes again; raises OSError where either cannot be made."""
-    place = Path(os.path.realpath(folder))  # the target of a link, which need not be there yet
+    place = Path(os.path.realpath(folder))  # the target of a link, which may not exist yet
     place.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=place).close()

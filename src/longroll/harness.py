@@ -51,9 +51,9 @@ class LongrollLM(TemplateLM):
     """A model opened by longroll, for lm_eval.
 
     Args:
-        pretrained: as for `longroll.load`.
+        pretrained: see `longroll.load`.
         tokenizer: default: the model's.
-        device, dtype, trust_remote_code, plugin: as for `longroll.load`.
+        device, dtype, trust_remote_code, plugin: see `longroll.load`.
         batch_size: prompts read together; "auto": as many as keep the device busy.
         max_batch_size: the most that "auto" chooses.
         add_bos_token: begin prompts with BOS; None: with what the tokenizer adds.
@@ -180,7 +180,9 @@ class LongrollLM(TemplateLM):
         return self._tokenizer.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return token ids, with the tokenizer's special tokens unless told otherwise, as `hf` does."""
+        """Return token ids, with the tokenizer's special tokens unless an argument says otherwise, as `hf`
+        does.
+        """
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         first = self._prefix_or_none()
         if self.tokenizer is not None and add_special_tokens is None and first is not None:

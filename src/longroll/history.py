@@ -21,7 +21,7 @@ def record(config: Any, step: Mapping[str, Any]) -> None:
     """Add a post-training run to a config.
 
     Args:
-        config: of the model.
+        config: the config of the model.
         step: plain data: `intervention` ("sp", ..., "none" for the control), `steps` and other settings.
     """
     setattr(config, ENTRY, {"posttrain": [*history(config), dict(step)]})
@@ -47,7 +47,7 @@ def read_beside(config: Any, place: Path) -> None:
     """Put what `save_beside` wrote, if it did, into a config.
 
     Raises:
-        LongrollError: for a file that is no such JSON.
+        LongrollError: for a file that is not such JSON.
     """
     file = _file_beside(place)
     if not file.is_file():

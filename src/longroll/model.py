@@ -42,7 +42,7 @@ logger = logging.getLogger("longroll")
 
 @dataclass(frozen=True)
 class RecurrentLayer:
-    """One recurrent layer, so that statistics can speak of "layer 12, head 3"."""
+    """One recurrent layer, so that statistics can name "layer 12, head 3"."""
 
     layer: int
     kind: str
@@ -69,7 +69,7 @@ class RecurrentLM(nn.Module):
         model = _base_model(model)
         if not isinstance(model, PreTrainedModel):
             raise LongrollError(
-                f"{type(model).__name__} is no model of transformers: longroll.wrap(module, vocab_size=...)."
+                f"{type(model).__name__} is not a transformers model: use longroll.wrap(...)."
             )
         self.family = PlainFamily() if isinstance(model, PlainModel) else family_of(model.config.model_type)
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -87,7 +87,9 @@ class RecurrentLM(nn.Module):
         self.name = name or model.config.name_or_path or model.config.model_type
         self.checkpoint: Checkpoint | None = None
         self.flags: tuple[str, ...] | None = ()
-        """What the command line needs besides `name` to open the model again; None: it cannot."""
+        """Flags that the command line needs besides `name` to open the model again; None: the command line
+        cannot.
+        """
         self._layers: list[RecurrentLayer] | None = None
         self.train(model.training)
 
@@ -232,13 +234,13 @@ class RecurrentLM(nn.Module):
     def self_check(self, *, tokens: int = 48, seed: int = 0) -> None:
         """Refuse to go on with a model whose numbers would be wrong.
 
-        A chunked forward must be the full one. A model that is not of longroll's own families must also be a
+        A chunked forward must be the full one. A model of another family must also be a
         function of tokens and state, write into neither, and let the gradient through from the initial state
         to the logits and the final state.
 
         Args:
             tokens: how many are read, at least 7.
-            seed: of the tokens.
+            seed: random seed of the tokens.
 
         Raises:
             LongrollError: for weights that are not finite, and for what does not hold; it names the layer.
@@ -282,9 +284,10 @@ def wrap(
         name: what to call it in reports; default: the module's class.
         batch_axis: which axis of the state tensors is the batch, for all or by name. A batch axis above 0, as
             nn.GRU has, comes after one that counts layers. Default: the axis whose size follows the batch.
-        part: of the state tensors that are named, `recurrent`, `conv` (tails of short convolutions, token
-            shifts) or `attention` (what a new text starts without, such as positions: no intervention sets
-            it). Default: `conv` where a tensor depends on the last few tokens only, `attention` for integers.
+        part: parts of the state tensors that are named, `recurrent`, `conv` (tails of short convolutions,
+            token shifts) or `attention` (what a new text starts without, such as positions: no intervention
+            sets it). Default: `conv` where a tensor depends on the last few tokens only, `attention` for
+            integers.
 
     Returns:
         The model in eval mode, after its self-check.
@@ -447,8 +450,7 @@ def _open(
         _load_code(source, config)
     elif config.get("auto_map") and known_family(model_type) is None:
         raise LongrollError(
-            f"{source}: the model type {model_type!r} comes with code of its own. Run it by "
-            "`trust_remote_code`."
+            f"{source}: the model type {model_type!r} comes with its own code. Run it by `trust_remote_code`."
         )
     family_of(model_type)
     loader = model_class(model_type) or AutoModelForCausalLM
@@ -634,7 +636,7 @@ def _local_folder(source: str, *, only_config: bool = False) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         raise LongrollError(
-            f"{source} is neither a folder here nor to be had from the hub ({type(error).__name__}). Check "
+            f"{source} is neither a folder here nor available from the hub ({type(error).__name__}). Check "
             "the name and the network, or name a local folder."
         ) from None
 

@@ -24,7 +24,7 @@ _store: dist.Store | None = None  # of the processes that met by `join`
 
 
 class Share(NamedTuple):
-    """What is dealt to a rank: some rows, and one of several parts of the work on them."""
+    """The work of one rank: some rows, and one of several parts of the work on them."""
 
     rows: slice
     part: int
@@ -100,7 +100,7 @@ def local_device(device: str | None) -> str | None:
 
 
 def alone() -> bool:
-    """Return whether no other process can be spoken to."""
+    """Return whether this process works alone."""
     return _apart or not _together() or dist.get_world_size() == 1
 
 
@@ -108,7 +108,7 @@ def on_first(function: Callable[[], T]) -> T:
     """Run `function` on rank 0, where it speaks to no other rank, and return its result on every rank.
 
     Raises:
-        LongrollError: on every rank, where `function` raised one on rank 0; `told` marks the copies.
+        LongrollError: on every rank, where `function` raised one on rank 0; `told` marks these copies.
     """
     if alone():
         return function()

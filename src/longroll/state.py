@@ -144,7 +144,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
             rows = mask.to(stack.device, non_blocking=True).view(1, -1, *[1] * (stack.ndim - 2))
             return torch.where(rows, stack, others[0] if others else torch.zeros_like(stack[:1]))
 
-        if mask.device.type == "cpu":  # one on a GPU would have to be waited for
+        if mask.device.type == "cpu":  # reading a mask on a GPU would wait for the GPU
             if len(mask) == self.batch_size and bool(mask.all()):
                 return self
             if any(t.is_cuda for t in self.values()):  # pinned, its copy waits for nothing

@@ -30,7 +30,7 @@ class Packing:
     own_error: str
     """Why the model's own forward fails; empty where it does not."""
     limit: float
-    """What is taken for rounding."""
+    """Largest difference that counts as rounding."""
 
     @property
     def sentences(self) -> list[str]:

@@ -50,7 +50,7 @@ def tabulate(
     device: str | torch.device = "cpu",
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Return one row a family: each law's widest gap over its tiny models, and whether that is within
+    """Return one row for each family: each law's widest gap over its tiny models, and whether that is within
     rounding.
 
     Args:

@@ -27,7 +27,7 @@ OTHER_FORMATS = (
 
 
 class Skipped:
-    """What was not read of a source, or not as it stands, to be said in one line.
+    """Notes on files that were skipped or read with replaced bytes, for a warning of one line.
 
     Attributes:
         files: names of files by the reason why they were skipped.

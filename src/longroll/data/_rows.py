@@ -1,4 +1,4 @@
-"""Files that hold one document a row: JSON, JSON lines, CSV, TSV and Parquet, each also compressed."""
+"""Files that hold one document in each row: JSON, JSON lines, CSV, TSV and Parquet, each also compressed."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def is_rows(path: Path) -> bool:
-    """Return whether the name of `path` says that it holds one document a row."""
+    """Return whether the name of `path` says that it holds one document in each row."""
     return inner_name(path).endswith(ROWS)
 
 

@@ -22,7 +22,7 @@ WORLD = "rwkv_vocab_v20230424.txt"
 
 
 class Tokenizer(Protocol):
-    """What the rest of longroll asks of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class ByteTokenizer:
         """Return the text of byte ids, (T,); bytes that are not UTF-8 (a cut character) become U+FFFD.
 
         Raises:
-            LongrollError: an id is no byte.
+            LongrollError: an id is not a byte.
         """
         values = np.asarray(ids, dtype=np.int64)
         if values.size and not 0 <= values.min() <= values.max() < self.vocab_size:
@@ -119,7 +119,8 @@ def load_tokenizer(
         name_or_path: "bytes", a folder, a `tokenizer.json`, a vocabulary of RWKV World (.txt), or a hub id;
             None: the model's own.
         model_path: the folder, the .pth file or the hub id of the model.
-        vocab_size: of the model; with 256 or fewer entries and no tokenizer beside it, tokens are bytes.
+        vocab_size: entries of the vocabulary of the model; with 256 or fewer entries and no tokenizer beside
+            it, tokens are bytes.
         bos: begin every document with BOS or not; None: as the tokenizer does with its special tokens on.
         trust_remote_code: run code that comes with the tokenizer.
 

@@ -116,9 +116,9 @@ class ChatWindows(Dataset[Item]):
     (length,), and `starts` ().
 
     Args:
-        corpus: of conversations.
+        corpus: tokenised conversations.
         length: T, tokens of a window.
-        seed: of the order.
+        seed: random seed of the order.
         num_items: how many items to give, every window again and again in a new order; None: each once.
     """
 

@@ -50,12 +50,13 @@ class Corpus:
         """Read and tokenise only as much of `source` as asked; see `read_documents` for sources and splits.
 
         Args:
-            source: of the text.
+            source: the source of the text.
             tokenizer: None: bytes.
             split: "train", "validation" or "all", or a hub dataset's own.
             max_tokens: stop when exactly this many are there, in the midst of a document; None: read all.
-            seed: of the order in which files are read, so that a limit takes a fair sample of them.
-            text_column: of rows.
+            seed: random seed of the order in which files are read, so that a limit takes a fair sample of
+                them.
+            text_column: the column of text of rows.
             progress: a function, or True for a bar on the terminal.
 
         Raises:
@@ -148,7 +149,7 @@ class Corpus:
         """Return all documents one after another with the separator between them, (N,) int32.
 
         Args:
-            order: of the documents, (documents,); None: as they are.
+            order: the order of the documents, (documents,); None: as they are.
             prefix: each with the prefix that it begins with.
         """
         start = 0 if prefix else len(self.prefix_ids)

@@ -38,15 +38,15 @@ def read_documents(
     stay on one side); the rows of one file by every tenth row; a folder or file of fewer than ten documents
     by the last tenth of each. Hub datasets have their own splits.
 
-    What is skipped of a folder is counted and named in one warning: files that are binary, in another
+    Skipped files of a folder are counted and named in one warning: files that are binary, in another
     encoding, damaged, empty, or that may not be read. Hidden files are not counted.
 
     Args:
         source: "stdlib" (the source of the running Python's standard library); a folder, of which every
-            UTF-8 file is a document; a file: .json, .jsonl, .csv, .tsv and .parquet hold a document a row,
-            any other is one document, and each may be compressed (.gz, .bz2, .xz, .zst); else a hub dataset,
-            `name` or `name:config`. Several, separated by commas, are read in turn, a document from each. A
-            `Path` is always local.
+            UTF-8 file is a document; a file: .json, .jsonl, .csv, .tsv and .parquet hold a document in each
+            row, any other is one document, and each may be compressed (.gz, .bz2, .xz, .zst); else a hub
+            dataset, `name` or `name:config`. Several, separated by commas, are read in turn, a document from
+            each. A `Path` is always local.
         split: "train", "validation" or "all", or a hub dataset's own.
         text_column: the column of text of rows; None: `text`, `content` or the only one of strings. Text
             without rows is refused with it, in a folder skipped.
@@ -130,7 +130,7 @@ def _local(
     if seed is not None:
         random.Random(seed).shuffle(parts)
     alone = files == [source]
-    if not alone and source != STDLIB:  # the other side of the split is not read, and looked at all the same
+    if not alone and source != STDLIB:  # the other side of the split is not read, only inspected
         read = {file for file, _ in parts}
         note_unreadable(islice((file for file in files if file not in read), LOOKED_AT), notes)
     return _noted(

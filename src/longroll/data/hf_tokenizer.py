@@ -16,7 +16,7 @@ class HFTokenizer:
     """A transformers tokenizer behind the protocol `longroll.data.Tokenizer`.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         name: what it was loaded from.
         bos: begin documents with its BOS token; None: with what it adds itself with special tokens on.
 
@@ -106,7 +106,8 @@ class HFTokenizer:
     def chat_frame(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids that the chat template puts before and after one message of the user.
 
-        What stands after asks for the answer. The template decides about BOS, unless `bos` was given.
+        The tokens after the message ask for the answer. The template decides about BOS, unless `bos` was
+        given.
 
         Raises:
             LongrollError: there is no chat template, or it does not give the message as it is.

@@ -39,11 +39,11 @@ class Lanes(Dataset[Item]):
         """Deal the documents.
 
         Args:
-            corpus: of the text.
+            corpus: tokenised text.
             length: predicted tokens of a window.
             lanes: rows of the batch, of all ranks together.
             steps: how many windows every lane gives; None: one epoch.
-            seed: of the dealing and of the order.
+            seed: random seed of the dealing and of the order.
 
         Raises:
             LongrollError: no document has two tokens, or a number is not positive.
@@ -134,7 +134,7 @@ def _deal(pieces: np.ndarray, length: int, lanes: int, steps: int | None, seed: 
 
     wanted = max(load for load, _ in heap) if steps is None else steps
     windows = np.zeros((wanted, lanes, 3), dtype=np.int64)
-    windows[:, :, 2] = 1  # a waiting lane starts anew: padding must not be carried on
+    windows[:, :, 2] = 1  # a waiting lane starts from zero: a state after padding must not be carried
     for lane, hand in enumerate(dealt):
         read = _windows(pieces[hand], length)[:wanted]
         windows[: len(read), lane] = read

@@ -19,7 +19,7 @@ class RWKVTokenizer:
     """A World vocabulary behind the protocol `longroll.data.Tokenizer`.
 
     Args:
-        path: of the vocabulary file.
+        path: the path of the vocabulary file.
         bos: begin documents with id 0, which ends a text and stands before each in training; None: no.
 
     Raises:
@@ -65,7 +65,7 @@ class RWKVTokenizer:
     encode_inside = encode
 
     def decode(self, ids: Any) -> str:
-        """Return the text of ids, (T,); a separator is no text, bytes that are not UTF-8 become U+FFFD.
+        """Return the text of ids, (T,); a separator gives no text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             LongrollError: an id is not in the vocabulary.

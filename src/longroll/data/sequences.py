@@ -22,12 +22,12 @@ def long_sequences(
     Every sequence begins with the prefix of a document (BOS), wherever in its document it is from.
 
     Args:
-        corpus: of the text.
+        corpus: tokenised text.
         length: predicted tokens of a sequence.
         count: sequences asked for. If fewer can be had, but at least 2, those are given, with a warning.
         concatenate: join all documents in a shuffled order, the separator between, and cut that instead:
             any length can be had, of text that does not hang together throughout.
-        seed: of the order.
+        seed: random seed of the order.
 
     Returns:
         (count, length + 1) int64.

@@ -1,4 +1,4 @@
-"""Lanes over a stream of documents, which need not fit into memory."""
+"""Lanes over a stream of documents, which may be larger than memory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

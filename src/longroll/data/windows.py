@@ -18,8 +18,8 @@ class Windows(Dataset[Item]):
 
     The documents are joined, with the tokenizer's separator between if it has one, and cut into windows;
     window i is predicted at positions i * length + 1 ... (i + 1) * length of the joined text, so that the
-    target after a window's last token is the first token of the next window and none is lost. What is left
-    at the very end, less than one window, is not used.
+    target after a window's last token is the first token of the next window and none is lost. The rest
+    at the end, less than one window, is not used.
 
     An item has `input_ids` (length,) and `shift_labels` (length,), the token after each, both int64, and
     `starts` (), bool, always True: no window continues another.
@@ -29,9 +29,9 @@ class Windows(Dataset[Item]):
         """Cut the corpus and draw the order.
 
         Args:
-            corpus: of the text.
+            corpus: tokenised text.
             length: predicted tokens of a window.
-            seed: of the order.
+            seed: random seed of the order.
             num_items: how many items to give: every window once in a new order, again and again; None: once.
 
         Raises:

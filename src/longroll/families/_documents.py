@@ -94,7 +94,8 @@ class Documents:
         """Documents to read in one forward each, the longest first.
 
         Args:
-            padded: the family keeps padding out of its state; else documents of a group are of one length.
+            padded: the family keeps padding out of its state; otherwise the documents of a group have one
+                length.
             together: documents that start from zero and others may share a group.
             once: make one group of all.
 

@@ -36,7 +36,7 @@ _FORWARD = {"cpu": 64, "cuda": 4096}
 class Family:
     """How one `model_type` of transformers takes and gives its state.
 
-    A family whose state travels in a container of its own is a subclass that overrides `prepare` and `cache`.
+    A family whose state travels in another container is a subclass that overrides `prepare` and `cache`.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Family:
     masks_padding: bool = False
     """The cache keeps padding on the right (its `real`) out of the state."""
     reference: str = "transformers' own logits"
-    """What the numbers are checked against."""
+    """Reference that the numbers are checked against."""
     head: Callable[[PreTrainedModel, Tensor], Tensor] = _heads.plain
     """Hidden states (..., d_model) to logits (..., V)."""
 
@@ -91,7 +91,7 @@ class Family:
         return model.config.model_type
 
     def layer_kind(self, model: PreTrainedModel, key: StateKey) -> str:
-        """What the recurrence of a layer is called in `RecurrentLM.layers`."""
+        """Name of the recurrence of a layer in `RecurrentLM.layers`."""
         return self.kind
 
     def state_name(self, model: PreTrainedModel, key: StateKey) -> str:
@@ -232,7 +232,7 @@ class Family:
     ) -> dict[str, Any]:
         """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
         cache = self.cache(model, input_ids, state)
-        # use_cache stays False: the cache is written all the same, and gradient checkpointing lets it be
+        # use_cache stays False: the cache is written anyway, and gradient checkpointing lets it be
         arguments = {"input_ids": input_ids, self.cache_argument: cache, "use_cache": False}
         if _takes_positions(model):  # explicit: some default to starting at 0 whatever the cache holds
             first, tokens = 0 if state is None else state.seen, input_ids.shape[1]

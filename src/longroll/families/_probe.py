@@ -28,7 +28,7 @@ def probe(model: PlainModel, batch_axis: int | Mapping[str, int] | None, part: d
     Args:
         model: the module and its head.
         batch_axis: where it is declared, for all tensors or by name.
-        part: of the tensors whose part is declared.
+        part: parts of the tensors whose part is declared.
 
     Raises:
         LongrollError: for a forward, a head or a state that is not as `longroll.wrap` says.
@@ -128,7 +128,7 @@ def _check_fixed(short: Mapping[str, Tensor], longer: Mapping[str, Tensor]) -> N
     if sizes[0] != sizes[1]:
         raise LongrollError(
             f"the state is {sizes[0]} after {_TOKENS[0]} tokens and {sizes[1]} after {_TOKENS[1]}: a state "
-            "that grows, as keys and values do, needs a family of its own (longroll.register_family)."
+            "that grows, as keys and values do, needs its own family (longroll.register_family)."
         )
 
 
@@ -151,7 +151,7 @@ def _parts(model: PlainModel, spec: Any, examples: Mapping[str, Tensor]) -> dict
         soon, late = named_leaves(after_one), named_leaves(after_all)
         for path, leaf in zip(examples, noise, strict=True):
             used = leaf.requires_grad and _reaches([output, *soon.values()], leaf)
-            # of a final state that is detached nothing can be told: the self-check refuses it
+            # of a final state that is detached nothing can be measured: the self-check refuses it
             if used and late[path].requires_grad and not _reaches([late[path]], leaf):
                 parts[path] = "conv"
     return parts

@@ -1,4 +1,4 @@
-"""A forward of ours in the place of a module's own."""
+"""Replacement of the forward of a module."""
 
 from __future__ import annotations
 

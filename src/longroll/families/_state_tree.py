@@ -127,7 +127,7 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
     """Return the tensors of a tree by path.
 
     Raises:
-        LongrollError: for a leaf that is no tensor, and for no leaf.
+        LongrollError: for a leaf that is not a tensor, and for a state without leaves.
     """
     pairs, _ = pytree.tree_flatten_with_path(tree)
     found = {".".join(map(_name, path)) or LONE: leaf for path, leaf in pairs}
@@ -161,10 +161,10 @@ def batch_axes(
 
     Args:
         seen: batch size -> the leaves of the final state, for two or more batch sizes.
-        declared: for all leaves, or by path.
+        declared: the declared axis, for all leaves, or by path.
 
     Raises:
-        LongrollError: for an axis that cannot be told, and a declared one that is not the batch's.
+        LongrollError: for an axis that cannot be determined, and a declared one that is not the batch's.
     """
     paths = list(next(iter(seen.values())))
     given = dict.fromkeys(paths, declared) if isinstance(declared, int) else dict(declared or {})
@@ -205,7 +205,7 @@ def keys_of(
 ) -> dict[str, tuple[StateKey, ...]]:
     """Return the keys of each leaf, given its batch axis, its part and an example of it.
 
-    A leaf whose batch axis is not 0 holds a layer at each index of axis 0, as in nn.GRU. Of the others the
+    A leaf whose batch axis is not 0 holds a layer at each index of axis 0, as in nn.GRU. For the others the
     layer is the first index of a list or tuple on the way to it.
     """
     slots: Counter[tuple[int, Part]] = Counter()

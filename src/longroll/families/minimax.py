@@ -1,7 +1,7 @@
 """MiniMax of transformers, whose lightning attention reads on from a state one token at a time.
 
 Upstream (`MiniMaxLightningAttention.forward`) goes in blocks from the zero state only. The recurrence is
-retention with decays of its own, and runs as longroll's op from any state.
+retention with fixed decays, and runs as longroll's op from any state.
 """
 
 from __future__ import annotations

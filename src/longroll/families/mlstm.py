@@ -25,7 +25,7 @@ class XlstmState:
     Args:
         initial: the state to start from, or None for the zero state.
         zeros: makes the zero state of a layer.
-        dtype: of what a layer starts from.
+        dtype: the dtype of what a layer starts from.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A module of one's own, `forward(ids, state) -> (logits, state)`, behind transformers' model class.
+"""A module of the user, `forward(ids, state) -> (logits, state)`, behind transformers' model class.
 
 The class brings what the rest needs of a model: a config, a device, safetensors, HF Trainer and peft. Nothing
 of it enters a forward: `PlainFamily` calls the module, and `StateTree` translates its state.
@@ -29,7 +29,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 class PlainConfig(PreTrainedConfig):
-    """What is saved beside the weights of a wrapped module: its sizes, and what built it."""
+    """Config that is saved with the weights of a wrapped module: its sizes, and what built it."""
 
     model_type = MODEL_TYPE
 
@@ -259,7 +259,7 @@ class PlainFamily(Family):
         padding: Padding | None,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """Return one forward of the module; `padding` is None, since a module of one's own masks no
+        """Return one forward of the module; `padding` is None, since a wrapped module masks no
         padding.
         """
         model = unwrapped(module)

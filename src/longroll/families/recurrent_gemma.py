@@ -55,7 +55,7 @@ def _forward(block, layer: int, original, input_states: Tensor, position_ids: Te
 def _recurrence(
     lru, x: Tensor, position_ids: Tensor, initial: Tensor | None, padding: Padding | None
 ) -> tuple[Tensor, Tensor]:
-    """Return upstream's gates around a scan of ours."""
+    """Return upstream's gates around longroll's scan."""
     found = []
 
     def scan(hidden_states: Tensor, recurrent_gate: Tensor, **_) -> tuple[Tensor, None]:

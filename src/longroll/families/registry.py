@@ -41,7 +41,7 @@ def register_family(model_type: str, family: Family) -> None:
     if not isinstance(family, Family):
         raise LongrollError(f"register_family({model_type!r}, ...) takes a longroll.Family, not {family!r}.")
     if model_type in BUILT_IN:
-        raise LongrollError(f"{model_type!r} is a family of longroll's own: give yours another model_type.")
+        raise LongrollError(f"{model_type!r} is a built-in family: give yours another model_type.")
     FAMILIES[model_type] = family
 
 
@@ -73,7 +73,7 @@ def known_family(model_type: str | None) -> Family | None:
 
 
 def register_packages() -> list[str]:
-    """Register every family that an installed package names; what is wrong with one is a line."""
+    """Register every family that an installed package names; a problem with one of them is one line."""
     problems = []
     for model_type in _entry_points():
         try:
@@ -102,5 +102,6 @@ def _load_entry(entry: EntryPoint) -> None:
     if entry.name not in FAMILIES:
         raise LongrollError(
             f"The package {package} names {entry.value} for the model type {entry.name!r} (entry points of "
-            f"{ENTRY_POINTS}), which is no longroll.Family and registers none. Mend or remove {package}."
+            f"{ENTRY_POINTS}), which is not a longroll.Family and registers none. "
+            f"Correct or remove {package}."
         )

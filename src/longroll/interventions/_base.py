@@ -1,4 +1,4 @@
-"""What the four interventions share: when a row starts from zero after all, which parts are set, the seed."""
+"""Base class of the interventions: zero probability, the parts of the state that are set, the seed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Intervention:
     number of the row among the rows of all ranks, so that N ranks draw what one process with all rows draws.
 
     Args:
-        zero_probability: how often a row starts from the zero state all the same, 0 to 1.
-        conv: act on the conv part of the state too; else it starts from zero. KV is never touched.
-        seed: of the draws, 0 or above.
+        zero_probability: probability that a row starts from the zero state, 0 to 1.
+        conv: act on the conv part of the state too; otherwise the conv part starts from zero. KV is never
+            set.
+        seed: random seed of the draws, 0 or above.
 
     Raises:
         LongrollError: for a probability outside [0, 1] and a negative seed.
@@ -129,7 +130,7 @@ class Intervention:
         return [np.random.SeedSequence([self.seed, self._batches, row]) for row in range(first, first + rows)]
 
     def _generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
-        """Return a generator a row."""
+        """Return one generator for each row."""
         seeds = [int(key.generate_state(1, np.uint64)[0]) for key in self._keys(rows)]
         return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 

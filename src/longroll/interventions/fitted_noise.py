@@ -37,7 +37,7 @@ class FittedNoise(Intervention):
         if not 0 <= momentum < 1:
             raise LongrollError(f"`momentum` {momentum} must be in [0, 1).")
         self.momentum = momentum
-        self.moments = RecurrentState({})  # two rows, of a number a head: mean and mean square
+        self.moments = RecurrentState({})  # two rows, mean and mean square, with one number for each head
         self.like = RecurrentState({})  # one row, for its shapes: it takes no memory
         self._before: RecurrentState | None = None  # the moments before this step
 

@@ -19,7 +19,7 @@ class StatePassing(Intervention):
     from zero by chance (`zero_probability`) leaves its passed state waiting rather than replace it: else
     no state would get older than a few sequences, and states far past the training length would stay
     unexplored (measured: recipes/README.md). It is the wrong tool where the data are not stationary (a
-    passkey told once): see FittedNoise.
+    passkey that is stated once): see FittedNoise.
     """
 
     name = "sp"

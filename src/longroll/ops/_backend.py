@@ -38,7 +38,9 @@ WIDEST_FLOAT32 = 64 * 64
 """Numbers in a head's state up to which the SSD's kernels take float32: those products are unrolled."""
 
 SWITCH = "LONGROLL_KERNELS"
-"""Environment variable: `torch` keeps the ops in plain PyTorch; else GPU kernels run where they fit."""
+"""Environment variable: with `torch` the ops run in plain PyTorch; otherwise GPU kernels run where they
+fit.
+"""
 
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
@@ -58,8 +60,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, 
     Args:
         op: its name.
         device: where its inputs are.
-        dtype: of its arithmetic; of ops that multiply matrices (SSD, fla's), of their inputs.
-        sizes: of a head's keys and values, for these; of Mamba-2's, head and state.
+        dtype: the dtype of its arithmetic; of ops that multiply matrices (SSD, fla's), of their inputs.
+        sizes: sizes of a head's keys and values, for these; of Mamba-2's, head and state.
     """
     slow = _refusal(op, device, dtype, sizes)
     if slow is not None:
@@ -98,7 +100,7 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
     if os.environ.get(SWITCH) == "torch":
         return f"{SWITCH}=torch"
     if op not in KERNELS:
-        return "no kernel of ours takes a state yet"
+        return "longroll has no kernel for this op yet"
     fla = KERNELS[op] == FLA
     for package in ("triton", "fla") if fla else ("triton",):
         if not _installed(package):
@@ -115,12 +117,13 @@ def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, width: int, order:
         return "float16 holds no state above 65,504"
     if dtype == torch.float32 and width * order > WIDEST_FLOAT32:
         return "products of float32 in heads this wide compile for a minute or more"
-    # the most that a kernel keeps at hand: B and C, x and dy, a state and its gradient, and scores of a chunk
+    # the most shared memory that a kernel needs: B and C, x and dy, a state and its gradient, and scores of a
+    # chunk
     at_hand = dtype.itemsize * (128 * (width + order) + 2 * width * order + 64 * 64)
     gpu: Any = torch.cuda.get_device_properties(device)
     room = getattr(gpu, "shared_memory_per_block_optin", None) or gpu.shared_memory_per_block
     if at_hand > room:
-        return f"heads of {width} x {order} want {at_hand >> 10} KiB at hand, a block has {room >> 10}"
+        return f"heads of {width} x {order} want {at_hand >> 10} KiB of shared memory, {room >> 10} are there"
     return None
 
 

@@ -1,10 +1,10 @@
-"""What the recurrences with a (K, V) state share: how chunks of time act on it.
+"""Shared code of the recurrences with a (K, V) state: how chunks of time act on the state.
 
 However the steps inside a chunk decay, erase and write, the chunk as a whole reads and moves the state at its
 start linearly. An op is a function that makes the terms of these two maps from the chunk's inputs, for many
 chunks at once and out of matrix products; here they are strung together. Only the walk of the state from
-chunk to chunk is a loop. Of several spans of chunks, backward keeps only the states at their starts, and runs
-each again.
+chunk to chunk is a loop. Backward keeps, for several spans of chunks, only the states at their starts, and
+runs each again.
 """
 
 from collections.abc import Callable, Sequence

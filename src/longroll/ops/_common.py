@@ -1,4 +1,4 @@
-"""What the recurrences share: precision, argument checks, work space, and how time is cut into blocks."""
+"""Shared code of the recurrences: precision, argument checks, work space, and how time is cut into blocks."""
 
 import math
 from collections.abc import Iterator
@@ -114,7 +114,9 @@ def strides(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def product_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
-    """Return what a product of them is made in: under autocast its dtype, else the wider of theirs."""
+    """Return what a product of them is made in: autocast's dtype under autocast, otherwise the wider of the
+    two.
+    """
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return torch.result_type(weight, x)

@@ -30,7 +30,7 @@ def meet(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The two halves of a block meet at its middle: keys of the first half decay up to it, queries of the second
     from it on, and one matrix product is their share of the scores. Blocks double until they are the chunk.
-    No quotient of decays is formed, and one exponential a step does the work of one for every pair of steps.
+    No quotient of decays is formed, and one exponential for each step replaces one for every pair of steps.
 
     Args:
         q: queries, (..., C P, K): P rows a step, which read the state before it.

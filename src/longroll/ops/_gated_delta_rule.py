@@ -56,7 +56,7 @@ def gated_delta_rule(
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
         q, beta = q * scale, beta.unsqueeze(-1)
         gaps, upto = between(g), exp(g.cumsum(-1)).unsqueeze(-1)
-        # What the steps write is U = new + old S.
+        # The steps write U = new + old S.
         sides = torch.cat([v * beta, k * (-beta * upto)], -1)
         new, old = solve(k @ k.mT * gaps * beta, sides).split([v.shape[-1], k.shape[-1]], -1)
         write = k * gaps[..., -1, :, None]

@@ -58,7 +58,7 @@ def kda(
         scores, reads, writes = meet(readers.flatten(-3, -2), keys, decay)
         mixer, looked_up = scores.unflatten(-2, (-1, 2)).movedim(-2, 0).contiguous()  # (..., C, C) each
         read, looks = reads.unflatten(-2, (-1, 2)).unbind(-2)
-        # What the steps write is U = new + old S.
+        # The steps write U = new + old S.
         new, old = solve(-looked_up, torch.cat([v, looks], -1)).split([v.shape[-1], k.shape[-1]], -1)
         mixer = mixer + torch.diag_embed((q * keys).sum(-1))
         return Chunk(read, exp(g.sum(-2)).unsqueeze(-1), None, None, mixer, writes, new, old)

@@ -59,7 +59,7 @@ def rwkv7(
         (rk, rb), (ak, ab) = scores.contiguous()  # (..., C, C) each
         read, looked = reads.unflatten(-2, (-1, 2)).unbind(-2)
         write, move = writes.unflatten(-2, (-1, 2)).unbind(-2)
-        # What the steps move is U = new + old S.
+        # The steps move U = new + old S.
         new, old = solve(-ab, torch.cat([ak @ v, looked], -1)).split([v.shape[-1], k.shape[-1]], -1)
         local = rk @ v + (r * k).sum(-1, keepdim=True) * v
         mixer = rb + torch.diag_embed((r * b).sum(-1))

@@ -2,7 +2,7 @@
 
 A span of time is cut into blocks. All blocks step together through their own time, from a zero state, to find
 what each adds to the state; a short loop carries the true state over the block starts; a second walk starts
-from those. (A lone block needs no first walk.) The (time, N, D) states of one span only exist at once:
+from those. (A single block needs no first walk.) The (time, N, D) states of one span only exist at once:
 backward keeps the block starts and walks again. Every exponential is of `dt * A <= 0`: nothing overflows.
 """
 

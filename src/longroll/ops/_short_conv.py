@@ -66,7 +66,7 @@ def last_inputs(x: Tensor, width: int, initial_state: Tensor | None = None) -> T
     final, dtype = x[:, -width:].mT, state_dtype(x, initial_state)
     missing = width - final.shape[2]
     if missing == 0:
-        return final.to(dtype, copy=True, memory_format=torch.contiguous_format)  # in memory of its own
+        return final.to(dtype, copy=True, memory_format=torch.contiguous_format)  # in separate memory
     older = (
         final.new_zeros(*final.shape[:2], missing) if initial_state is None else initial_state[..., -missing:]
     )

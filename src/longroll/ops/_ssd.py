@@ -281,7 +281,7 @@ def _carry(
     """Return states at the start of each chunk, (B, c, g, n, r p), and after the last one (None when
     skipped).
 
-    A state of None is zero: a lone first chunk then has none to read.
+    A state of None is zero: a single first chunk then has no state to read.
     """
     blocks = chunks.x.shape[1]
     if skip_last and blocks == 1:
@@ -446,7 +446,7 @@ def _carry_back(
     """
     if dstate is None and chunks.x.shape[1] == 1:
         return None, (None if from_start is None else from_start[:, 0].clone())
-    if from_start is None:  # a lone first chunk without a state
+    if from_start is None:  # a single first chunk without a state
         assert dstate is not None
         return dstate.unsqueeze(1), None
     kept = _kept(chunks)

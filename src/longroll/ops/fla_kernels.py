@@ -287,7 +287,7 @@ def _pin(tuner: Any) -> None:
 
 
 def _unrolls(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a kernel multiplies in IEEE float32: Triton was told so, and nothing has 16 bits."""
+    """Return whether a kernel multiplies in IEEE float32: Triton is set so, and no tensor has 16 bits."""
     tensors = (a for a in arguments if isinstance(a, Tensor))
     return os.environ.get("TRITON_F32_DEFAULT") == "ieee" and all(t.dtype.itemsize > 2 for t in tensors)
 

@@ -229,7 +229,8 @@ def kda_reference(
     initial_state: Tensor | None = None,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Kimi delta attention: the delta rule on the decayed state `exp(g_t) S_{t-1}`, a decay a row of S.
+    """Kimi delta attention: the delta rule on the decayed state `exp(g_t) S_{t-1}`, one decay for each row of
+    S.
 
     Shapes as in `longroll.ops.kda`; always returns `(o, final_state)`.
     Source: Kimi Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", 2025, section 3.

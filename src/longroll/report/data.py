@@ -1,4 +1,4 @@
-"""The numbers that a figure shows: one long table a figure, written as CSV and told in words."""
+"""The numbers that a figure shows: one long table a figure, written as CSV and described in words."""
 
 import csv
 import io

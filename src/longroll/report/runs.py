@@ -78,7 +78,7 @@ def role_of(run: Run) -> str:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Give every run a short label of its own: no line breaks, no two alike."""
+    """Give every run a short and unique label without line breaks."""
     seen: dict[str, int] = {}
     out = []
     for i, run in enumerate(runs):

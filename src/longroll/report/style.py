@@ -2,7 +2,7 @@
 
 One palette serves every medium: figures are drawn in the light hex values; on the page each becomes a CSS
 variable (`svg.py`), so a dark page recolours the same drawing. The run colours keep 4.5:1 contrast on their
-ground, differ in lightness, and every repaired run has a dash of its own: the figures survive a grey printer.
+ground, differ in lightness, and every repaired run has its own dash, so that figures are readable in grey.
 """
 
 from collections.abc import Sequence

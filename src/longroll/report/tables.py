@@ -73,7 +73,7 @@ def excess_tables(styled: Styled) -> list[Table]:
 
 
 def state_tables(styled: Styled) -> list[Table]:
-    """Return standard deviation of the state, a table a run, a column a layer."""
+    """Return standard deviation of the state: one table for each run, one column for each layer."""
     tables = []
     for run, style in styled:
         if run.states is None:

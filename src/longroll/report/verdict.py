@@ -25,7 +25,7 @@ class Statement:
     word: str
     sentence: str
     rest: str
-    """What follows the first sentence: advice, set small."""
+    """Sentences after the first one: the advice, in small type."""
 
 
 @dataclass(frozen=True)

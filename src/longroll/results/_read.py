@@ -67,7 +67,7 @@ def read_result(path: str | Path) -> Result:
     text = read_bytes(path)
     kind = _kind(decode(text, path))
     if kind not in KINDS:
-        raise LongrollError(f"{path} is no result of longroll: name a file of results.")
+        raise LongrollError(f"{path} is not a result of longroll: name a result file.")
     return KINDS[kind].from_text(text, source=path)
 
 

@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Version = Annotated[int, Field(ge=1, le=SCHEMA_VERSION)]
 """A schema version that this release reads."""
 Place = Annotated[float, Field(ge=0, le=_LARGEST)]
-"""A position that need not be whole, as the middle of a bin."""
+"""A position that may be fractional, as the middle of a bin."""
 Numbers = Annotated[list[Number], Field(min_length=1)]
 """Measured numbers, one or more."""
 

@@ -10,7 +10,7 @@ from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Version
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult(Result):
-    """What a benchmark measured. Its numbers are fields of its own."""
+    """What a benchmark measured. Its numbers are additional fields."""
 
     kind: Literal["benchmark"] = "benchmark"
     schema_version: Version = SCHEMA_VERSION

@@ -60,7 +60,7 @@ class Excess(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStates(Section):
-    """Statistics of the state of one layer, an entry a position."""
+    """Statistics of the state of one layer, one entry for each position."""
 
     layer: Count
     std: Numbers
@@ -163,7 +163,7 @@ class BlameResult(Section):
     """Which side of a hybrid does the damage past the training length."""
 
     verdict: Literal["state", "attention", "both", "neither"] | None
-    """The side that is to blame; null where the texts do not tell."""
+    """The side that causes the damage; null where the texts do not decide it."""
     sentence: str
     damage: Number
     """Nats above a fresh start, over the last octave of the positions read."""
@@ -174,7 +174,7 @@ class BlameResult(Section):
     attentions: list[BlameShare]
     """What readings recover that hold attention in range."""
     together: BlameShare | None = None
-    """What the best of either kind recover together."""
+    """Share of the damage that the best of each kind recover together."""
     positions: str | None = None
     """How attention takes positions: `none`, `rotary`, `other`."""
     factor: Number = None
@@ -234,7 +234,7 @@ class Comparison(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Precision(Section):
-    """What the dtype of the weights did."""
+    """Effect of the dtype of the weights."""
 
     dtype: str
     largest: Number = None
@@ -295,7 +295,7 @@ class DiagnosisResult(Result):
     remembrance: Remembrance | None = None
     coverage: Coverage | None = None
     blame: BlameResult | None = None
-    """Of hybrids that break."""
+    """Set for hybrids that break."""
     advice: AdviceResult | None = None
     tasks: dict[str, Grid] | None = None
     intervention: str | None = None

@@ -1,4 +1,4 @@
-"""What the tasks share: a sample, and how a task makes and scores samples."""
+"""Base classes of the tasks: a sample, and a task that makes and scores samples."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Sample:
     answer: np.ndarray
     """(A,) int32: what a model is trained to write after the prompt."""
     target: str
-    """What the score looks for."""
+    """The text or label that the score looks for."""
     context: tuple[int, int]
     """Start and stop of the haystack, needle included, in the prompt; before it stands the instruction,
     after it the question."""
     question: str = ""
-    """What was asked, where the score needs it."""
+    """The question, where the score needs it."""
     prefix: int = 0
     """Tokens at the beginning of the prompt that begin any text (BOS)."""
     learned: np.ndarray | None = None
@@ -57,7 +57,7 @@ class Task:
     A prompt begins with what the tokenizer begins every document with (BOS).
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         new_tokens: how many tokens the model may write; None: as many as the answer has.
         chat_template: hand the prompt over as a message of the user, in the tokenizer's chat template.
 
@@ -95,7 +95,7 @@ class Task:
         Args:
             length: tokens of prompt and answer together.
             depth: where the answer stands in the haystack, 0 (first) to 1 (last); None: anywhere.
-            rng: of everything drawn.
+            rng: random generator of everything that is drawn.
 
         Raises:
             LongrollError: not even an empty haystack fits into `length`.

@@ -69,7 +69,7 @@ def _from_hub(name: str, qa: str) -> list[Story]:
     except Exception as problem:  # datasets, the hub's client and HTTP each have their own
         said = " ".join(str(problem).split())[:200]
         raise LongrollError(
-            f"`source` {name} is no folder here and cannot be had from the hub: {said}"
+            f"`source` {name} is not a folder here and is not available from the hub: {said}"
         ) from None
     return stories_of(rows)
 
@@ -88,7 +88,7 @@ def stories_of(rows: Iterable[Mapping[str, str]]) -> list[Story]:
 
 def _find(folder: Path, qa: str, split: str) -> Path:
     if not folder.is_dir():
-        raise LongrollError(f"`source` {folder} is no folder: name the one with bAbI's files (unpacked).")
+        raise LongrollError(f"`source` {folder} is not a folder: name the one with bAbI's unpacked files.")
     for below in _FOLDERS:
         for path in sorted((folder / below).glob(f"{qa}_*_{split}.txt")):
             return path

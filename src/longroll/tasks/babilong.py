@@ -37,11 +37,11 @@ class BABILong(Task):
     """One of the tasks qa1 to qa5.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         qa: "qa1" to "qa5".
         stories: the facts, from `read_stories`.
         books: texts to hide them in; none: facts alone, BABILong's 0k.
-        few_shot: a prompt with instructions and examples; else text, question and "Answer:" alone.
+        few_shot: a prompt with instructions and examples; otherwise text, question and "Answer:" alone.
         prompts: "own" words, or the "official" ones that lm-eval ships; these come with examples.
         chat_template: see `Task`.
 
@@ -167,7 +167,7 @@ def open_babilong(
     """Return the tasks named by `kinds`, with facts and books of one split.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         facts: bAbI's files or BABILong's hub id, as for `read_stories`.
         books: what `longroll.data.read_documents` reads, or "none" for facts alone.
         kinds: some of "qa1" to "qa5".

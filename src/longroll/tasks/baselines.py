@@ -153,7 +153,7 @@ def make_reading(
         reading: one of `READINGS`.
         lm: the model.
         window: tokens it works over; T is the natural choice.
-        rows: of the grid that it is for: "clip" takes its limits from the beginnings of such prompts.
+        rows: rows of the grid that it is for: "clip" takes its limits from the beginnings of such prompts.
         length: the longest of the grid.
 
     Raises:

@@ -82,11 +82,11 @@ class CopyRows(Dataset[Item]):
     `longroll.data.Windows`, of `context` - 1 tokens.
 
     Args:
-        task: for its tokens.
+        task: the task, for its tokens.
         rows: how many.
         context: tokens of a row.
         shortest, longest: letters of a string, both included.
-        seed: of everything drawn.
+        seed: random seed of everything drawn.
 
     Raises:
         LongrollError: for strings of which not even one fits.

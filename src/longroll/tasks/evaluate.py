@@ -56,11 +56,11 @@ def evaluate_grid(
 
     Args:
         lm: the model.
-        rows: of the grid.
+        rows: rows of the grid.
         lengths: its columns, in tokens.
-        samples: of a cell.
+        samples: samples of each cell.
         batch_size: samples read together.
-        seed: of the samples.
+        seed: random seed of the samples.
         reading: how prompts are read; `longroll.tasks.baselines` has others.
         finished: cells measured before, with the same settings: these are kept.
         save: called with all cells after each new one.
@@ -198,12 +198,12 @@ def task_result(
     Args:
         lm: the model.
         cells: measured so far.
-        rows: of the grid.
-        lengths: of the grid.
+        rows: rows of the grid.
+        lengths: lengths of the grid, in tokens.
         label: names the run in tables and figures; "base", "sp", "fitted noise", ... give it their colours.
         train_length: where figures draw the edge of training.
         settings: what has to be the same for more cells to be added.
-        seed: of the samples.
+        seed: random seed of the samples.
         seconds: that it took.
     """
     task = rows[0].task

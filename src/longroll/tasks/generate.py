@@ -157,7 +157,7 @@ def answer(
 
     Args:
         lm: the model.
-        samples: of one task; lengths may differ.
+        samples: samples of one task; lengths may differ.
         new_tokens: what each may write; None: as many tokens as its answer has.
         stop_id: the token that ends an answer; it is cut off.
         forced: also feed the right answer and note the argmax.

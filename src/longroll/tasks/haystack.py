@@ -30,7 +30,7 @@ class Haystack(Protocol):
 
 
 class NoiseHaystack:
-    """`NOISE` repeated, beginning anew after the needle, cut wherever the length asks for it."""
+    """`NOISE` repeated, starting again after the needle, cut wherever the length asks for it."""
 
     name = "noise"
 
@@ -73,9 +73,9 @@ def open_haystack(
 
     Args:
         source: "noise", or what `longroll.data.read_documents` reads.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         split: "train" or "validation".
-        seed: of the order of the documents.
+        seed: random seed of the order of the documents.
         progress: called with the number of tokens read and the number to read.
 
     Raises:

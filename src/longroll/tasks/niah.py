@@ -1,12 +1,12 @@
-"""RULER's needles: niah_single_1, a magic number for a word, told once between lines of noise, and its kin.
+"""RULER's needles: niah_single_1, a number for a name, stated once between lines of noise, and its variants.
 
-`multikey` tells the numbers of three other words too (niah_multikey_1), and `multivalue` four numbers of one
-word, all of which are asked for (niah_multivalue); there the haystack is essays, here it is noise.
+`multikey` states the numbers of three other names too (niah_multikey_1). `multivalue` states four numbers of one
+name, and all are asked for (niah_multivalue). RULER's haystack of these variants is essays; here it is noise.
 
 Construction: NVIDIA/RULER, scripts/data/synthetic/niah.py and constants.py (haystack "repeat", one needle,
 one query, words as keys, seven digits as values), scripts/eval/synthetic/constants.py (`string_match_all`).
 The words are longroll's own, or RULER's as lm-eval ships them. Two things differ: the haystack grows line by
-line to the longest that fits (there in steps of 5 or 25 lines), and keys come from a short list of ours
+line to the longest that fits (there in steps of 5 or 25 lines), and keys come from a short list in this file
 (there from the package wonderwords); only one key stands in a prompt, so it makes no difference which.
 """
 
@@ -48,8 +48,8 @@ class Niah(Task):
     """RULER's niah_single_1, niah_multikey_1 and niah_multivalue.
 
     Args:
-        tokenizer: of the model.
-        needles: `single`, `multikey` or `multivalue`; the others than the first lie anywhere.
+        tokenizer: the tokenizer of the model.
+        needles: `single`, `multikey` or `multivalue`; needles after the first stand anywhere.
         new_tokens: what the model may write; it counts towards the length, as in RULER.
         prompts: "own" words, or the "official" ones that lm-eval ships.
         chat_template: see `Task`; the model's message begins with the cue, as in RULER.

@@ -1,4 +1,4 @@
-"""Passkey retrieval: a five-digit number told once, anywhere in a long text, and asked for at its end.
+"""Passkey retrieval: a five-digit number stated once, anywhere in a long text, and asked for at its end.
 
 Construction: epfml/landmark-attention, llama/run_test.py (Mohtashami & Jaggi 2023): description, noise,
 needle, noise, question, a line each; the words are longroll's own. As in later work (and the paper, section
@@ -28,7 +28,7 @@ class Passkey(Task):
     """The passkey task.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         haystack: what the key is hidden in; default: the noise of the source.
         instruction: begin with a description of the task.
         chat_template: see `Task`; the model's message begins with `CUE`.

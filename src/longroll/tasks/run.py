@@ -33,15 +33,15 @@ def run_task(
 
     Args:
         lm: the model.
-        rows: of the grid; all have one task.
+        rows: rows of the grid; all have one task.
         lengths: its columns, in the task's unit.
         train_length: where figures draw the edge of training, in the same unit.
-        samples: of a cell.
+        samples: samples of each cell.
         batch_size: samples read together.
         reading: how prompts are read, by its name in `longroll.tasks.baselines`.
         window: tokens that a reading works over; default: the model's training length.
         label: names the run in tables and figures; default: the model and the reading.
-        seed: of the samples.
+        seed: random seed of the samples.
         file: the result file; written after every cell.
         progress: called with how many samples are done.
 

@@ -30,13 +30,13 @@ class TaskRows(Dataset[Item]):
     tasks in turn.
 
     Args:
-        tasks: to draw from in turn.
+        tasks: the tasks to draw from in turn.
         length: T, tokens of a row.
         rows: how many.
         lanes: rows of a batch, of all ranks together.
         windows: rows of a sample.
-        seed: of everything drawn; evaluation draws from other streams.
-        answers_only: the loss is on answers; else on every token, prompts being text to learn too.
+        seed: random seed of everything drawn; evaluation draws from other streams.
+        answers_only: the loss is on answers; otherwise on every token, prompts included.
 
     Raises:
         LongrollError: for numbers below 1 and fewer lanes than windows; while reading, for a length too short
@@ -113,12 +113,12 @@ def training_rows(
 
     Args:
         task: "passkey", "niah", "copying" or "babilong".
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         length: T, tokens of a row.
         rows: how many.
         lanes: rows of a batch, of all ranks together.
         windows: rows of a sample.
-        seed: of everything drawn.
+        seed: random seed of everything drawn.
         haystack: what a passkey is hidden in; default: noise.
         instruction: begin a passkey's prompt with the description of the task.
         facts: bAbI's files, for babilong.

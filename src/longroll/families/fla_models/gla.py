@@ -1,4 +1,6 @@
-"""Gated Linear Attention (arXiv 2312.06635): S_t = diag(a_t) S_{t-1} + k_t v_t^T, a decay a channel."""
+"""Gated Linear Attention (arXiv 2312.06635): S_t = diag(a_t) S_{t-1} + k_t v_t^T, one decay for each
+channel.
+"""
 
 from __future__ import annotations
 

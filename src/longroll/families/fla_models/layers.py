@@ -1,4 +1,6 @@
-"""What the six families are built from, with fla's parameter names, shapes and numbers (fla 0.6.0)."""
+"""Modules that the six families are built from, with fla's parameter names, shapes and numbers (fla
+0.6.0).
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ class QKV(nn.Module):
 
     Args:
         hidden: size of the inputs.
-        sizes: of q, k and v.
+        sizes: sizes of q, k and v.
         conv: width of the convolutions; None for none.
         qk_activation: after the convolutions of q and k; v's is silu.
     """
@@ -80,7 +82,7 @@ class GatedHeads(QKV):
     """What GLA and RetNet share: grouped keys and values, a feature map, the normed and gated output.
 
     Args:
-        config: of GLA or RetNet.
+        config: the config of GLA or RetNet.
         conv: width of the convolutions; None for none.
         activations: what the config's `feature_map` can name.
     """

@@ -2,8 +2,8 @@
 
 Their states go through fla's layers both ways with gradients, but not through fla's models: those drop the
 cache under gradient checkpointing, with one warning, and `use_cache` is off in training. Here the layers get
-a cache of ours, and are told to use it where they are called. fla's loss is not in play: without labels its
-models return logits.
+longroll's cache, and each call passes the flag that makes them use it. fla's loss is not in play: without
+labels its models return logits.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class NativeCache(FlaCache):
 
 
 def _use_cache(mixer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Ask a layer for its final state where it was given a cache of ours."""
+    """Ask a layer for its final state where it was given longroll's cache."""
     if isinstance(kwargs.get("past_key_values"), NativeCache):
         kwargs = kwargs | {"use_cache": True}
     return args, kwargs

@@ -40,8 +40,8 @@ class LerpLinear(nn.Module):
     """A linear layer behind a token shift: x + mu * (the input before - x).
 
     Args:
-        size_in, size_out: of the layer.
-        rank: of a LoRA in its place.
+        size_in, size_out: sizes of the layer.
+        rank: the rank of a LoRA in its place.
         power: mu is a weight, at first 1 - (channel / size_in)^power; None: mu is given to `forward`.
     """
 

@@ -59,7 +59,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (M, V), contiguous.
-        targets: (M,), contiguous; -100 counts not; others outside the vocabulary make the loss NaN.
+        targets: (M,), contiguous; -100 is ignored; other ids outside the vocabulary make the loss NaN.
     """
     loss: Tensor = _CrossEntropy.apply(logits, targets)
     return loss

@@ -25,12 +25,12 @@ class Shape(NamedTuple):
     Args:
         heads: H.
         headdim: P.
-        groups: of heads that share B and C, G.
+        groups: groups of heads that share B and C, G.
         d_state: N.
         dt_limit: smallest and largest step size.
-        eps: of the norm.
+        eps: epsilon of the norm.
         group_size: channels that share a mean in the norm.
-        dtype: of the result.
+        dtype: the dtype of the result.
     """
 
     heads: int

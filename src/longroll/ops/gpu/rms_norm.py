@@ -91,7 +91,7 @@ def rms_norm(
         eps: added to the mean square.
         gate: (..., D), as x.
         size: numbers that share a mean; default D.
-        dtype: of the result; default: what weight and x promote to.
+        dtype: the dtype of the result; default: what weight and x promote to.
     """
     y: Tensor = _RMSNorm.apply(
         x, weight, gate, eps, size or x.shape[-1], dtype or torch.result_type(weight, x)

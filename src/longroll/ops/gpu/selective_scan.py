@@ -311,7 +311,7 @@ class _Call:
 
     @property
     def shape(self) -> dict[str, int]:
-        """What all kernels are told of their tensors in registers."""
+        """Sizes of the tensors in registers, for all kernels."""
         order = triton.next_power_of_2(self.order)
         return {"BLOCK": BLOCK, "N": order, "num_warps": WARPS}
 

@@ -366,11 +366,11 @@ def backward(
     """Return gradients of steps, A, D and the state; those of x, B and C are written `into` tensors.
 
     Args:
-        dy: of y.
-        dfinal: of the final state.
-        inputs: of `forward`, but the state.
+        dy: gradient of y.
+        dfinal: gradient of the final state.
+        inputs: the inputs of `forward`, but the state.
         state: the initial one.
-        into: for dx, dB and dC, each with a contiguous last axis.
+        into: tensors for dx, dB and dC, each with a contiguous last axis.
     """
     call, dy, (dx, dB, dC) = _Call(*inputs), dy.contiguous(), into
     x, _, _, B, C, _ = inputs

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def state_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
-    """Draw the standard deviation of the state over position, a panel a layer, a curve a run.
+    """Draw the standard deviation of the state over position: one panel for each layer, one curve for each
+    run.
 
     A model with more layers than the medium has panels shows some at even distances.
     """
