@@ -185,10 +185,10 @@ def test_a_fault_is_one_line_with_file_and_field(tmp_path, data, place, value, s
         ("[" * 10_000 + "]" * 10_000, "is nested too deeply"),
         ('{"a":' * 10_000 + "1" + "}" * 10_000, "is nested too deeply"),
         ('{"kind": 1' + "0" * 5_000 + "}", "is not JSON"),
-        ("[]", "no result"),
-        ("null", "no result"),
-        ('{"kind": []}', "no result"),
-        ('{"kind": "diagnosi"}', "no result"),
+        ("[]", "not a result"),
+        ("null", "not a result"),
+        ('{"kind": []}', "not a result"),
+        ('{"kind": "diagnosi"}', "not a result"),
     ],
 )
 def test_what_is_no_result_is_one_line_with_the_file(tmp_path, text, said):
