@@ -1,7 +1,8 @@
 """RULER's needles: niah_single_1, a number for a name, stated once between lines of noise, and its variants.
 
-`multikey` states the numbers of three other names too (niah_multikey_1). `multivalue` states four numbers of one
-name, and all are asked for (niah_multivalue). RULER's haystack of these variants is essays; here it is noise.
+`multikey` states the numbers of three other names too (niah_multikey_1). `multivalue` states four numbers of
+one name, and all are asked for (niah_multivalue). RULER's haystack of these variants is essays; here it is
+noise.
 
 Construction: NVIDIA/RULER, scripts/data/synthetic/niah.py and constants.py (haystack "repeat", one needle,
 one query, words as keys, seven digits as values), scripts/eval/synthetic/constants.py (`string_match_all`).
