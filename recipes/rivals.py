@@ -1,0 +1,259 @@
+"""State Passing and its rivals side by side: readings and calibrations without training, training at equal
+tokens.
+
+    python recipes/rivals.py --base passkey-mamba2 --workers 12 --seconds 110 --output rivals
+    python recipes/rivals.py --base passkey-bamba  --workers 12 --seconds 110 --output rivals
+    python recipes/rivals.py --base recall-mamba2  --workers 12 --seconds 110 --output rivals
+
+`passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state (as
+recipes/long_tasks.py); `recall-*` learns multi-query associative recall at T = 128. Half of the recurrent
+heads forget slowly, and no decay rate is trained, before or after. Every way gets the base's weights:
+
+- `reset`, `rescan`, `decay`, `clip`, `window`, `chunk`: the base, read otherwise (`longroll.measure.holds`,
+OPRM);
+- `A-layer`, `A-head`, `dt-layer`: scales of the decays found by `longroll calibrate` on 8 texts of 16 T;
+- `none`, `fitted`, `sp`, `tbptt`: trained on at T by that initial state; `longer`: plain steps at 4 T, all
+with as
+  many tokens.
+
+OUTPUT/{base}.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and
+seconds.
+"""
+
+import timed  # isort: skip  (its clock starts first)
+
+import argparse
+import multiprocessing
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hybrids
+import numpy as np
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from longroll import TBPTT, FittedNoise, RecurrentLM, StatePassing, load
+from longroll.data import ByteTokenizer, Corpus, HFTokenizer, Windows, long_sequences, read_documents
+from longroll.errors import LongrollError
+from longroll.measure import position_loss
+from longroll.measure.bootstrap import bootstrap_mean
+from longroll.measure.calibration import calibrate
+from longroll.measure.holds import HOLDS, loss_under
+from longroll.results import provenance, write_json
+from longroll.tasks import Passkey, Recall, Row, TaskRows, TextHaystack, evaluate_grid, recall_tokenizer
+from longroll.tasks._task import TRAINING, random_of
+from longroll.tasks.baselines import make_reading
+
+BASES = ("passkey-mamba2", "passkey-bamba", "recall-mamba2")
+TIMES = 64
+"""Positions measured, in training lengths."""
+TRAINED = {"none": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT, "longer": None}
+READ = ("reset", "rescan", "decay", "clip", "window", "chunk")
+CALIBRATED = {"A-layer": ("A", "layer"), "A-head": ("A", "head"), "dt-layer": ("dt", "layer")}
+DEPTHS = (0.1, 0.5, 0.9)
+LONGER = 4
+SLOW = (0.001, 0.05)
+
+
+class Base:
+    """Tokenizer, text and task of a base."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.kind, self.shape = options.base.split("-")
+        self.length = options.length or (256 if self.kind == "passkey" else 128)
+        if self.kind == "recall":
+            self.tokenizer: Any = HFTokenizer(recall_tokenizer(), "recall")
+            self.task: Any = Recall(self.tokenizer, 8)
+            return
+        self.tokenizer = ByteTokenizer()
+        sides = []
+        for side, folder in (("train", options.text), ("validation", options.validation or options.text)):
+            split = "all" if options.validation else side
+            sides.append(
+                Corpus.from_texts(read_documents(folder, split=split), self.tokenizer, max_tokens=20_000_000)
+            )
+        self.train, self.valid = sides
+        self.task = Passkey(self.tokenizer, haystack=TextHaystack(self.valid, "text"), instruction=False)
+
+    def build(self) -> RecurrentLM:
+        """A fresh model, half of whose recurrent heads forget slowly."""
+        options = self.options
+        torch.manual_seed(options.seed)
+        if self.shape == "bamba":
+            lm = hybrids.build(
+                "bamba", size=options.size, length=self.length, slow=0.5, seed=options.seed, rates=SLOW
+            )
+        else:
+            heads = 2 * options.size // 32
+            config = Mamba2Config(
+                vocab_size=self.tokenizer.vocab_size, hidden_size=options.size,
+                num_hidden_layers=options.layers, state_size=options.state, head_dim=32, num_heads=heads,
+                n_groups=1, chunk_size=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+                pad_token_id=None,
+            )  # fmt: skip
+            config.train_length = self.length
+            model = Mamba2ForCausalLM(config)
+            random = np.random.default_rng(options.seed)
+            for name, weight in model.named_parameters():
+                if name.endswith("A_log"):
+                    drawn = torch.tensor(random.uniform(*SLOW, size=heads // 2))
+                    weight.data[: heads // 2] = drawn.log().to(weight)
+            lm = RecurrentLM(model, name=options.base)
+        return freeze(lm).to(options.device)
+
+    def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0) -> Any:
+        """Rows to train on: a task, and for passkeys text in one row of 8, all of it learned."""
+        length, lanes = longer * self.length, self.options.batch // longer
+        task = self.task
+        if self.kind == "passkey":
+            task = Passkey(self.tokenizer, haystack=TextHaystack(self.train, "text"), instruction=False)
+        rows = TaskRows(
+            [task], length, steps * lanes, lanes=lanes, windows=windows, seed=seed,
+            answers_only=self.kind == "recall",
+        )  # fmt: skip
+        text = None
+        if self.kind == "passkey":
+            text = Windows(self.train, length, seed=seed, num_items=20_000)
+        mixed = timed.MixedRows(rows, text, every=8)
+        return timed.StoredRows(mixed, min(self.options.kept, steps * lanes), lanes=lanes)
+
+    def texts(self, longest: int, rows: int, *, train: bool) -> torch.Tensor:
+        """Long texts, (rows, longest + 1): of the corpus, or prompts of recall with their answers."""
+        if self.kind == "passkey":
+            return long_sequences(self.train if train else self.valid, longest, rows, seed=0)
+        stream = TRAINING if train else TRAINING + 1
+        drawn = [self.task.sample(longest + 1, rng=random_of(stream, 99, i)).tokens for i in range(rows)]
+        return torch.from_numpy(np.stack(drawn).astype(np.int64))
+
+
+def freeze(lm: RecurrentLM) -> RecurrentLM:
+    """Decay rates are not trained."""
+    for name, weight in lm.model.named_parameters():
+        weight.requires_grad_(not name.endswith("A_log"))
+    return lm
+
+
+def train_base(base: Base, options: argparse.Namespace) -> dict[str, Any]:
+    """From scratch at T, from the zero state."""
+    rows = base.rows(steps=timed.MANY)
+    how = {"length": base.length, "batch_size": options.batch, "learning_rate": 2e-3, "weight_decay": 0.1}
+    return timed.train(
+        base.build(), rows, None, options.output / options.base / "base", seconds=options.seconds,
+        steps=options.base_steps, seed=options.seed, **how,
+    )  # fmt: skip
+
+
+def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Make one way of the base and measure it; None where the base does not have it."""
+    began = time.perf_counter()
+    lm = load(options.output / options.base / "base", device=options.device)
+    told: dict[str, Any] = {"tokens": 0}
+    if way in CALIBRATED:
+        what, unit = CALIBRATED[way]
+        texts = base.texts(16 * base.length, 8, train=True)
+        found = calibrate(lm, texts, train_length=base.length, what=what, unit=unit)
+        told = {"tokens": found.tokens, "calibration": found.to_json()}
+    elif way in TRAINED:
+        longer, windows = (LONGER if way == "longer" else 1), (LONGER if way == "tbptt" else 1)
+        chosen = TRAINED[way]
+        lm = freeze(lm)
+        training = timed.train(
+            lm, base.rows(steps=options.steps, longer=longer, windows=windows, seed=options.seed + 1),
+            chosen and chosen(zero_probability=0.1, seed=options.seed), options.output / options.base / way,
+            seconds=None, steps=options.steps, length=longer * base.length,
+            batch_size=options.batch // longer, learning_rate=5e-4, seed=options.seed,
+        )  # fmt: skip
+        told = {"tokens": options.steps * options.batch * base.length, "training": training}
+    try:
+        result = {"way": way, **told, **measure(way, lm, base, options)}
+    except LongrollError as refused:
+        print(options.base, way, refused, flush=True)
+        return None
+    result["seconds"] = time.perf_counter() - began
+    lengths = [[cell["length"], cell["scores"][base.task.metric]["mean"]] for cell in result["cells"]]
+    print(options.base, way, result.get("octaves"), lengths, flush=True)
+    return result
+
+
+def measure(way: str, lm: RecurrentLM, base: Base, options: argparse.Namespace) -> dict[str, Any]:
+    """Loss by octaves on text, and the accuracy on the task, to 64 T."""
+    result: dict[str, Any] = {}
+    reading = way if way in READ else "plain"
+    longest = options.times * base.length
+    if base.kind == "passkey" and reading != "chunk":
+        tokens = base.texts(longest, options.texts, train=False)
+        losses = (
+            loss_under(way, lm, tokens, base.length) if way in HOLDS else position_loss(lm, tokens)
+        ).losses
+        edges = [0, *(base.length << k for k in range(options.times.bit_length()))]
+        result["octaves"] = [
+            [a, b, *(round(t.item(), 4) for t in bootstrap_mean(losses[:, a:b].mean(dim=1, keepdim=True)))]
+            for a, b in pairwise(edges)
+        ]
+    rows = (
+        [Row(depth, base.task, depth) for depth in DEPTHS]
+        if base.kind == "passkey"
+        else [Row(None, base.task)]
+    )
+    lengths = [times * base.length for times in (1, 4, 16, 64) if times <= options.times]
+    how = make_reading(reading, lm, window=base.length, rows=rows, length=lengths[-1])
+    result["cells"] = evaluate_grid(
+        lm, rows, lengths, samples=options.samples, batch_size=options.samples, reading=how
+    )
+    for cell in result["cells"]:
+        cell.pop("examples")
+    return result
+
+
+def _begin(options: argparse.Namespace) -> None:
+    global _base, _options
+    torch.set_num_threads(1)
+    _options, _base = options, Base(options)
+
+
+def _way(way: str) -> dict[str, Any] | None:
+    return try_way(way, _base, _options)
+
+
+def main() -> None:
+    """Train the base, then every way, several at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
+    parser.add_argument("--text", default="stdlib")
+    parser.add_argument("--validation", help="other texts; default: some of --text")
+    parser.add_argument("--ways", nargs="+", default=["base", *READ, *CALIBRATED, *TRAINED])
+    parser.add_argument("--size", type=int, default=256, help="d_model")
+    parser.add_argument("--layers", type=int, default=4, help="of Mamba-2")
+    parser.add_argument("--state", type=int, default=128, help="numbers of a channel's state")
+    parser.add_argument("--length", type=int, help="T")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--base-steps", type=int, default=6000)
+    parser.add_argument("--seconds", type=float, help="of training the base, from the start of the script")
+    parser.add_argument("--steps", type=int, default=300, help="of training on")
+    parser.add_argument("--kept", type=int, default=40_000, help="rows made beforehand")
+    parser.add_argument("--times", type=int, default=TIMES, help="longest text, in training lengths")
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    (options.output / options.base).mkdir(parents=True, exist_ok=True)
+    trained = train_base(Base(options), options)
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
+        for row in pool.imap_unordered(_way, options.ways):
+            rows += [row] if row else []
+            lm = load(options.output / options.base / "base", device=options.device)
+            made = provenance(lm, seed=options.seed, seconds=time.time() - timed.BEGAN)
+            settings = {name: value for name, value in vars(options).items() if name != "output"}
+            table = {"settings": settings, "base": trained, "ways": rows, "provenance": made}
+            write_json(options.output / f"{options.base}.json", table)
+
+
+if __name__ == "__main__":
+    main()
