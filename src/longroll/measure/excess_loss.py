@@ -3,9 +3,12 @@
 Text gets easier or harder as a document goes on, so a loss at 16k above the loss in range proves nothing
 yet. Here the same tokens are predicted twice: with the state carried from the beginning, and with a fresh
 state started half to a whole training length before them. A positive difference is damage done by the state.
+Probes that overlap share their restarts, so that all of them read at most twice the text.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ def excess_loss(
     train_length: int,
     *,
     per_octave: int = 6,
+    progress: Callable[[int, int], None] | None = None,
     dealt: bool = False,
 ) -> tuple[list[int], Tensor]:
     """Loss carried minus loss restarted, at log-spaced positions past the training length.
@@ -32,8 +36,10 @@ def excess_loss(
         lm: the model.
         tokens: (B, L + 1), those of `carried`.
         carried: their losses from the zero state.
-        train_length: T; a probe restarts T tokens before its end and compares the last half of them.
+        train_length: T; a probe compares the T - T // 2 tokens before its end, each read T // 2 to T tokens
+            after a restart.
         per_octave: probes to a doubling of the position.
+        progress: called with how many windows are read, and how many there are.
         dealt: deal the rows to the ranks, each of which must call this and gets the differences of all.
 
     Returns:
@@ -42,22 +48,58 @@ def excess_loss(
     ends = [p for p in log_spaced(carried.losses.shape[1], per_octave) if p > train_length]
     with ranks.together(dealt):
         mine = tokens[ranks.share(len(tokens))]
-        fresh = _restarted(lm, mine, ends, train_length) if len(mine) else torch.empty(0, len(ends))
+        fresh = _restarted(lm, mine, ends, train_length, progress) if len(mine) else torch.empty(0, len(ends))
         return ends, probe_losses(carried, ends, train_length) - ranks.gather_rows(fresh)
 
 
-def _restarted(lm: RecurrentLM, tokens: Tensor, ends: list[int], train_length: int) -> Tensor:
+def _restarted(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    ends: list[int],
+    train_length: int,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
     """Mean loss of the last half of the `train_length` tokens before each end, read afresh, (B, K)."""
-    half = train_length // 2
+    size = train_length - train_length // 2
+    starts = window_starts(ends, train_length)
+    fresh = torch.full(tokens[:, 1:].shape, torch.nan)
     rows = max(1, chunk_tokens(lm) // (train_length * tokens.shape[0]))
-    restarted = []
-    for some in (ends[i : i + rows] for i in range(0, len(ends), rows)):
-        windows = torch.stack([tokens[:, end - train_length : end + 1] for end in some], dim=1)
+    for i in range(0, len(starts), rows):
+        some = starts[i : i + rows]
+        windows = torch.stack([tokens[:, s : s + train_length + 1] for s in some], dim=1)
         windows = windows.flatten(0, 1).to(lm.device)  # (B * K, T + 1)
         hidden, _ = lm(windows[:, :-1], logits=False)
-        losses = token_losses(lm, hidden[:, half:], windows[:, half + 1 :]).mean(dim=1).cpu()
-        restarted.append(losses.view(tokens.shape[0], len(some)))
-    return torch.cat(restarted, dim=1)
+        losses = token_losses(lm, hidden[:, -size:], windows[:, -size:]).cpu()
+        for start, piece in zip(some, losses.unflatten(0, (-1, len(some))).unbind(1), strict=True):
+            fresh[:, start + train_length - size : start + train_length] = piece
+        if progress is not None:
+            progress(i + len(some), len(starts))
+    return probe_losses(PositionLoss(fresh), ends, train_length)
+
+
+def window_starts(ends: list[int], train_length: int) -> list[int]:
+    """Where to restart, in order, so that the tokens of every probe are read afresh.
+
+    A probe far from its neighbours has a window of its own, which ends where the probe ends. The tokens of
+    probes that overlap are covered by windows side by side: each token is then at an age from T // 2 to T,
+    and the T - T // 2 tokens of a probe have each of these ages once, whatever windows they fall into.
+
+    Args:
+        ends: of the probes, in order, all above T.
+        train_length: T.
+    """
+    size = train_length - train_length // 2
+    runs: list[list[int]] = []  # the first token and the end of each stretch of tokens to cover
+    for end in ends:
+        if runs and end - size < runs[-1][1]:
+            runs[-1][1] = end
+        else:
+            runs.append([end - size, end])
+    return [
+        min(first, stop - size) + size - train_length
+        for begin, stop in runs
+        for first in range(begin, stop, size)
+    ]
 
 
 def probe_losses(carried: PositionLoss, ends: list[int], train_length: int) -> Tensor:
