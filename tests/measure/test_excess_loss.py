@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import zoo
 
+import zoo
 from longroll.measure import position_loss
 from longroll.measure._position_loss import log_spaced
 from longroll.measure.excess_loss import excess_loss, window_starts

@@ -22,9 +22,9 @@ from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.families._rope import KINDS, RopeScaling, scaled_rope
 from longroll.measure._attention_readings import FIRST, Clipped, Hold, Norms, Positions, Rescan, Window, both
+from longroll.measure._budget import DAMAGE, far_probes
 from longroll.measure._coverage import Coverage
 from longroll.measure._position_loss import PositionLoss, position_loss
-from longroll.measure._state_ablation import DAMAGE
 from longroll.measure.bootstrap import bootstrap_ratio
 from longroll.measure.excess_loss import excess_loss
 from longroll.measure.holds import held_loss
@@ -34,6 +34,8 @@ from longroll.state import RecurrentState
 Side = Literal["state", "attention"]
 EXPLAINS = 0.2
 """Of the damage: a side whose part is smaller is not blamed."""
+READINGS = 14
+"""The most readings past T that `split_blame` takes; a rescan reads T tokens a piece and counts as four."""
 _AS_GOOD = (
     0.8  # of the best reading of attention: a RoPE scaling, which can be saved, is preferred from there
 )
@@ -137,8 +139,9 @@ def split_blame(
     *,
     factor: float | None = None,
     carried: PositionLoss | None = None,
+    restarted: tuple[list[int], Tensor] | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     dealt: bool = False,
 ) -> Blame:
     """Read a hybrid past T with its states, its attention and both held in range, and split the damage.
@@ -150,15 +153,16 @@ def split_blame(
         train_length: T; default: what the model's config says.
         factor: by which rotary positions are scaled; default: the power of two that brings L into T.
         carried: losses of `tokens` from the zero state, when they are known already.
+        restarted: what `excess_loss` says of them, likewise.
         seed: of the bootstrap.
-        progress: called with how many readings are done.
+        progress: called with how many readings are done, and how many there are.
         dealt: deal the texts to the ranks, each of which must call this and gets the result.
 
     Raises:
         LongrollError: for a model without one of the two, an unknown training length, and texts not past 2 T.
     """
     with ranks.together(dealt):
-        return _split(lm, tokens, coverage, train_length, factor, carried, seed, progress)
+        return _split(lm, tokens, coverage, train_length, factor, carried, restarted, seed, progress)
 
 
 def _split(
@@ -168,8 +172,9 @@ def _split(
     train_length: int | None,
     factor: float | None,
     carried: PositionLoss | None,
+    restarted: tuple[list[int], Tensor] | None,
     seed: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Blame:
     """`split_blame` among the ranks that work on it."""
     train_length, _ = lm.find_train_length(train_length)
@@ -183,9 +188,9 @@ def _split(
     factor = factor or 2.0 ** math.ceil(math.log2(length / train_length))
     positions = Positions(lm)
     carried = carried or position_loss(lm, tokens, dealt=True)
-    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
+    ends, excess = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)
     half = train_length - train_length // 2
-    far = [i for i, end in enumerate(ends) if end > length // 2 and end >= train_length + half]
+    far = far_probes(ends, train_length, length)
     whole = excess[:, far].double().mean(dim=1)  # (B,)
     damage = whole.mean().item()
     if damage <= DAMAGE or not math.isfinite(damage):
@@ -209,6 +214,7 @@ def _split(
         frequencies = positions.frequencies
         attentions["clipped"] = lambda: Clipped(keep, frequencies)
     scalings = {kind: RopeScaling(kind, factor) for kind in KINDS}
+    readings.total = len(states) + len(attentions) + len(scalings) + 1
 
     def recovered(state: str | None, attention: str | None) -> Tensor:
         """Nats of each text, (B,)."""
@@ -251,11 +257,11 @@ class _Readings:
         tokens: Tensor,
         train_length: int,
         spans: list[tuple[int, int]],
-        progress: Callable[[int], None] | None,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         self.lm, self.tokens, self.train_length, self.spans = lm, tokens.to(lm.device), train_length, spans
         self.stride = max(1, train_length // 4)
-        self.progress, self.done = progress, 0
+        self.progress, self.done, self.total = progress, 0, 0
         self._at_edge: RecurrentState | None = None
 
     def mean(self, losses: Tensor) -> Tensor:
@@ -273,7 +279,7 @@ class _Readings:
             ).losses.double()  # fmt: skip
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done)
+            self.progress(self.done, self.total)
         return self.mean(losses)
 
     def _edge(self, *, scaled: bool) -> RecurrentState:

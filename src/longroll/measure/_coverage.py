@@ -174,14 +174,21 @@ class CoverageRecorder:
             if mine and ranks.rank() == 0:
                 self._samples[key] = mine.of_all(parts)
 
-    def coverage(self) -> Coverage:
+    def coverage(self, *, progress: Callable[[int, int], None] | None = None) -> Coverage:
         """Compare what was seen.
+
+        Args:
+            progress: called with how many state tensors are compared, and how many there are.
 
         Raises:
             LongrollError: for fewer than 4 texts, and when in-range or far states were not seen.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        layers = [samples.compare(key, generator) for key, samples in self._samples.items()]
+        layers = []
+        for key, samples in self._samples.items():
+            layers.append(samples.compare(key, generator))
+            if progress is not None:
+                progress(len(layers), len(self._samples))
         if not layers:
             raise LongrollError("No recurrent state was seen at the positions to be compared.")
         outside = _benjamini_hochberg(torch.cat([layer.p for layer in layers]))

@@ -216,7 +216,10 @@ def _diagnose(
     activations.over_ranks()
     if watch is not None:
         watch.over_ranks()
-    ends, excess = kept.once("excess", lambda: excess_loss(lm, tokens, carried, train_length, dealt=True))
+    told = stage(progress, "restarting")
+    ends, excess = restarted = kept.once(
+        "excess", lambda: excess_loss(lm, tokens, carried, train_length, progress=told, dealt=True)
+    )
     mean, low, high = bootstrap_mean(excess, seed=seed)
     level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
     _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
@@ -274,18 +277,20 @@ def _diagnose(
             details["coverage"] = kept.once(
                 "coverage",
                 lambda: explain_coverage(
-                    lm, tokens, carried, seen, train_length, healthy=not suffers, progress=progress
+                    lm, tokens, carried, seen, train_length,
+                    healthy=not suffers, restarted=restarted, progress=progress,
                 ),
-            )
+            )  # fmt: skip
             blame = None
             if suffers:
                 blame = kept.once(
                     "blame",
                     lambda: explain_blame(
-                        lm, tokens, carried, seen, train_length, seed=seed, progress=progress
+                        lm, tokens, carried, seen, train_length,
+                        seed=seed, restarted=restarted, progress=progress,
                     ),
                     kinds=(Blame, Share),
-                )
+                )  # fmt: skip
             if blame is not None:
                 details["blame"] = blame.to_json()
                 opened = lm.name if lm.flags is not None else None

@@ -19,7 +19,9 @@ from torch import Tensor
 from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.heads import choose_heads, head_norms, scale_heads
+from longroll.measure._budget import DAMAGE, far_probes
 from longroll.measure._coverage import Coverage, Head, LayerCoverage
+from longroll.measure._head_search import smallest_group
 from longroll.measure._position_loss import PositionLoss, position_loss, token_losses
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.excess_loss import excess_loss
@@ -28,13 +30,12 @@ from longroll.state import RecurrentState, StateKey
 
 Mode = Literal["rescale", "swap"]
 
-DAMAGE = 0.05
-"""Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
 SHARE = 0.8
 """Share of what all heads recover: heads that recover as much are said to carry the damage."""
 _EXPLAINS = 0.2  # of the damage: with less than this back, all heads held, their range is not the cause
 _GAIN = 0.01  # a head that adds less to the greedy list ends it
 _ROWS = 64  # of trials and texts read together
+_NAMED = 8  # heads of a group that are named one by one
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class Recovery:
 
     @property
     def what(self) -> str:
-        """Name of the heads."""
-        return " + ".join(map(str, self.heads))
+        """Name of the heads; of many, their layers."""
+        if len(self.heads) <= _NAMED:
+            return " + ".join(map(str, self.heads))
+        layers = sorted({head.layer for head in self.heads})
+        places = ", ".join(map(str, layers)) if len(layers) <= _NAMED else f"{layers[0]} to {layers[-1]}"
+        return f"{len(self.heads)} heads of layer{'s' if len(layers) > 1 else ''} {places}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class CausalTest:
     alone: list[Recovery]
     """Single heads, and whole layers, the largest share first."""
     together: list[Recovery]
-    """The greedy list: the best head, the best pair that holds it, ..., until they carry the damage."""
+    """The greedy list: the best head, the best pair that holds it, ..., until they carry the damage. After a
+    search by groups: the groups that carry it, each smaller than the one before."""
     all_heads: Recovery | None
     """Every head of the model held in range: about the most that this can recover."""
     mode: Mode
@@ -108,6 +114,11 @@ class CausalTest:
             who = f"These {len(best.heads)} heads carry" if many else "One head carries"
             return f"{who} {_percent(best.recovered)} of the damage ({ceiling}): {best.what}."
         first = self.together[0]
+        if len(first.heads) > 1:
+            return (
+                f"The heads outside their training range, {len(first.heads)} of them, carry "
+                f"{_percent(first.recovered)} of the damage ({ceiling}): no few heads do it."
+            )
         pair = f", the best {len(best.heads)} {_percent(best.recovered)}" if len(best.heads) > 1 else ""
         return (
             f"None alone does the damage: {first.what} carries {_percent(first.recovered)}{pair}, {ceiling}."
@@ -126,7 +137,8 @@ class CausalTest:
 
     def table(self) -> list[dict[str, Any]]:
         """Rows `what`, `recovered` for the `causal` entry of a coverage section."""
-        rows = [_row(recovery) for recovery in [*self.alone, *self.together[1:]]]
+        more = [recovery for recovery in self.together if recovery not in self.alone]
+        rows = [_row(recovery) for recovery in [*self.alone, *more]]
         return rows if self.all_heads is None else [*rows, _row(self.all_heads, "all heads")]
 
 
@@ -156,6 +168,8 @@ def state_ablation(
     most: int = 4,
     interval: int | None = None,
     carried: PositionLoss | None = None,
+    restarted: tuple[list[int], Tensor] | None = None,
+    trials: int | None = None,
     progress: Callable[[int], None] | None = None,
     dealt: bool = False,
 ) -> CausalTest:
@@ -172,6 +186,9 @@ def state_ablation(
         most: heads in the greedy list.
         interval: tokens between two corrections; default: T / 4.
         carried: losses of `tokens` from the zero state, when they are known already.
+        restarted: what `excess_loss` says of them, likewise.
+        trials: the most that may be made, at least 1. Where they are too few for every candidate and every
+            layer, heads are searched by groups (`smallest_group`). Default: as many as candidates ask for.
         progress: called with how many trials are done.
         dealt: deal texts and trials to the ranks, each of which must call this and gets the result.
 
@@ -180,8 +197,9 @@ def state_ablation(
     """
     with ranks.together(dealt):
         return _ablated(
-            lm, tokens, coverage, train_length, mode, candidates, most, interval, carried, progress
-        )
+            lm, tokens, coverage, train_length, mode, candidates, most, interval, carried, restarted, trials,
+            progress,
+        )  # fmt: skip
 
 
 def _ablated(
@@ -194,6 +212,8 @@ def _ablated(
     most: int,
     interval: int | None,
     carried: PositionLoss | None,
+    restarted: tuple[list[int], Tensor] | None,
+    trials: int | None,
     progress: Callable[[int], None] | None,
 ) -> CausalTest:
     """`state_ablation` among the ranks that work on it."""
@@ -208,19 +228,19 @@ def _ablated(
             f"{length} positions are too few to see damage: give at least {2 * train_length}."
         )
     carried = carried or position_loss(lm, tokens, dealt=True)
-    ends, excess = excess_loss(lm, tokens, carried, train_length, dealt=True)
+    ends, excess = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)
     half = train_length - train_length // 2  # what a probe compares; heads are held from T on
-    far = [i for i, end in enumerate(ends) if end > length // 2 and end >= train_length + half]
+    far = far_probes(ends, train_length, length)
     damage = excess[:, far].double().mean().item()
     if damage <= DAMAGE or not math.isfinite(damage):
         return CausalTest(damage, [], [], None, mode)
     spans = [(ends[i] - half, ends[i]) for i in far]
-    trials = _Trials(
+    readings = _Trials(
         lm, tokens, coverage, train_length, mode, interval or max(1, train_length // 4), progress
     )
 
     def measure(choices: list[list[Head]]) -> list[Recovery]:
-        losses = trials.losses(choices, spans)
+        losses = readings.losses(choices, spans)
         return ranks.on_first(lambda: compare(choices, losses))  # which heads are tried next hangs on it
 
     def compare(choices: list[list[Head]], means: list[Tensor]) -> list[Recovery]:
@@ -232,12 +252,38 @@ def _ablated(
             recoveries.append(Recovery(heads, mean, low, high))
         return recoveries
 
-    ranked = coverage.ranking()[:candidates]
     layers = [Head(layer.key.layer, None) for layer in coverage.layers]
+    out = coverage.ranking()
+    if trials is not None and trials < trials_for(coverage, candidates=candidates, most=most):
+        everything = measure([layers])[0]
+        found = CausalTest(damage, [], [], everything, mode)
+        if found.explained and out and trials > 1:
+            together = _by_groups(out, measure, everything, trials - 1)
+            single = [group for group in together if len(group.heads) == 1]
+            found = CausalTest(damage, single, together, everything, mode)
+        return found
+    ranked = out[:candidates]
     alone = measure([[head] for head in dict.fromkeys([*ranked, *layers])])
     everything = measure([layers])[0]
+    together = _greedy(ranked, [r for r in alone if r.heads[0] in ranked], measure, everything, most)
+    alone.sort(key=_finite, reverse=True)
+    return CausalTest(damage, alone, together, everything, mode)
+
+
+def trials_for(coverage: Coverage, *, candidates: int = 8, most: int = 4) -> int:
+    """Return how many trials `state_ablation` makes at most where nothing bounds them."""
+    count = min(candidates, len(coverage.ranking()))
+    return count + len(coverage.layers) + 1 + sum(max(0, count - more) for more in range(1, most))
+
+
+_Measure = Callable[[list[list[Head]]], list[Recovery]]
+
+
+def _greedy(
+    ranked: list[Head], single: list[Recovery], measure: _Measure, everything: Recovery, most: int
+) -> list[Recovery]:
+    """The best head, the best pair that holds it, ..., until they carry the damage."""
     together: list[Recovery] = []
-    single = [recovery for recovery in alone if recovery.heads[0] in ranked]
     while single and len(together) < most:
         if together:
             rest = [head for head in ranked if head not in together[-1].heads]
@@ -250,8 +296,20 @@ def _ablated(
         together.append(best)
         if best.recovered >= SHARE * everything.recovered:
             break
-    alone.sort(key=_finite, reverse=True)
-    return CausalTest(damage, alone, together, everything, mode)
+    return together
+
+
+def _by_groups(ranked: list[Head], measure: _Measure, everything: Recovery, trials: int) -> list[Recovery]:
+    """Groups that carry the damage, each smaller than the one before; all heads where none does."""
+    tried: list[Recovery] = []
+
+    def carries(group: list[Head]) -> bool:
+        tried.extend(measure([group]))
+        return tried[-1].recovered >= SHARE * everything.recovered
+
+    if smallest_group(ranked, carries, trials) is None:
+        return tried
+    return [group for group in tried if group.recovered >= SHARE * everything.recovered]
 
 
 class _Trials:

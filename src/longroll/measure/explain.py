@@ -9,27 +9,31 @@ import torch
 from torch import Tensor
 
 from longroll import ranks
-from longroll.measure._blame import Blame, split_blame
-from longroll.measure._coverage import CoverageRecorder, far_positions, in_range_positions
+from longroll.measure._blame import READINGS, Blame, split_blame
+from longroll.measure._budget import BLAME, DAMAGE, HEADS, HEADS_OF_HYBRID, REMEMBRANCE, Excerpt, excerpt
+from longroll.measure._coverage import Coverage, CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
-from longroll.measure._state_ablation import DAMAGE, state_ablation
+from longroll.measure._state_ablation import state_ablation, trials_for
 from longroll.measure._state_statistics import RANK_ROWS, StateRecorder
+from longroll.measure.excess_loss import excess_loss
 from longroll.measure.iid import ROWS, IIDTest, iid_test
-from longroll.measure.remembrance import remembrance_map, spread_starts
+from longroll.measure.remembrance import affordable_starts, remembrance_map
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, how much of it is done, and how much there is, where that is known."""
 
+Restarted = tuple[list[int], Tensor]
+"""Where probes end, and the loss carried minus the loss restarted there (`excess_loss`)."""
+
 _REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
-_CAUSAL_LENGTHS = 16  # training lengths of text that show the damage
 _LATER = "The damage begins past position {length}, up to which heads are held in range: none is named."
 
 
-def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[[int], None] | None:
-    """Progress on one stage, for a measure that says only how much is done."""
-    return None if progress is None else lambda done: progress(what, done, total)
+def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[..., None] | None:
+    """Progress on one stage, for a measure that says how much is done, and may say of how much."""
+    return None if progress is None else lambda done, of=total: progress(what, done, of)
 
 
 class StateWatch:
@@ -55,6 +59,7 @@ class StateWatch:
         self._at_edge = RecurrentState({})
         self.has_attention = False
         """Whether the model has a memory besides its recurrent state: the KV of a hybrid."""
+        self._compared: Coverage | None = None
 
     def __call__(self, position: int, state: RecurrentState) -> None:
         """Note the state after `position` tokens."""
@@ -90,6 +95,12 @@ class StateWatch:
         parts = [part for part in ranks.gather(self._at_edge) if part.batch_size]
         self._at_edge = RecurrentState({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
 
+    def compare(self, progress: Progress | None = None) -> Coverage:
+        """Which heads have left their training range; tested once."""
+        if self._compared is None:
+            self._compared = self.coverage.coverage(progress=stage(progress, "comparing states"))
+        return self._compared
+
     def iid(self) -> IIDTest:
         """Whether the states where training ends could be IID noise."""
         return iid_test(self._at_edge, seed=self._seed)
@@ -103,33 +114,40 @@ def explain_coverage(
     train_length: int,
     *,
     healthy: bool,
+    restarted: Restarted | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Which heads left their training range and, for a model that breaks, which of them do the damage.
 
     Texts are dealt to the ranks that work together; `watch` is that of rank 0.
     """
-    coverage = ranks.on_first(watch.coverage.coverage)
+    coverage = ranks.on_first(lambda: watch.compare(progress))
     section = coverage.to_json()
     if healthy:
         return section
-    measured, length = tokens.shape[1] - 1, _CAUSAL_LENGTHS * train_length
+    measured = tokens.shape[1] - 1
     if measured < 2 * train_length:
         short = f"{measured} positions are too few to tell which heads do the damage"
         return section | {"causal_sentence": f"{short}: measure at least {2 * train_length}."}
+    restarted = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)
+    share = HEADS_OF_HYBRID if watch.has_attention else HEADS
+    chosen = excerpt(*restarted, train_length, measured, trials=trials_for(coverage), share=share)
+    texts, losses, restarted = _cut(tokens, carried, restarted, chosen)
     test = state_ablation(
         lm,
-        tokens[:, : length + 1],
+        texts,
         coverage,
         train_length,
-        carried=PositionLoss(carried.losses[:, :length]),
-        progress=stage(progress, "holding heads in range"),
+        carried=losses,
+        restarted=restarted,
+        trials=chosen.trials,
+        progress=stage(progress, "holding heads in range", chosen.trials),
         dealt=True,
     )
-    later = test.damage <= DAMAGE and measured > length
+    later = test.damage <= DAMAGE and measured > chosen.length
     return section | {
         "causal": test.table(),
-        "causal_sentence": _LATER.format(length=length) if later else test.sentence,
+        "causal_sentence": _LATER.format(length=chosen.length) if later else test.sentence,
         "explained": test.explained,
     }
 
@@ -142,21 +160,39 @@ def explain_blame(
     train_length: int,
     *,
     seed: int,
+    restarted: Restarted | None = None,
     progress: Progress | None = None,
 ) -> Blame | None:
     """Whether states or attention of a hybrid do the damage; None where it has but one, or short texts."""
-    measured, length = tokens.shape[1] - 1, _CAUSAL_LENGTHS * train_length
+    measured = tokens.shape[1] - 1
     if not watch.has_attention or measured < 2 * train_length:
         return None
+    restarted = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)
+    chosen = excerpt(*restarted, train_length, measured, trials=READINGS, share=BLAME)
+    texts, losses, restarted = _cut(tokens, carried, restarted, chosen)
     return split_blame(
         lm,
-        tokens[:, : length + 1],
-        ranks.on_first(watch.coverage.coverage),
+        texts,
+        ranks.on_first(lambda: watch.compare(progress)),
         train_length,
-        carried=PositionLoss(carried.losses[:, :length]),
+        carried=losses,
+        restarted=restarted,
         seed=seed,
         progress=stage(progress, "splitting the blame"),
         dealt=True,
+    )
+
+
+def _cut(
+    tokens: Tensor, carried: PositionLoss, restarted: Restarted, chosen: Excerpt
+) -> tuple[Tensor, PositionLoss, Restarted]:
+    """The texts of an excerpt, their losses, and the probes within them."""
+    rows, length = chosen.rows, chosen.length
+    ends = [end for end in restarted[0] if end <= length]
+    return (
+        tokens[:rows, : length + 1],
+        PositionLoss(carried.losses[:rows, :length]),
+        (ends, restarted[1][:rows, : len(ends)]),
     )
 
 
@@ -168,10 +204,10 @@ def explain_remembrance(
     Texts and starts are dealt to the ranks that work together.
     """
     length = tokens.shape[1] - 1
+    texts = tokens[:_REMEMBERED_ROWS, :length]
     # the control is read anew from every start, at a price that grows with the square of the length
     parts = 16 if lm.family.recurrent else 4
-    starts = spread_starts(length, parts=parts)
+    starts = affordable_starts(length, parts=parts, most=REMEMBRANCE * len(tokens) / len(texts))
     ends = sorted({max(1, i * length // parts) for i in range(1, parts + 1)})
     told = stage(progress, "forgetting the past", length)
-    texts = tokens[:_REMEMBERED_ROWS, :length]
     return remembrance_map(lm, texts, starts, ends, progress=told, dealt=True).to_json()

@@ -175,9 +175,32 @@ def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:
     return max(1, min(rows, chunk_tokens(lm) // _SHORTEST // starts))
 
 
-def spread_starts(length: int, *, parts: int = 16) -> list[int]:
-    """Starts over [0, length): `parts` at even distances, and a few close to the ends, where curves bend."""
-    close = [step for step in (1, 16, 256) if step < length // parts]
+_CLOSE = (1, 16, 256)  # tokens from the ends, where curves bend
+
+
+def affordable_starts(length: int, *, parts: int, most: float) -> list[int]:
+    """Return `spread_starts`, so few that reading from all takes at most `most` times `length` tokens.
+
+    The fewest are a quarter of `parts`, and at least 0 and the middle.
+    """
+    choices = [(parts // fewer, close) for fewer in (1, 2, 4) for close in (_CLOSE, _CLOSE[:1], ())]
+    for some, close in choices:
+        if some > 1:
+            starts = spread_starts(length, parts=some, close=close)
+            if sum(length - start for start in starts) <= most * length:
+                break
+    return starts
+
+
+def spread_starts(length: int, *, parts: int = 16, close: Sequence[int] = _CLOSE) -> list[int]:
+    """Starts over [0, length): `parts` at even distances, and a few `close` to the ends, where curves bend.
+
+    Args:
+        length: of the text.
+        parts: how many.
+        close: at these distances from the ends.
+    """
+    close = [step for step in close if step < length // parts]
     return sorted({*close, *(length - step for step in close), *(i * length // parts for i in range(parts))})
 
 

@@ -1,0 +1,83 @@
+"""How much text the causes of a damage are looked for in, so that a diagnosis takes few readings.
+
+The unit is the loss of all texts. The loss takes one, the restarts that it is compared with at most two
+(`excess_loss`); the causes share the numbers below. A search reads fewer texts or shorter ones until it keeps
+to its share, as long as these texts show the damage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+REMEMBRANCE = 3.0
+"""Readings that the map of remembrance may take."""
+HEADS, HEADS_OF_HYBRID, BLAME = 4.0, 2.5, 3.5
+"""Readings that the search for heads may take; those in a hybrid, and its split of state and attention."""
+DAMAGE = 0.05
+"""Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
+_LENGTHS = (16, 12, 8, 6, 4, 3, 2)  # training lengths of text
+_TEXTS = 8  # 8 texts find what most heads do
+_SHORT, _FEWEST = 4096, 2048  # tokens of texts that are read whole at any cost; and of the least that tell
+_VISIBLE = 0.25  # of the damage in the longest text: shorter texts must show as much
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What is read again for each trial."""
+
+    rows: int
+    """Texts."""
+    length: int
+    """Tokens of each, from the beginning; a trial reads those past the training length."""
+    trials: int
+    """How many trials keep to the share, at least 1."""
+
+
+def excerpt(
+    ends: list[int], excess: Tensor, train_length: int, measured: int, *, trials: int, share: float
+) -> Excerpt:
+    """Choose the most text of which `trials` trials take at most `share` readings.
+
+    Where even the least text that shows the damage takes more, it is chosen, with as many trials as fit.
+
+    Args:
+        ends: of the probes.
+        excess: (B, K), loss carried minus loss restarted at each (`excess_loss`).
+        train_length: T.
+        measured: positions of each text, at least 2 T.
+        trials: wanted.
+        share: readings of all texts at all positions.
+    """
+    texts = len(excess)
+    longest = min(_LENGTHS[0] * train_length, measured)
+    if texts * longest <= _SHORT:
+        return Excerpt(texts, longest, trials)
+    lengths = [longest, *(n * train_length for n in _LENGTHS if n * train_length < longest)]
+    least = max(DAMAGE, _VISIBLE * damage(ends, excess, train_length, longest))
+    choices = [(rows, length) for length in lengths for rows in dict.fromkeys([texts, min(texts, _TEXTS)])]
+    seen = [
+        (rows, length)
+        for rows, length in choices
+        if length == longest
+        or (rows * length >= _FEWEST and damage(ends, excess[:rows], train_length, length) >= least)
+    ]
+
+    def afforded(rows: int, length: int) -> int:
+        return math.floor(share * texts * measured / (rows * (length - train_length)))
+
+    rows, length = next((choice for choice in seen if afforded(*choice) >= trials), seen[-1])
+    return Excerpt(rows, length, max(1, min(trials, afforded(rows, length))))
+
+
+def damage(ends: list[int], excess: Tensor, train_length: int, length: int) -> float:
+    """Return the mean excess loss over the last octave of `length` tokens; NaN without probes there."""
+    return excess[:, far_probes(ends, train_length, length)].double().mean().item()
+
+
+def far_probes(ends: list[int], train_length: int, length: int) -> list[int]:
+    """Return which probes lie in the last octave of `length` and compare only tokens past T."""
+    half = train_length - train_length // 2
+    return [i for i, end in enumerate(ends) if length // 2 < end <= length and end >= train_length + half]
