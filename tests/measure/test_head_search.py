@@ -47,7 +47,7 @@ def test_nobody_is_blamed_where_no_head_is_guilty():
 @pytest.mark.parametrize("times", [2, 4, 8, 128])
 @pytest.mark.parametrize("trials", [3, 14, 56])
 def test_an_excerpt_keeps_to_its_share(rows, times, trials):
-    train_length, share = 512, 4.0
+    train_length, share = 1024, 4.0
     measured = times * train_length
     ends = [end for end in log_spaced(measured, 6) if end > train_length]
     even = torch.full((rows, len(ends)), 2.0)
