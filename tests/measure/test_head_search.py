@@ -54,11 +54,9 @@ def test_an_excerpt_keeps_to_its_share(rows, times, trials):
     found = excerpt(ends, even, train_length, measured, trials=trials, share=share)
     read = found.trials * found.rows * (found.length - train_length)
     assert 1 <= found.trials <= trials and read <= share * rows * measured
-    # damage that only the whole text shows is looked for there
-    late = even * torch.tensor([float(end > measured // 2) for end in ends])
+    # damage that only the end of the longest text shows is looked for there
     longest = min(measured, 16 * train_length)
-    if times > 16:
-        late = even * torch.tensor([float(longest // 2 < end <= longest) for end in ends])
+    late = torch.tensor([8.0 * (0.9 * longest < end <= longest) for end in ends]).expand(rows, -1)
     found = excerpt(ends, late, train_length, measured, trials=trials, share=share)
     assert found.length == longest
     assert (
