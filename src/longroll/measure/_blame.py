@@ -36,6 +36,8 @@ EXPLAINS = 0.2
 """Of the damage: a side whose part is smaller is not blamed."""
 READINGS = 14
 """The most readings past T that `split_blame` takes; a rescan reads T tokens a piece and counts as four."""
+HOLDS = 9
+"""The most ways of reading past T that `split_blame` tries."""
 _AS_GOOD = (
     0.8  # of the best reading of attention: a RoPE scaling, which can be saved, is preferred from there
 )
@@ -141,7 +143,7 @@ def split_blame(
     carried: PositionLoss | None = None,
     restarted: tuple[list[int], Tensor] | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     dealt: bool = False,
 ) -> Blame:
     """Read a hybrid past T with its states, its attention and both held in range, and split the damage.
@@ -155,7 +157,7 @@ def split_blame(
         carried: losses of `tokens` from the zero state, when they are known already.
         restarted: what `excess_loss` says of them, likewise.
         seed: of the bootstrap.
-        progress: called with how many readings are done, and how many there are.
+        progress: called with how many readings are done.
         dealt: deal the texts to the ranks, each of which must call this and gets the result.
 
     Raises:
@@ -174,7 +176,7 @@ def _split(
     carried: PositionLoss | None,
     restarted: tuple[list[int], Tensor] | None,
     seed: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int], None] | None,
 ) -> Blame:
     """`split_blame` among the ranks that work on it."""
     train_length, _ = lm.find_train_length(train_length)
@@ -214,7 +216,6 @@ def _split(
         frequencies = positions.frequencies
         attentions["clipped"] = lambda: Clipped(keep, frequencies)
     scalings = {kind: RopeScaling(kind, factor) for kind in KINDS}
-    readings.total = len(states) + len(attentions) + len(scalings) + 1
 
     def recovered(state: str | None, attention: str | None) -> Tensor:
         """Nats of each text, (B,)."""
@@ -257,11 +258,11 @@ class _Readings:
         tokens: Tensor,
         train_length: int,
         spans: list[tuple[int, int]],
-        progress: Callable[[int, int], None] | None,
+        progress: Callable[[int], None] | None,
     ) -> None:
         self.lm, self.tokens, self.train_length, self.spans = lm, tokens.to(lm.device), train_length, spans
         self.stride = max(1, train_length // 4)
-        self.progress, self.done, self.total = progress, 0, 0
+        self.progress, self.done = progress, 0
         self._at_edge: RecurrentState | None = None
 
     def mean(self, losses: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class _Readings:
             ).losses.double()  # fmt: skip
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(self.done)
         return self.mean(losses)
 
     def _edge(self, *, scaled: bool) -> RecurrentState:

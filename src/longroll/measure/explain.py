@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longroll import ranks
-from longroll.measure._blame import READINGS, Blame, split_blame
+from longroll.measure._blame import HOLDS, READINGS, Blame, split_blame
 from longroll.measure._budget import BLAME, DAMAGE, HEADS, HEADS_OF_HYBRID, REMEMBRANCE, Excerpt, excerpt
 from longroll.measure._coverage import Coverage, CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
@@ -178,7 +178,7 @@ def explain_blame(
         carried=losses,
         restarted=restarted,
         seed=seed,
-        progress=stage(progress, "splitting the blame"),
+        progress=stage(progress, "splitting the blame", HOLDS),
         dealt=True,
     )
 

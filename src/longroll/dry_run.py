@@ -1,0 +1,249 @@
+"""Run a model without its weights, and count the memory that the run would take.
+
+Tensors here have shapes, dtypes and devices, and no numbers (PyTorch's `FakeTensorMode`), and GPU kernels are
+not launched, so that a model of any size runs on any machine in seconds. The operations are those of a real
+run, forward and backward, so that the tensors that live at once are those of a real run too.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from longroll.errors import LongrollError, named
+from longroll.families import model_class
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState, StateKey
+
+_WIDEST_WINDOW = 16_384  # of attention, up to which it is read to its end
+_MANY = 1 << 40  # above it no entry of a config is a size
+_DEEPEST = 4096
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the tensors that live, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        """Bytes of the tensors that were made under the ledger and live."""
+        self.peak = 0
+        """The most that `live` was since `start`."""
+        self._held: set[int] = set()
+
+    def start(self) -> int:
+        """Count the peak from here; return the bytes that live."""
+        self.peak = self.live
+        return self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:  # a mask would leave a size that only numbers tell: keep all
+            args = (args[0], [_all_of(index) for index in args[1]], *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for item in tree_iter(result):
+            if isinstance(item, Tensor):
+                self._note(item)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._held:
+            self._held.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.live -= size
+
+
+def _all_of(index: Tensor | None) -> Tensor | None:
+    if index is None or index.dtype != torch.bool or index.ndim != 1:
+        return index
+    return torch.arange(len(index), device=index.device)
+
+
+@contextmanager
+def dry_run() -> Iterator[Ledger]:
+    """Within it, tensors have no numbers, and the ledger that it yields counts their bytes."""
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = torch_log.level
+    torch_log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _no_launches(), Ledger() as ledger:
+            yield ledger
+    finally:
+        torch_log.setLevel(before)
+
+
+@contextmanager
+def _no_launches() -> Iterator[None]:
+    """Triton kernels launch nothing."""
+    try:
+        from triton.runtime.autotuner import Autotuner, Heuristics
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        yield
+        return
+    kinds = (JITFunction, Autotuner, Heuristics)
+    before = [kind.run for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.run = lambda self, *args, **kwargs: None
+        yield
+    finally:
+        for kind, run in zip(kinds, before, strict=True):
+            kind.run = run
+
+
+def dry_model(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> RecurrentLM:
+    """Return a model of `config` without weights, in eval mode; within `dry_run` only.
+
+    Args:
+        config: of the model.
+        dtype: of its weights, but for those that `from_pretrained` keeps in float32.
+        device: where it would be.
+
+    Raises:
+        LongrollError: for a config that no model has.
+    """
+    try:
+        with no_init_weights(), torch.device(device):
+            found = model_class(config.model_type)
+            model: Any = AutoModelForCausalLM.from_config(config) if found is None else found(config)
+            _cast(model, dtype)
+            model.tie_weights()
+        if dtype != torch.bfloat16:
+            model.set_experts_implementation("batched_mm")  # grouped products want bfloat16 here
+        return RecurrentLM(model.eval())
+    except LongrollError:
+        raise
+    except Exception as error:  # sizes that no tensor has, or that do not divide each other
+        raise LongrollError(f"No model of {config.model_type} has this config: {named(error)}") from None
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Hold the weights in `dtype`, as `from_pretrained` does; tensors without numbers cannot be moved in place."""
+    kept = model._keep_in_fp32_modules_strict or ()
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                full = f"{path}.{name}"
+                wanted = torch.float32 if any(part in full for part in kept) else dtype
+                if parameter.dtype != wanted:
+                    module._parameters[name] = nn.Parameter(parameter.detach().to(wanted))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model and of the state of one row."""
+
+    parameters: int
+    """How many numbers."""
+    weights: int
+    """Bytes of parameters and buffers."""
+    recurrent: int
+    """Bytes of the recurrent state of a row."""
+    conv: int
+    """Bytes of the conv state of a row."""
+    grows: tuple[tuple[int, int, int | None], ...]
+    """Keys, values and all else of the part `attention`: bytes after one token, bytes that each further token
+    adds, and the most where a window bounds them."""
+
+    @property
+    def state(self) -> int:
+        """Bytes of the recurrent and conv state of a row."""
+        return self.recurrent + self.conv
+
+    def keys_and_values(self, length: int) -> int:
+        """Bytes of keys and values of a row after `length` tokens."""
+        return sum(
+            min(first + step * (length - 1), first + step * length if most is None else most)
+            for first, step, most in self.grows
+        )
+
+
+@torch.no_grad()
+def sizes_of(lm: RecurrentLM) -> Sizes:
+    """Return the sizes of a model, of a dry run or real.
+
+    Args:
+        lm: the model; within `dry_run`, one of `dry_model`.
+    """
+    one, two = (_state_after(lm, tokens) for tokens in (1, 2))
+    windows = [size for size in _windows(lm.model.config) if size <= _WIDEST_WINDOW]
+    last = _state_after(lm, max(windows) + 8) if windows else {}
+    later = _state_after(lm, max(windows) + 9) if windows else {}
+    grows = []
+    for key, tensor in one.items():
+        if key.part == "attention":
+            step = two[key].nbytes - tensor.nbytes
+            bounded = key in last and last[key].nbytes == later[key].nbytes
+            grows.append((tensor.nbytes, step, last[key].nbytes if bounded else None))
+    fixed = {part: sum(t.nbytes for key, t in one.items() if key.part == part) for part in ("recurrent", "conv")}
+    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    return Sizes(
+        parameters=sum(p.numel() for p in lm.model.parameters()),
+        weights=sum(t.nbytes for t in tensors),
+        recurrent=fixed["recurrent"],
+        conv=fixed["conv"],
+        grows=tuple(grows),
+    )
+
+
+def _state_after(lm: RecurrentLM, tokens: int) -> dict[StateKey, Tensor]:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
+    state: RecurrentState = lm(ids, logits=False)[1]
+    return dict(state)
+
+
+def _windows(config: Any) -> set[int]:
+    """Sizes of windows that a config speaks of."""
+    found: set[int] = set()
+    for holder in (config, config.get_text_config()):
+        for name, value in _entries(holder.to_dict()):
+            if "window" in name and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                found.add(value)
+    return found
+
+
+def _entries(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of a config, nested ones too."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _entries(value, str(key))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from _entries(value, name)
+    else:
+        yield name, config
+
+
+def check_entries(config: dict[str, Any], source: str) -> None:
+    """Refuse a config whose numbers are no sizes, before anything is made of it.
+
+    Raises:
+        LongrollError: naming the entry.
+    """
+    for name, value in _entries(config):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        deep = "layers" in name and value > _DEEPEST
+        if deep or abs(value) > _MANY:
+            raise LongrollError(f"{source}: {name} {value:,} is no size of a model: mend its config.json.")
