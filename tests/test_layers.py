@@ -15,7 +15,7 @@ LAYERS = (
     ("state", "results", "history"),
     ("families", "interventions", "data"),
     ("model",),
-    ("memory",),
+    ("memory", "dry_run"),
     ("measure",),
     ("tasks", "training", "report"),
     ("conformance", "harness", "reproduce"),

@@ -49,8 +49,12 @@ class Ledger(TorchDispatchMode):
         return self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor:  # a mask would leave a size that only numbers tell: keep all
-            args = (args[0], [_all_of(index) for index in args[1]], *args[2:])
+        # a mask leaves a size that only numbers tell: here it leaves all
+        if func is torch.ops.aten.nonzero.default:
+            func, args = torch.ops.aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim))
+            kwargs = {"dtype": torch.long}
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _all_of(index)], *args[2:])
         result = func(*args, **(kwargs or {}))
         for item in tree_iter(result):
             if isinstance(item, Tensor):
@@ -71,10 +75,10 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
-def _all_of(index: Tensor | None) -> Tensor | None:
-    if index is None or index.dtype != torch.bool or index.ndim != 1:
-        return index
-    return torch.arange(len(index), device=index.device)
+def _all_of(index: Tensor | None) -> list[Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long)] * index.ndim
 
 
 @contextmanager
@@ -157,7 +161,7 @@ class Sizes:
     parameters: int
     """How many numbers."""
     weights: int
-    """Bytes of parameters and buffers."""
+    """Bytes of the parameters."""
     recurrent: int
     """Bytes of the recurrent state of a row."""
     conv: int
@@ -196,11 +200,12 @@ def sizes_of(lm: RecurrentLM) -> Sizes:
             step = two[key].nbytes - tensor.nbytes
             bounded = key in last and last[key].nbytes == later[key].nbytes
             grows.append((tensor.nbytes, step, last[key].nbytes if bounded else None))
-    fixed = {part: sum(t.nbytes for key, t in one.items() if key.part == part) for part in ("recurrent", "conv")}
-    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    fixed = {
+        part: sum(t.nbytes for key, t in one.items() if key.part == part) for part in ("recurrent", "conv")
+    }
     return Sizes(
         parameters=sum(p.numel() for p in lm.model.parameters()),
-        weights=sum(t.nbytes for t in tensors),
+        weights=sum(p.nbytes for p in lm.model.parameters()),
         recurrent=fixed["recurrent"],
         conv=fixed["conv"],
         grows=tuple(grows),
