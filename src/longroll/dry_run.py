@@ -143,7 +143,7 @@ def dry_model(
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Hold the weights in `dtype`, as `from_pretrained` does; tensors without numbers cannot be moved in place."""
+    """Hold the weights in `dtype`, as `from_pretrained` does; these tensors cannot be moved in place."""
     kept = model._keep_in_fp32_modules_strict or ()
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
