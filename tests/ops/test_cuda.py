@@ -84,6 +84,7 @@ def test_the_norm_on_a_gpu_is_the_formula(gated, dtype):
         ("ssd", (1, 2, 128, 64)),
         ("ssd", (1, 4, 128, 128)),
         ("ssd", (1, 8, 64, 256)),
+        ("ssd", (1, 2, 128, 256)),
         ("short_conv", (40, 4)),
     ],
 )

@@ -89,6 +89,17 @@ def test_ssd_agrees_with_the_oracle(size, keep, softplus, limit):
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
 
 
+@pytest.mark.parametrize("size", [(2, 70, 1, 2, 5, 33), (1, 3, 1, 2, 20, 50)])
+def test_ssd_takes_wide_states_in_parts(size, monkeypatch):
+    """As it does heads of 128 x 256."""
+    from longroll.ops.gpu import ssd as kernels
+
+    monkeypatch.setattr(kernels, "WIDEST_AT_ONCE", 16 * 16)
+    arguments, options = drawn(test_ssd, size, (True,) * 4, True)
+    found = run(ssd, arguments, options, dtype=torch.float32)
+    assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
 def test_ssd_with_a_skip_weight_for_each_channel():
     arguments, options = drawn(test_ssd, (2, 70, 1, 2, 5, 3), (True,) * 4, True)
     arguments["D"] = torch.randn(2, 5, dtype=torch.float64)

@@ -37,6 +37,9 @@ WIDEST_KEYS = {"rwkv7": 256, "delta_rule": 256, "gated_delta_rule": 256, "kda": 
 WIDEST_FLOAT32 = 64 * 64
 """Numbers in a head's state up to which the SSD's kernels take float32: those products are unrolled."""
 
+WIDEST_AT_ONCE = 64 * 256
+"""Numbers of a head's state that the SSD's kernels take at once; wider ones go in parts."""
+
 SWITCH = "LONGROLL_KERNELS"
 """Environment variable: with `torch` the ops run in plain PyTorch; otherwise GPU kernels run where they
 fit.
@@ -117,9 +120,10 @@ def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, width: int, order:
         return "float16 holds no state above 65,504"
     if dtype == torch.float32 and width * order > WIDEST_FLOAT32:
         return "products of float32 in heads this wide compile for a minute or more"
+    part = min(order, max(16, WIDEST_AT_ONCE // width))  # columns of a state
     # the most shared memory that a kernel needs: B and C, x and dy, a state and its gradient, and scores of a
     # chunk
-    at_hand = dtype.itemsize * (128 * (width + order) + 2 * width * order + 64 * 64)
+    at_hand = dtype.itemsize * (128 * (width + part) + 2 * width * part + 64 * 64)
     gpu: Any = torch.cuda.get_device_properties(device)
     room = getattr(gpu, "shared_memory_per_block_optin", None) or gpu.shared_memory_per_block
     if at_hand > room:

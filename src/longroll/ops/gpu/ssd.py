@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longroll.ops._backend import WIDEST_AT_ONCE
 from longroll.ops._common import NO_LIMIT, no_autocast
 
 CHUNK = 64
@@ -60,6 +61,22 @@ def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
 def _decays_between(a, causal):
     """(CHUNK, CHUNK): what is left at each step of each one before it."""
     return tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE):
+    """Load columns n of a chunk's B and C."""
+    within = in_t[:, None] & (n < N_SIZE)[None, :]
+    B = tl.load(B_ptr + step[:, None] * Bt + n[None, :] * Bn, mask=within, other=0.0)
+    C = tl.load(C_ptr + step[:, None] * Ct + n[None, :] * Cn, mask=within, other=0.0)
+    return B, C
+
+
+@triton.jit
+def _state(at, p, n, P_SIZE, N_SIZE):
+    """Load columns n of the state (P, N) at `at`."""
+    within = (p < P_SIZE)[:, None] & (n < N_SIZE)[None, :]
+    return tl.load(at + p[:, None] * N_SIZE + n[None, :], mask=within, other=0.0)
 
 
 @triton.jit
@@ -107,31 +124,38 @@ def _ssd_outputs(
     x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H, P), contiguous, from the chunk's inputs and the states at its start."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
-    in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
+    in_t, in_p = step < T - first, p < P_SIZE
+    in_tp = in_t[:, None] & in_p[None, :]
     B_ptr += row * Bb + group * Bg + first * Bt
     C_ptr += row * Cb + group * Cg + first * Ct
-    B = tl.load(B_ptr + step[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
-    C = tl.load(C_ptr + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
+    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
     products = tl.dot(C, tl.trans(B), input_precision="ieee")
+    for part in range(1, PARTS):
+        B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+        products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
     causal = step[:, None] >= step[None, :]
-    pn = p[:, None] * N_SIZE + n[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
         dt, a, _ = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh + step[:, None] * xt + p[None, :] * xp
         x = tl.load(x_at, mask=in_tp, other=0.0)
-        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        state = tl.load(starts_ptr + at + pn, mask=in_p[:, None] & in_n[None, :], other=0.0)
+        starts_at = starts_ptr + ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         decay = _decays_between(a, causal)
         scores = products * decay * dt[None, :]
-        y = tl.dot(C, tl.trans(state), input_precision="ieee") * tl.exp(a)[:, None]
+        state = _state(starts_at, p, n, P_SIZE, N_SIZE)
+        y = tl.dot(C, tl.trans(state), input_precision="ieee")
+        for part in range(1, PARTS):
+            _B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+            state2 = _state(starts_at, p, part * N + n, P_SIZE, N_SIZE)
+            y += tl.dot(C2, tl.trans(state2), input_precision="ieee")
+        y = y * tl.exp(a)[:, None]
         y += tl.dot(scores.to(x.dtype), x, input_precision="ieee")
         if HAS_D:
             y += tl.load(D_ptr + head) * x.to(tl.float32)
@@ -145,6 +169,7 @@ def _ssd_gradients_of_x(
     dx_ptr, dsizes_ptr, dA_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA and dD are added to.
 
@@ -153,14 +178,15 @@ def _ssd_gradients_of_x(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
-    in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
-    in_pn, pn = in_p[:, None] & in_n[None, :], p[:, None] * N_SIZE + n[None, :]
-    B_at = B_ptr + row * Bb + group * Bg + first * Bt
-    C_at = C_ptr + row * Cb + group * Cg + first * Ct
-    B = tl.load(B_at + step[:, None] * Bt + n[None, :] * Bn, mask=in_tn, other=0.0)
-    C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
+    in_t, in_p = step < T - first, p < P_SIZE
+    in_tp = in_t[:, None] & in_p[None, :]
+    B_ptr += row * Bb + group * Bg + first * Bt
+    C_ptr += row * Cb + group * Cg + first * Ct
+    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
     products = tl.dot(C, tl.trans(B), input_precision="ieee")
+    for part in range(1, PARTS):
+        B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+        products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
@@ -174,12 +200,20 @@ def _ssd_gradients_of_x(
 
         # what the chunk's start gives to y, and its end asks of dt x
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
-        dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
+        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE)
+        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
         carried = tl.sum(tl.sum(state.to(tl.float32) * dend.to(tl.float32), axis=1), axis=0)
         read = tl.dot(C, tl.trans(state), input_precision="ieee")
+        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee")
+        for part in range(1, PARTS):
+            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+            state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
+            dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
+            carried += tl.sum(tl.sum(state2.to(tl.float32) * dend2.to(tl.float32), axis=1), axis=0)
+            read += tl.dot(C2, tl.trans(state2), input_precision="ieee")
+            dxdt += tl.dot(B2, tl.trans(dend2), input_precision="ieee")
         da = tl.sum(read * dy32, axis=1) * tl.exp(a)
-        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * tl.exp(total - a)[:, None]
+        dxdt = dxdt * tl.exp(total - a)[:, None]
         written = tl.sum(dxdt * x32, axis=1) * dt
 
         # within the chunk
@@ -331,13 +365,24 @@ class _Call:
     def side_by_side(
         self, kernel: Any, options: dict[str, int], *tensors: Tensor, more: tuple[int, ...] = ()
     ) -> None:
-        """Run a kernel on all chunks at once, on its own tensors and `more` strides."""
-        p, n = self.blocks[0], min(self.blocks[1], options.get("N", self.blocks[1]))
+        """Run a kernel on all chunks at once, on its own tensors and `more` strides.
+
+        With N in its options a program has that many of the state's columns; else all, in so many parts.
+        """
+        p, n, split = *self.blocks, dict[str, int]()
+        programs = self.heads // options["HEADS"]
+        if "N" in options:
+            n = min(n, options["N"])
+            programs *= triton.cdiv(self.order, n)
+        else:
+            if p * n > WIDEST_AT_ONCE:  # neither registers nor shared memory hold it and loads ahead
+                n = max(16, WIDEST_AT_ONCE // 2 // p)
+                split = {"num_stages": 1}
+            split["PARTS"] = triton.cdiv(self.order, n)
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
-        grid = (self.batch, self.chunks, self.heads // options["HEADS"] * triton.cdiv(self.order, n))
-        kernel[grid](
+        kernel[self.batch, self.chunks, programs](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
-            HAS_D=self.D is not None, CHUNK=CHUNK, **options | self.few_warps | {"P": p, "N": n},
+            HAS_D=self.D is not None, CHUNK=CHUNK, **options | self.few_warps | {"P": p, "N": n} | split,
         )  # fmt: skip
 
     def sharing(self, options: dict[str, int]) -> dict[str, int]:
