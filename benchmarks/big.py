@@ -236,10 +236,25 @@ def loss(bench: Bench, shape: str, length: int, repeats: int | None = None) -> d
     length = bench.size(length, 512)
     tokens = bench.tokens(lm, 1, length)
     longroll.position_loss(lm, tokens[:, : length // 8 + 1])  # compiles
-    found = bench.timed(partial(longroll.position_loss, lm, tokens), repeats=repeats, warm_up=False)
+    held: list[int] = []
+
+    def watch(read: int, state: longroll.RecurrentState) -> None:
+        if read == length:
+            held[:] = [_held(state)]
+
+    call = partial(longroll.position_loss, lm, tokens, watch=watch)
+    found = bench.timed(call, repeats=repeats, warm_up=False)
+    found["keys_and_values_held_gib"] = held[0] / 2**30
     found |= {"tokens_per_second": length / found["median_seconds"], "length": length, **weights(lm)}
     flops = 2 * found["active_parameters"] * found["tokens_per_second"]
     return found | {"mfu": _mfu(flops)} | _state_bytes(lm, tokens, length)
+
+
+def _held(state: longroll.RecurrentState) -> int:
+    """Bytes of memory that the keys and values of a state lie in."""
+    blocks = [state.blocks(key) for key in state if key.part == "attention"]
+    pieces = [piece.untyped_storage() for each in blocks if each is not None for piece in each.pieces]
+    return sum({piece.data_ptr(): piece.nbytes() for piece in pieces}.values())
 
 
 @torch.no_grad()
@@ -435,6 +450,7 @@ def posttrain(
     found["median_seconds"] = statistics.median(found["seconds"])
     found["tokens_per_second"] = rows * length / found["median_seconds"]
     found |= weights(lm) | {"rows": rows, "length": length, "losses": clock.losses, "lora_rank": rank}
+    found |= {"graphs": trainer._graph is not None} | options
     per_token = (4 if rank else 6) * found["active_parameters"]
     found["mfu"] = _mfu(per_token * found["tokens_per_second"])
     bench.free()  # its weights have changed, or have adapters
@@ -583,6 +599,7 @@ def _mfu(flops: float) -> float | None:
     return flops / peak if peak else None
 
 
+LORA = {"lora_rank": 16, "gradient_checkpointing": True}
 ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "ssd": partial(recurrence, what="ssd"),
     "profile-ssd": partial(profile, what="ssd"),
@@ -592,16 +609,16 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "loss": partial(loss, shape="bamba-9.8b", length=131_072, repeats=2),
     "diagnose": partial(diagnose, explain=False),
     "diagnose-causes": partial(diagnose, explain=True),
-    "lora": partial(posttrain, shape="bamba-9.8b", rows=2, length=4096, lora_rank=16),
-    "all-weights": partial(posttrain, shape="mamba2-2.7b", rows=2, length=2048),
+    "lora": partial(posttrain, shape="bamba-9.8b", rows=2, length=4096, **LORA),
+    "all-weights": partial(posttrain, shape="mamba2-2.7b", rows=2, length=2048, cuda_graphs=False),
     "all-weights-graphs": partial(posttrain, shape="mamba2-2.7b", rows=2, length=2048, cuda_graphs=True),
     "million": partial(loss, shape="bamba-1b", length=1_048_576, repeats=1),
     "qwen3-next-loss": partial(loss, shape="qwen3-next-6b", length=65_536, repeats=2),
-    "qwen3-next-lora": partial(posttrain, shape="qwen3-next-6b", rows=2, length=4096, lora_rank=16),
+    "qwen3-next-lora": partial(posttrain, shape="qwen3-next-6b", rows=2, length=4096, **LORA),
     "nemotron-h-loss": partial(loss, shape="nemotron-h-8b", length=65_536, repeats=2),
-    "nemotron-h-lora": partial(posttrain, shape="nemotron-h-8b", rows=2, length=4096, lora_rank=16),
+    "nemotron-h-lora": partial(posttrain, shape="nemotron-h-8b", rows=2, length=4096, **LORA),
     "falcon-h1-loss": partial(loss, shape="falcon-h1-7b", length=65_536, repeats=2),
-    "falcon-h1-lora": partial(posttrain, shape="falcon-h1-7b", rows=2, length=4096, lora_rank=16),
+    "falcon-h1-lora": partial(posttrain, shape="falcon-h1-7b", rows=2, length=4096, **LORA),
     "two-gpus": two_gpus,
 }
 

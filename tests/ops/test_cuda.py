@@ -196,3 +196,27 @@ def test_a_loss_in_pieces_is_the_whole_on_a_gpu(bf16, monkeypatch):
     for key, whole in gradients[0].items():
         error = (gradients[1][key] - whole).norm() / whole.norm()
         assert error < (2e-2 if bf16 else 1e-5), f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [8, 20, 64, 128, 256])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_block_attention_is_attention_to_all_blocks(groups, size, dtype):
+    from longroll.ops._block_attention import block_attention
+
+    generator = torch.Generator().manual_seed(size)
+
+    def draw(heads: int, time: int) -> torch.Tensor:
+        return torch.randn(2, time, heads, size, generator=generator).transpose(1, 2).cuda().to(dtype)
+
+    q, k, v = draw(2 * groups, 70), draw(2, 70), draw(2, 70)
+    past = [(draw(2, n), draw(2, n)) for n in (130, 1, 64)]
+    found = block_attention(q, k, v, past)
+    keys, values = (torch.cat([*(pair[i] for pair in past), new], 2) for i, new in enumerate((k, v)))
+    keys, values = (t.double().repeat_interleave(groups, 1) for t in (keys, values))
+    scores = q.double() @ keys.mT * size**-0.5
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1 + keys.shape[2] - q.shape[2])
+    expected = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
+    limit = {torch.float64: 1e-12, torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm() / expected.norm() < limit
