@@ -37,6 +37,14 @@ class Weights(StrEnum):
     bf16 = "bf16"
 
 
+class Trainable(StrEnum):
+    """Which parameters are trained."""
+
+    all = "all"
+    scales = "scales"
+    decays = "decays"
+
+
 class Format(StrEnum):
     """Whose names and files the model is saved in."""
 
@@ -155,7 +163,10 @@ def posttrain(
             help="Scale the rotary positions of attention: linear, ntk or yarn, and how far: yarn:4.",
         ),
     ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: all weights.")] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: none.")] = 0,
+    trainable: Annotated[
+        Trainable, typer.Option(help="Parameters that are trained; scales: all but the matrices.")
+    ] = Trainable.all,
     bf16: Annotated[
         bool | None,
         typer.Option(help="Autocast to bfloat16. Default: on a GPU, for a checkpoint in 16 bits."),
@@ -241,6 +252,7 @@ def posttrain(
         fsdp_config=None if fsdp_config is None else read_settings(fsdp_config),
         rope_scaling=rope_scaling,
         lora_rank=lora_rank,
+        trainable=trainable.value,
         save_steps=save_steps,
         report_to=report_to.value,
         format=format.value,

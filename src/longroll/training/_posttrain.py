@@ -58,7 +58,7 @@ from longroll.training.saving import (
 )
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
-from longroll.training.weights import WEIGHTS, has_bf16, in_16_bits, widen
+from longroll.training.weights import TRAINABLE, WEIGHTS, has_bf16, in_16_bits, train_only, widen
 
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 _STARTED = "run.json"
@@ -107,7 +107,9 @@ class PosttrainOptions:
     fsdp_config: dict[str, Any] | None = None
     """Settings of FSDP2: transformers' `fsdp_config`, of which `longroll.training._arguments` has a table."""
     lora_rank: int = 0
-    """Train LoRA adapters of this rank on the linear layers and merge them; 0: train all weights."""
+    """Train LoRA adapters of this rank on the linear layers and merge them; 0: train the weights."""
+    trainable: str = "all"
+    """Which parameters are trained: `all`; `scales`, all but the matrices; `decays`."""
     save_steps: int = 100
     """A checkpoint to resume from every so many steps."""
     report_to: str = "none"
@@ -139,6 +141,12 @@ class PosttrainOptions:
             raise LongrollError(f"`schedule` {self.schedule} is not one transformers knows: {known}.")
         if self.weights not in WEIGHTS:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
+        if self.trainable not in TRAINABLE:
+            raise LongrollError(f"`trainable` {self.trainable} is not one of {', '.join(TRAINABLE)}.")
+        if self.trainable != "all" and self.lora_rank:
+            raise LongrollError(
+                f"`trainable` {self.trainable} does not go with `lora_rank`: leave one of them out."
+            )
         if self.weights == "bf16" and (self.lora_rank or self.bf16 is False):
             raise LongrollError("`weights` bf16 goes neither with `lora_rank` nor without autocast (`bf16`).")
         Guard(self.on_not_finite)  # refuses others
@@ -243,6 +251,7 @@ def posttrain(
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
     adapted = model is not lm.model
+    frozen = train_only(model, options.trainable)
     if options.bf16 is False:
         widen(model)
     trainer = InitialStateTrainer(
@@ -265,6 +274,8 @@ def posttrain(
         with stops_between_steps():
             trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
             _check_stopped(trainer, options)
+        for parameter in frozen:
+            parameter.requires_grad_()
         check_weights(model)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
         lm.eval()

@@ -19,6 +19,9 @@ logger = logging.getLogger("longroll")
 WEIGHTS = ("float32", "bf16")
 """How the weights that are trained can be held."""
 
+TRAINABLE = ("all", "scales", "decays")
+"""Which parameters a run can train: all, all but the matrices (`projects`), or `DECAYS`."""
+
 DECAYS = (
     *("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias"),  # Mamba, Zamba, Gated DeltaNet, KDA
     *("gk_proj.1.bias", "w_lora.lora.2.bias", "w_proj.linear.lora.2.bias"),  # GLA, RWKV-7, RWKV-6
@@ -49,6 +52,31 @@ def projects(model: nn.Module) -> set[str]:
         if axes > 1 or isinstance(owner, nn.Linear | nn.Embedding | Conv1D):
             found.add(name)
     return found
+
+
+def train_only(model: nn.Module, what: str) -> list[nn.Parameter]:
+    """Freeze what a run does not train, and return the parameters that were frozen by it.
+
+    Args:
+        model: its parameters that are frozen already stay so.
+        what: one of `TRAINABLE`.
+
+    Raises:
+        LongrollError: for another word, and a model of whose parameters none would be trained.
+    """
+    if what not in TRAINABLE:
+        raise LongrollError(f"`trainable` {what} is not one of {', '.join(TRAINABLE)}.")
+    open_ = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = projects(model) if what == "scales" else set()
+    kept = {name for name in open_ if what != "decays" or name.endswith(DECAYS)} - matrices
+    if not kept:
+        raise LongrollError(
+            f"`trainable` {what}: the model has no such parameter that is not frozen: take all."
+        )
+    frozen = [p for name, p in open_.items() if name not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
 
 
 def in_16_bits(parameter: torch.Tensor) -> bool:
