@@ -168,6 +168,8 @@ def last() -> Iterator[Arm]:
     yield replace(FAST[1], rate=1e-4)
     yield replace(best[1], rows=16)
     yield Arm("tbptt-depths", speed=30, keep=1)
+    yield from (replace(arm, keep=3) for arm in best)
+    yield from (replace(arm, keep=3) for arm in FAST)
     yield Arm("none", rate=1e-3, train="scales")
     yield replace(best[0], rate=3e-3)
     yield replace(best[0], zero=0.25)
@@ -183,6 +185,7 @@ def last() -> Iterator[Arm]:
     yield replace(FAST[1], rate=1e-3, train="norms")
     yield from (Arm(kind) for kind in ("none", "sp", "tbptt", "fitted", "random"))
     yield from (Arm(kind, zero=0.1, speed=30, rate=1e-3, train="scales") for kind in ("mixed", "fitted"))
+    yield from (replace(arm, skip=skip) for skip in (8, 32) for arm in FAST)
 
 
 def design(name: str) -> list[Arm]:
