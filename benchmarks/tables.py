@@ -316,6 +316,28 @@ def fla_speed() -> str:
 
 
 H200, H100 = "_h200_2026-11-25", "_h100_2026-11-25"
+
+
+def hybrid_repair() -> str:
+    """Repairs of three small hybrids: loss by positions, and that above a fresh start in the last octave."""
+    data = result("hybrid-repair_h100_2026-11-26")
+    names = {"bamba": "Bamba", "granite": "Granite 4", "qwen3_next": "Qwen3-Next"}
+    done = {"base": "base", "reading": "base, read with", "none": "zero states", "sp": "State Passing"}
+    order = list(done)
+    rows = []
+    for row in sorted(data["rows"], key=lambda r: (r["shape"], order.index(r["intervention"]))):
+        attention = {"window": "a window of T", None: ""}.get(row["attention"], row["attention"])
+        how = done[row["intervention"]]
+        if attention:
+            how += f" {attention}" if row["intervention"] == "reading" else f", {attention}"
+        octaves = {stop: mean for _, stop, mean, *_ in row["octaves"]}
+        mean, low, high = (round(value, 2) + 0.0 for value in row["above_fresh_start_far"])  # no -0.00
+        levels = [f"{octaves[stop]:.2f}" for stop in (128, 256, 1024, 4096, 8192)]
+        rows.append([names[row["shape"]], how, *levels, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
+    head = ["shape", "", "in range", "128-256", "512-1k", "2k-4k", "4k-8k", "above a fresh start"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
@@ -331,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
         (f"train-mamba-130m{H100}", "mamba-130m, 8 rows, H100"),
         (f"train-mamba-370m{H100}", "mamba-370m, 4 rows, H100"),
     ]),
+    "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
     "evaluation": partial(evaluation, [
