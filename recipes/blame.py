@@ -4,7 +4,7 @@
 
 A side is planted by training it short: what is carried from piece to piece of a row (`hybrids.train`) is
 trained to 16 T, the longest position measured, and what is not carried to T. `sound` carries both.
-OUTPUT/KIND-SEED.json holds what was found of a model, OUTPUT/blame.json all of it.
+OUTPUT/blame.json holds what was found of every model, and is whole after each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ def try_one(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         "planted": kind, "seed": seed, "right": found.verdict == EXPECTED[kind], "training": trained,
         "loss": octaves, "blame": found.to_json(), "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    write_json(options.output / f"{kind}-{seed}.json", result)
     print(kind, seed, found.verdict, found.sentence, f"{result['seconds']:.0f} s", flush=True)
     return result
 
@@ -100,6 +99,7 @@ def main() -> None:
     parser.add_argument("--validation", help="other texts; default: some of --text")
     parser.add_argument("--kinds", nargs="+", choices=CARRIED, default=list(CARRIED))
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--shape", choices=hybrids.SHAPES, default="bamba")
     parser.add_argument("--size", type=int, default=64, help="d_model")
     parser.add_argument("--length", type=int, default=64, help="T")
@@ -116,22 +116,23 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    jobs = [(kind, seed) for seed, kind in product(range(options.seeds), options.kinds)]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers, _begin, (options,)) as pool:
-        results = list(pool.imap_unordered(_job, jobs))
-    right = {
-        kind: f"{sum(r['right'] for r in results if r['planted'] == kind)} of {options.seeds}"
-        for kind in options.kinds
-    }
+    seeds = range(options.first, options.first + options.seeds)
+    jobs = [(kind, seed) for seed, kind in product(seeds, options.kinds)]
     lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=options.slow, seed=0)
-    made = provenance(lm.to(options.device), seed=0, seconds=time.perf_counter() - began)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    results.sort(key=lambda r: (r["planted"], r["seed"]))
-    write_json(
-        options.output / "blame.json",
-        {"right": right, "settings": settings, "models": results, "provenance": made},
-    )
+    lm = lm.to(options.device)
+    results: list[dict[str, Any]] = []
+    right: dict[str, str] = {}
+    with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
+        for result in pool.imap_unordered(_job, jobs):
+            results.append(result)
+            for kind in options.kinds:
+                some = [r["right"] for r in results if r["planted"] == kind]
+                right[kind] = f"{sum(some)} of {len(some)}"
+            settings = {name: value for name, value in vars(options).items() if name != "output"}
+            made = provenance(lm, seed=options.first, seconds=time.perf_counter() - began)
+            models = sorted(results, key=lambda r: (r["planted"], r["seed"]))
+            whole = {"right": right, "settings": settings, "models": models, "provenance": made}
+            write_json(options.output / "blame.json", whole)
     print(right, flush=True)
 
 
