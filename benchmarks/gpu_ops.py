@@ -1,6 +1,7 @@
 """Mamba's scan and Mamba-2's SSD on a GPU, forward and backward, against mamba-ssm's and fla's kernels.
 
     python benchmarks/gpu_ops.py --json gpu_ops.json
+    python benchmarks/gpu_ops.py --variants --json gpu_ops_variants.json    # tiles and warps of the SSD
 
 bf16, the shapes of the 130m Mamba (8 x 2048) and the 370m Mamba-2 (4 x 2048). Ours start from a state, take
 gradients through the final one and give that of the initial one; mamba-ssm's scan can do none of that and is
@@ -10,13 +11,15 @@ timed without. They take turns at `triton.testing.do_bench`: medians of turns, a
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import peers
 import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
+from longroll.ops.gpu import ssd as kernels
 from longroll.ops.gpu.selective_scan import selective_scan
 from longroll.ops.gpu.ssd import ssd
 from longroll.results import BenchmarkResult, provenance
@@ -54,18 +57,106 @@ def scans() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     return ways
 
 
-def ssds() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
-    """Name -> (forward, its leaves)."""
-    B, T, H, P, N = 4, 2048, 32, 64, 128
+HEADS = {
+    "mamba2-370m": (4, 2048, 32, 64, 128),
+    "bamba-9b": (2, 4096, 128, 64, 128),
+    "falcon-h1": (2, 4096, 24, 128, 256),
+}
+"""Rows, time, heads, width and state of the SSD in released models' shapes."""
+
+_WIDE_CHUNKS = {
+    "CHUNK": 128,
+    "WALK": {"num_stages": 2},
+    "OUTPUTS": {"num_warps": 8, "num_stages": 2},
+    "OF_X": {"num_warps": 8},
+    "OF_B_AND_C": {"num_warps": 8},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "chunks of 128": _WIDE_CHUNKS,
+    "chunks of 128, fewer heads": _WIDE_CHUNKS | {"OF_B_AND_C": {"num_warps": 8, "HEADS": 8}},
+    "walk: 64 columns": {"WALK": {"N": 64, "num_warps": 4}},
+    "walk: 4 warps": {"WALK": {"num_warps": 4}},
+    "walk: 4 stages": {"WALK": {"num_stages": 4}},
+    "outputs: 4 heads": {"OUTPUTS": {"HEADS": 4}},
+    "outputs: 16 heads": {"OUTPUTS": {"HEADS": 16}},
+    "outputs: 2 stages": {"OUTPUTS": {"num_stages": 2}},
+    "outputs: 8 warps": {"OUTPUTS": {"num_warps": 8}},
+    "x: 2 heads": {"OF_X": {"HEADS": 2}},
+    "x: 4 heads": {"OF_X": {"HEADS": 4}},
+    "x: 2 heads, 2 stages": {"OF_X": {"HEADS": 2, "num_stages": 2}},
+    "x: 8 warps": {"OF_X": {"num_warps": 8}},
+    "B and C: 16 heads": {"OF_B_AND_C": {"HEADS": 16}},
+    "B and C: 8 heads": {"OF_B_AND_C": {"HEADS": 8}},
+    "B and C: 3 stages": {"OF_B_AND_C": {"num_stages": 3}},
+    "B and C: all columns": {"OF_B_AND_C": {"N": 128, "HEADS": 8}},
+    "B and C: 8 warps": {"OF_B_AND_C": {"num_warps": 8}},
+    "all: 8 warps": {"OUTPUTS": {"num_warps": 8}, "OF_X": {"num_warps": 8}, "OF_B_AND_C": {"num_warps": 8}},
+}
+"""Name -> what is other in `longroll.ops.gpu.ssd`."""
+
+
+def ssd_inputs(size: tuple[int, int, int, int, int]) -> tuple[Callable, list[torch.Tensor]]:
+    """SSD forward, and its leaves, in one of `HEADS`."""
+    B, T, H, P, N = size
     x, dt = draw(B, T, H, P), draw(B, T, H)
     b, c = draw(B, T, 1, N), draw(B, T, 1, N)
     A = (-torch.rand(H, device="cuda") * 8 - 1).requires_grad_()
     skip, bias = draw(H, dtype=torch.float32), (draw(H, dtype=torch.float32).detach() - 4).requires_grad_()
     state = draw(B, H, P, N, dtype=torch.float32)
-    leaves = [x, dt, A, b, c, skip, bias, state]
-    ways: dict[str, tuple[Callable, list[torch.Tensor]]] = {
-        "longroll, with states": (lambda: ssd(x, dt, A, b, c, skip, None, bias, True, state), leaves)
-    }
+    return lambda: ssd(x, dt, A, b, c, skip, None, bias, True, state), [x, dt, A, b, c, skip, bias, state]
+
+
+def replayed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call as a CUDA graph, which waits for no Python: the median of replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return do_bench(graph.replay, warmup=10, rep=40, return_mode="median")
+
+
+def variants(name: str, kinds: Iterable[str]) -> dict[str, dict]:
+    """Variant -> milliseconds forward and in both directions, and how far its results are from today's."""
+    forward, leaves = ssd_inputs(HEADS[name])
+    usual = {key: getattr(kernels, key) for key in ("CHUNK", "WALK", "OUTPUTS", "OF_X", "OF_B_AND_C")}
+    today: list[torch.Tensor] = []
+    rows: dict[str, dict] = {}
+
+    def results() -> list[torch.Tensor]:
+        outputs = forward()
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+
+    for kind in kinds:
+        for key, value in VARIANTS[kind].items():
+            setattr(kernels, key, usual[key] | value if isinstance(value, dict) else value)
+        try:
+            found = [t.detach().double() for t in results()]
+            today = today or found
+            apart = [((a - b).norm() / b.norm()).item() for a, b in zip(found, today, strict=True)]
+            rows[kind] = {
+                "forward_ms": replayed(torch.no_grad()(forward)),
+                "forward_backward_ms": replayed(both_ways(forward, leaves)),
+                "apart": max(apart),
+            }
+        except Exception as error:  # too little shared memory, say
+            rows[kind] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        for key, value in usual.items():
+            setattr(kernels, key, value)
+        print(f"{name:12} {kind:28} {rows[kind]}", flush=True)
+    return rows
+
+
+def ssds() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Name -> (forward, its leaves)."""
+    forward, leaves = ssd_inputs(HEADS["mamba2-370m"])
+    x, dt, A, b, c, skip, bias, state = leaves
+    H = x.shape[2]
+    ways: dict[str, tuple[Callable, list[torch.Tensor]]] = {"longroll, with states": (forward, leaves)}
     if "mamba-ssm" in peers.available():
         fn = peers.module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
         for given in (None, state):
@@ -137,9 +228,20 @@ def measured(op: str, ways: dict[str, tuple[Callable, list[torch.Tensor]]]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", help="write the results here")
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, help="only the SSD, in other tiles; none: all"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     began, table = time.perf_counter(), {}
+    for name in () if options.variants is None else HEADS:
+        table[name] = variants(name, options.variants or VARIANTS)
+        if options.json:
+            made = provenance(seed=0, seconds=time.perf_counter() - began, device="cuda")
+            result = {"what": "gpu_ops_variants", "ops": table, "provenance": made}
+            BenchmarkResult.from_json(result).write(options.json)
+    if options.variants is not None:
+        return
     for op, ways in (("selective_scan", scans), ("ssd", ssds)):
         table[op] = measured(op, ways())
         ours = table[op]["longroll, with states"]["forward_backward_ms"]
