@@ -33,7 +33,7 @@ import torch
 from repair_arms import Arm, arm_of, at_zero, design
 from repair_measure import Measures
 from repair_models import PLANS, Plan
-from repair_table import table
+from repair_table import draw, table
 from repair_text import Books, Feed, prepare
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -330,8 +330,18 @@ def collect(work: Path, output: Path) -> None:
         found: dict[str, dict[str, Any]] = {}
         for name in PLANS:
             for path in sorted((work / name).glob("*.json")):
-                found.setdefault(name, {})[path.stem] = json.loads(path.read_text())
+                found.setdefault(name, {})[path.stem] = compact(json.loads(path.read_text()))
         write_json(output, {"kind": "repair", "models": found})
+
+
+def compact(value: Any) -> Any:
+    """Drop what figures do not draw, and digits that no measure has."""
+    if isinstance(value, dict):
+        dropped = {"std_heads", "rank_heads", "norm", "max", "rank", "conv", "low", "high"}
+        return {key: compact(item) for key, item in value.items() if key not in dropped}
+    if isinstance(value, list):
+        return [compact(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
@@ -344,6 +354,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[*PLANS, []], help="one after another")
     parser.add_argument("--prepare", type=Path, metavar="DATA", help="tokenise the books of a folder")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of a result file")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the results of --table, too")
     parser.add_argument("--tokens", type=Path, help="the folder of the token ids")
     parser.add_argument("--work", type=Path, help="weights and arms, to go on from")
     parser.add_argument("--output", type=Path, help="the result file")
@@ -361,7 +372,10 @@ def main() -> None:
         arms = arms or design(options.screen or PLANS[name].screen)
         Run(name, options).all(arms)
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        found = json.loads(options.table.read_text())
+        print(table(found))
+        for path in draw(found, options.figures) if options.figures else []:
+            print(path)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longroll.measure.bootstrap import bootstrap_mean
+from longroll.report import write_figures
 
 Result = dict[str, Any]
 
@@ -53,8 +56,45 @@ class Model:
         return sorted((r for label, r in self.found.items() if label != "base"), key=self.score)
 
 
+DRAWN = {
+    "base": "base",
+    "none": "none: plain steps",
+    "random": "Random Noise",
+    "fitted": "Fitted Noise",
+    "sp": "State Passing",
+    "tbptt": "TBPTT",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=scales": "TBPTT, all but matrices",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=norms": "TBPTT, norms and decays",
+}
+"""Arms that the figures show, with their labels."""
+
+
+def draw(found: Result, folder: Path) -> list[Path]:
+    """Draw loss, remembrance and state std of each model by position, laid out as in the paper."""
+    made = []
+    for name, results in found["models"].items():
+        if "base" not in results:
+            continue
+        runs = [_run(results[arm], label, results["base"]) for arm, label in DRAWN.items() if arm in results]
+        for path in write_figures(runs, folder / name, "svg", y="nats"):
+            made.append(path)
+    return made
+
+
+def _run(result: Result, label: str, base: Result) -> Result:
+    """A result as the report reads it."""
+    stops, depth = result["curve"]["stop"], result.get("depth", {})
+    starts = [0, *stops[:-1]]
+    curve = {"start": starts, "stop": stops, "loss": result["curve"]["loss"]}
+    curve["position"] = [((a + 1) * b) ** 0.5 for a, b in zip(starts, stops, strict=True)]
+    run = {"label": label, "verdict": "", "train_length": base["plan"]["length"], "curve": curve}
+    return run | {
+        key: depth[of] for key, of in (("states", "state"), ("remembrance", "remembrance")) if of in depth
+    }
+
+
 def table(found: Result) -> str:
-    """All tables of a result file."""
+    """All arms of all models of a result file, the best first."""
     parts = []
     for name, results in found["models"].items():
         if "base" not in results:
@@ -65,35 +105,33 @@ def table(found: Result) -> str:
             f"### {name}: {base['parameters'] / 1e6:.1f}M parameters, T = {model.T}, "
             f"{base['tokens'] / 1e6:.0f}M tokens, {device}\n"
         )
-        parts.append(_of_model(model))
+        parts.append(arms_table(model))
     return "\n".join(parts)
 
 
-def _of_model(model: Model) -> str:
+def arms_table(model: Model, arms: Sequence[str] | None = None) -> str:
+    """A table of some arms in their order; None: of all, the best first."""
     T, octaves = model.T, model.base["octaves"]
-    shown = [i for i, (_, b) in enumerate(octaves) if b // T in (2, 4, 8, 64, 256)]
-    heads = [f"to {octaves[i][1] // T} T" for i in shown]
-    lines = [
-        "| arm | in range | price, % | " + " | ".join(heads)
-        + " | gap at 64 T | above a fresh start | recall .5 / 4 / 16 T, nats | cloze | s |",
-        "|---" * (8 + len(heads)) + "|",
+    chosen = [model.found[arm] for arm in arms] if arms else [model.base, *model.arms()]
+    shown = [i for i, (_, b) in enumerate(octaves) if b // T in (2, 8, 64, 256)]
+    heads = [
+        "arm", "in range", "price, %", *(f"to {octaves[i][1] // T} T" for i in shown),
+        f"above a fresh start at {model.base['at']} T", "recall at .5, 4, 16 T", "cloze",
     ]  # fmt: skip
-    for result in (model.base, *model.arms()):
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for result in chosen:
         means = [torch.tensor(result["by_octave"][i]).double().mean().item() for i in shown]
         recall = [_mean(result["memory"]["recall"][d]["gain"]) for d in ("0.5", "4", "16")]
-        cells = [
+        lines.append([
             result["label"] + (" (control)" if result is model.control else ""),
             f"{_mean(result['in_range']):.3f}",
             _with_interval(model.price(result), 2),
             *(f"{mean:.3f}" for mean in means),
-            _with_interval(model.gap(result), 3),
             _with_interval(model.excess(result), 3),
-            " / ".join(f"{gain:.2f}" for gain in recall),
+            ", ".join(f"{gain:.2f}" for gain in recall),
             f"{result['memory']['cloze']:.3f}",
-            f"{result['train_seconds']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _standard(arm: Result) -> bool:

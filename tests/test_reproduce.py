@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 from typer.testing import CliRunner
 
+import longroll
 from longroll import LongrollError
 from longroll.cli import app
 from longroll.reproduce import CHECKPOINTS, PAPER, Machine, Work, find_checkpoints, fit, needs, rows_of
@@ -151,3 +154,17 @@ def test_a_plan_writes_nothing(tmp_path):
     assert found.exit_code == 0, found.output
     assert "mamba2-130m" in found.output
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_of_each_width_opens(name, tmp_path):
+    sys.path.append(str(Path(__file__).parent.parent / "recipes"))
+    from random_checkpoints import write_checkpoint
+
+    one = CHECKPOINTS[name]
+    place = write_checkpoint(one, tmp_path, width=one.width, layers=1)
+    lm = longroll.load(place, device="cpu")
+    (place / "pytorch_model.bin").unlink()  # half a gigabyte
+    logits, _ = lm(torch.arange(8)[None])
+    assert logits.shape == (1, 8, one.vocabulary)
