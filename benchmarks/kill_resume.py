@@ -1,14 +1,20 @@
-"""Kill post-training runs at random, resume them, and compare the final weights with an undisturbed run's.
+"""Kill runs at random, resume them, and compare what they leave with what an undisturbed run leaves.
 
-Each trial draws a configuration (intervention, LoRA, accumulation, bfloat16, task, 1, 2 or 4 processes over
-gloo) and kills the run by SIGKILL up to three times: all processes after a random time, or one process at a
-random step, or one at a random file operation of a save or of the clean-up. A trial is exact if the weights
-are bit-identical to those of the same configuration undisturbed, the log is the same, and so is the ledger:
-after each start every process reads, from the step of a checkpoint on, what the undisturbed one read there.
+A trial draws a configuration. Most train (intervention, LoRA, accumulation, bfloat16, task, an evaluation
+every third step); the others run `diagnose` or `evaluate loss`. They have 1, 2 or 4 processes over gloo,
+forked or started by torchrun. A run is ended up to three times: all processes by SIGKILL or SIGTERM after a
+random time, or one process by SIGKILL at a random step, batch of an evaluation, report of progress of a
+measurement, or file operation of a save or of a clean-up. A run may go on on another number of processes.
 
-    python benchmarks/kill_resume.py --trials 150 --json kill_resume.json
+A trial is exact if its weights, or the result of its measurement, are bit-identical to those of the same
+configuration undisturbed, its log is the same, evaluations included, and its ledger is whole: after each
+start, every lane (a row of the batch of all processes) reads the rows of the data set from a saved step on,
+none left out and none twice. Where the number of processes changes, weights and losses are compared to 1e-5
+instead.
 
-The processes are forked from one that has imported torch, so a trial takes seconds on two cores.
+    python benchmarks/kill_resume.py --trials 40 --json kill_resume.json
+
+Forked processes come from one that has imported torch, so that a trial takes seconds on two cores.
 """
 
 import argparse
@@ -19,33 +25,46 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
+from longroll import diagnose, position_loss, ranks
 from longroll.conformance.tiny import VOCAB, build
-from longroll.data import ByteTokenizer, Corpus
+from longroll.data import ByteTokenizer, Corpus, Windows
 from longroll.interventions import INTERVENTIONS
+from longroll.measure import Kept
 from longroll.model import RecurrentLM
-from longroll.results import BenchmarkResult, provenance
+from longroll.results import BenchmarkResult, provenance, write_json
 from longroll.tasks import Copying, CopyRows
 from longroll.training import InitialStateTrainer, PosttrainOptions, posttrain
 
 STEPS, LENGTH, ROWS = 8, 16, 4
-PATIENCE = 30.0  # seconds that a process may live on after another was killed
+EVALUATED = 3  # steps from one evaluation to the next, where a run evaluates; a save comes every second step
+PATIENCE = 40.0  # seconds that a process may live on after another was killed; torchrun waits for 30
 KILLS = 3  # of a trial at most; the run after the last is left alone
+TRAINS = "train"
 
 
 def corpus() -> Corpus:
     sizes = np.random.default_rng(0).integers(8, 200, 40)
     ids = np.random.default_rng(1).integers(0, VOCAB, sizes.sum()).astype(np.int32)
     return Corpus(ids, np.cumsum([0, *sizes]).astype(np.int64), len(ids))
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Kill(TrainerCallback):
@@ -57,19 +76,30 @@ class Kill(TrainerCallback):
 
     def _kill(self, args, state, control, **_):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
+
+
+def at_call(last: int, function):
+    """The function; its `last`-th call is a SIGKILL before it."""
+    count = 0
+
+    def call(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count >= last:
+            die()
+        return function(*args, **kwargs)
+
+    return call
 
 
 def kill_at_operation(last: int) -> None:
     """SIGKILL at the `last`-th operation on files from now on."""
-    count = 0
+    count = at_call(last, lambda: None)
 
     def counted(function):
         def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count >= last:
-                os.kill(os.getpid(), signal.SIGKILL)
+            count()
             return function(*args, **kwargs)
 
         return call
@@ -78,38 +108,39 @@ def kill_at_operation(last: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-class Ledger(InitialStateTrainer):
-    """Notes the rows of every micro-batch."""
+def digest(row: torch.Tensor) -> str:
+    return hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12]
 
-    file = Path()
+
+class Ledger(InitialStateTrainer):
+    """Notes the rows of every micro-batch, and evaluates."""
+
+    file, evaluates = Path(), False
+
+    def __init__(self, model, args, **more):
+        if self.evaluates:
+            args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, EVALUATED
+            args.per_device_eval_batch_size = 1
+            more["eval_dataset"] = Windows(corpus(), LENGTH, seed=1, num_items=8)
+        super().__init__(model, args, **more)
 
     def training_step(self, model, inputs, *args, **kwargs):
         """Trainer's own."""
-        digest = hashlib.sha256(inputs["input_ids"].cpu().numpy().tobytes()).hexdigest()[:12]
         with self.file.open("a") as file:
-            file.write(f"{self.state.global_step} {digest}\n")
+            file.write(f"{self.state.global_step} {','.join(map(digest, inputs['input_ids']))}\n")
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def work(config: dict, output: Path, ledger: Path, kill: dict | None) -> None:
-    """One process of a run."""
-    from longroll.training import _posttrain
+def data_of(config: dict, rows: int):
+    """What a run reads, and the tokens of a row."""
+    if not config["task"]:
+        return corpus(), LENGTH
+    copying = Copying(ByteTokenizer())
+    return CopyRows(copying, STEPS * config["accumulation"] * rows, context=64, longest=20), 64
 
-    torch.set_num_threads(1)
-    Ledger.file, _posttrain.InitialStateTrainer = ledger, Ledger
-    kind, rows = config["kind"], ROWS // config["processes"]
-    lm = RecurrentLM(build("mamba2", 0, vocab_size=256 if config["task"] else VOCAB))
-    length = 64 if config["task"] else LENGTH
-    micro_batches = STEPS * config["accumulation"]
-    data = corpus()
-    if config["task"]:
-        data = CopyRows(Copying(ByteTokenizer()), micro_batches * ROWS, context=length, longest=20)
-    callbacks = []
-    if kill and kill["how"] == "step":
-        callbacks = [Kill(kill["step"], kill["phase"])]
-    elif kill and kill["how"] == "file":
-        kill_at_operation(kill["operation"])
-    options = PosttrainOptions(
+
+def options_of(config: dict, rows: int, length: int) -> PosttrainOptions:
+    return PosttrainOptions(
         length,
         steps=STEPS,
         batch_size=rows,
@@ -119,20 +150,92 @@ def work(config: dict, output: Path, ledger: Path, kill: dict | None) -> None:
         bf16=config["bf16"],
         lora_rank=config["lora"],
     )
+
+
+def intervention_of(config: dict):
+    return None if config["kind"] == "none" else INTERVENTIONS[config["kind"]](zero_probability=0.3)
+
+
+def train(config: dict, output: Path, ledger: Path, kill: dict) -> None:
+    from longroll.training import _posttrain
+
+    Ledger.file, Ledger.evaluates, _posttrain.InitialStateTrainer = ledger, config["evaluates"], Ledger
+    lm = RecurrentLM(build("mamba2", 0, vocab_size=256 if config["task"] else VOCAB))
+    data, length = data_of(config, ROWS)
+    if kill.get("how") == "evaluation":
+        Ledger.prediction_step = at_call(kill["batch"], Ledger.prediction_step)
     posttrain(
         lm,
         data,
-        None if kind == "none" else INTERVENTIONS[kind](zero_probability=0.3),
-        options,
+        intervention_of(config),
+        options_of(config, ROWS // ranks.world_size(), length),
         output,
         resume=output.exists(),
-        callbacks=callbacks,
+        callbacks=[Kill(kill["step"], kill["phase"])] if kill.get("how") == "step" else [],
         finish=lambda log: (output / "log.json").write_text(json.dumps(log)),
     )
 
 
+def measure(config: dict, output: Path, kill: dict) -> None:
+    ranks.join()
+    lm = RecurrentLM(build("mamba2", 0)).eval()
+    mixer = lm.model.backbone.layers[1].mixer
+    with torch.no_grad():  # a head that hardly forgets: there is a damage to explain
+        mixer.A_log[2], mixer.dt_bias[2] = -14.0, 0.0
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (5, 97)))
+    kept = Kept(output / "found.json.kept", every=config["every"])
+    report = at_call(kill["report"] if kill.get("how") == "report" else 10**9, lambda *_: None)
+    told = {"chunk_size": 8, "dealt": True, "kept": kept, "progress": report}
+    if config["what"] == "loss":
+        kept.begin(lm, tokens)
+        found = position_loss(lm, tokens, **told).losses.tolist()
+    else:
+        found = diagnose(lm, tokens, train_length=16, **told).to_json()
+        del found["provenance"], found["advice"]  # which hold seconds
+    if ranks.rank() == 0:
+        write_json(output / "found.json", found)
+    ranks.wait()
+    kept.remove()
+
+
+def work(config: dict, output: Path, ledger: Path, kill: dict) -> None:
+    """One process of a run."""
+    torch.set_num_threads(1)
+    if kill.get("how") == "file":
+        kill_at_operation(kill["operation"])
+    if config["what"] == TRAINS:
+        train(config, output, ledger, kill)
+    else:
+        measure(config, output, kill)
+
+
+def as_process(config: dict, output: Path, ledgers: Path, attempt: int, kill: dict | None) -> None:
+    """Be a process of a run, by its rank, and end."""
+    rank = ranks.rank()
+    mine = kill if kill and kill.get("rank") == rank else {}
+    try:
+        work(config, output, ledgers / f"{attempt}.{rank}", mine)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def start(config: dict, output: Path, ledgers: Path, attempt: int, kill: dict | None) -> list[int]:
-    """Fork the processes of a run; their ids."""
+    """Start the processes of a run; their ids, or that of torchrun."""
+    if config["launcher"] == "torchrun":
+        run = json.dumps([config, str(output), str(ledgers), attempt, kill])
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={config['processes']}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, "--process", run]
+        with open(ledgers / f"{attempt}.0.log", "w") as log:
+            return [subprocess.Popen(command, stdout=log, stderr=log).pid]
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -147,23 +250,23 @@ def start(config: dict, output: Path, ledgers: Path, attempt: int, kill: dict | 
         if config["processes"] > 1:
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
             os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(config["processes"])}
-        try:
-            mine = kill if kill and kill.get("rank") == rank else None
-            work(config, output, ledgers / f"{attempt}.{rank}", mine)
-            status = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            status = 1
-        sys.stderr.flush()
-        os._exit(status)
+        as_process(config, output, ledgers, attempt, kill)
     return children
 
 
-def finish(children: list[int], seconds: float | None) -> tuple[bool, float]:
-    """Wait for the processes, or kill all after `seconds`; whether all ended well, and the longest wait."""
+def end(process: int, number: int) -> None:
+    """Send a signal to a process that this one started; SIGKILL to those that it started, too."""
+    found = psutil.Process(process)
+    several = found.children(recursive=True) if number == signal.SIGKILL else []
+    for one in [found, *several]:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
+
+
+def finish(children: list[int], kill: dict) -> tuple[bool, float]:
+    """Wait for the processes, or end all at the time to; whether all ended well, and the longest wait."""
     began, first, left, good, late = time.monotonic(), None, set(children), True, 0.0
+    seconds, asked = kill.get("seconds", float("inf")), False
     while left:
         for child in list(left):
             done, status = os.waitpid(child, os.WNOHANG)
@@ -173,65 +276,115 @@ def finish(children: list[int], seconds: float | None) -> tuple[bool, float]:
                 first = first or (time.monotonic() if status else None)
                 late = max(late, time.monotonic() - first) if first else late
         now = time.monotonic()
-        if (seconds is not None and now - began > seconds) or (first and now - first > PATIENCE):
+        if now - began > seconds and not asked:
+            asked = True
             for child in left:
-                os.kill(child, signal.SIGKILL)
+                end(child, signal.SIGTERM if kill["how"] == "term" else signal.SIGKILL)
+        if first and now - first > PATIENCE:
+            for child in left:
+                end(child, signal.SIGKILL)
         time.sleep(0.01)
     return good, late
 
 
-def ledger_of(file: Path) -> dict[int, list[str]]:
-    """What a process read at each step."""
-    found: dict[int, list[str]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        step, _, digest = line.partition(" ")
-        if len(digest) == 12:
-            found.setdefault(int(step), []).append(digest)
+def ledger_of(folder: Path, attempt: int, processes: int) -> dict[tuple[int, int], list[str | None]]:
+    """The rows that a start read, by step and micro-batch: those of all lanes, None where not known."""
+    found: dict[tuple[int, int], list[str | None]] = {}
+    each = ROWS // processes
+    for rank in range(processes):
+        file, counts = folder / f"{attempt}.{rank}", {}
+        for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
+            step, _, rows = line.rstrip("\n").partition(" ")
+            if line.endswith("\n"):  # else it was killed in the midst of it
+                micro = counts[step] = counts.get(step, -1) + 1
+                lanes = found.setdefault((int(step), micro), [None] * ROWS)
+                lanes[rank * each : (rank + 1) * each] = rows.split(",")
     return found
 
 
-def ledgers_agree(folder: Path, undisturbed: Path, attempts: int, processes: int) -> bool:
-    """Whether each start read on from a saved step what the undisturbed run read there, to the last step."""
-    for rank in range(processes):
-        expected, reached = ledger_of(undisturbed / f"0.{rank}"), set()
-        for attempt in range(attempts):
-            read = ledger_of(folder / f"{attempt}.{rank}")
-            steps = sorted(read)
-            if steps and (steps != list(range(steps[0], steps[-1] + 1)) or steps[0] % 2):
-                return False
-            last = steps[-1] if steps else None
-            for step, rows in read.items():
-                whole = step == last or len(rows) == len(expected[step])
-                if rows != expected[step][: len(rows)] or not whole:
-                    return False
-            reached |= set(steps)
-        if reached != set(expected):
+def ledgers_agree(folder: Path, config: dict, sizes: list[int]) -> bool:
+    """Whether each lane read the rows of the data set from a saved step on, at each start, to the last step.
+
+    Args:
+        folder: of the ledgers.
+        config: of the trial.
+        sizes: how many processes each start had.
+    """
+    from longroll.training import _posttrain
+
+    data, length = data_of(config, ROWS)
+    if not config["task"]:
+        data = _posttrain._rows_of(data, intervention_of(config), options_of(config, ROWS, length))
+    micro_batches, read = config["accumulation"], set()
+    for attempt, processes in enumerate(sizes):
+        ledger = ledger_of(folder, attempt, processes)
+        steps = sorted({step for step, _ in ledger})
+        if not steps:
+            continue
+        if (
+            steps != list(range(steps[0], steps[-1] + 1))
+            or steps[0] % 2
+            or steps[0] > max(read, default=-1) + 1
+        ):
             return False
-    return True
+        for step in steps:
+            for micro in range(micro_batches):
+                lanes = ledger.get((step, micro), [None] * ROWS)
+                first = (step * micro_batches + micro) * ROWS
+                for lane, row in enumerate(lanes):
+                    if row is None and step < steps[-1]:
+                        return False  # left out
+                    if row is not None and row != digest(data[first + lane]["input_ids"]):
+                        return False
+            if (step, micro_batches) in ledger:
+                return False  # read twice
+        read |= set(steps)
+    return read == set(range(STEPS))
 
 
-def draw_config(random_: random.Random) -> dict:
+def draw_config(random_: random.Random, torchrun: float) -> dict:
+    launcher = "torchrun" if random_.random() < torchrun else "fork"
+    processes = random_.choice([1, 2, 2, 4] if launcher == "fork" else [1, 2, 2])
+    if random_.random() < 0.3:
+        what, every = random_.choice(["loss", "diagnose"]), random_.choice([0.0, 0.02])
+        return {"what": what, "launcher": launcher, "processes": processes, "every": every}
     task = random_.random() < 0.15
     kinds = ["none", "sp", "fitted", "random"] + ([] if task else ["tbptt"])
     return {
+        "what": TRAINS,
+        "launcher": launcher,
         "kind": random_.choice(kinds),
-        "processes": random_.choice([1, 1, 2, 2, 4]),
+        "processes": processes,
         "accumulation": random_.choice([1, 2]),
         "bf16": random_.random() < 0.3,
         "lora": 2 if random_.random() < 0.3 else 0,
         "task": task,
+        "evaluates": not task and random_.random() < 0.5,
     }
 
 
 def draw_kill(random_: random.Random, config: dict, duration: float) -> dict:
     rank = random_.randrange(config["processes"])
-    how = random_.choice(["time", "step", "file", "file"])
-    if how == "time":
-        return {"how": how, "seconds": random_.uniform(0.2, 1) * duration}
+    hows = ["time", "file", "report", "report"]
+    if config["what"] == TRAINS:
+        hows = ["time", "term", "step", "file", "file", *(["evaluation"] * 2 if config["evaluates"] else [])]
+    how = random_.choice(hows)
+    if how in ("time", "term"):
+        launched = 8.0 if config["launcher"] == "torchrun" else 0.0  # seconds that its imports take
+        return {"how": how, "seconds": launched + random_.uniform(0.2, 1) * duration}
     if how == "step":
         phase = random_.choice(["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save"])
         return {"how": how, "rank": rank, "step": random_.randrange(1, STEPS), "phase": phase}
-    return {"how": how, "rank": random_.choice([0, rank]), "operation": random_.randrange(1, 90)}
+    if how == "evaluation":
+        return {"how": how, "rank": rank, "batch": random_.randrange(1, 2 * 8 // config["processes"] + 1)}
+    if how == "report":
+        return {
+            "how": how,
+            "rank": rank,
+            "report": random_.randrange(1, 14 if config["what"] == "loss" else 30),
+        }
+    most = 90 if config["what"] == TRAINS else 40
+    return {"how": how, "rank": random_.choice([0, rank]), "operation": random_.randrange(1, most)}
 
 
 def weights(output: Path) -> dict:
@@ -239,47 +392,77 @@ def weights(output: Path) -> dict:
 
 
 def losses(output: Path) -> list[dict]:
-    kept = ("loss", "grad_norm", "learning_rate", "step")
+    kept = ("loss", "eval_loss", "grad_norm", "learning_rate", "step")
     log = json.loads((output / "log.json").read_text())
-    return [{key: entry[key] for key in kept} for entry in log if "loss" in entry]
+    return [
+        {key: entry[key] for key in kept if key in entry} for entry in log if {"loss", "eval_loss"} & {*entry}
+    ]
 
 
-def run_trial(number: int, root: Path, seed: int, references: dict) -> dict:
+def same(found: Path, reference: Path, config: dict, moved: bool) -> dict[str, bool]:
+    """What agrees of a trial and its undisturbed run."""
+    try:
+        if config["what"] != TRAINS:
+            one, other = ((folder / "out" / "found.json").read_bytes() for folder in (found, reference))
+            return {"result": one == other, "cleared": not (found / "out" / "found.json.kept").exists()}
+        one, other = weights(found / "out"), weights(reference / "out")
+        logs = losses(found / "out"), losses(reference / "out")
+        if not moved:
+            equal = one.keys() == other.keys() and all(one[name].equal(other[name]) for name in other)
+            return {"weights": equal, "log": logs[0] == logs[1]}
+        close = all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-5) for name in other)
+        pairs = zip(*logs, strict=True)
+        agree = all(np.isclose(a[key], b[key], rtol=1e-4) for a, b in pairs for key in b)
+        return {"weights": close, "log": agree}
+    except (OSError, ValueError, KeyError):
+        return {"result": False}
+
+
+def run_trial(number: int, root: Path, seed: int, torchrun: float, references: dict) -> dict:
     """Kill, resume and compare one run."""
     random_ = random.Random(f"{seed} {number}")
-    config = draw_config(random_)
-    key = json.dumps(config)
+    config = draw_config(random_, torchrun)
+    undisturbed = config | {"launcher": "fork", "every": 0.0}
+    key = json.dumps(undisturbed)
     if key not in references:
         folder = root / f"reference-{len(references)}"
         folder.mkdir()
         began = time.monotonic()
-        good, _ = finish(start(config, folder / "out", folder, 0, None), None)
+        good, _ = finish(start(undisturbed, folder / "out", folder, 0, None), {})
         if not good:
             raise SystemExit(f"undisturbed {key} failed: see {folder}/0.0.log")
         references[key] = folder, time.monotonic() - began
     reference, duration = references[key]
     folder = root / f"trial-{number}"
     folder.mkdir()
-    output, kills, attempt, longest = folder / "out", [], 0, 0.0
+    kills, sizes, longest, processes = [], [], 0.0, config["processes"]
+    moves = config["what"] == TRAINS and not config["bf16"] and random_.random() < 0.25
     while True:
-        kill = draw_kill(random_, config, duration) if len(kills) < KILLS else None
-        children = start(config, output, folder, attempt, kill)
-        good, late = finish(children, kill.get("seconds") if kill else None)
-        attempt, longest = attempt + 1, max(longest, late)
-        if good or "already holds a model" in (folder / f"{attempt - 1}.0.log").read_text():
+        now = config | {"processes": processes}
+        kill = draw_kill(random_, now, duration) if len(kills) < KILLS else {}
+        good, late = finish(start(now, folder / "out", folder, len(sizes), kill), kill)
+        sizes.append(processes)
+        longest = max(longest, late)
+        log = (folder / f"{len(sizes) - 1}.0.log").read_text()
+        if good or "already holds a model" in log:
             break
+        if not kill:
+            break  # it failed by itself
         kills.append(kill)
-        if len(kills) > KILLS:
-            break
-    found = {"trial": number, **config, "kills": kills, "seconds_to_end": round(longest, 1)}
-    try:
-        one, other = weights(output), weights(reference / "out")
-        found["weights"] = one.keys() == other.keys() and all(one[n].equal(other[n]) for n in other)
-        found["log"] = losses(output) == losses(reference / "out")
-    except (OSError, ValueError):
-        found["weights"] = found["log"] = False
-    found["ledger"] = ledgers_agree(folder, reference, attempt, config["processes"])
-    found["exact"] = found["weights"] and found["log"] and found["ledger"]
+        if moves:
+            processes = random_.choice([n for n in (1, 2, 4) if n != processes])
+    moved = len(set(sizes)) > 1
+    found = {
+        "trial": number,
+        **config,
+        "started_on": sizes,
+        "kills": kills,
+        "seconds_to_end": round(longest, 1),
+    }
+    agree = same(folder, reference, config, moved)
+    if config["what"] == TRAINS:
+        agree["ledger"] = ledgers_agree(folder, config, sizes)
+    found |= agree | {"exact": all(agree.values())}
     if found["exact"]:
         shutil.rmtree(folder)
     return found
@@ -291,19 +474,25 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torchrun", type=float, default=0.2, help="Share of the trials that it starts.")
+    parser.add_argument("--process", help=argparse.SUPPRESS)  # what torchrun's processes are told
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.process:
+        config, output, ledgers, attempt, kill = json.loads(options.process)
+        as_process(config, Path(output), Path(ledgers), attempt, kill)
     root, began = Path(tempfile.mkdtemp(prefix="kill_resume_")), time.perf_counter()
     references: dict = {}
     trials = []
     for number in range(options.trials):
-        trials.append(run_trial(number, root, options.seed, references))
+        trials.append(run_trial(number, root, options.seed, options.torchrun, references))
         one = trials[-1]
         print(json.dumps(one), flush=True)
         result = {
             "what": "runs killed at random and resumed",
             "kills": sum(len(trial["kills"]) for trial in trials),
             "exact": sum(trial["exact"] for trial in trials),
+            "ended_by": dict(Counter(kill["how"] for trial in trials for kill in trial["kills"])),
             "trials": trials,
             "provenance": provenance(seed=options.seed, seconds=time.perf_counter() - began),
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranked import explain, measure, run
+from ranked import Abandoned, explain, measure, run
 from safetensors.torch import load_file
 
 from longroll import LongrollError
@@ -65,8 +65,13 @@ def root(tmp_path_factory):
     assert died.returncode != 0 and "Signal 9 (SIGKILL)" in died.stderr, died.stderr
     assert time.monotonic() - began < 200
     shutil.copytree(root / "killed", root / "moved")
-    resumed = torchrun([spec(root, "killed", kind, resume=True) for kind in KINDS])
+    for kind in KINDS:
+        with pytest.raises(Abandoned):
+            run(kind, str(root / "grown" / kind), options=ALONE, kill=3)
+    again = [spec(root, name, kind, resume=True) for name in ("killed", "grown") for kind in KINDS]
+    resumed = torchrun(again)
     assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count("started on 1 process and goes on on 2: its 4 rows") == len(KINDS)
     return root
 
 
@@ -112,10 +117,31 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(kind, rank, root, tmp
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_one_process_goes_on_on_two(kind, root):
+    assert_same_result(root / "grown" / kind, root / "two" / kind, 2e-6)
+
+
+@pytest.mark.slow
+def test_a_run_of_four_processes_goes_on_on_two_and_not_on_three(root, tmp_path):
+    four = {"options": BASE | {"batch_size": 1}}
+    assert (
+        torchrun([spec(tmp_path, "moved", kind, kill=3) | four for kind in KINDS], processes=4).returncode
+        == 0
+    )
+    refused = torchrun([spec(tmp_path, "moved", "sp", resume=True)], processes=3)
+    assert "start 1, 2, 4 processes with `batch_size` 4 over their number" in refused.stderr
+    assert torchrun([spec(tmp_path, "moved", kind, resume=True) for kind in KINDS]).returncode == 0
+    for kind in KINDS:
+        assert_same_result(tmp_path / "moved" / kind, root / "two" / kind, 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_on_another_number_of_processes(kind, root, caplog):
     """From two to one: refused with other rows, dealt anew with the same."""
     moved = spec(root, "moved", kind, resume=True)
-    with pytest.raises(LongrollError, match=r"2 processes, 4 rows together.*give `batch_size` 4"):
+    with pytest.raises(
+        LongrollError, match=r"2 processes, 4 rows together.* on 1 process, 2 rows: give `batch_size` 4"
+    ):
         run(**moved)
     run(**(moved | {"options": ALONE}))
     assert "its 4 rows and their states are dealt anew" in caplog.text

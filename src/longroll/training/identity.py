@@ -100,17 +100,27 @@ def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
     was, given = before["world_size"], now["world_size"]
     rows = before["arguments"]["batch_size"] * was
     if rows != now["arguments"]["batch_size"] * given:
-        mend = f"`batch_size` {rows // given}" if rows % given == 0 else f"a number that divides {rows}"
+        size, asked = before["arguments"]["batch_size"], now["arguments"]["batch_size"]
+        mend = f"give `batch_size` {rows // given}"
+        if rows % given:
+            fitting = [n for n in range(1, rows + 1) if rows % n == 0]
+            mend = (
+                f"start {', '.join(map(str, fitting))} processes with `batch_size` {rows} over their number"
+            )
         raise LongrollError(
-            f"`resume`: the run was started with `batch_size` {before['arguments']['batch_size']} on {was} "
-            f"processes, {rows} rows together; on {given} processes give {mend}, or name another `output`."
+            f"`resume`: the run was started with `batch_size` {size} on {_processes(was)}, {rows} rows "
+            f"together, and would go on with `batch_size` {asked} on {_processes(given)}, {asked * given} "
+            f"rows: {mend}, or name another `output`."
         )
     if was != given:
         logger.warning(
-            "The run was started on %d processes and goes on on %d: its %d rows and their states "
-            "are dealt anew.",
-            was, given, rows,
+            "The run was started on %s and goes on on %d: its %d rows and their states are dealt anew.",
+            _processes(was), given, rows,
         )  # fmt: skip
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"
 
 
 def _rows(data: Any) -> list[Any]:
