@@ -28,12 +28,15 @@ def of_planted(folder, progress=None, **more):
     return json.dumps(found)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "llama"])
-@pytest.mark.parametrize("killed", [8, 24])
-@pytest.mark.parametrize("hold", ["", "window", "clip", "reset"])
-def test_a_reading_goes_on_where_it_was_killed(name, killed, hold, tmp_path):
-    if (hold, name) in (("window", "mamba2"), ("clip", "llama")):
-        return  # no such part of the state
+@pytest.mark.parametrize(
+    ("name", "hold"),
+    [
+        *(("mamba2", ""), ("granitemoehybrid", ""), ("llama", "")),
+        *(("granitemoehybrid", "window"), ("mamba2", "clip"), ("mamba2", "reset")),
+    ],
+)
+def test_a_reading_goes_on_where_it_was_killed(name, hold, tmp_path):
+    killed = 24
     lm, tokens, told = zoo.lm_of(name), zoo.tokens(2, 50), []
     ways = {"chunk_size": 8} if not hold else {"window": 32}
     measure = partial(loss_under, hold) if hold else position_loss
@@ -69,7 +72,10 @@ def test_a_diagnosis_goes_on_where_it_was_killed(whole, tmp_path):
     expected, _, told = whole
     assert of_planted(None) == expected
     stages = list(dict.fromkeys(stage for stage, *_ in told))
-    assert len(stages) == 3
+    pieces = [("reading on",), ("restarting",), ("comparing states", "holding heads in range")]
+    pieces += [("forgetting the past",)]
+    assert stages == [stage for piece in pieces for stage in piece]
+    before = 0
     for stage in stages:
         reports = [done for name, done, _ in told if name == stage]
         last, seen = (stage, reports[len(reports) // 2]), []
@@ -81,7 +87,9 @@ def test_a_diagnosis_goes_on_where_it_was_killed(whole, tmp_path):
 
         with pytest.raises(KilledError):
             of_planted(tmp_path / "kept", die)
-        assert set(seen) <= set(stages[max(0, stages.index(stage) - 1) : stages.index(stage) + 1])
+        here = next(i for i, piece in enumerate(pieces) if stage in piece)
+        assert set(seen) <= {one for piece in pieces[before : here + 1] for one in piece}
+        before = here
     seen = []
     assert of_planted(tmp_path / "kept", lambda name, *_: seen.append(name)) == expected
     assert set(seen) == {stages[-1]}
@@ -102,7 +110,8 @@ def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
     stages = []
     assert of_planted(tmp_path / "kept", lambda stage, *_: stages.append(stage)) == expected
     assert f"{file} is damaged" in caplog.text
-    again = {"reading-0-of-1.pt": ["reading on"], "coverage.pt": ["holding heads in range"]}
+    again = {"reading-0-of-1.pt": ["reading on"]}
+    again["coverage.pt"] = ["comparing states", "holding heads in range"]
     assert name not in again or list(dict.fromkeys(stages)) == again[name]
 
 
