@@ -55,7 +55,7 @@ def test_from_diagnosis_to_report(place):
     assert base["levels"]["2x"] and base["provenance"]["versions"]["torch"]
     assert base["sentence"].split()[0] in " ".join(ran.stdout.split())
 
-    train = ("posttrain", "model", "--text", "text", "--steps", 4, "--batch-size", 2)
+    train = ("posttrain", "model", "--text", "text", "--steps", 4, "--batch-size", 2, "--force")
     for name in ("sp", "tbptt", "fitted", "random", "none"):
         ran = longroll(*train, "--intervention", name, "--output", name, "--json", f"{name}.json", cwd=place)
         assert ran.returncode == 0, ran.stderr
@@ -108,7 +108,7 @@ def test_an_interrupted_run_is_kept_and_resumed(place):
         "--save-steps",
         "2",
     ]
-    train += ["--steps", "60", "--json", "cut.json"]
+    train += ["--steps", "60", "--json", "cut.json", "--force"]
     command = [sys.executable, "-c", "from longroll.cli import main; main()", *train]
     with subprocess.Popen(command, cwd=place, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
         while not list((place / "cut").glob("checkpoints/checkpoint-*/intervention_0.pt")):
@@ -133,7 +133,7 @@ def test_an_interrupted_run_is_kept_and_resumed(place):
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(place):
     train = ["posttrain", "model", "--text", "text", "--batch-size", "2", "--output", "full"]
-    train += ["--steps", "6", "--save-steps", "3"]
+    train += ["--steps", "6", "--save-steps", "3", "--force"]
     few = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     command = [sys.executable, "-c", few + "from longroll.cli import main; main()", *train]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=300)
@@ -171,6 +171,7 @@ def test_a_seed_is_a_seed_and_a_label_no_path(place):
 
 def test_a_run_that_diverges_is_stopped_and_saves_no_model(place):
     train = ("posttrain", "model", "--text", "text", "--batch-size", 2, "--output", "diverged", "--steps", 20)
+    train += ("--force",)
     ran = longroll(*train, "--learning-rate", 1e30, cwd=place)
     assert ran.returncode == 2 and "--learning-rate" in ran.stderr
     assert not (place / "diverged/model.safetensors").exists()

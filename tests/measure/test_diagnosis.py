@@ -10,10 +10,10 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 import zoo
 from longroll import RecurrentLM, diagnose, position_loss
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
-from longroll.measure._diagnose import TOLERANCE
 from longroll.measure.advice import advise
 from longroll.measure.explain import StateWatch, explain_coverage
 from longroll.measure.iid import IIDTest
+from longroll.measure.judge import TOLERANCE
 from longroll.measure.stationarity import EndDrift
 from longroll.state import StateKey
 

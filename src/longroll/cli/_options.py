@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from longroll.data import Corpus, Tokenizer
     from longroll.measure import Kept
+    from longroll.measure.held_out import HeldOut
     from longroll.model import RecurrentLM
 
 Model = Annotated[
@@ -214,6 +215,25 @@ def read_training_text(
         )
     conversations = read_conversations(text, column=column, split="train")
     return ChatCorpus.from_conversations(conversations, tokenizer, max_tokens=max_tokens)
+
+
+def read_held_out(
+    text: str, tokenizer: Tokenizer, *, column: str | None, length: int, seed: int
+) -> tuple[HeldOut | None, str]:
+    """Text that training does not read, to tell whether a model breaks; or None, and why."""
+    from longroll.data import is_chat
+    from longroll.errors import LongrollError
+    from longroll.measure.held_out import LENGTHS, TEXTS, HeldOut
+
+    if is_chat(text, column):
+        return None, f"{text} is chat data, whose conversations are short"
+    most = 4 * TEXTS * (max(LENGTHS) * length + 1)  # enough to find long documents among
+    try:
+        corpus = read_corpus(text, tokenizer, split="validation", column=column, max_tokens=most, seed=seed)
+    except LongrollError as error:
+        return None, str(error).rstrip(".")
+    found = HeldOut.from_corpus(corpus, length, seed=seed)
+    return found, f"the {corpus.tokens:,} held-out tokens of {text} are too few"
 
 
 def read_sequences(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longroll.cli import _options as o
 from longroll.cli import _tasks as t
-from longroll.cli._flags import unread
+from longroll.cli._flags import in_flags, running, unread
+
+if TYPE_CHECKING:
+    from longroll.measure.held_out import HeldOutData
 
 
 class Choice(StrEnum):
@@ -203,6 +206,23 @@ def posttrain(
             help="At a step that is not finite: stop; or drop the carried states at fault, skip it, go on."
         ),
     ] = OnNotFinite.stop,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train a model that holds past its training length all the same.")
+    ] = False,
+    until_healthy: Annotated[
+        bool,
+        typer.Option(
+            "--until-healthy",
+            help="Measure held-out data as the run goes, keep the best checkpoint within --price, and end "
+            "when nothing is left to gain.",
+        ),
+    ] = False,
+    price: Annotated[
+        float, typer.Option(help="Nats in range that --until-healthy may spend against the model before.")
+    ] = 0.05,
+    measure_steps: Annotated[
+        int, typer.Option(help="Steps between two measures of --until-healthy.", min=1)
+    ] = 50,
     save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     device: o.Device = None,
@@ -220,13 +240,15 @@ def posttrain(
     from longroll.interventions.recipes import NON_STATIONARY, recipe_of
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
-    from longroll.training import PosttrainOptions, by_recipe
+    from longroll.training import Declined, PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
 
     asked = recipe_of(recipe)
     check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
     for left_out in unread(context, "task", task, READ_BY_TASK):
         console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
+    if task == "copying" and intervention == "tbptt":
+        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
     if push_to_hub is not None:
         check_push(push_to_hub, output, resume=resume)
     if fsdp and device is None:
@@ -258,6 +280,9 @@ def posttrain(
         format=format.value,
         on_not_finite=on_not_finite.value,
         seed=seed,
+        until_healthy=until_healthy,
+        price=price,
+        measure_steps=measure_steps,
     )
     if task is not None and text_column is not None:
         raise LongrollError(f"--text-column {text_column}: --task {task.value} reads no rows of text.")
@@ -286,11 +311,26 @@ def posttrain(
     check_read(context, prepared.name)
     options = prepared.options
     if task is not None:
-        t.check_fits(task, data, prepared.name)
+        t.warn_of(task, data, prepared.name)
     console.print(prepared.sentence, highlight=False, soft_wrap=True)
+    held_out: HeldOutData | None = None
+    unseen = not resume and not force and task is None and prepared.name != "none"
+    if until_healthy or unseen:
+        missing = ""
+        if task is None:
+            held_out, missing = o.read_held_out(text, tok, column=text_column, length=length, seed=seed)
+        else:
+            held_out = t.held_out_rows(
+                task, tok, options, haystack=haystack, instruction=instruction, facts=facts, books=text,
+                kinds=qa,
+            )  # fmt: skip
+        if held_out is None and until_healthy:
+            raise LongrollError(f"`until_healthy`: {missing}: give more, or longer, text.")
+        if held_out is None:
+            console.print(f"Not looked whether the model breaks: {missing}.", highlight=False, soft_wrap=True)
     began = time.perf_counter()
 
-    def finish(log: list[dict[str, Any]]) -> None:
+    def finish(log: list[dict[str, Any]], **more: Any) -> None:
         if json:
             PosttrainResult.from_json(
                 {
@@ -304,14 +344,36 @@ def posttrain(
                     "log": log,
                     "not_finite_steps": len(skipped_in(log)),
                     "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+                    **more,
                 }
             ).write(json)
 
-    log, seconds = run_posttrain(
-        lm, data, prepared.intervention, options, output, tokenizer=tok, resume=resume, finish=finish
-    )
+    def tell(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    try:
+        log, seconds = run_posttrain(
+            lm,
+            data,
+            prepared.intervention,
+            options,
+            output,
+            tokenizer=tok,
+            resume=resume,
+            held_out=held_out,
+            force=not unseen,
+            tell=tell,
+            finish=finish,
+        )
+    except Declined as declined:
+        said = in_flags(str(declined), running)
+        if rank() == 0:
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
+            look = declined.reading and declined.reading.to_json()
+            finish(declined.log, declined=said, look=look)
+        return
     tokens = options.tokens * world_size()
-    rate = "" if resume else f" ({tokens / seconds:,.0f} tokens/s)"
+    rate = "" if resume or until_healthy else f" ({tokens / seconds:,.0f} tokens/s)"
     if rank() == 0:
         if log and "loss_saved" in log[-1]:
             trained, saved, kept = (log[-1][key] for key in ("loss_trained", "loss_saved", "saved_dtype"))
@@ -323,7 +385,8 @@ def posttrain(
             out.print(
                 f"{len(skipped)} steps were not finite and are skipped; the states of {rows} rows dropped."
             )
-        out.print(f"{options.steps} steps in {seconds:.0f} s{rate}{learnt}: {output}")
+        done = log[-1]["step"] if log else options.steps
+        out.print(f"{done} steps in {seconds:.0f} s{rate}{learnt}: {output}")
         if push_to_hub is not None:
             out.print(push(output, push_to_hub))
 

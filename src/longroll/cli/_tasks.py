@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longroll.results import Grid, TaskResult
     from longroll.tasks import CopyRows, Row, TaskRows
     from longroll.tasks.haystack import Haystack
+    from longroll.tasks.held_out import HeldOutSamples
     from longroll.training import PosttrainOptions
 
 Lengths = Annotated[
@@ -282,18 +283,49 @@ def training_rows(
     )
 
 
-def check_fits(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
-    """Warn where State Passing will do harm to a task.
+def held_out_rows(
+    task: str,
+    tokenizer: Tokenizer,
+    options: PosttrainOptions,
+    *,
+    haystack: str,
+    instruction: bool,
+    facts: str | None,
+    books: str,
+    kinds: str,
+) -> HeldOutSamples:
+    """Samples that training does not read, as `training_rows` makes those that it does.
 
     Raises:
-        LongrollError: for copying by TBPTT.
+        LongrollError: for copying, which is not made longer than a row, and as `training_rows`.
     """
-    from longroll.cli._console import console
     from longroll.errors import LongrollError
+    from longroll.tasks import open_tasks
+    from longroll.tasks.held_out import HeldOutSamples
+
+    if task == "copying":
+        raise LongrollError("`until_healthy`: --task copying has no sample longer than a row: leave it out.")
+    text = None
+    if task == "passkey":
+        text = open_haystack(haystack, tokenizer, split="validation", seed=options.seed)
+    tasks = open_tasks(
+        task,
+        tokenizer,
+        train=False,
+        haystack=text,
+        instruction=instruction,
+        facts=facts,
+        books=books,
+        kinds=parse_kinds(kinds),
+    )
+    return HeldOutSamples.of_tasks(tasks, options.length, seed=options.seed)
+
+
+def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
+    """Warn where State Passing will do harm to a task."""
+    from longroll.cli._console import console
     from longroll.tasks import TaskRows
 
-    if task == "copying" and intervention == "tbptt":
-        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
     stationary = not isinstance(rows, TaskRows) or rows.tasks[0].stationary or rows.windows > 1
     if not stationary and intervention in ("sp", "tbptt"):
         console.print(

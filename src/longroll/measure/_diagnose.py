@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -24,9 +23,8 @@ from longroll.measure.advice import (
     of_blame,
     of_dtype,
 )
-from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.compare import check_comparable, compare, text_losses
-from longroll.measure.excess_loss import excess_loss, probe_losses
+from longroll.measure.excess_loss import excess_loss
 from longroll.measure.explain import (
     Progress,
     StateWatch,
@@ -35,18 +33,12 @@ from longroll.measure.explain import (
     explain_remembrance,
     stage,
 )
+from longroll.measure.judge import Verdict, judge
 from longroll.measure.kept import Kept
 from longroll.measure.precision import Float16Watch, check_precision
 from longroll.measure.stationarity import end_drift
 from longroll.model import RecurrentLM
 from longroll.results import DiagnosisResult, provenance
-
-Verdict = Literal["healthy", "fades", "explodes"]
-
-TOLERANCE = 0.05
-"""Nats: a loss above that of a fresh start by less than this is not called a break."""
-EXPLOSION = 1.0
-"""Nats above a fresh start from which a model that breaks is said to explode rather than fade."""
 
 
 @dataclass(frozen=True)
@@ -220,42 +212,32 @@ def _diagnose(
     ends, excess = restarted = kept.once(
         "excess", lambda: excess_loss(lm, tokens, carried, train_length, progress=told, dealt=True)
     )
-    mean, low, high = bootstrap_mean(excess, seed=seed)
-    level = carried.losses[:, :train_length].mean(dim=1, keepdim=True)
-    _, low_rise, _ = bootstrap_mean(probe_losses(carried, ends, train_length) - level, seed=seed)
-    # `not <=`, not `>`: a NaN loss is damage
-    above = ~((low <= 0) | (mean <= TOLERANCE) | (low_rise <= 0))
-    edge = _edge(ends, above.tolist(), train_length)
-    far = [i for i, end in enumerate(ends) if end > length // 2]
-    severity = mean[far].mean().item()
-    verdict: Verdict = "healthy" if edge is None else "explodes" if not severity < EXPLOSION else "fades"
+    judged = judge(carried, ends, excess, train_length, seed=seed)
     levels = _levels(carried, train_length)
     details |= {
         "curve": carried.curve(),
         "excess": {
             "position": ends,
-            "mean": mean.tolist(),
-            "low": low.tolist(),
-            "high": high.tolist(),
+            "mean": judged.mean.tolist(),
+            "low": judged.low.tolist(),
+            "high": judged.high.tolist(),
         },
         "texts": text_losses(tokens, carried, train_length),
         "states": watch and watch.statistics.statistics().to_json(),
     }
-    diagnosis = Diagnosis(verdict, edge, severity, levels, "", "", details)
+    diagnosis = Diagnosis(judged.verdict, judged.edge, judged.severity, levels, "", "", details)
     comparisons = {name: compare(diagnosis.result(), run, seed=seed) for name, run in runs.items()}
     details["comparisons"] = {name: comparison.to_json() for name, comparison in comparisons.items()}
     prices = ", ".join(comparison.price for comparison in comparisons.values())
-    sentence = _sentence(verdict, edge, severity, length, prices)
+    sentence = judged.sentence(prices)
     made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
     diagnosis = replace(diagnosis, sentence=sentence, details=details | {"provenance": made})
     if save is not None and ranks.rank() == 0:
         save(diagnosis)
     precision = ranks.on_first(lambda: check_precision(lm, tokens, carried, activations, train_length))
     details["precision"] = precision.to_json()
-    _, (far_low,), _ = bootstrap_mean(excess[:, far].mean(dim=1, keepdim=True), seed=seed)
-    breaks = edge is not None
-    # it may hold its level only because the text gets easier: then a fresh start tells
-    suffers = ranks.on_first(lambda: breaks or (severity > TOLERANCE and far_low.item() > 0))
+    breaks = judged.edge is not None
+    suffers = ranks.on_first(lambda: judged.suffers)
     advice = NO_STATE if suffers else LEAVE_ALONE
     if watch is not None:
         iid = ranks.on_first(watch.iid)
@@ -312,21 +294,13 @@ def _diagnose(
     details["provenance"] = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
     if precision.sentence:
         sentence = f"{sentence} {precision.sentence}"
-    return Diagnosis(verdict, edge, severity, levels, sentence, advice.sentence, details)
+    return Diagnosis(judged.verdict, judged.edge, judged.severity, levels, sentence, advice.sentence, details)
 
 
 def _result(run: Diagnosis | DiagnosisResult | Mapping[str, Any], source: str) -> DiagnosisResult:
     if isinstance(run, Diagnosis):
         return run.result()
     return run if isinstance(run, DiagnosisResult) else DiagnosisResult.from_json(run, source=source)
-
-
-def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
-    """Where the damage begins: the first probe from which two in a row are above."""
-    for i in range(len(ends)):
-        if above[i] and above[min(i + 1, len(ends) - 1)]:
-            return ends[i - 1] if i else train_length
-    return None
 
 
 def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]:
@@ -337,21 +311,3 @@ def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]
         levels[f"{times}x"] = carried.between(stop // 2, stop) if stop <= length else None
     levels["far"] = carried.between(length // 2, length)
     return levels
-
-
-def _sentence(verdict: Verdict, edge: int | None, severity: float, length: int, price: str) -> str:
-    far = f"{short(length // 2)}-{short(length)}"
-    price = f"; {price}" if price else ""
-    if edge is None:
-        holds = f"Holds to {short(length)}{price or ': the loss stays at its level in range'}."
-        if severity > TOLERANCE:
-            return f"{holds} A fresh start would still be {severity:.2f} nats better at {far}."
-        return holds
-    size = f"{severity:.2f} nats above a fresh start" if math.isfinite(severity) else "not finite"
-    how = "and explodes" if verdict == "explodes" else "and fades"
-    return f"Breaks at t ~ {short(edge)} {how}: at {far} it is {size}{price}."
-
-
-def short(position: int) -> str:
-    """A position as people say it: 212, 4k, 131k."""
-    return str(position) if position < 1000 else f"{position / 1024:.3g}k"

@@ -29,4 +29,8 @@ class PosttrainResult(Result):
     """Steps that were skipped, and whose states were dropped (`on_not_finite`)."""
     log: list[dict[str, Any]]
     """Entries of transformers' Trainer."""
+    declined: str | None = None
+    """Why nothing was saved; null where a model was."""
+    look: dict[str, Any] | None = None
+    """What a declined model read of held-out text (`longroll.measure.held_out.Reading`)."""
     provenance: Provenance | None = None

@@ -12,7 +12,7 @@ from longroll.tasks.passkey import Passkey
 from longroll.tasks.recall import Recall, recall_tokenizer
 from longroll.tasks.run import run_task
 from longroll.tasks.state_tracking import StateTracking, TrackingRows, tracking_tokenizer
-from longroll.tasks.training import TaskRows, training_rows
+from longroll.tasks.training import TaskRows, open_tasks, training_rows
 from longroll.tasks.variables import Variables
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate_grid",
     "open_babilong",
     "open_haystack",
+    "open_tasks",
     "read_stories",
     "recall_tokenizer",
     "run_task",

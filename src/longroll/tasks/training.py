@@ -12,7 +12,7 @@ from longroll.data import Tokenizer
 from longroll.data.lanes import IGNORED
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
-from longroll.tasks._task import TRAINING, Task, random_of
+from longroll.tasks._task import TRAINING, Sample, Task, random_of
 from longroll.tasks.babilong import QAS, open_babilong
 from longroll.tasks.copying import Copying, CopyRows
 from longroll.tasks.haystack import Haystack
@@ -77,14 +77,7 @@ class TaskRows(Dataset[Item]):
         task = self.tasks[number % len(self.tasks)]
         whole = (self.windows - first) * self.length + 1  # one more: the last input has a target
         sample = task.sample(whole, rng=random_of(TRAINING, self.seed, number))
-        # a haystack of whole lines may leave room: what follows the answer is text again, and not learned
-        ids = np.resize(sample.tokens, whole).astype(np.int64)
-        place = np.arange(1, whole)
-        first_learned = len(sample.prompt) if self.answers_only else 0
-        learned = (place >= first_learned) & (place < len(sample.tokens))
-        if sample.learned is not None:
-            answer = slice(len(sample.prompt) - 1, len(sample.tokens) - 1)
-            learned[answer] &= sample.learned[: max(0, whole - len(sample.prompt))]
+        ids, learned = row_of(sample, whole, answers_only=self.answers_only)
         labels = np.where(learned, ids[1:], IGNORED)
         piece = slice((window - first) * self.length, (window - first + 1) * self.length)
         return {
@@ -92,6 +85,21 @@ class TaskRows(Dataset[Item]):
             "shift_labels": torch.from_numpy(labels[piece]),
             "starts": torch.tensor(window == first),
         }
+
+
+def row_of(sample: Sample, whole: int, *, answers_only: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids (whole,) int64 of a row with a sample, and which targets are learned (whole - 1,).
+
+    A haystack of whole lines may leave room: what follows the answer is text again, and not learned.
+    """
+    ids = np.resize(sample.tokens, whole).astype(np.int64)
+    place = np.arange(1, whole)
+    first_learned = len(sample.prompt) if answers_only else 0
+    learned = (place >= first_learned) & (place < len(sample.tokens))
+    if sample.learned is not None:
+        answer = slice(len(sample.prompt) - 1, len(sample.tokens) - 1)
+        learned[answer] &= sample.learned[: max(0, whole - len(sample.prompt))]
+    return ids, learned
 
 
 def training_rows(
@@ -128,17 +136,43 @@ def training_rows(
     Raises:
         LongrollError: for another name, for babilong without facts, and as `TaskRows` and `CopyRows`.
     """
-    tasks: list[Task]
     if task == "copying":
         return CopyRows(Copying(tokenizer), rows, context=length, seed=seed)
+    tasks = open_tasks(
+        task,
+        tokenizer,
+        train=True,
+        haystack=haystack,
+        instruction=instruction,
+        facts=facts,
+        books=books,
+        kinds=kinds,
+    )
+    return TaskRows(tasks, length, rows, lanes=lanes, windows=windows, seed=seed)
+
+
+def open_tasks(
+    task: str,
+    tokenizer: Tokenizer,
+    *,
+    train: bool,
+    haystack: Haystack | None = None,
+    instruction: bool = True,
+    facts: str | None = None,
+    books: str = "none",
+    kinds: Sequence[str] = QAS,
+) -> list[Task]:
+    """Return what `training_rows` draws from, by its name; `train`: of the training side of babilong's text.
+
+    Raises:
+        LongrollError: for another name than passkey, niah and babilong, and for babilong without facts.
+    """
     if task == "babilong":
         if facts is None:
             raise LongrollError("`task` babilong needs `facts`: the folder of bAbI's files.")
-        tasks = [*open_babilong(tokenizer, facts, books, kinds, few_shot=False, train=True)]
-    elif task == "niah":
-        tasks = [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
-    elif task == "passkey":
-        tasks = [Passkey(tokenizer, haystack=haystack, instruction=instruction)]
-    else:
-        raise LongrollError(f"`task` {task} is not one of passkey, niah, copying, babilong.")
-    return TaskRows(tasks, length, rows, lanes=lanes, windows=windows, seed=seed)
+        return [*open_babilong(tokenizer, facts, books, kinds, few_shot=False, train=train)]
+    if task == "niah":
+        return [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
+    if task == "passkey":
+        return [Passkey(tokenizer, haystack=haystack, instruction=instruction)]
+    raise LongrollError(f"`task` {task} is not one of passkey, niah, copying, babilong.")

@@ -1,12 +1,16 @@
 """Training under an intervention: HF Trainer plus a state."""
 
+from longroll.measure.held_out import HeldOut
 from longroll.training._mixin import InitialStateMixin
 from longroll.training._posttrain import PosttrainOptions, posttrain
 from longroll.training.recipe import Prepared, by_recipe
 from longroll.training.stop import stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
+from longroll.training.until_healthy import Declined
 
 __all__ = [
+    "Declined",
+    "HeldOut",
     "InitialStateMixin",
     "InitialStateTrainer",
     "PosttrainOptions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 from collections import Counter
@@ -16,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType
 
 from longroll import ranks
@@ -39,6 +41,8 @@ from longroll.files import try_folder
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES, Settings
+from longroll.measure.advice import WORTH_SAVING
+from longroll.measure.held_out import HeldOutData
 from longroll.memory import check_micro_batch
 from longroll.model import RecurrentLM
 from longroll.results import write_json
@@ -58,7 +62,10 @@ from longroll.training.saving import (
 )
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
+from longroll.training.until_healthy import Tell, UntilHealthy, keep_best, look
 from longroll.training.weights import TRAINABLE, WEIGHTS, has_bf16, in_16_bits, train_only, widen
+
+logger = logging.getLogger("longroll")
 
 REPORTERS = ("none", "tensorboard", "wandb", "mlflow")
 _STARTED = "run.json"
@@ -125,12 +132,18 @@ class PosttrainOptions:
     on_not_finite: OnNotFinite = "stop"
     """At a step whose loss, state or gradient is not finite: `stop`, or `drop` the carried states at fault,
     skip the step, and go on."""
+    until_healthy: bool = False
+    """Measure held-out data as the run goes, keep the best checkpoint, end when nothing is left to gain."""
+    price: float = WORTH_SAVING
+    """Nats in range that the checkpoint kept by `until_healthy` may cost against the model before."""
+    measure_steps: int = 50
+    """Steps between two measures of `until_healthy`."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "steps", "batch_size", "accumulation", "save_steps"):
+        for name in ("length", "steps", "batch_size", "accumulation", "save_steps", "measure_steps"):
             if getattr(self, name) < 1:
                 raise LongrollError(f"`{name}` {getattr(self, name)} must be at least 1.")
-        for name in ("weight_decay", "clip", "lora_rank"):
+        for name in ("weight_decay", "clip", "lora_rank", "price"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LongrollError(f"`{name}` {getattr(self, name)} must be 0 or above.")
         for name in ("learning_rate", "decay_speed"):
@@ -185,6 +198,9 @@ def posttrain(
     tokenizer: Tokenizer | None = None,
     resume: bool = False,
     callbacks: list[TrainerCallback] | None = None,
+    held_out: HeldOutData | None = None,
+    force: bool = False,
+    tell: Tell = logger.info,
     finish: Callable[[list[dict[str, Any]]], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Post-train `lm` in place and save it to `output`, by default as an ordinary HF checkpoint.
@@ -207,6 +223,10 @@ def posttrain(
         tokenizer: saved beside the model.
         resume: go on from the last whole checkpoint there, if there is one, by the same options.
         callbacks: for HF Trainer.
+        held_out: data that training does not read (`longroll.training.HeldOut.from_corpus`). A model that
+            holds on them is declined; `until_healthy` measures them.
+        force: train a model that holds all the same.
+        tell: called with what is seen of `held_out`, a sentence at a time.
         finish: called on rank 0 with the log when the model is saved, before the run can no longer be
             resumed: a run that is killed in it is finished by `resume`.
 
@@ -218,6 +238,7 @@ def posttrain(
             output that holds another model or cannot be written, too little text, a run resumed with another
             model, text or other options, a full disk, a loss that is not finite, and a `rope_scaling` of a
             model whose attention reads no RoPE config.
+        Declined: for a model that holds on `held_out`, and where no checkpoint is better within `price`.
     """
     _check_adapters(lm, options)
     if sharding.asked():
@@ -240,13 +261,18 @@ def posttrain(
     arguments = _arguments(lm, options, folder)  # the processes meet here
     if ranks.on_first(lambda: _is_done(output, place, resume)):
         return []
+    goes_on = ranks.on_first(lambda: resume and checkpoints.any_in(folder))
+    _check_held_out(held_out, options)
     check_micro_batch(lm, options.batch_size, options.length, arguments.device)
+    if held_out is not None and intervention is not None and not (force or goes_on or options.fsdp):
+        look(lm, held_out, tell)
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus
     if options.rope_scaling is not None:
         scale_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length)
-    started = describe_run(lm, corpus, options, intervention, ranks.world_size())
+    watched = held_out if options.until_healthy else None
+    started = describe_run(lm, corpus, options, intervention, ranks.world_size(), held_out=watched)
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
@@ -270,10 +296,12 @@ def posttrain(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
             callback.logging_dir = callback.logging_dir or str(output / "runs")
+    kept: dict[str, Any] = {}
     with _faults_are_said(output, options):
         with stops_between_steps():
-            trainer.train(resume_from_checkpoint=resume and checkpoints.any_in(folder))
-            _check_stopped(trainer, options)
+            _train(trainer, options, watched, tell, goes_on)
+        if watched is not None:
+            kept = keep_best(trainer, options.price, tell)
         for parameter in frozen:
             parameter.requires_grad_()
         check_weights(model)
@@ -291,6 +319,7 @@ def posttrain(
             lm.adapted = None
         if trainer.is_world_process_zero():
             lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+            started["arguments"] |= kept
             record(lm.model.config, started["arguments"])
             with checkpoints.aside(output) as partial:
                 if options.format == "original":
@@ -307,6 +336,7 @@ def posttrain(
                 trainer.state.log_history[-1].update(losses)
             if mixed:
                 lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
+            trainer.state.log_history[-1].update(kept)
             if finish is not None:
                 finish(list(trainer.state.log_history))
             checkpoints.remove(folder)
@@ -444,9 +474,38 @@ def _start(folder: Path, started: dict[str, Any], resume: bool) -> None:
         write_json(file, started)
 
 
-def _check_stopped(trainer: InitialStateTrainer, options: PosttrainOptions) -> None:
-    """End a run that a signal stopped as the signal would have."""
-    if trainer.state.global_step < options.steps:
+def _check_held_out(held_out: HeldOutData | None, options: PosttrainOptions) -> None:
+    if not options.until_healthy:
+        return
+    if held_out is None:
+        raise LongrollError("`until_healthy` needs `held_out`: text that training does not read.")
+    if options.fsdp:
+        raise LongrollError(
+            "`until_healthy` does not go with `fsdp`, whose weights are not whole on any rank."
+        )
+
+
+def _train(
+    trainer: InitialStateTrainer,
+    options: PosttrainOptions,
+    held_out: HeldOutData | None,
+    tell: Tell,
+    goes_on: bool,
+) -> None:
+    """Train to the end, or as far as held-out data call for; raise what a signal would have."""
+    watch = None
+    if held_out is not None:
+        watch = UntilHealthy(trainer, held_out, price=options.price, every=options.measure_steps, tell=tell)
+        trainer.add_callback(watch)
+        newest = ranks.on_first(lambda: checkpoints.newest_whole(Path(trainer.args.output_dir or "")))
+        if goes_on and newest is not None:
+            trainer.state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+            if watch.decision().stop:  # it was killed after its last step
+                trainer._load_from_checkpoint(str(newest))
+                return
+    trainer.train(resume_from_checkpoint=goes_on)
+    ended = watch is not None and watch.decision().stop is not None
+    if trainer.state.global_step < options.steps and not ended:  # a signal stopped it
         if asked() == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

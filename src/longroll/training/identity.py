@@ -12,6 +12,7 @@ from longroll.data import Corpus
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.interventions import Intervention
+from longroll.measure.held_out import HeldOutData
 from longroll.model import RecurrentLM
 from longroll.results import (
     fingerprint,
@@ -22,13 +23,16 @@ from longroll.results import (
 )
 
 # do not change what is learned
-_FREE = ("save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format", "on_not_finite")
+_FREE = (
+    "price", "save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format", "on_not_finite",
+)  # fmt: skip
 _SAMPLED = 8  # rows of a task that are compared
 _WHAT = {
     "model": "another model: its weights differ",
     "text": "another `text`, or other rows of `task`",
     "data": "another `task`",
     "tokenizer": "another `tokenizer`",
+    "held_out": "other held-out text",
 }
 
 logger = logging.getLogger("longroll")
@@ -40,6 +44,8 @@ def describe_run(
     options: Any,
     intervention: Intervention | None,
     world_size: int,
+    *,
+    held_out: HeldOutData | None = None,
 ) -> dict[str, Any]:
     """Return what identifies a run, as JSON: arguments, model, text, tokenizer, task, processes, versions."""
     arguments = {name: value for name, value in vars(options).items() if name not in _FREE}
@@ -58,6 +64,7 @@ def describe_run(
     return {
         "arguments": arguments,
         **content,
+        "held_out": None if held_out is None else held_out.fingerprint,
         "model": fingerprint(lm),
         "world_size": world_size,
         "versions": package_versions(),
