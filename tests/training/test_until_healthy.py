@@ -190,6 +190,18 @@ def logged(log: list[dict]) -> list[Measure]:
 KINDS = ("plain", "lora", "task")
 
 
+class Moved:
+    """Held-out data that are read the better, the farther a model's logits are from those it had."""
+
+    fingerprint = "moved"
+
+    @torch.no_grad()
+    def read(self, lm) -> Reading:
+        ids = texts_of_twin()[:2, :20]
+        moved = (lm(ids)[0] - broken().eval()(ids)[0]).abs().mean().item()
+        return Reading(1.0 - moved / 100, 5.0 - moved, False, "", "", 0.0)
+
+
 def run_until(kind: str, output: Path, **more):
     """A run that measures every 2 steps; the model, its log and what it told."""
     options = {**OPTIONS, "until_healthy": True, "measure_steps": 2, "price": 9.0}
@@ -204,7 +216,9 @@ def run_until(kind: str, output: Path, **more):
         held_out = HeldOutSamples.of_tasks(tasks, length)
     else:
         lm, (data, held_out) = broken(), texts()
-        options |= {"lora_rank": 2} if kind == "lora" else {}
+        if kind == "lora":  # which cannot mend a decay
+            options |= {"lora_rank": 2, "learning_rate": 3e-2}
+            held_out = Moved()
     options |= more.pop("options", {})
     log = posttrain(
         lm, data, "fitted" if kind == "task" else "tbptt", PosttrainOptions(**options), output,
@@ -226,7 +240,7 @@ def test_the_best_checkpoint_is_kept_and_a_killed_run_resumes(kind, tmp_path, mo
     assert again.in_range == pytest.approx(best.in_range, abs=1e-4)
     assert again.far == pytest.approx(best.far, abs=1e-4)
     assert sum(line.startswith("Step ") for line in told) == len(measures)
-    assert told[-1].startswith(f"Kept step {kept} of ") and "of a budget of 9" in told[-1]
+    assert told[-1].startswith(f"Kept step {kept} of ") and "(budget: 9)" in told[-1]
     (run,) = lm.model.config.longroll["posttrain"]
     assert run["kept_step"] == kept and run["until_healthy"]
     for step in (3, 5) if kind == "plain" else (5,):

@@ -187,7 +187,7 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
     tell(
         f"Kept step {best.step} of {trainer.state.global_step} ({why}): "
         f"far {before.far:.3f} -> {best.far:.3f}, in range {before.in_range:.3f} -> {best.in_range:.3f}, "
-        f"which costs {paid:.3f} nats of a budget of {price:g}."
+        f"which {'costs' if paid > 0 else 'gains'} {abs(paid):.3f} nats (budget: {price:g})."
     )
     return {"kept_step": best.step, "paid": paid, "price": price}
 
