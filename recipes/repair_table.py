@@ -37,15 +37,19 @@ class Model:
         """Loss over the octave to 64 T above the lowest octave of base or control in [T, 4 T), over texts."""
         octaves = [tuple(pair) for pair in result["octaves"]]
         far = octaves.index((result["at"] * self.T // 2, result["at"] * self.T))
-        near = [torch.tensor(r["by_octave"][i]) for r in (self.base, self.control) for i in (1, 2)]
+        near = [
+            torch.tensor(r["by_octave"][i], dtype=torch.float64)
+            for r in (self.base, self.control)
+            for i in (1, 2)
+        ]
         lowest = min(near, key=lambda losses: losses.mean().item())
-        return _interval(torch.tensor(result["by_octave"][far]) - lowest)
+        return _interval(torch.tensor(result["by_octave"][far], dtype=torch.float64) - lowest)
 
     def excess(self, result: Result) -> tuple[float, float, float]:
         """The same tokens before 64 T: read on by the arm, above a fresh start of base or control."""
-        fresh = [torch.tensor(r["read_fresh"]) for r in (self.base, self.control)]
+        fresh = [torch.tensor(r["read_fresh"], dtype=torch.float64) for r in (self.base, self.control)]
         lowest = min(fresh, key=lambda losses: losses.mean().item())
-        return _interval(torch.tensor(result["read_on"]) - lowest)
+        return _interval(torch.tensor(result["read_on"], dtype=torch.float64) - lowest)
 
     def score(self, result: Result) -> float:
         """What arms are chosen by: in range and beyond, on the books kept aside, summed."""
