@@ -10,6 +10,7 @@ from longroll.measure._blame import Blame, Share, split_blame
 from longroll.measure._coverage import coverage
 from longroll.measure._diagnose import diagnose
 from longroll.measure._state_ablation import DAMAGE
+from longroll.measure.advice import Advice, of_blame
 from longroll.results import DiagnosisResult
 from zoo import assert_close, lm_of, tokens
 
@@ -103,3 +104,29 @@ def test_verdicts(state, attention, spread, verdict):
     found = Blame(1.0, 8.0, [share("norms", 0.5)], readings, share("norms and window", 0.9), parts, "rotary")
     assert found.verdict == verdict and str(found.scaling) == "yarn:8"
     assert found.to_json()["parts"][0]["what"] == "state"
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("verdict", ["state", "attention", "both", "neither", None])
+def test_advice_follows_the_verdict(verdict, scaled):
+    values = {"state": (0.9, 0.0), "attention": (0.0, 0.9), "both": (0.5, 0.5), "neither": (0.0, 0.0)}
+    spread = 0.5 if verdict is None else 0.05
+    state, attention = values.get(verdict, (0.3, 0.3))
+    parts = {"state": share("state", state, spread), "attention": share("attention", attention, spread)}
+    readings = [share("window", 0.9), share("yarn", 0.8 if scaled else 0.1)]
+    found = Blame(1.0, 8.0, [share("norms", 0.5)], readings, share("norms and window", 0.9), parts, "rotary")
+    repair = Advice(
+        "sp", "Repair it by State Passing.", "longroll posttrain m --intervention sp", 500, 1, 1.0
+    )
+    told = of_blame(repair, found, "m", 128)
+    if verdict in ("state", None):
+        assert told == repair
+    elif verdict == "neither":
+        assert told.command is None and "helps either" in told.sentence
+    elif verdict == "both":
+        assert told.intervention == "sp" and "breaks too" in told.sentence
+        assert (told.command == f"{repair.command} --rope-scaling yarn:8") == scaled
+    elif scaled:
+        assert told.intervention == "none" and "--intervention none --rope-scaling yarn:8" in told.command
+    else:
+        assert told.command is None and "window of 128 tokens" in told.sentence

@@ -39,6 +39,11 @@ class Advice:
 
 
 LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
+SOUND = "Its states are sound, so no intervention on them would repair it"
+NEITHER = (
+    "Its recurrent states are not the cause, so no intervention on them would repair it, and no other reading "
+    "of its attention helps either."
+)
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
 
 
@@ -176,33 +181,23 @@ def of_blame(
     if verdict in (None, "state"):
         return advice
     if verdict == "neither":
-        return Advice(None, "No intervention on its states and no other reading of its attention would help.")
-    window = f"read it with an attention window of {train_length} tokens (`--reading window`)"
+        return Advice(None, NEITHER)
+    window = f"read it with an attention window of {train_length} tokens (`reading` window)"
     how = f"scale its rotary positions ({scaling})" if scaling else window
+    scaled = [] if scaling is None else ["--rope-scaling", str(scaling)]
+    if verdict == "both" and advice.intervention is None:  # it keeps its level
+        return replace(advice, sentence=f"{advice.sentence} Its attention does damage too: {how}.")
     if verdict == "both":
-        if advice.intervention is None:  # it keeps its level
-            return replace(advice, sentence=f"{advice.sentence} Its attention does damage too: {how}.")
-        command = (
-            f"{advice.command} --rope-scaling {scaling}" if scaling and advice.command else advice.command
-        )
-        return replace(
-            advice, sentence=f"{advice.sentence} Its attention breaks too: {how}.", command=command
-        )
-    sound = "Its states are sound, so no intervention on them would repair it"
+        command = advice.command and " ".join([advice.command, *scaled])
+        sentence = f"{advice.sentence} Its attention breaks too: {how}."
+        return replace(advice, sentence=sentence, command=command)
     if scaling is None:
-        return Advice(None, f"{sound}: {window}.")
-    arguments = [
-        "--intervention",
-        "none",
-        "--rope-scaling",
-        str(scaling),
-        "--train-length",
-        str(train_length),
-    ]
+        return Advice(None, f"{SOUND}: {window}.")
+    arguments = ["--intervention", "none", *scaled, "--train-length", str(train_length)]
     command = model and shlex.join(
         ["longroll", "posttrain", model, *flags, *arguments, "--output", "repaired"]
     )
-    sentence = f"{sound}: {how}, and train it some steps from zero states."
+    sentence = f"{SOUND}: {how}, and train it some steps from zero states."
     return replace(advice, intervention="none", sentence=sentence, command=command)
 
 
