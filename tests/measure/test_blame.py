@@ -88,6 +88,17 @@ def test_clipped_keys_all_stand_at_one_distance():
     assert (plain[:, -1] - unclipped[:, -1]).abs().max() > 1e-3  # there the order counts
 
 
+def test_attention_that_cannot_be_read_otherwise_is_not_blamed(monkeypatch):
+    lm, text = twin_lm(attention=True), texts(True)
+    monkeypatch.setattr(Positions, "__init__", lambda self, lm: vars(self).update(UNKNOWN))
+    monkeypatch.setattr("longroll.measure._blame.KINDS", ())
+    found = split_blame(lm, text, coverage(lm, text, TRAIN_LENGTH), TRAIN_LENGTH)
+    assert found.verdict is None and "cannot be read otherwise" in found.sentence and len(found.states) == 2
+
+
+UNKNOWN = {"windows": False, "kind": "other", "frequencies": None}
+
+
 def share(what: str, value: float, spread: float = 0.05) -> Share:
     return Share(what, value, value - spread, value + spread)
 

@@ -105,6 +105,11 @@ class Blame:
     @property
     def sentence(self) -> str:
         """The finding in words."""
+        if self.together is None and self.states:
+            return (
+                f"The attention of this model cannot be read otherwise, so {self.damage:.2f} nats of damage "
+                "are not split."
+            )
         if self.together is None:
             return f"There is no damage to split: reading on costs {self.damage:.2f} nats."
         state, attention = (f"{side} {share}" for side, share in self.parts.items())
@@ -229,6 +234,9 @@ def _split(
     for kind in scalings:
         with contextlib.suppress(LongrollError):  # one that the model does not have
             alone_attentions[kind] = recovered(None, kind)
+    if not alone_attentions:
+        alone = _shares(alone_states, whole, seed)
+        return Blame(damage, factor, [*alone.values()], [], None, {}, positions.kind)
     best_state, best_attention = (
         max(alone, key=lambda name: _finite(alone[name])) for alone in (alone_states, alone_attentions)
     )

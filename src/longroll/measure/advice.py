@@ -41,8 +41,8 @@ class Advice:
 LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
 SOUND = "Its states are sound, so no intervention on them would repair it"
 NEITHER = (
-    "Its recurrent states are not the cause, so no intervention on them would repair it, and no other reading "
-    "of its attention helps either."
+    "Its recurrent states are not the cause, so no intervention on them would repair it, and no other "
+    "reading of its attention helps either."
 )
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
 
