@@ -7,6 +7,7 @@ machine slows both. Prints a table and, with --json, writes the values with what
     OMP_WAIT_POLICY=ACTIVE python benchmarks/cpu_train.py --json cpu_train.json   # an idle machine, 5 minutes
     python benchmarks/cpu_train.py --quick                 # 1 minute, small T
     python benchmarks/cpu_train.py --threads 1             # on a machine that others use: see cpu_seconds
+    python benchmarks/cpu_train.py --profile --json profile.json      # where longroll's steps go, one thread
 
 With several threads on a busy machine every operation waits for the slowest thread, and the wall clock says
 little. With one thread, processor time (which the table then shows) does not depend on that.
@@ -128,6 +129,107 @@ def measure(case: Case, threads: int | None) -> dict:
     }
 
 
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear"),
+    "exponentials": (
+        "exp",
+        "exp2",
+        "softplus",
+        "sigmoid",
+        "silu",
+        "log1p",
+        "softplus_backward",
+        "silu_backward",
+    ),
+    "copies": ("copy_", "clone", "contiguous", "cat", "stack", "fill_", "zero_"),
+    "sums": ("sum", "cumsum", "logsumexp"),
+}
+"""Kinds of operation, and the names of PyTorch's that are of a kind; the others are elementwise."""
+
+
+def profile(case: Case, steps: int = 3) -> dict:
+    """Where the processor time of a training step goes, and how it compares with what the machine can do."""
+    import torch
+
+    torch.set_num_threads(1)  # the profiler's clock is the wall's: of one thread it tells most
+    from longroll import RecurrentLM
+
+    lm = RecurrentLM(build(case.model)).train()
+    tokens, targets = torch.randint(0, 64, (1, case.time)), torch.randint(0, 64, (case.time,))
+
+    def step() -> None:
+        lm.zero_grad()
+        torch.nn.functional.cross_entropy(lm(tokens)[0][0], targets).backward()
+
+    step()
+    began = time.process_time()
+    for _ in range(steps):
+        step()
+    whole = (time.process_time() - began) / steps
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as run:
+        for _ in range(steps):
+            step()
+    found = {e.key: e for e in run.key_averages() if e.self_cpu_time_total > 0}
+    total = sum(e.self_cpu_time_total for e in found.values())
+    rows = [
+        {
+            "operation": name,
+            "kind": _kind(name),
+            "calls": e.count / steps,
+            "ms": e.self_cpu_time_total / steps / 1000,
+            "share": e.self_cpu_time_total / total,
+        }
+        for name, e in sorted(found.items(), key=lambda pair: -pair[1].self_cpu_time_total)
+    ]
+    kinds: dict[str, float] = {}
+    for row in rows:
+        kinds[row["kind"]] = kinds.get(row["kind"], 0) + row["share"]
+    flops, machine = sum(e.flops for e in found.values()) / steps, _machine(case.time)
+    least = flops / machine["product_flops_per_second"]
+    return {
+        **case._asdict(),
+        "cpu_seconds": whole,
+        "tokens_per_cpu_second": case.time / whole,
+        "kinds": kinds,
+        "flops": flops,
+        "machine": machine,
+        "products_at_their_best_seconds": least,
+        "bound": f"{least / whole:.0%} of a step is what its matrix products take at this machine's best; "
+        + ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(kinds.items(), key=lambda k: -k[1])),
+        "operations": rows[:40],
+    }
+
+
+def _kind(name: str) -> str:
+    plain = name.removeprefix("aten::").rstrip("_")
+    for kind, names in KINDS.items():
+        if plain in names or f"{plain}_" in names:
+            return kind
+    return "elementwise" if name.startswith("aten::") else "Python and autograd"
+
+
+def _machine(tokens: int) -> dict[str, float]:
+    """Best of ten: flops of a product of a step's largest shape, and bytes of a copy, in a second."""
+    import torch
+
+    a, b = torch.randn(tokens, 768), torch.randn(768, 3072)
+    x = torch.randn(1 << 24)
+    y = torch.empty_like(x)
+
+    def best(call) -> float:
+        seconds = []
+        for _ in range(10):
+            start = time.process_time()
+            call()
+            seconds.append(time.process_time() - start)
+        return min(seconds)
+
+    return {
+        "product_flops_per_second": 2 * tokens * 768 * 3072 / best(lambda: torch.mm(a, b)),
+        "copy_bytes_per_second": 8 * x.numel() / best(lambda: y.copy_(x)),
+    }
+
+
 def measure_apart(case: Case, threads: int | None) -> dict:
     """Run one case in a fresh process."""
     command = [sys.executable, __file__, "--case", json.dumps(case._asdict())]
@@ -169,6 +271,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write_profiles(file: Path | None) -> None:
+    """Profile Mamba at T = 512 and Mamba-2 at T = 2048; print what bounds them."""
+    from longroll.results import BenchmarkResult, provenance
+
+    began, rows = time.perf_counter(), []
+    for case in (Case("mamba", "train", 512, "longroll", 1), Case("mamba2", "train", 2048, "longroll", 1)):
+        rows.append(profile(case))
+        print(
+            f"{case.model} {case.time}: {rows[-1]['tokens_per_cpu_second']:.0f} tokens/s. {rows[-1]['bound']}"
+        )
+        for row in rows[-1]["operations"][:12]:
+            print(f"  {row['share']:6.1%} {row['ms']:8.2f} ms {row['calls']:8.0f} x {row['operation']}")
+    if file is not None:
+        made = provenance(seed=0, seconds=time.perf_counter() - began) | {"threads": 1, "dtype": "float32"}
+        clock = "processor time, on a machine that others used; shares are the profiler's wall clock"
+        result = {"what": "train-profile", "rows": rows, "clock": clock, "provenance": made}
+        BenchmarkResult.from_json(result).write(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,12 +299,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often to go through all cases (default 2)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--only", default="", help="only cases whose 'model work side' contains this")
+    parser.add_argument("--profile", action="store_true", help="profile longroll's training steps instead")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measure(Case(**json.loads(options.case)), options.threads)))
         return
 
+    if options.profile:
+        write_profiles(options.json)
+        return
     began = time.perf_counter()
     chosen = [c for c in cases(options.quick) if options.only in f"{c.model} {c.work} {c.side}"]
     runs: dict[Case, list[dict]] = {case: [] for case in chosen}
