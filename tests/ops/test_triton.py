@@ -124,7 +124,7 @@ def test_conv_agrees_with_pytorch(size, keep, activation, monkeypatch):
     options = {"activation": activation, "output_final_state": True}
     expected = run(short_conv, arguments, options)
     choice = SimpleNamespace(kernel=kernels.short_conv)
-    module = sys.modules["longroll.ops.short_conv"]  # the package shows the function of that name
+    module = sys.modules["longroll.ops._short_conv"]  # the package shows the function of that name
     monkeypatch.setattr(module, "choose", lambda *_: choice)
     assert_close(run(short_conv, arguments, options, dtype=torch.float32), expected, 3e-6)
 
