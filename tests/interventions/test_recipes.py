@@ -10,6 +10,7 @@ import zoo
 from longroll.data import ByteTokenizer, Corpus
 from longroll.errors import LongrollError
 from longroll.interventions.recipes import LONG_SHARE, RECIPES, WINDOWS, Settings, choose
+from longroll.tasks import Passkey, TaskRows
 from longroll.training import PosttrainOptions, by_recipe
 
 T, ROWS = 16, 2
@@ -50,13 +51,15 @@ def test_short_documents_and_little_text_ask_for_state_passing(lengths, lanes, i
 def test_settings_are_the_recipe_s_where_none_are_given(corpus, recipe):
     lm, options = zoo.lm_of("mamba2"), PosttrainOptions(T, batch_size=ROWS, seed=3)
     found = by_recipe(lm, corpus, options, recipe=recipe)
-    told = RECIPES[recipe].settings.get(found.name, Settings())
+    told = RECIPES[recipe].text.get(found.name, Settings())
     assert found.intervention.zero_probability == told.zero_probability and found.intervention.seed == 3
     assert found.options.recipe == recipe
     assert dataclasses.replace(options, recipe=recipe, **{
-        name: getattr(told, name) for name in ("decay_speed", "learning_rate")
+        name: getattr(told, name) for name in ("decay_speed", "learning_rate", "trainable")
     }) == found.options  # fmt: skip
-    assert f"zero probability {told.zero_probability:g}, decay speed {told.decay_speed:g}" in found.sentence
+    trained = {"all": "all weights", "scales": "all but the matrices"}[told.trainable]
+    said = f"zero probability {told.zero_probability:g}, trains {trained}, decay speed {told.decay_speed:g}"
+    assert said in found.sentence
 
 
 def test_what_is_given_wins():
@@ -72,13 +75,33 @@ def test_what_is_given_wins():
         by_recipe(lm, corpus, options, recipe="other")
 
 
-@pytest.mark.parametrize(("family", "options"), [("mamba2", {"lora_rank": 2}), ("llama", {})])
-def test_decays_that_are_not_trained_have_no_speed(family, options):
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("mamba2", {"lora_rank": 2}, "adapters are trained"),
+        ("llama", {}, "no decays of its own"),
+        ("mamba2", {"rope_scaling": "yarn:2"}, "scaled positions"),
+    ],
+)
+def test_matrices_are_trained_where_they_have_to_be(family, options, why):
     lm, corpus = zoo.lm_of(family), documents(*[20] * 400)
-    options = PosttrainOptions(T, batch_size=ROWS, **options)
-    found = by_recipe(lm, corpus, options)
-    assert RECIPES["longroll"].settings[found.name].decay_speed != 1
-    assert found.options.decay_speed == 1 and "no parameter that sets a decay is trained" in found.sentence
+    found = by_recipe(lm, corpus, PosttrainOptions(T, batch_size=ROWS, **options))
+    told = RECIPES["longroll"].text[found.name]
+    assert told.trainable != "all" and told.decay_speed != 1
+    assert found.options.trainable == "all" and found.options.learning_rate == told.whole_rate
+    assert (found.options.decay_speed == 1) == ("rope_scaling" not in options)
+    assert why in found.sentence
+
+
+def test_a_task_is_learned_by_all_weights():
+    rows = TaskRows([Passkey(ByteTokenizer(), instruction=False)], 200, 4, lanes=2)
+    lm, options = zoo.lm_of("mamba2", vocab_size=256), PosttrainOptions(200, batch_size=2)
+    found = by_recipe(lm, rows, options)
+    assert found.name == "fitted" and found.options.trainable == "all"
+    spread = TaskRows(rows.tasks, 200, 4, lanes=2, windows=2)
+    found = by_recipe(lm, spread, options)
+    assert found.name == "tbptt" and found.options.trainable == "all"
+    assert found.options.learning_rate == RECIPES["longroll"].task["tbptt"].whole_rate
 
 
 def test_classes_keep_the_papers_meaning_and_posttrain_takes_a_recipe(tmp_path):
@@ -94,6 +117,11 @@ def test_classes_keep_the_papers_meaning_and_posttrain_takes_a_recipe(tmp_path):
     assert kept["longroll"]["recipe"] == "longroll" and kept["longroll"]["zero_probability"] == 0.1
     assert kept["paper"]["recipe"] == "paper" and kept["paper"]["intervention"] == "sp"
     assert kept["sp"]["recipe"] is None
-    assert {kept[name]["decay_speed"] for name in ("paper", "sp")} == {1}
-    assert {kept[name]["learning_rate"] for name in kept} == {5e-4}
+    for name in ("paper", "sp"):
+        assert (kept[name]["decay_speed"], kept[name]["learning_rate"], kept[name]["trainable"]) == (
+            1,
+            5e-4,
+            "all",
+        )
+    assert kept["longroll"]["trainable"] == RECIPES["longroll"].text["tbptt"].trainable
     assert "| recipe | longroll |" in (tmp_path / "longroll/README.md").read_text()

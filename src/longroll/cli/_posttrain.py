@@ -109,8 +109,8 @@ def posttrain(
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="What chooses --intervention and sets --zero-probability, --decay-speed and --learning-rate "
-            "where they are not given; paper: State Passing, 0, 1 and 5e-4."
+            help="Chooses --intervention, and sets --zero-probability, --decay-speed, --learning-rate and "
+            "--trainable where they are not given; paper: State Passing, 0, 1, 5e-4 and all."
         ),
     ] = RecipeName.longroll,
     text: o.Text = "stdlib",
@@ -168,8 +168,9 @@ def posttrain(
     ] = None,
     lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: none.")] = 0,
     trainable: Annotated[
-        Trainable, typer.Option(help="Parameters that are trained; scales: all but the matrices.")
-    ] = Trainable.all,
+        Trainable | None,
+        typer.Option(help="Parameters that are trained; scales: all but the matrices. Default: --recipe's."),
+    ] = None,
     bf16: Annotated[
         bool | None,
         typer.Option(help="Autocast to bfloat16. Default: on a GPU, for a checkpoint in 16 bits."),
@@ -274,7 +275,7 @@ def posttrain(
         fsdp_config=None if fsdp_config is None else read_settings(fsdp_config),
         rope_scaling=rope_scaling,
         lora_rank=lora_rank,
-        trainable=trainable.value,
+        trainable=None if trainable is None else trainable.value,
         save_steps=save_steps,
         report_to=report_to.value,
         format=format.value,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,11 +28,15 @@ class Settings:
     """What a recipe sets for one intervention."""
 
     zero_probability: float = 0.0
-    """Share of the rows that start from the zero state."""
+    """Share of the rows that start from the zero state all the same."""
     decay_speed: float = 1.0
     """Learning rate of the decays as a multiple of the others'."""
     learning_rate: float = 5e-4
     """Peak of the schedule."""
+    trainable: str = "all"
+    """Which parameters are trained: `longroll.training.PosttrainOptions`."""
+    whole_rate: float = 5e-4
+    """Peak of the schedule where all weights, or adapters of them, are trained after all."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,10 @@ class Recipe:
     """Intervention for text whose documents are long."""
     short: str
     """Intervention for text whose documents are short."""
-    settings: Mapping[str, Settings]
-    """By intervention; one that is not named here has the values of `Settings()`."""
+    text: Mapping[str, Settings] = field(default_factory=dict)
+    """By intervention, for text; one that is not named here has the values of `Settings()`."""
+    task: Mapping[str, Settings] = field(default_factory=dict)
+    """The same for a task, which is to be learned: all weights are trained."""
 
 
 WINDOWS = 8
@@ -54,16 +60,18 @@ LONG_SHARE = 0.5
 NON_STATIONARY = "fitted"
 """For tasks whose final states start no other text (paper, section 6.2)."""
 
+_SCALES = Settings(
+    zero_probability=0.1, decay_speed=30.0, learning_rate=1e-3, trainable="scales", whole_rate=3e-4
+)
+_ALL = Settings(zero_probability=0.1)
 RECIPES = {
     "longroll": Recipe(
         long="tbptt",
         short="sp",
-        settings={
-            "tbptt": Settings(zero_probability=0.1),
-            "sp": Settings(zero_probability=0.1, decay_speed=30.0),
-        },
+        text={"tbptt": _SCALES, "sp": _SCALES},
+        task={"tbptt": _ALL, "sp": Settings(zero_probability=0.1, decay_speed=30.0)},
     ),
-    "paper": Recipe(long="sp", short="sp", settings={}),
+    "paper": Recipe(long="sp", short="sp"),
 }
 DEFAULT = "longroll"
 

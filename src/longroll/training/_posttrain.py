@@ -115,8 +115,9 @@ class PosttrainOptions:
     """Settings of FSDP2: transformers' `fsdp_config`, of which `longroll.training._arguments` has a table."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank on the linear layers and merge them; 0: train the weights."""
-    trainable: str = "all"
-    """Which parameters are trained: `all`; `scales`, all but the matrices; `decays`."""
+    trainable: str | None = None
+    """Which parameters are trained: `all`; `scales`, all but the matrices; `decays`. None: the recipe's, all
+    without a recipe."""
     save_steps: int = 100
     """A checkpoint to resume from every so many steps."""
     report_to: str = "none"
@@ -154,9 +155,9 @@ class PosttrainOptions:
             raise LongrollError(f"`schedule` {self.schedule} is not one transformers knows: {known}.")
         if self.weights not in WEIGHTS:
             raise LongrollError(f"`weights` {self.weights} is not one of {', '.join(WEIGHTS)}.")
-        if self.trainable not in TRAINABLE:
+        if self.trainable is not None and self.trainable not in TRAINABLE:
             raise LongrollError(f"`trainable` {self.trainable} is not one of {', '.join(TRAINABLE)}.")
-        if self.trainable != "all" and self.lora_rank:
+        if self.trainable not in (None, "all") and self.lora_rank:
             raise LongrollError(
                 f"`trainable` {self.trainable} does not go with `lora_rank`: leave one of them out."
             )
@@ -277,7 +278,7 @@ def posttrain(
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or _with_lora(lm.model, options.lora_rank)
     adapted = model is not lm.model
-    frozen = train_only(model, options.trainable)
+    frozen = train_only(model, options.trainable or "all")
     if options.bf16 is False:
         widen(model)
     trainer = InitialStateTrainer(
@@ -349,7 +350,9 @@ def _settled(options: PosttrainOptions) -> PosttrainOptions:
     plain = Settings()
     rate = plain.learning_rate if options.learning_rate is None else options.learning_rate
     speed = plain.decay_speed if options.decay_speed is None else options.decay_speed
-    return replace(options, learning_rate=rate, decay_speed=speed)
+    return replace(
+        options, learning_rate=rate, decay_speed=speed, trainable=options.trainable or plain.trainable
+    )
 
 
 def _arguments(lm: RecurrentLM, options: PosttrainOptions, folder: Path) -> TrainingArguments:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from longroll.training._posttrain import PosttrainOptions
 
 
+_TRAINED = {"all": "all weights", "scales": "all but the matrices", "decays": "the decays"}
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A run as a recipe wants it."""
@@ -56,7 +59,8 @@ def by_recipe(
     Args:
         lm: the model.
         data: the text, or rows of a task, that the run will read.
-        options: of the run; `learning_rate` and `decay_speed` are the recipe's where they are None.
+        options: of the run; `learning_rate`, `decay_speed` and `trainable` are the recipe's where they are
+            None.
         recipe: a name in `longroll.interventions.recipes.RECIPES`.
         intervention: a short name; None: chosen by the recipe from the documents of `data`.
         zero_probability: share of rows that start from zero all the same; None: the recipe's.
@@ -69,17 +73,26 @@ def by_recipe(
         choice = _choose(recipe, data, options)
     else:
         choice = Choice(intervention, "the intervention was named")
-    settings = recipe_of(recipe).settings.get(choice.intervention, Settings())
-    speed, why = settings.decay_speed, choice.why
-    if options.decay_speed is None and speed != 1 and not _trains_decays(lm, options):
-        speed, why = 1.0, f"{why}; no parameter that sets a decay is trained"
+    asked, why = recipe_of(recipe), choice.why
+    table = asked.text if isinstance(data, Corpus) else asked.task
+    settings = table.get(choice.intervention, Settings())
+    whole = _needs_matrices(lm, options)
+    if whole and settings.trainable != "all" and options.trainable is None:
+        settings = replace(settings, trainable="all")
+        why = f"{why}; {whole}"
+    if not _trains_decays(lm, options):
+        settings = replace(settings, decay_speed=1.0)
+    trainable = settings.trainable if options.trainable is None else options.trainable
+    rate = settings.whole_rate if trainable == "all" else settings.learning_rate
     chosen = replace(
         options,
-        learning_rate=settings.learning_rate if options.learning_rate is None else options.learning_rate,
-        decay_speed=speed if options.decay_speed is None else options.decay_speed,
+        learning_rate=rate if options.learning_rate is None else options.learning_rate,
+        decay_speed=settings.decay_speed if options.decay_speed is None else options.decay_speed,
+        trainable=trainable,
         recipe=recipe,
     )
-    told = f"decay speed {chosen.decay_speed:g}, learning rate {chosen.learning_rate:g}"
+    rates = f"decay speed {chosen.decay_speed:g}, learning rate {chosen.learning_rate:g}"
+    told = f"trains {_TRAINED[trainable]}, {rates}"
     made = None
     if choice.intervention != "none":
         zero = settings.zero_probability if zero_probability is None else zero_probability
@@ -99,6 +112,15 @@ def _choose(recipe: str, data: Any, options: PosttrainOptions) -> Choice:
     if not all(getattr(task, "stationary", True) for task in tasks):
         return Choice(NON_STATIONARY, "the final state of one sample starts no other: it holds an answer")
     return Choice(asked.short, "each row is a sample of its own")
+
+
+def _needs_matrices(lm: RecurrentLM, options: PosttrainOptions) -> str:
+    """Why a run must train matrices, or adapters of them; nothing where it need not."""
+    if options.lora_rank or lm.adapted is not None:
+        return "adapters are trained"
+    if options.rope_scaling is not None:
+        return "matrices have to learn the scaled positions"
+    return "" if _trains_decays(lm, options) else "the model has no decays of its own that could be trained"
 
 
 def _trains_decays(lm: RecurrentLM, options: PosttrainOptions) -> bool:
