@@ -10,6 +10,9 @@ the size of its model. For each run: OUTPUT/{intervention}-{seed}/ (the model an
 `--seconds` ends each training by the clock, counted from the start of the script. `--summary` writes the last
 file from the results of runs in processes of their own (`--seeds 0 --interventions sp`, ...).
 
+`--longest 16 --context 40 --slow` is a set-up where the state leaves its training range: a row holds one long
+string or a few short ones, and no head forgets at first (decay rates A from .001 to .1).
+
 Run on one H200 (six such processes, --seconds 250, beside 15 others): past the training length State Passing
 copies worse than none, unlike in the paper; recipes/README.md, "Copying".
 """
@@ -60,7 +63,12 @@ def build(size: dict, seed: int) -> Mamba2ForCausalLM:
         eos_token_id=None,
         pad_token_id=None,
     )
-    return Mamba2ForCausalLM(config)
+    model = Mamba2ForCausalLM(config)
+    if size.get("slow"):
+        for name, rates in model.named_parameters():
+            if name.endswith("A_log"):
+                rates.data.uniform_(0.001, 0.1).log_()
+    return model
 
 
 def run(size: dict, intervention: str, seed: int, options: argparse.Namespace) -> dict:
@@ -133,13 +141,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--interventions", nargs="+", choices=["none", "sp"], default=["none", "sp"])
     parser.add_argument("--zero-probability", type=float, default=0.1, help="State Passing's")
+    parser.add_argument("--longest", type=int, help="letters of a string in training, at most")
+    parser.add_argument("--context", type=int, help="tokens of a row in training")
+    parser.add_argument("--slow", action="store_true", help="no head forgets at first")
     parser.add_argument("--steps", type=int, help="other than the size's own")
     parser.add_argument("--seconds", type=float, help="of training and what goes before it, one run a script")
     parser.add_argument("--summary", action="store_true", help="only summarise the results in OUTPUT")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("copying"))
     options = parser.parse_args()
-    size = SMALL if options.small else LARGE
+    size = dict(SMALL if options.small else LARGE)
+    if options.longest:
+        size["longest"] = options.longest
+        size["lengths"] = [options.longest * times // 2 for times in (1, 2, 3, 4, 6, 7, 8)]
+    size |= {"context": options.context or size["context"], "slow": options.slow}
     summary = {}
     for intervention in options.interventions:
         files = [options.output / f"{intervention}-{seed}.json" for seed in options.seeds]
