@@ -66,7 +66,7 @@ class Kept:
     def __init__(self, folder: Path | None = None, *, every: float = _EVERY) -> None:
         self.folder, self.every = folder, every
         self._of = ""  # which settings pieces must be of
-        self._device = torch.device("cpu")
+        self._device, self._spread = torch.device("cpu"), False
         self._began = self._last = time.monotonic()
         self._price = 0.0
         self.held: list[Holds] = []
@@ -90,7 +90,7 @@ class Kept:
         about = {"sequences": len(tokens), "length": tokens.shape[1] - 1, **settings}
         about |= {"text": fingerprint_of_arrays([tokens.cpu()]), "weights": fingerprint(lm)}
         self._of = _digest(about)
-        self._device = lm.device
+        self._device, self._spread = lm.device, len({p.device for p in lm.parameters()}) > 1
         now = {"settings": about, "of": self._of, "versions": package_versions(), "device": lm.device.type}
         ranks.on_first(lambda: self._check(now))
         self._last = time.monotonic()
@@ -170,8 +170,9 @@ class Kept:
         losses[:, : begun["position"]] = begun["losses"]
         for one, noted in zip(self.held, begun["held"], strict=True):
             one.load_state_dict(noted)
-        state = RecurrentState.from_named(begun["state"], seen=begun["seen"])
-        return begun["position"], state.to(self._device)
+        places = begun["places"] if self._spread else {}
+        tensors = {name: t.to(places.get(name, self._device)) for name, t in begun["state"].items()}
+        return begun["position"], RecurrentState.from_named(tensors, seen=begun["seen"])
 
     def note(self, position: int, state: RecurrentState, losses: Tensor) -> None:
         """Keep the reading of this rank at a position, if it is time to, or its end."""
@@ -179,9 +180,13 @@ class Kept:
         ended = position == losses.shape[1]
         if self.folder is None or not (ended or time.monotonic() - self._last >= pause):
             return
+        tensors, places = {}, {}
+        for key, tensor in () if ended else state.items():  # one after another: keys and values are large
+            tensors[str(key)], places[str(key)] = tensor.cpu(), str(tensor.device)
         piece = {
             "position": position,
-            "state": {} if ended else {str(key): tensor.cpu() for key, tensor in state.items()},
+            "state": tensors,
+            "places": places,
             "seen": state.seen,
             "losses": losses[:, :position].cpu(),
             "held": [one.state_dict() for one in self.held],
@@ -203,9 +208,10 @@ class Kept:
         return self.folder / f"{name}.pt"
 
     def _place(self, storage: Any, location: str) -> Any:
-        """Bring what was on a GPU to that of the model."""
-        on_cpu = location == "cpu" or self._device.type == "cpu"
-        return storage if on_cpu else storage.to(device=self._device)
+        """Bring what was on a GPU to that of the model, or to its own if the model is on several."""
+        if location == "cpu" or self._device.type == "cpu":
+            return storage
+        return None if self._spread else storage.to(device=self._device)
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

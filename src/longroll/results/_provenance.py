@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from longroll import ranks
+
 _PACKAGES = (
     "longroll", "torch", "transformers", "accelerate", "peft",
     "triton", "flash-linear-attention", "mamba-ssm", "causal-conv1d",
@@ -34,6 +36,7 @@ def provenance(
         "seed": seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.world_size(),
         "dtype": str(next(lm.parameters()).dtype).removeprefix("torch.") if lm is not None else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),

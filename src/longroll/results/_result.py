@@ -116,6 +116,8 @@ class Provenance(Section):
     seed: int | None = None
     device: str | None = None
     threads: Count | None = None
+    """Of a process."""
+    processes: Count | None = None
     dtype: str | None = None
     date: str | None = None
     seconds: Number = None
