@@ -20,6 +20,7 @@ from longroll.tasks import (
     evaluate_grid,
     recall_tokenizer,
     tracking_tokenizer,
+    training_rows,
 )
 from longroll.tasks.state_tracking import TAGGED, product_table
 
@@ -140,6 +141,20 @@ def test_grids_run_on_a_model():
         cells = evaluate_grid(lm, rows, lengths, samples=6, batch_size=4)
         assert [cell["length"] for cell in cells] == sorted(lengths * len(rows))
         assert all(0 <= score["mean"] <= 1 for cell in cells for score in cell["scores"].values())
+
+
+@pytest.mark.parametrize(
+    ("task", "tokenizer", "length"),
+    [("recall", RECALL, 80), ("tracking", TRACKING, 32), ("variables", ByteTokenizer(), 900)],
+)
+def test_rows_to_train_on_by_name(task, tokenizer, length):
+    rows = training_rows(task, tokenizer, length=length, rows=6)
+    assert len(rows) == 6
+    for item in map(rows.__getitem__, range(6)):
+        assert item["input_ids"].shape == item["shift_labels"].shape == (length,) and item["starts"]
+        assert (item["shift_labels"] != IGNORED).any()
+    with pytest.raises(LongrollError, match="`task` chess is not one of passkey"):
+        training_rows("chess", tokenizer, length=length, rows=6)
 
 
 def test_mistakes_are_named():

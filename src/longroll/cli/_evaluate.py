@@ -203,9 +203,7 @@ def variables(
 def tracking(
     opened: t.Opened,
     *,
-    groups: Annotated[
-        str, typer.Option(help="Groups with commas: parity, z2 to z120, s3 to s5, a3 to a5.")
-    ] = "parity,z5,s3,s5",
+    groups: t.Groups = "parity,z5,s3,s5",
 ) -> t.TaskGrid:
     """Products of group elements read one by one: told after each of the last, and asked for at the end."""
     from longroll.tasks import Row, StateTracking

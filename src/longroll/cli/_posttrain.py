@@ -78,6 +78,9 @@ class TaskName(StrEnum):
     niah = "niah"
     copying = "copying"
     babilong = "babilong"
+    variables = "variables"
+    recall = "recall"
+    tracking = "tracking"
 
 
 READ_BY_TASK: dict[str, set[str | None]] = {
@@ -86,7 +89,9 @@ READ_BY_TASK: dict[str, set[str | None]] = {
     "instruction": {"passkey"},
     "facts": {"babilong"},
     "qa": {"babilong"},
-    "windows": {"passkey", "niah", "babilong"},
+    "windows": {"passkey", "niah", "babilong", "variables", "recall"},
+    "groups": {"tracking"},
+    "pairs": {"recall"},
 }
 """The tasks that read a flag; None is training on text. `text_column` is refused with any task."""
 READ_BY_INTERVENTION: dict[str, set[str | None]] = {
@@ -126,6 +131,8 @@ def posttrain(
         str | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
     ] = None,
     qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
+    groups: t.Groups = "parity,z5,s3,s5",
+    pairs: Annotated[int, typer.Option(help="Keys of a sample of --task recall.", min=1, max=64)] = 8,
     windows: Annotated[int, typer.Option(help="Rows that a sample of a task stretches over.", min=1)] = 1,
     train_length: o.TrainLength = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
@@ -248,8 +255,10 @@ def posttrain(
     check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
     for left_out in unread(context, "task", task, READ_BY_TASK):
         console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
-    if task == "copying" and intervention == "tbptt":
-        raise LongrollError("--task copying has no text that goes on from row to row: use --intervention sp.")
+    if task in ("copying", "tracking") and intervention == "tbptt":
+        raise LongrollError(
+            f"--task {task.value} has no text that goes on from row to row: use --intervention sp."
+        )
     if push_to_hub is not None:
         check_push(push_to_hub, output, resume=resume)
     if fsdp and device is None:
@@ -295,7 +304,7 @@ def posttrain(
     else:
         data = t.training_rows(
             task, tok, options, haystack=haystack, instruction=instruction,
-            facts=facts, books=text, kinds=qa, windows=windows,
+            facts=facts, books=text, kinds=qa, windows=windows, groups=groups, pairs=pairs,
         )  # fmt: skip
     own = given(context, conv=conv, noise_std=noise_std, momentum=momentum)
     if "noise_std" in own:
@@ -324,6 +333,7 @@ def posttrain(
             held_out = t.held_out_rows(
                 task, tok, options, haystack=haystack, instruction=instruction, facts=facts, books=text,
                 kinds=qa,
+                pairs=pairs,
             )  # fmt: skip
         if held_out is None and until_healthy:
             raise LongrollError(f"`until_healthy`: {missing}: give more, or longer, text.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longroll.data import Tokenizer
     from longroll.model import RecurrentLM
     from longroll.results import Grid, TaskResult
-    from longroll.tasks import CopyRows, Row, TaskRows
+    from longroll.tasks import CopyRows, Row, TaskRows, TrackingRows
     from longroll.tasks.haystack import Haystack
     from longroll.tasks.held_out import HeldOutSamples
     from longroll.training import PosttrainOptions
@@ -81,6 +81,7 @@ HowRead = Annotated[
     ),
 ]
 Window = Annotated[int | None, typer.Option(help="Tokens of --reading. Default: the training length.", min=1)]
+Groups = Annotated[str, typer.Option(help="Groups with commas: parity, z2 to z120, s3 to s5, a3 to a5.")]
 Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
 ]
@@ -255,7 +256,9 @@ def training_rows(
     books: str,
     kinds: str,
     windows: int,
-) -> TaskRows | CopyRows:
+    groups: str,
+    pairs: int,
+) -> TaskRows | CopyRows | TrackingRows:
     """The rows of a task to train on.
 
     Raises:
@@ -280,6 +283,8 @@ def training_rows(
         facts=facts,
         books=books,
         kinds=parse_kinds(kinds),
+        groups=parse_kinds(groups),
+        pairs=pairs,
     )
 
 
@@ -293,18 +298,20 @@ def held_out_rows(
     facts: str | None,
     books: str,
     kinds: str,
+    pairs: int,
 ) -> HeldOutSamples:
     """Samples that training does not read, as `training_rows` makes those that it does.
 
     Raises:
-        LongrollError: for copying, which is not made longer than a row, and as `training_rows`.
+        LongrollError: for copying and tracking, which are not made longer than a row, and as
+            `training_rows`.
     """
     from longroll.errors import LongrollError
     from longroll.tasks import open_tasks
     from longroll.tasks.held_out import HeldOutSamples
 
-    if task == "copying":
-        raise LongrollError("`until_healthy`: --task copying has no sample longer than a row: leave it out.")
+    if task in ("copying", "tracking"):
+        raise LongrollError(f"`until_healthy`: --task {task} has no sample longer than a row: leave it out.")
     text = None
     if task == "passkey":
         text = open_haystack(haystack, tokenizer, split="validation", seed=options.seed)
@@ -317,6 +324,7 @@ def held_out_rows(
         facts=facts,
         books=books,
         kinds=parse_kinds(kinds),
+        pairs=pairs,
     )
     return HeldOutSamples.of_tasks(tasks, options.length, seed=options.seed)
 

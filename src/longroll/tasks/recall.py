@@ -24,6 +24,10 @@ WORDS = 64
 """Keys of the vocabulary, and values."""
 
 
+PAIRS = 8
+"""Keys of a sample, unless it is said otherwise."""
+
+
 class Recall(Task):
     """Multi-query associative recall; the length counts tokens. Depth means nothing here.
 
@@ -38,8 +42,9 @@ class Recall(Task):
     name = "recall"
     metric = "recalled"
     forced = True
+    stationary = False
 
-    def __init__(self, tokenizer: Tokenizer, pairs: int = 8) -> None:
+    def __init__(self, tokenizer: Tokenizer, pairs: int = PAIRS) -> None:
         super().__init__(tokenizer, new_tokens=1)
         if not 1 <= pairs <= WORDS:
             raise LongrollError(f"`pairs` {pairs}: give 1 to {WORDS}.")

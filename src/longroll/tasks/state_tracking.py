@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 START, ASK = "^", "="
 LARGEST = 120
 """Elements of the largest group, S5."""
+GROUPS = ("parity", "z5", "s3", "s5")
+"""Groups that are tried, unless it is said otherwise."""
 TAGGED = 32
 """Elements at the end of a text whose products are scored."""
 _ASKED = 1 / 16  # of the tokens of a training row

@@ -18,6 +18,12 @@ from longroll.tasks.copying import Copying, CopyRows
 from longroll.tasks.haystack import Haystack
 from longroll.tasks.niah import Niah
 from longroll.tasks.passkey import Passkey
+from longroll.tasks.recall import PAIRS, Recall
+from longroll.tasks.state_tracking import GROUPS, StateTracking, TrackingRows
+from longroll.tasks.variables import HOPS, Variables
+
+TASKS = ("passkey", "niah", "copying", "babilong", "variables", "recall", "tracking")
+"""The tasks that one can train on."""
 
 
 class TaskRows(Dataset[Item]):
@@ -116,11 +122,13 @@ def training_rows(
     facts: str | None = None,
     books: str = "none",
     kinds: Sequence[str] = QAS,
-) -> TaskRows | CopyRows:
+    groups: Sequence[str] = GROUPS,
+    pairs: int = PAIRS,
+) -> TaskRows | CopyRows | TrackingRows:
     """Return rows of a task by its name, to train on.
 
     Args:
-        task: "passkey", "niah", "copying" or "babilong".
+        task: one of `TASKS`.
         tokenizer: the tokenizer of the model.
         length: T, tokens of a row.
         rows: how many.
@@ -132,12 +140,17 @@ def training_rows(
         facts: bAbI's files, for babilong.
         books: what babilong hides its facts in.
         kinds: which of babilong's tasks.
+        groups: whose words tracking reads, in turn.
+        pairs: keys of a sample of recall.
 
     Raises:
         LongrollError: for another name, for babilong without facts, and as `TaskRows` and `CopyRows`.
     """
     if task == "copying":
         return CopyRows(Copying(tokenizer), rows, context=length, seed=seed)
+    if task == "tracking":
+        words = [StateTracking(tokenizer, group) for group in groups]
+        return TrackingRows(words, length, rows, seed=seed)
     tasks = open_tasks(
         task,
         tokenizer,
@@ -147,6 +160,7 @@ def training_rows(
         facts=facts,
         books=books,
         kinds=kinds,
+        pairs=pairs,
     )
     return TaskRows(tasks, length, rows, lanes=lanes, windows=windows, seed=seed)
 
@@ -161,11 +175,12 @@ def open_tasks(
     facts: str | None = None,
     books: str = "none",
     kinds: Sequence[str] = QAS,
+    pairs: int = PAIRS,
 ) -> list[Task]:
     """Return what `training_rows` draws from, by its name; `train`: of the training side of babilong's text.
 
     Raises:
-        LongrollError: for another name than passkey, niah and babilong, and for babilong without facts.
+        LongrollError: for another name, copying and tracking among them, and for babilong without facts.
     """
     if task == "babilong":
         if facts is None:
@@ -175,4 +190,8 @@ def open_tasks(
         return [Niah(tokenizer, new_tokens=len(tokenizer.encode(" 1234567")) + 1)]
     if task == "passkey":
         return [Passkey(tokenizer, haystack=haystack, instruction=instruction)]
-    raise LongrollError(f"`task` {task} is not one of passkey, niah, copying, babilong.")
+    if task == "variables":
+        return [Variables(tokenizer, new_tokens=len(tokenizer.encode(" ABCDE" * (HOPS + 1))) + 1)]
+    if task == "recall":
+        return [Recall(tokenizer, pairs)]
+    raise LongrollError(f"`task` {task} is not one of {', '.join(TASKS)}.")
