@@ -86,8 +86,12 @@ def test_from_diagnosis_to_report(place):
 
 
 def test_evaluate_and_doctor(place):
-    ran = longroll("evaluate", "loss", "model", *MEASURE, "--json", "loss.json", cwd=place)
+    ran = longroll(
+        "evaluate", "loss", "model", *MEASURE, "--json", "loss.json", "--output", "loss", cwd=place
+    )
     assert ran.returncode == 0, ran.stderr
+    assert "T = 32 (train_length in the model's config)." in ran.stderr
+    assert "<svg" in (place / "loss/position.svg").read_text()
     assert len(json.loads((place / "loss.json").read_text())["loss"]) == 512
     ran = longroll("doctor", "--json", "doctor.json", cwd=place)
     assert ran.returncode == 0, ran.stderr

@@ -82,6 +82,8 @@ def test_sentences():
     assert elsewhere.sentence.startswith("The range of the states does not explain")
     untold = CausalTest(2.0, [], [], Recovery([Head(0, None)], 0.1, -0.3, 0.5), "swap")
     assert untold.explained is None and "too few or too short" in untold.sentence
+    nowhere = CausalTest(0.06, [], [], Recovery([Head(0, None)], 1.67, 0.2, 3.3), "rescale")
+    assert "167 % (20 % to 330 %) of a damage of 0.06 nats: measure more" in nowhere.sentence
     broken = CausalTest(2.0, [], [], recovery(math.nan, (0, None)), "rescale")
     assert broken.explained is None and "not finite" in broken.sentence
     rows = several.table()

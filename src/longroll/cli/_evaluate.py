@@ -43,6 +43,11 @@ def loss(
     seed: o.Seed = 0,
     json: o.Json = None,
     output: o.Output = None,
+    format: f.TaskFormat = None,
+    width: f.Width = None,
+    font_size: f.FontSize = None,
+    x: f.X = None,
+    y: f.Y = None,
 ) -> None:
     """Loss, perplexity and bits per byte at every position of long texts, in constant memory."""
     import math
@@ -54,9 +59,12 @@ def loss(
     from longroll.measure import position_loss
     from longroll.measure.holds import check_hold, loss_under
     from longroll.ranks import join, rank, wait
+    from longroll.report import write_figures
     from longroll.results import LossResult, provenance
 
+    drawing = f.task_drawing(output, format=format, width=width, font_size=font_size, x=x, y=y)
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
+    train_length = o.stated_train_length(lm)
     span = None
     if reading != "plain":
         check_hold(reading, lm)
@@ -84,6 +92,7 @@ def loss(
     result = LossResult.from_json(
         {
             "model": lm.name,
+            "train_length": train_length,
             "sequences": tokens.shape[0],
             "max_position": length,
             "reading": reading,
@@ -112,6 +121,8 @@ def loss(
             f"{mean / math.log(2) / bytes_per_token:.4f}",
         )
     out.print(table)
+    if output and rank() == 0:
+        f.print_figures(write_figures([result], output, **drawing))
     wait()
     kept.remove()
 

@@ -144,6 +144,18 @@ def find_train_length(lm: RecurrentLM, given: int | None) -> int:
     return length
 
 
+def stated_train_length(lm: RecurrentLM) -> int | None:
+    """T, after saying where it comes from; None, which is said too, for a model that does not tell."""
+    from longroll.cli._console import console
+    from longroll.errors import LongrollError
+
+    try:
+        return find_train_length(lm, None)
+    except LongrollError as error:
+        console.print(f"{str(error).partition(':')[0]}: no figure marks it.", markup=False, highlight=False)
+        return None
+
+
 def open_tokenizer(
     lm: RecurrentLM,
     model: str,

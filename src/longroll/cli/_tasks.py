@@ -197,6 +197,8 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
     join()
     opened = Opened(lm, tokenizer, flags.seed)
     rows, train_length = grid_of(opened, **told)
+    if train_length == lm.train_length:  # in tokens; a task may have a unit of its own
+        o.stated_train_length(lm)
     name = rows[0].task.name
     files = [file for file in (flags.json, flags.output and flags.output / f"{name}.json") if file]
     resumed = next((file for file in files if not is_stream(file)), None)

@@ -105,8 +105,11 @@ class CausalTest:
                 f"{_percent(most)} comes back."
             )
         if not self.together:
+            interval = f"{_percent(self.all_heads.low)} to {_percent(self.all_heads.high)}"
             return (
-                f"No head is outside its training range; holding all of them in it recovers {_percent(most)}."
+                "No head is outside its training range by more than these texts scatter. Holding all heads in "
+                f"range brings back {_percent(most)} ({interval}) of a damage of {self.damage:.2f} nats: "
+                "measure more, or longer, texts."
             )
         best = self.together[-1]
         if best.recovered >= SHARE * most:

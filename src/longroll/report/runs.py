@@ -8,10 +8,10 @@ import numpy as np
 
 from longroll.errors import LongrollError
 from longroll.printable import printable
-from longroll.results import DiagnosisResult, TaskResult
+from longroll.results import DiagnosisResult, LossResult, TaskResult
 
 Run = DiagnosisResult
-AnyRun = DiagnosisResult | TaskResult | Mapping[str, Any]
+AnyRun = DiagnosisResult | LossResult | TaskResult | Mapping[str, Any]
 """A run as the public functions of the report take it: a result, or its JSON."""
 
 ROLES = ("base", "none", "random", "fitted", "sp", "tbptt")
@@ -28,7 +28,7 @@ _PATTERNS = {
 
 
 def as_run(run: AnyRun) -> Run:
-    """Open a run: a diagnosis as it is, a task as a diagnosis with nothing but its tables, JSON by its kind.
+    """Open a run: a diagnosis as it is, a task or a loss as a diagnosis with nothing else, JSON by its kind.
 
     JSON that does not name its kind may hold any sections of a diagnosis.
 
@@ -36,8 +36,22 @@ def as_run(run: AnyRun) -> Run:
         LongrollError: naming the field, for JSON that is not a valid result.
     """
     if isinstance(run, Mapping):
-        kind = TaskResult if run.get("kind") == "task" else DiagnosisResult
+        kinds: dict[Any, type[DiagnosisResult | LossResult | TaskResult]]
+        kinds = {"task": TaskResult, "position_loss": LossResult}
+        kind = kinds.get(run.get("kind"), DiagnosisResult)
         run = kind.from_json(run if "kind" in run else {"label": None, "verdict": "", **run}, source="run")
+    if isinstance(run, LossResult):
+        return DiagnosisResult(
+            label=run.model,
+            verdict="",
+            model=run.model,
+            train_length=run.train_length,
+            sequences=run.sequences,
+            max_position=run.max_position,
+            bytes_per_token=run.bytes_per_token,
+            curve=run.curve,
+            provenance=run.provenance,
+        )
     if isinstance(run, TaskResult):
         return DiagnosisResult(
             label=run.label,
@@ -53,7 +67,7 @@ def as_run(run: AnyRun) -> Run:
 def ordered(runs: Sequence[AnyRun]) -> list[Run]:
     """Put the base first, then none, random, fitted, SP, TBPTT; any other run keeps its place at the end."""
     if isinstance(runs, Mapping) or not all(
-        isinstance(run, DiagnosisResult | TaskResult | Mapping) for run in runs
+        isinstance(run, DiagnosisResult | LossResult | TaskResult | Mapping) for run in runs
     ):
         raise LongrollError("A report is drawn from a list of runs: pass [run] for a single one.")
     if not runs:

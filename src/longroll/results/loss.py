@@ -18,6 +18,8 @@ class LossResult(Result):
     kind: Literal["position_loss"] = "position_loss"
     schema_version: Version = SCHEMA_VERSION
     model: str | None
+    train_length: Annotated[Count, Field(ge=1)] | None = None
+    """T, where the model tells it."""
     sequences: Count
     reading: str = "plain"
     """How the text was read: `longroll.measure.holds` has other ways."""
