@@ -107,7 +107,7 @@ class CausalTest:
         if not self.together:
             interval = f"{_percent(self.all_heads.low)} to {_percent(self.all_heads.high)}"
             return (
-                "No head is outside its training range by more than these texts scatter. Holding all heads in "
+                "No head is outside its training range by more than these texts scatter. Holding all in "
                 f"range brings back {_percent(most)} ({interval}) of a damage of {self.damage:.2f} nats: "
                 "measure more, or longer, texts."
             )
