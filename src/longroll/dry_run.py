@@ -88,7 +88,7 @@ def dry_run() -> Iterator[Ledger]:
     before = torch_log.level
     torch_log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _no_launches(), Ledger() as ledger:
+        with FakeTensorMode(allow_non_fake_inputs=True), _no_launches(), _moved_anew(), Ledger() as ledger:
             yield ledger
     finally:
         torch_log.setLevel(before)
@@ -112,6 +112,28 @@ def _no_launches() -> Iterator[None]:
     finally:
         for kind, run in zip(kinds, before, strict=True):
             kind.run = run
+
+
+@contextmanager
+def _moved_anew() -> Iterator[None]:
+    """`Module.to` puts new parameters in the place of the old ones: these tensors cannot be changed in place."""
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        for name, parameter in self._parameters.items():
+            if parameter is not None and (moved := fn(parameter)) is not parameter:
+                self._parameters[name] = nn.Parameter(moved.detach(), parameter.requires_grad)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else fn(buffer)
+        return self
+
+    before = nn.Module._apply
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
 
 
 def dry_model(

@@ -28,6 +28,7 @@ from longroll.families._dispatch import (
     conv_handoff,
     recurrent_handoff,
 )
+from longroll.families._finals import Finals
 from longroll.families._padding import Padding
 from longroll.state import Part, RecurrentState, StateKey
 
@@ -88,14 +89,14 @@ class StateCache(DynamicCache):
         self.reads_tail = reads_tail
         self.context = context
         self.in_blocks = in_blocks
-        self._final: dict[StateKey, Tensor | Blocks] = {}
+        self._final = Finals()
         clear_handoffs()
         self._place_indexer()
 
     def final(self, tokens: int) -> RecurrentState:
         """The state after this forward, on the graph. `tokens` is how many were read."""
         clear_handoffs()
-        return RecurrentState(self._final, seen=self.initial.seen + tokens)
+        return RecurrentState(self._final.take(), seen=self.initial.seen + tokens)
 
     def _read(self, key: StateKey) -> Tensor | None:
         tensor = self.initial.get(key)
@@ -207,7 +208,7 @@ class StateCache(DynamicCache):
             else:
                 self._final[key] = grown if torch.is_grad_enabled() else Blocks.after(blocks, states)
             whole.append(grown)
-        layer.keys, layer.is_initialized = whole[0], True  # GLM-5-Next's indexer counts them
+        layer.keys, layer.is_initialized = whole[0].detach(), True  # GLM-5-Next's indexer counts them
         return whole[0], whole[1]
 
     def _in_blocks(self, layer_idx: int) -> bool:

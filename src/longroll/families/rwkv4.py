@@ -20,6 +20,7 @@ from transformers.models.rwkv import modeling_rwkv
 
 from longroll.families._dispatch import Start, clear_handoffs, install, recurrent_handoff
 from longroll.families._family import Family
+from longroll.families._finals import Finals
 from longroll.state import RecurrentState, StateKey
 
 _FEED_FORWARD_SHIFT, _ATTENTION_SHIFT, _NUMERATOR, _DENOMINATOR, _EXPONENT = range(5)  # transformers' order
@@ -41,7 +42,7 @@ class Rwkv4State:
         self.zeros = zeros
         # upstream broadcasts a single token's (B, 1, hidden) against (B, hidden), mixing rows
         self.shift_shape = (-1, 1) if tokens == 1 else (-1,)
-        self._final: dict[StateKey, Tensor] = {}
+        self._final = Finals()
         clear_handoffs()
         self._slots = [_Slot(self, slot) for slot in range(5)]
 
@@ -51,7 +52,7 @@ class Rwkv4State:
     def final(self, tokens: int) -> RecurrentState:
         """Return the state after this forward, on the graph. `tokens` is how many were read."""
         clear_handoffs()
-        return RecurrentState(self._final, seen=self.initial.seen + tokens)
+        return RecurrentState(self._final.take(), seen=self.initial.seen + tokens)
 
     def read(self, slot: int, layer: int) -> Tensor:
         """Return what the model finds at the start."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from longroll.blocks import Blocks
+from longroll.families._finals import Finals
 from longroll.families._padding import Padding, still
 from longroll.state import Part, RecurrentState, StateKey
 
@@ -26,11 +27,11 @@ class FlaCache:
 
     def __init__(self, initial: RecurrentState | None = None) -> None:
         self.initial = initial if initial is not None else RecurrentState({})
-        self._final: dict[StateKey, Tensor | Blocks] = {}
+        self._final = Finals()
 
     def final(self, tokens: int) -> RecurrentState:
         """Return the state after this forward, on the graph. `tokens` is how many were read."""
-        return RecurrentState(self._final, seen=self.initial.seen + tokens)
+        return RecurrentState(self._final.take(), seen=self.initial.seen + tokens)
 
     def keep(self, key: StateKey, tensor: Tensor | Blocks) -> None:
         """Leave a tensor in the final state."""
