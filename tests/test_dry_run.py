@@ -1,4 +1,4 @@
-"""A dry run allocates what a real run does, byte for byte; gradient checkpointing keeps one layer at a time."""
+"""A dry run allocates what a real run does, byte for byte; gradient checkpointing keeps one layer."""
 
 import contextlib
 

@@ -116,7 +116,7 @@ def _no_launches() -> Iterator[None]:
 
 @contextmanager
 def _moved_anew() -> Iterator[None]:
-    """`Module.to` puts new parameters in the place of the old ones: these tensors cannot be changed in place."""
+    """`Module.to` makes new parameters: tensors without numbers cannot be changed in place."""
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         for child in self.children() if recurse else ():
