@@ -380,6 +380,17 @@ def _prefixes(name: str) -> Iterator[str]:
     yield ""
 
 
+def float16(bench: Bench) -> dict[str, Any]:
+    """Loss of the 370M Mamba-2 in float16, whose SSD runs in PyTorch, beside bfloat16, which has kernels."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        lm = bench.model("mamba2-370m", dtype)
+        tokens = bench.tokens(lm, 1, bench.size(131_072, 512))
+        found[str(dtype)] = bench.timed(partial(longroll.position_loss, lm, tokens))
+    times = [row["median_seconds"] for row in found.values()]
+    return {"median_seconds": times[1], "times_bfloat16": times[1] / times[0], "dtypes": found}
+
+
 # ---- training
 
 
@@ -613,6 +624,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "all-weights": partial(posttrain, shape="mamba2-2.7b", rows=4, length=2048, cuda_graphs=False),
     "all-weights-graphs": partial(posttrain, shape="mamba2-2.7b", rows=3, length=2048, cuda_graphs=True),
     "million": partial(loss, shape="bamba-1b", length=1_048_576, repeats=1),
+    "float16": float16,
     "qwen3-next-loss": partial(loss, shape="qwen3-next-6b", length=65_536, repeats=2),
     "qwen3-next-lora": partial(posttrain, shape="qwen3-next-6b", rows=2, length=4096, **LORA),
     "nemotron-h-loss": partial(loss, shape="nemotron-h-8b", length=65_536, repeats=2),
@@ -661,7 +673,7 @@ def _said(row: dict[str, Any]) -> str:
     if "error" in row or "skipped" in row:
         return row.get("error") or row["skipped"]
     names = (
-        "ms", "graph_ms", "gpu_ms", "median_seconds", "times_the_loss", "tokens_per_second", "mfu",
+        "ms", "graph_ms", "gpu_ms", "median_seconds", "times_the_loss", "times_bfloat16", "tokens_per_second", "mfu",
         "peak_gib",
         "times_the_peak", "verdict", "row_seconds",
     )  # fmt: skip
