@@ -673,7 +673,8 @@ def _said(row: dict[str, Any]) -> str:
     if "error" in row or "skipped" in row:
         return row.get("error") or row["skipped"]
     names = (
-        "ms", "graph_ms", "gpu_ms", "median_seconds", "times_the_loss", "times_bfloat16", "tokens_per_second", "mfu",
+        "ms", "graph_ms", "gpu_ms", "median_seconds", "times_the_loss", "times_bfloat16",
+        "tokens_per_second", "mfu",
         "peak_gib",
         "times_the_peak", "verdict", "row_seconds",
     )  # fmt: skip

@@ -379,9 +379,10 @@ class _Trials:
         return mask.repeat_interleave(len(self.tokens), dim=0).to(self.lm.device)
 
     def _hold(self, state: RecurrentState, held: dict[StateKey, Tensor]) -> RecurrentState:
-        tensors = dict(state)
+        tensors: dict[StateKey, Tensor] = {}
         for key, mask in held.items():
             tensor, layer = state[key], self.layers[key]
+            mask = mask.to(tensor.device)  # layers may lie on several
             if self.mode == "swap":
                 edge = self.at_edge[key].repeat(len(tensor) // len(self.tokens), *[1] * (tensor.ndim - 1))
                 tensors[key] = choose_heads(mask, edge, tensor)
@@ -390,7 +391,7 @@ class _Trials:
             low, high = layer.norm_low.to(norm), layer.norm_high.to(norm)
             factor = norm.clamp(low, high) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             tensors[key] = scale_heads(tensor, torch.where(mask, factor, 1))
-        return RecurrentState(tensors, seen=state.seen)
+        return state.changed(tensors)
 
 
 causal = state_ablation
