@@ -5,8 +5,10 @@ import torch
 
 import zoo
 from longroll import LongrollError
+from longroll.cli import app
 from longroll.measure import position_loss
 from longroll.measure.holds import HOLDS, held_loss, loss_under, make_hold
+from longroll.results import read_result
 
 WINDOW, STRIDE = 32, 8
 
@@ -65,3 +67,21 @@ def test_refusals():
         make_hold("chunk", zoo.lm_of("bamba"), text, WINDOW, stride=STRIDE)
     with pytest.raises(LongrollError, match="give a longer one"):
         make_hold("window", zoo.lm_of("bamba"), text, STRIDE, stride=STRIDE)
+
+
+def test_the_command_reads_under_a_hold_and_refuses_what_it_would_ignore(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 900)
+    how = ["evaluate", "loss", "specimen", "--text", str(text), "--length", "300", "--sequences", "2"]
+    how += ["--concatenate", "--device", "cpu"]
+    app([*how, "--reading", "reset", "--json", str(tmp_path / "loss.json")], standalone_mode=False)
+    found = read_result(tmp_path / "loss.json")
+    assert found.reading == "reset" and found.window == 128
+    for wrong, said in (
+        (["--window", "64"], "--window 64.*--reading plain"),
+        (["--reading", "clip", "--chunk-size", "64"], "--chunk-size 64.*--reading clip"),
+        (["--reading", "chunk"], "--reading chunk is not one of plain"),
+        (["--reading", "window"], "--reading window: .* no attention"),
+    ):
+        with pytest.raises(LongrollError, match=said):
+            app([*how, *wrong], standalone_mode=False)

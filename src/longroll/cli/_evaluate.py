@@ -56,6 +56,7 @@ def loss(
 
     from longroll.cli._console import out
     from longroll.cli._progress import progress
+    from longroll.errors import LongrollError
     from longroll.measure import position_loss
     from longroll.measure.holds import check_hold, loss_under
     from longroll.ranks import join, rank, wait
@@ -66,7 +67,11 @@ def loss(
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     train_length = o.stated_train_length(lm)
     span = None
+    if reading == "plain" and window is not None:
+        raise LongrollError(f"`window` {window}: `reading` plain has none: leave it out, or name a reading.")
     if reading != "plain":
+        if chunk_size is not None:
+            raise LongrollError(f"`chunk_size` {chunk_size}: `reading` {reading} has its own: leave it out.")
         check_hold(reading, lm)
         span, _ = lm.find_train_length(window)
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
