@@ -363,3 +363,37 @@ def test_fitted_noise_of_a_constant_state_is_that_state():
 def test_no_momentum(momentum):
     with pytest.raises(LongrollError, match="`momentum`"):
         FittedNoise(momentum)
+
+
+def test_fitted_noise_forgets_moments_that_overflow_and_those_of_a_skipped_step():
+    """Squares of 1e25 overflow float32, though the state is finite; other heads learn on."""
+    fitted, no, yes = FittedNoise(momentum=0.5), torch.tensor(False), torch.tensor(True)
+    key = StateKey(0, "recurrent")
+    fitted.observe(RecurrentState({key: torch.ones(3, 2, 4)}))
+    assert fitted.forget(no, no) == 0
+    before = fitted.moments[key].clone()
+    large = torch.full((3, 2, 4), 3.0)
+    large[:, 1] = 1e25
+    fitted.observe(RecurrentState({key: large}))
+    fitted.forget(no, no)
+    assert fitted.moments[key][:, 1].equal(before[:, 1])
+    assert fitted.moments[key][0, 0].item() == 2.0 and fitted.moments[key][1, 0].item() == 5.0
+    before = fitted.moments[key].clone()
+    fitted.observe(RecurrentState({key: torch.full((3, 2, 4), 9.0)}))
+    fitted.forget(yes, no)
+    assert fitted.moments[key].equal(before)
+
+
+@pytest.mark.parametrize("kind", [StatePassing, TBPTT])
+def test_passed_states_that_are_not_finite_are_forgotten_row_by_row(kind):
+    passing, no, yes = kind(), torch.tensor(False), torch.tensor(True)
+    assert passing.forget(yes, yes) == 0  # there is none yet
+    keys = [StateKey(0, "recurrent"), StateKey(1, "conv")]
+    rows = {key: torch.randn(4, 2, 3) for key in keys}
+    rows[keys[0]][1, 0, 2], rows[keys[1]][3, 1, 1] = torch.inf, torch.nan
+    passing.observe(RecurrentState(rows))
+    assert passing.forget(yes, no) == 2
+    for key in keys:
+        assert not passing.passed[key][[1, 3]].any()
+        assert passing.passed[key][[0, 2]].equal(rows[key][[0, 2]])
+    assert passing.forget(yes, yes) == 4 and not passing.passed[keys[0]].any()
