@@ -131,7 +131,8 @@ def reproduce(
                 shutil.rmtree(model.folder / arm, ignore_errors=True)
         model.draw()
         _write_pages(output, settings)
-    out.print(_summary_table(output))
+    for table in _summary_tables(output):
+        out.print(table)
     out.print(f"{output / 'index.html'}", soft_wrap=True)
 
 
@@ -189,10 +190,9 @@ class _Model:
         if (self.folder / arm / "config.json").is_file():
             return
         lm = self.open("base")
-        cuda_graphs = lm.device.type == "cuda" and not options["gradient_checkpointing"]
         chosen = RandomNoise(noise_std, seed=self.seed) if arm == "random" else arm
         run_posttrain(
-            lm, corpus, chosen, PosttrainOptions(**options, cuda_graphs=cuda_graphs), self.folder / arm,
+            lm, corpus, chosen, PosttrainOptions(**options), self.folder / arm,
             tokenizer=tokenizer, resume=True,
         )  # fmt: skip
 
@@ -292,21 +292,23 @@ def _plan_table(chosen: Sequence[Checkpoint], taken: Sequence[Need]) -> Table:
     return table
 
 
-def _summary_table(output: Path) -> Table:
+def _summary_tables(output: Path) -> list[Table]:
+    """A table of each model."""
     from rich.table import Table
 
     from longroll.reproduce import rows_of
     from longroll.reproduce.summary import cells
 
-    table = Table(title="Perplexity a token (the paper's: of another text)")
-    for head in ("model", "arm", "in range", "32k", "last", "EffRem", "std x", "verdict", "paper 2k, 32k"):
-        table.add_column(head)
+    tables: dict[str, Table] = {}
     for row in rows_of(_all_results(output)):
         model, _, *numbers, at_range, at_far = cells(row)
-        table.add_row(
-            model, row.arm, *numbers, f"{at_range or '-'}, {at_far or '-'}" if at_range + at_far else ""
-        )
-    return table
+        if model not in tables:
+            tables[model] = Table(title=f"{model}: perplexity a token (the paper's: of another text)")
+            for head in ("arm", "in range", "32k", "last", "EffRem", "std x", "verdict", "paper"):
+                tables[model].add_column(head)
+        paper = f"{at_range or '-'}, {at_far or '-'}" if at_range + at_far else ""
+        tables[model].add_row(row.arm, *numbers, paper)
+    return list(tables.values())
 
 
 def _hours(seconds: float) -> str:

@@ -157,4 +157,4 @@ def _grown(found: DiagnosisResult) -> float | None:
 
 
 def _text(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:.{digits}f}" if value < 1000 else f"{value:.3g}"
