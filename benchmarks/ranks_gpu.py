@@ -10,8 +10,9 @@ Parts, each in processes of its own, which import side by side and then take tur
   overheads are medians over the turns of an intervention's time to that of the zero state's.
 - `fsdp`: all weights of a Mamba-2 of 2.7B's shape under FSDP2, State Passing.
 - `lora`: LoRA adapters of rank 16 on the same shape in bfloat16, under FSDP2.
-- `killed`: `posttrain` undisturbed, and killed by SIGKILL on every rank in the midst; `resumed`: that run
-  goes on. The weights of both are compared bit by bit.
+- `killed`: `posttrain` undisturbed, twice, and killed by SIGKILL on every rank in the midst; `resumed`: that
+  run goes on. The weights of all are compared bit by bit; where those of the undisturbed runs differ, runs
+  with `deterministic` are killed and compared instead.
 
 MFU counts 6 flops a parameter and token (4 for LoRA, which needs no gradient of frozen weights), no
 recurrence. Results are written after each part; a part that no time is left for is named in `left_out`.
@@ -44,10 +45,14 @@ KILLED_AT, STEPS, SAVE = 4, 6, 3
 # ---- the parent: starts the parts and writes what they found
 
 
-def parts(ranks: list[int], most: int) -> list[tuple[str, int, list[str]]]:
+def parts(ranks: list[int], most: int, only: list[str] | None) -> list[tuple[str, int, list[str]]]:
     """Name, processes and work of each part, the most important first."""
     first = [(f"ddp {n}", n, [f"ddp {n}"]) for n in sorted(ranks)]
-    return [*first, ("several", most, ["fsdp", "lora", "killed"]), ("resumed", most, ["resumed"])]
+    found = [*first, ("several", most, ["fsdp", "lora", "killed"]), ("resumed", most, ["resumed"])]
+    found = [
+        (name, n, [work for work in works if not only or work.split()[0] in only]) for name, n, works in found
+    ]
+    return [part for part in found if part[2]]
 
 
 def launch(name: str, processes: int, works: list[str], place: Path) -> Any:
@@ -71,7 +76,7 @@ def parent(options: argparse.Namespace) -> None:
     memory = shutil.disk_usage("/dev/shm").free > 32 << 30
     place = Path(tempfile.mkdtemp(prefix="ranks_gpu_", dir="/dev/shm" if memory else None))
     found: dict[str, Any] = {"parts": {}, "left_out": []}
-    all_parts = parts(options.ranks, max(options.ranks))
+    all_parts = parts(options.ranks, max(options.ranks), options.only)
     running = {name: launch(name, n, works, place) for name, n, works in all_parts}
     try:
         for name, _, works in all_parts:
@@ -116,21 +121,28 @@ def collect(place: Path, found: dict[str, Any], options: argparse.Namespace) -> 
 
 
 def compare(place: Path, found: dict[str, Any]) -> None:
-    """The weights of the killed and resumed run against the undisturbed one."""
+    """The weights of the killed and resumed run, and of a second one, against the undisturbed one."""
+    pairs = {"undisturbed_twice": ("undisturbed", "again"), "killed_and_resumed": ("undisturbed", "run")}
+    if (place / "deterministic").is_dir():
+        pairs["killed_and_resumed"] = ("deterministic", "run")
+    for what, names in pairs.items():
+        if all((place / name / "model.safetensors").is_file() for name in names):
+            found[what] = {"deterministic": "deterministic" in names, **difference(place, *names)}
+            print(what, found[what], flush=True)
+
+
+def difference(place: Path, one: str, other: str) -> dict[str, Any]:
+    """How many tensors of two results differ, and by how much."""
     from safetensors.torch import load_file
 
-    files = [place / name / "model.safetensors" for name in ("undisturbed", "run")]
-    if not all(file.is_file() for file in files):
-        return
-    one, other = map(load_file, files)
-    unlike = [name for name in one if not one[name].equal(other[name])]
-    differ = {name: float((one[name] - other[name]).abs().max()) for name in unlike}
-    found["killed_and_resumed"] = {
-        "tensors": len(one),
-        "differ": len(differ),
-        "largest_difference": max(differ.values(), default=0.0),
+    weights = [load_file(place / name / "model.safetensors") for name in (one, other)]
+    differ = {
+        name: float((tensor - weights[1][name]).abs().max())
+        for name, tensor in weights[0].items()
+        if not tensor.equal(weights[1][name])
     }
-    print(found["killed_and_resumed"], flush=True)
+    largest = max(differ.values(), default=0.0)
+    return {"tensors": len(weights[0]), "differ": len(differ), "largest_difference": largest}
 
 
 def write(found: dict[str, Any], options: argparse.Namespace) -> None:
@@ -355,7 +367,9 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
     return fsdp(options, adapters=True)
 
 
-def post_train(options: argparse.Namespace, output: Path, **more: Any) -> dict[str, Any]:
+def post_train(
+    options: argparse.Namespace, output: Path, *, deterministic: bool = False, **more: Any
+) -> dict[str, Any]:
     import numpy as np
 
     from longroll import RecurrentLM, StatePassing
@@ -367,8 +381,9 @@ def post_train(options: argparse.Namespace, output: Path, **more: Any) -> dict[s
     ids = np.random.default_rng(0).integers(0, lm.vocab_size, 1 << 20).astype(np.int32)
     corpus = Corpus(ids, np.arange(0, len(ids) + 1, 1 << 16, dtype=np.int64), len(ids))
     settings = PosttrainOptions(
-        length=options.length, steps=STEPS, batch_size=4, save_steps=SAVE, learning_rate=1e-4, bf16=True
-    )
+        length=options.length, steps=STEPS, batch_size=4, save_steps=SAVE, learning_rate=1e-4, bf16=True,
+        deterministic=deterministic,
+    )  # fmt: skip
     began = time.perf_counter()
     log = posttrain(lm, corpus, StatePassing(), settings, output, **more)
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -376,7 +391,7 @@ def post_train(options: argparse.Namespace, output: Path, **more: Any) -> dict[s
 
 
 def killed(options: argparse.Namespace) -> dict[str, Any]:
-    """An undisturbed run; then one that every rank ends by SIGKILL, after which nothing is left to run."""
+    """Two undisturbed runs; then one that every rank ends by SIGKILL, after which nothing is left to run."""
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
@@ -385,14 +400,19 @@ def killed(options: argparse.Namespace) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     line = post_train(options, options.place / "undisturbed")
+    line["again"] = post_train(options, options.place / "again")
+    deterministic = difference(options.place, "undisturbed", "again")["differ"] > 0
+    if deterministic:
+        line["deterministic"] = post_train(options, options.place / "deterministic", deterministic=True)
     if int(os.environ.get("RANK", "0")) == 0:
         (options.place / "killed.json").write_text(json.dumps(line))
-    post_train(options, options.place / "run", callbacks=[Kill()])
+    post_train(options, options.place / "run", deterministic=deterministic, callbacks=[Kill()])
     raise AssertionError("the run was not killed")
 
 
 def resumed(options: argparse.Namespace) -> dict[str, Any]:
-    return post_train(options, options.place / "run", resume=True)
+    deterministic = (options.place / "deterministic").is_dir()
+    return post_train(options, options.place / "run", deterministic=deterministic, resume=True)
 
 
 WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "killed": killed, "resumed": resumed}
@@ -408,6 +428,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="the first is not counted")
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1, 2, 4, ... as there are GPUs")
+    parser.add_argument("--only", nargs="+", choices=WORK, help="default: all")
     parser.add_argument("--budget", type=float, default=210, help="seconds, after which no part goes on")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write the results here")

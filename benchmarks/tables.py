@@ -338,7 +338,48 @@ def hybrid_repair() -> str:
     return markdown(head, rows)
 
 
+def several_gpus(name: str) -> str:
+    """Return training on one and on two GPUs, by DDP and FSDP2: speed, MFU, memory, overheads."""
+    data = result(name)
+    parts, linear = data["parts"], data["of_linear"]
+    names = {"fsdp": "FSDP2, 2.7B, all weights", "lora": "FSDP2, 2.7B, LoRA of rank 16"}
+    lines = []
+    for part, found in parts.items():
+        kind, _, ranks = part.partition(" ")
+        for way, row in found.get("rows", {}).items():
+            label = names.get(kind) or f"{'DDP' if ranks != '1' else 'one process'}, 370M"
+            share = f"{linear[ranks]:.3f}" if way == "zero" and kind == "ddp" else ""
+            over = f"{100 * row['overhead']:+.1f} %" if kind == "ddp" and way != "zero" else ""
+            lines.append([
+                f"{label}, {WAYS[way]}",
+                str(found["ranks"]),
+                f"{found['tokens_a_rank']:,}",
+                digits(row["tokens_per_second"], 4),
+                share,
+                over,
+                f"{row['mfu']:.3f}",
+                f"{found['peak_gib']:.1f}",
+            ])  # fmt: skip
+    head = ["", "GPUs", "tokens of each", "tokens/s", "of linear", "time over zero state", "MFU", "peak GiB"]
+    return markdown(head, lines)
+
+
+def memory_by_arithmetic() -> str:
+    """Return bytes by arithmetic beside those measured."""
+    names = {"weights": "weights", "gradients": "gradients", "optimizer": "AdamW", "gathered": "whole layers"}
+    names |= {"states": "states", "activations": "activations", "logits": "logits"}
+    names |= {"copies in bfloat16": "copies in bfloat16", "buckets of DDP": "buckets of DDP"}
+    lines = []
+    for row in result("memory_cpu_2026-11-26")["rows"]:
+        held = row["arithmetic_gib"]
+        parts = ", ".join(f"{name} {held[key]:.1f}" for key, name in names.items() if held[key])
+        lines.append([row["case"], parts, f"{held['total']:.1f}", f"{row['measured_gib']:.1f}"])
+    return markdown(["GiB of one process", "parts", "sum", "measured"], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ranks": partial(several_gpus, "ranks_h200-x2_2026-11-26"),
+    "memory": memory_by_arithmetic,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
     "train-mamba-370m": partial(training, f"train-mamba-370m{H200}", "mamba-ssm"),

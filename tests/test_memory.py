@@ -25,7 +25,8 @@ def test_weights_gradients_moments_and_states_are_what_a_step_holds(family, rank
     loss.backward()
     optimizer.step()
     passing.observe(final)
-    found = memory.training_memory(lm, rows=3, length=16, activations=0.0, logit_bytes=0)
+    state = memory.state_bytes(lm.zero_state(1))
+    found = memory.training_memory(model, rows=3, length=16, state=state, activations=0.0)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in trained)
     moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
@@ -56,9 +57,8 @@ def test_activations_grow_with_the_tokens(family):
 
 def test_shards_divide_what_is_not_of_the_rows():
     lm = lm_of("mamba2")
-    one, four = (
-        memory.training_memory(lm, rows=2, length=8, activations=100.0, shards=shards) for shards in (1, 4)
-    )
+    sizes = {"rows": 2, "length": 8, "state": 1000, "activations": 100.0, "logits": 7.0}
+    one, four = (memory.training_memory(lm.model, **sizes, shards=shards) for shards in (1, 4))
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(four, name) == getattr(one, name) // 4
     for name in ("states", "activations", "logits"):

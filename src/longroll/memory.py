@@ -44,37 +44,38 @@ class TrainingMemory:
 
 
 def training_memory(
-    lm: RecurrentLM,
+    model: nn.Module,
     *,
     rows: int,
     length: int,
+    state: int,
     activations: float,
-    logit_bytes: float = 4,
+    logits: float = 0.0,
     shards: int = 1,
 ) -> TrainingMemory:
     """Return the bytes that one process takes in a training step.
 
     Args:
-        lm: the model, with its adapters, in the precision in which it is trained.
+        model: with its adapters, in the precision in which it is trained; its weights may be on `meta`.
         rows: of a micro-batch of one process.
         length: T, tokens of a row.
+        state: bytes of the state of a row.
         activations: bytes that backward reads of a token, as `activation_bytes` measures them.
-        logit_bytes: bytes of a logit with its gradient; 0 where the loss is made in pieces.
+        logits: bytes of a token's logits; 0 where the loss is made in pieces.
         shards: processes that FSDP2 spreads the weights over; 1: none are spread (one process, DDP).
     """
-    model = lm.adapted or lm.model
     everything, trained = parameter_bytes(model), parameter_bytes(model, trained=True)
     gathered = 0
     if shards > 1:
-        gathered = 2 * max(_layer_bytes(lm.model), default=0) + sum(map(parameter_bytes, _ends(lm.model)))
+        gathered = 2 * max(_layer_bytes(model), default=0) + sum(map(parameter_bytes, _ends(model)))
     return TrainingMemory(
         weights=everything // shards,
         gradients=trained // shards,
         optimizer=MOMENTS * trained // shards,
         gathered=gathered,
-        states=rows * state_bytes(lm.zero_state(1)),
+        states=rows * state,
         activations=int(rows * length * activations),
-        logits=int(rows * length * lm.vocab_size * logit_bytes),
+        logits=int(rows * length * logits),
     )
 
 

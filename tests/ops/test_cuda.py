@@ -120,6 +120,26 @@ def test_bfloat16_kernels_stay_near_the_oracle(name, sizes, time, monkeypatch):
         assert error < max(2e-2, 5 * rounded[key]), f"{key}: {error:.1e}, in PyTorch {rounded[key]:.1e}"
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_gradient_has_the_same_bits_twice(name, monkeypatch):
+    """Mamba-2's kernels always; Mamba-1's under torch.use_deterministic_algorithms."""
+    monkeypatch.setenv(SWITCH, "triton")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    lm = RecurrentLM(build(name).cuda())
+    ids = torch.randint(VOCAB, (4, 700), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    torch.use_deterministic_algorithms(name == "mamba")
+    try:
+        for _ in range(3):
+            lm.zero_grad()
+            lm(ids)[0].logsumexp(-1).sum().backward()
+            found.append([p.grad.clone() for p in lm.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_small_steps_keep_their_digits():
     """Softplus far below zero, where 1 + exp would lose them: slow channels are what is at stake."""
     raw = torch.tensor([-3.4, -3.6, -7, -9.2, -12, -16.7], dtype=torch.float64).expand(1, 8, -1)

@@ -53,6 +53,18 @@ def test_scan_agrees_with_the_oracle(size, keep, softplus):
     assert_close(found, run(selective_scan_reference, arguments, options), 3e-6)
 
 
+@pytest.mark.parametrize("size", [(2, 70, 5, 3), (2, 129, 33, 5)])
+def test_a_deterministic_scan_agrees_with_the_oracle(size):
+    """Each program adds to sums of its own."""
+    arguments, options = drawn(test_selective_scan, size, (True,) * 4, True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = run(scan, arguments, options, dtype=torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(found, run(selective_scan_reference, arguments, options), 3e-6)
+
+
 def test_scan_keeps_the_digits_of_small_steps():
     raw = torch.tensor([-3.4, -3.6, -7, -9.2, -12, -16.7], dtype=torch.float64).expand(1, 8, -1)
     ones = torch.ones(1, 8, 1, dtype=torch.float64)

@@ -160,6 +160,9 @@ def posttrain(
     momentum: Annotated[
         float, typer.Option(help="Weight of the past in the moments that fitted noise fits.")
     ] = 0.9,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits each time on a GPU, somewhat slower.")
+    ] = False,
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Shard the weights over the processes of torchrun (FSDP2).")
     ] = False,
@@ -280,6 +283,7 @@ def posttrain(
         weights=weights.value,
         gradient_checkpointing=gradient_checkpointing,
         cuda_graphs=cuda_graphs,
+        deterministic=deterministic,
         fsdp=fsdp,
         fsdp_config=None if fsdp_config is None else read_settings(fsdp_config),
         rope_scaling=rope_scaling,

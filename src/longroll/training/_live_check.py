@@ -77,9 +77,11 @@ class LiveCheck:
         leaves = {
             key: (t.detach() + 1).requires_grad_() for key, t in state.items() if key.part == "recurrent"
         }
-        hidden = read(RecurrentState({**state, **leaves}, seen=state.seen))
+        other = RecurrentState({**state, **leaves}, seen=state.seen)
         if is_sharded(self.model):
-            return None, hidden.detach()
+            with torch.no_grad():  # a graph that no backward frees would double the memory of the step
+                return None, read(other)
+        hidden = read(other)
         if not hidden.requires_grad:
             return "no gradient reaches it", hidden
         weights = torch.arange(hidden.shape[-1], device=hidden.device).cos()  # a norm would undo equal ones

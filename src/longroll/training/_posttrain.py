@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -109,6 +110,8 @@ class PosttrainOptions:
     """Trade compute for memory."""
     cuda_graphs: bool | None = None
     """Replay a step as one CUDA graph; None: where it is known to be right (`InitialStateTrainer`)."""
+    deterministic: bool = False
+    """Have a GPU give the same bits each time (`torch.use_deterministic_algorithms`), somewhat slower."""
     fsdp: bool = False
     """Shard weights, gradients and the optimizer's moments over the processes of a launcher (FSDP2)."""
     fsdp_config: dict[str, Any] | None = None
@@ -298,7 +301,7 @@ def posttrain(
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
             callback.logging_dir = callback.logging_dir or str(output / "runs")
     kept: dict[str, Any] = {}
-    with _faults_are_said(output, options):
+    with _faults_are_said(output, options), _same_bits(options.deterministic):
         with stops_between_steps():
             _train(trainer, options, watched, tell, goes_on)
         if watched is not None:
@@ -512,6 +515,24 @@ def _train(
         if asked() == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _same_bits(wanted: bool) -> Iterator[None]:
+    """Have every operation that can add in one order do so; others warn."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextlib.contextmanager

@@ -24,8 +24,9 @@ from longroll.results import (
 
 # do not change what is learned
 _FREE = (
-    "price", "save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format", "on_not_finite",
-)  # fmt: skip
+    *("price", "save_steps", "cuda_graphs", "gradient_checkpointing", "report_to", "format"),
+    *("on_not_finite", "deterministic"),
+)
 _SAMPLED = 8  # rows of a task that are compared
 _WHAT = {
     "model": "another model: its weights differ",

@@ -162,9 +162,12 @@ def _scan_backward(
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    APART: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to."""
+    """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to.
+
+    APART: to a place for each span (A, D, bias) or block of channels (B, C), where no other program adds.
+    """
     row, span = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(2).to(tl.int64)
     part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
@@ -182,6 +185,12 @@ def _scan_backward(
     C_ptr += row * Cb + first * Ct
     dy_ptr += row * yb + first * yt
     to = (row * T + first) * D_SIZE
+    if APART:
+        dB_ptr += tl.program_id(1).to(tl.int64) * tl.num_programs(0) * T * N_SIZE
+        dC_ptr += tl.program_id(1).to(tl.int64) * tl.num_programs(0) * T * N_SIZE
+        dA_ptr += (row * SPANS + span) * N_SIZE * D_SIZE
+        dD_ptr += (row * SPANS + span) * D_SIZE
+        dbias_ptr += (row * SPANS + span) * D_SIZE
     dx_ptr += to
     ddt_ptr += to
     dz_ptr += to
@@ -379,19 +388,23 @@ class _Call:
         dx, ddt, dz = (
             torch.empty(self.x.shape, dtype=t.dtype, device=dy.device) for t in (self.x, self.dt, self.x)
         )
-        dA, dD = torch.zeros_like(self.A), self.A.new_zeros(self.width)
-        dB, dC = (self.A.new_zeros(self.batch, self.time, self.order) for _ in range(2))
-        dbias = torch.zeros_like(dD)
-        for spans in parts:
+        # programs that add to one number do so in any order, unless each has a place of its own
+        apart = torch.are_deterministic_algorithms_enabled()
+        spans, blocks = (self.batch * self.spans, self.grid[1]) if apart else (1, 1)
+        dA, dD, dbias = (self.A.new_zeros(spans, *shape) for shape in (self.A.shape, *2 * [(self.width,)]))
+        dB, dC = (self.A.new_zeros(blocks, self.batch, self.time, self.order) for _ in range(2))
+        for part in parts:
             if len(parts) > 1:
-                tiles = self._tiles(spans)
-                self.read(starts, spans, tiles=tiles)
-            _scan_backward[*self.grid[:2], len(spans)](
+                tiles = self._tiles(part)
+                self.read(starts, part, tiles=tiles)
+            _scan_backward[*self.grid[:2], len(part)](
                 *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
-                tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, spans.start,
+                tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, part.start,
                 *strides(self.x, self.dt, self.z, self.B, self.C, dy),
-                HAS_D=self.D is not None, **self.options, **(REGISTERS if self.order <= 16 else {}),
+                HAS_D=self.D is not None, APART=apart,
+                **self.options, **(REGISTERS if self.order <= 16 else {}),
             )  # fmt: skip
+        dA, dB, dC, dD, dbias = (t.sum(0) if apart else t[0] for t in (dA, dB, dC, dD, dbias))
         return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate
 
 

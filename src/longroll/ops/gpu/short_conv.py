@@ -81,7 +81,7 @@ def _conv_backward(
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx, dpast (B, W - 1, D) float32; dweight (D, W) and dbias (D,) are added to.
+    """dx, dpast (B, W - 1, D) float32; dweight (programs, D, W) and dbias (programs, D), each program's.
 
     An input's gradient is known W - 1 steps after it: of its steps a program owns all but the last W - 1.
     """
@@ -129,10 +129,11 @@ def _conv_backward(
             tl.store(dx_ptr + (step - (W - 1)) * dxt + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if HAS_PAST and j < W - 1:
                 tl.store(dpast_ptr + t * D_SIZE + d, dx, mask=in_d & (t + 0 * d < W - 1))
+    to = (row * tl.num_programs(0) + tl.program_id(0)) * D_SIZE + d
     for w in tl.static_range(W):
-        tl.atomic_add(dweight_ptr + d * W + w, dweight[w], mask=in_d, sem="relaxed")
+        tl.store(dweight_ptr + to * W + w, dweight[w], mask=in_d)
     if HAS_BIAS:
-        tl.atomic_add(dbias_ptr + d, dbias, mask=in_d, sem="relaxed")
+        tl.store(dbias_ptr + to, dbias, mask=in_d)
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
@@ -184,14 +185,16 @@ def backward(
     """
     batch, time, channels = x.shape
     tail = weight.shape[1] - 1
-    dweight, dbias = torch.zeros_like(weight).contiguous(), weight.new_zeros(channels)
+    grid = _grid(batch, time, channels, BACKWARD["STEPS"] - tail)
+    programs = grid[0] * batch  # which all write sums of their own: added in any order, they would differ
+    dweight, dbias = weight.new_empty(programs, *weight.shape), weight.new_empty(programs, channels)
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
-    _conv_backward[_grid(batch, time, channels, BACKWARD["STEPS"] - tail)](
+    _conv_backward[grid](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
         time, channels, *strides(x, past), *dy.stride(), *dx.stride()[:2],
         **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
-    return dweight, None if bias is None else dbias, dpast
+    return dweight.sum(0), None if bias is None else dbias.sum(0), dpast
 
 
 class _Conv(torch.autograd.Function):

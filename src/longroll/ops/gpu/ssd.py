@@ -171,7 +171,7 @@ def _ssd_gradients_of_x(
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA and dD are added to.
+    """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA, dD (B, CHUNKS, H).
 
     From the states at the chunk's start and the gradients of those at its end.
     """
@@ -225,14 +225,14 @@ def _ssd_gradients_of_x(
         dx = dxdt * dt[:, None]
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy32
-            tl.atomic_add(dD_ptr + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0), sem="relaxed")
+            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0))
         dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
         drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
         dsizes = tl.sum(dxdt * x32, axis=1) + drate * tl.load(A_ptr + head)
         tl.store(dsizes_ptr + times + step, dsizes)
-        tl.atomic_add(dA_ptr + head, tl.sum(drate * dt, axis=0), sem="relaxed")
+        tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
 
 
 @triton.jit
@@ -421,7 +421,9 @@ def backward(
     x, _, _, B, C, _ = inputs
     starts, _ = call.walk(x, B, state, reverse=False)
     dends, dstate = call.walk(dy, C, dfinal, reverse=True)
-    dsizes, dA, dD = torch.empty_like(call.dt), torch.zeros_like(call.A), torch.zeros_like(call.A)
+    dsizes = torch.empty_like(call.dt)
+    # a sum for each chunk: programs that add to one number do so in any order
+    dA, dD = (call.A.new_zeros(call.batch, call.chunks, call.heads) for _ in range(2))
     call.side_by_side(
         _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsizes, dA, dD, more=dx.stride()[:3]
     )
@@ -433,7 +435,7 @@ def backward(
     call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
-    return dsizes[..., : call.time].mT, dA, dD, dstate
+    return dsizes[..., : call.time].mT, dA.sum((0, 1)), dD.sum((0, 1)), dstate
 
 
 class _SSD(torch.autograd.Function):

@@ -1,0 +1,109 @@
+"""The arithmetic of docs/scaling.md against memory that was measured on GPUs.
+
+    python benchmarks/memory.py --json memory.json
+
+Each case is a run of a result file; its shape is built without numbers, and `longroll.memory` gives bytes.
+`activations` are what Mamba-2's blocks keep for backward in bfloat16, bytes of a token and layer: the
+residual stream in float32, the inputs of both projections, what the first gives, and the recurrence's output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks_gpu import SHAPES, model_of
+
+from longroll.memory import GIB, training_memory
+from longroll.results import BenchmarkResult, provenance
+
+RESULTS = Path(__file__).parent / "results"
+PIECES = 1 << 30
+"""Bytes of logits in bfloat16 that exist at a time (`longroll.training.loss`)."""
+
+
+def mamba2_activations(width: int, layers: int, state: int = 128, head: int = 64) -> int:
+    """Bytes that backward reads of a token."""
+    inner, heads = 2 * width, 2 * width // head
+    residual, projected = 4 * width, 2 * (2 * inner + 2 * state + heads)
+    return layers * (residual + 2 * width + projected + 2 * inner + 2 * inner)
+
+
+def mamba2_state(width: int, layers: int, state: int = 128) -> int:
+    """Bytes of a row's state: recurrent and conv, float32."""
+    inner = 2 * width
+    return layers * 4 * (inner * state + 3 * (inner + 2 * state))
+
+
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "370M, 16 rows, one GPU": (
+        "ranks_h200-x2_2026-11-26",
+        ("parts", "ddp 1", "peak_gib"),
+        {"shape": "370m", "rows": 16},
+    ),
+    "370M, 16 rows, two GPUs, DDP": (
+        "ranks_h200-x2_2026-11-26",
+        ("parts", "ddp 2", "peak_gib"),
+        {"shape": "370m", "rows": 16, "buckets": True},
+    ),
+    "2.7B, 4 rows, two GPUs, FSDP2": (
+        "ranks_h200-x2_2026-11-26",
+        ("parts", "fsdp", "peak_gib"),
+        {"shape": "2.7b", "rows": 4, "shards": 2, "graphs": 2},
+    ),
+}
+"""Case -> the file, where in it the peak stands, and the shape. Two graphs: see docs/scaling.md."""
+
+
+def arithmetic(
+    shape: str, rows: int, *, shards: int = 1, graphs: int = 1, buckets: bool = False, length: int = 2048
+) -> dict[str, float]:
+    """Gibibytes of each part, and their sum."""
+    model = model_of(shape, "meta")
+    width, layers = SHAPES[shape]
+    matrices = 2 * sum(p.numel() for p in model.parameters())
+    found = training_memory(
+        model,
+        rows=rows,
+        length=length,
+        state=mamba2_state(width, layers),
+        activations=graphs * mamba2_activations(width, layers),
+        logits=2 * model.config.vocab_size if shards > 1 else 0,
+        shards=shards,
+    )
+    parts = {name: getattr(found, name) for name in vars(found)}
+    if shards == 1:
+        parts["logits"] = PIECES
+    parts["copies in bfloat16"] = matrices
+    parts["buckets of DDP"] = parts["gradients"] if buckets else 0
+    held = {name: size / GIB for name, size in parts.items()}
+    return held | {"total": sum(held.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    began, rows = time.perf_counter(), []
+    for case, (file, place, shape) in CASES.items():
+        measured: Any = json.loads((RESULTS / f"{file}.json").read_text())
+        for key in place:
+            measured = measured[key]
+        held = arithmetic(**shape)
+        rows.append({"case": case, "file": file, "arithmetic_gib": held, "measured_gib": measured})
+        ratio = held["total"] / measured
+        print(f"{case}: {held['total']:.1f} GiB by arithmetic, {measured:.1f} measured, {ratio:.2f}", held)
+    if options.json:
+        made = provenance(seed=0, seconds=time.perf_counter() - began)
+        BenchmarkResult.from_json({"what": "memory", "rows": rows, "provenance": made}).write(options.json)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
