@@ -3,8 +3,8 @@
     python recipes/default_repair.py --work work --output default-repair.json     # 2 CPU cores an hour
 
 Each way of `WAYS` is one process of one thread: `posttrain` as a user calls it, then the losses of 16
-held-out texts of 128 T. `documents` cut the training text into documents of so many windows of T, for TBPTT and for
-State Passing: from which length on TBPTT is the better one is what the recipe's rule needs to know
+held-out texts of 128 T. `documents` cut the training text into documents of so many windows of T, for TBPTT
+and for State Passing: the recipe's rule needs to know from which length on TBPTT is the better one
 (`longroll.interventions.recipes.WINDOWS`). A way that --work holds already is not run again.
 """
 
@@ -82,7 +82,8 @@ def repair(
     carried = position_loss(lm, tokens)
     ends, excess = excess_loss(lm, tokens, carried, lm.train_length)
     judged = judge(carried, ends, excess, lm.train_length)
-    octaves = {str(stop): carried.between(stop // 2, stop) for stop in (2**i for i in range(7, 15)) if stop <= LENGTH}
+    stops = [stop for stop in (2**i for i in range(7, 15)) if stop <= LENGTH]
+    octaves = {str(stop): carried.between(stop // 2, stop) for stop in stops}
     return {
         **told,
         "in_range": carried.between(0, lm.train_length),
