@@ -97,3 +97,26 @@ def test_lengths_are_read_in_every_spelling(number):
 def test_what_is_no_length_is_refused(text):
     with pytest.raises(typer.BadParameter):
         parse_length(text)
+
+
+def test_every_flag_of_a_command_has_a_panel():
+    root = typer.main.get_command(app)
+    commands = {name: c for name, c in root.commands.items() if not hasattr(c, "commands")}
+    commands |= root.commands["evaluate"].commands
+    for name, command in commands.items():
+        if name != "lm-eval":  # its help is lm_eval's
+            for option in command.params:
+                known = (
+                    option.param_type_name == "argument" or option.name == "help" or option.rich_help_panel
+                )
+                assert known, f"{name} --{option.name}: name its panel in cli/_panels.py"
+
+
+def test_the_help_of_posttrain_has_its_panels_in_order(capsys):
+    with pytest.raises(SystemExit):
+        app(["posttrain", "--help"])
+    told = capsys.readouterr().out
+    places = [
+        told.index(f"─ {panel} ─") for panel in ("Data", "Intervention", "Optimisation", "Hardware", "Output")
+    ]
+    assert places == sorted(places)

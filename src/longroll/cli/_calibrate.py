@@ -31,8 +31,8 @@ def calibrate(
         Path, typer.Option(help="Folder for the calibrated model.", callback=o.folder_to_write)
     ],
     what: Annotated[What, typer.Option(help="Scale the decay rates A, or the steps dt.")] = What.A,
-    unit: Annotated[Unit, typer.Option(help="One scale a layer, or one a head.")] = Unit.layer,
-    sweeps: Annotated[int, typer.Option(help="Times that each scale is tried anew.", min=0)] = 1,
+    unit: Annotated[Unit, typer.Option(help="One scale for each layer, or one for each head.")] = Unit.layer,
+    sweeps: Annotated[int, typer.Option(help="Number of sweeps over the scales after the first.", min=0)] = 1,
     text: o.Text = "stdlib",
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,

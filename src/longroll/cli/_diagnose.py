@@ -1,4 +1,4 @@
-"""`longroll diagnose`: where a model breaks, and how badly."""
+"""`longroll diagnose`: where a model breaks, by how much, and why."""
 
 from __future__ import annotations
 
@@ -28,16 +28,26 @@ def diagnose(
     concatenate: o.Concatenate = False,
     chunk_size: o.ChunkSize = None,
     explain: Annotated[
-        bool, typer.Option(help="Look for the causes too: about three times the work.")
+        bool, typer.Option(help="Measure the causes as well, which takes about three times as long.")
     ] = True,
     against: Annotated[
-        Path | None, typer.Option(help="Result of the model before its repair: gives the price in range.")
+        Path | None,
+        typer.Option(
+            help="Result file of the model before its repair, to print the change of the loss in range."
+        ),
     ] = None,
     control: Annotated[
-        Path | None, typer.Option(help="Result of a model after as many plain steps: the price beside these.")
+        Path | None,
+        typer.Option(
+            help="Result file of a model after as many steps from zero states, to print the change "
+            "against it."
+        ),
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Write the verdicts into README.md of the model's folder.")
+        bool,
+        typer.Option(
+            "--card", help="Write the verdicts into the model card, README.md in the folder of the model."
+        ),
     ] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -50,7 +60,7 @@ def diagnose(
     json: o.Json = None,
     output: o.Output = None,
 ) -> None:
-    """Measure a model at every position up to --length and say whether, and where, it breaks."""
+    """Measure the loss at every position up to --length: whether, where and why a model breaks."""
     from longroll.cli._console import levels_table, out
     from longroll.files import is_stream, write_whole
     from longroll.ranks import join, rank, wait

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from longroll.families import Family
 
 Families = Annotated[
-    bool, typer.Option("--families", help="Try the laws on tiny models of every family: a minute.")
+    bool,
+    typer.Option(
+        "--families", help="Test the laws of the state on tiny models of every family; takes about a minute."
+    ),
 ]
 Markdown = Annotated[
     Path | None,
     typer.Option(
-        help="With --families: write the table to this file, between its lines <!-- families --> and "
-        "<!-- /families --> where it has them.",
+        help="With --families, write the table to this file, between its lines <!-- families --> and "
+        "<!-- /families --> if it has them.",
         callback=o.file_to_write,
     ),
 ]
@@ -30,7 +33,7 @@ Packing = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Say whether documents packed into one row see each other in this model.",
+        help="Print whether documents that are packed into one row see each other in this model.",
     ),
 ]
 
@@ -44,7 +47,7 @@ def doctor(
     plugin: o.PluginName = None,
     json: o.Json = None,
 ) -> None:
-    """Say what this machine can run and which kernels are in use, with the reason."""
+    """Print what this machine can run, which kernels are in use, and why."""
     from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
     from longroll.results import DoctorResult, PackingResult

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from longroll.cli._panels import into_panels
 from longroll.errors import LongrollError
 
 ALIASES = {
@@ -74,7 +75,11 @@ def unread(
 
 
 class Command(TyperCommand):
-    """A command whose errors are LongrollErrors that name its flags."""
+    """A command whose errors are LongrollErrors that name its flags, and whose help has panels."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        into_panels(self.params)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the flags.

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,55 +18,70 @@ if TYPE_CHECKING:
     from longroll.model import RecurrentLM
 
 Model = Annotated[
-    str, typer.Argument(help='A model folder, a hub id, or "specimen": the small model inside longroll.')
+    str, typer.Argument(help='A model folder, a hub id, or "specimen", the small model inside the package.')
 ]
 Text = Annotated[
     str,
     typer.Option(
         help="Text: a folder, a file (.txt, .json, .jsonl, .csv, .tsv, .parquet, compressed or not), a hub "
-        'dataset id, several with commas, or "stdlib": the Python source of the running Python.'
+        'dataset id, several of these with commas, or "stdlib": the source code of Python\'s standard '
+        "library."
     ),
 ]
 TextColumn = Annotated[
-    str | None, typer.Option(help="Column that holds the text, of JSON, CSV, TSV, Parquet and hub data.")
+    str | None,
+    typer.Option(
+        help="Column of the text in JSON, CSV, TSV, Parquet and hub data. Default: text, content, or "
+        "the only column of strings."
+    ),
 ]
 TokenizerName = Annotated[
     str | None,
-    typer.Option("--tokenizer", help='A tokenizer folder, hub id, or "bytes". Default: the model\'s.'),
+    typer.Option(
+        "--tokenizer", help='A tokenizer folder, a hub id, or "bytes". Default: the tokenizer of the model.'
+    ),
 ]
 Bos = Annotated[
     bool | None,
     typer.Option(
         "--bos/--no-bos",
-        help="Begin each document and prompt with BOS. Default: what the tokenizer itself does.",
+        help="Begin each document and prompt with BOS. Default: as the tokenizer does.",
         show_default=False,
     ),
 ]
 TrainLength = Annotated[
-    int | None, length_option(help="Length the model was trained at. Default: what its config says.")
+    int | None,
+    length_option(help="Training length T of the model in tokens. Default: from the config of the model."),
 ]
-Length = Annotated[int, length_option(help="Positions to measure; k and M are 1024 and 1024 x 1024: 16k.")]
-Sequences = Annotated[int, typer.Option(help="Texts to measure.", min=1)]
-Concatenate = Annotated[
-    bool, typer.Option("--concatenate", help="Join documents where none is long enough, rather than fail.")
+Length = Annotated[int, length_option(help="Positions to measure, in tokens; 16k is 16 x 1024.")]
+Sequences = Annotated[int, typer.Option(help="Number of texts to measure.", min=1)]
+Concatenate = Annotated[bool, typer.Option("--concatenate", help="Join documents if none is long enough.")]
+ChunkSize = Annotated[
+    int | None, length_option(help="Tokens of a text in one forward. Default: by the free memory.")
 ]
-ChunkSize = Annotated[int | None, length_option(help="Tokens of a text in one forward. Default: by memory.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, cuda:1, ...; auto: layers spread over all GPUs. Default: a GPU if there is one."
+        help="cpu, cuda, cuda:1, ...; auto spreads the layers over all GPUs. Default: a GPU if there is one."
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: float32 on a CPU.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Dtype of the weights: float32, bfloat16, float16. Default: float32 on a CPU, that of the "
+        "checkpoint on a GPU."
+    ),
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint or the tokenizer."),
 ]
 PluginName = Annotated[
     str | None,
     typer.Option(
         "--plugin",
         metavar="MODULE[:BUILD]",
-        help="Import this module of yours first; its function BUILD makes the model by its name.",
+        help="Python module to import first; its function BUILD makes the model by its name.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**32 - 1)]
@@ -95,10 +110,10 @@ def folder_to_write(context: typer.Context, path: Path | None) -> Path | None:
 
 Json = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the results here; - is standard output.", callback=file_to_write),
+    typer.Option("--json", help="File for the results; - is standard output.", callback=file_to_write),
 ]
 Output = Annotated[
-    Path | None, typer.Option(help="Folder for everything this command makes.", callback=folder_to_write)
+    Path | None, typer.Option(help="Folder for results, figures and report.", callback=folder_to_write)
 ]
 
 

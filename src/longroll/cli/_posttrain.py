@@ -1,4 +1,4 @@
-"""`longroll posttrain`: repair a model by training from other initial states."""
+"""`longroll posttrain`: repair a model by training from non-zero initial states."""
 
 from __future__ import annotations
 
@@ -109,13 +109,16 @@ def posttrain(
     output: Annotated[Path, typer.Option(help="Folder for the repaired model.", callback=o.folder_to_write)],
     intervention: Annotated[
         Choice | None,
-        typer.Option(help="Which state sequences start from. Default: --recipe's choice for the text."),
+        typer.Option(
+            help="Initial state of the training sequences; none is the control. Default: chosen by "
+            "--recipe for the text."
+        ),
     ] = None,
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="Chooses --intervention, and sets --zero-probability, --decay-speed, --learning-rate and "
-            "--trainable where they are not given; paper: State Passing, 0, 1, 5e-4 and all."
+            help="Defaults of --intervention, --zero-probability, --decay-speed, --learning-rate and "
+            "--trainable; paper: State Passing, 0, 1, 5e-4 and all."
         ),
     ] = RecipeName.longroll,
     text: o.Text = "stdlib",
@@ -123,42 +126,52 @@ def posttrain(
     tokenizer: o.TokenizerName = None,
     bos: o.Bos = None,
     task: Annotated[
-        TaskName | None, typer.Option(help="Train on a task, loss on its answers, rather than on --text.")
+        TaskName | None,
+        typer.Option(help="Train on a task instead of --text, with the loss on the answers. Default: none."),
     ] = None,
     haystack: t.HaystackText = "noise",
     instruction: t.Instruction = True,
     facts: Annotated[
-        str | None, typer.Option(help="bAbI's files, for --task babilong; --text: books.")
+        str | None, typer.Option(help="Files of bAbI, for --task babilong; --text gives the books.")
     ] = None,
     qa: t.Kinds = "qa1,qa2,qa3,qa4,qa5",
     groups: t.Groups = "parity,z5,s3,s5",
-    pairs: Annotated[int, typer.Option(help="Keys of a sample of --task recall.", min=1, max=64)] = 8,
-    windows: Annotated[int, typer.Option(help="Rows that a sample of a task stretches over.", min=1)] = 1,
+    pairs: Annotated[int, typer.Option(help="Keys in a sample of --task recall.", min=1, max=64)] = 8,
+    windows: Annotated[int, typer.Option(help="Rows over which a sample of a task continues.", min=1)] = 1,
     train_length: o.TrainLength = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a micro-batch, on each process.")] = 16,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches in a step.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW. Default: --recipe's.")
+        float | None, typer.Option(help="Peak learning rate of AdamW. Default: from --recipe.")
     ] = None,
     decay_speed: Annotated[
         float | None,
-        typer.Option(help="Learning rate of A_log, dt_bias, times the others'. Default: --recipe's."),
+        typer.Option(
+            help="Learning rate of the decays (A_log, dt_bias) as a multiple of --learning-rate. "
+            "Default: from --recipe."
+        ),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="transformers' name of the schedule.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps to warm up over.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    schedule: Annotated[
+        str, typer.Option(help="Learning-rate schedule, by its name in transformers.")
+    ] = "cosine",
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which the learning rate rises, 0 to 1.")
+    ] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW, on matrices only.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; larger ones are scaled.")] = 1.0,
     zero_probability: Annotated[
         float | None,
-        typer.Option(help="Share of rows that start from zero anyway, 0 to 1. Default: --recipe's."),
+        typer.Option(
+            help="Probability that a row starts from the zero state, 0 to 1. Default: from --recipe."
+        ),
     ] = None,
     conv: Annotated[
-        bool | None, typer.Option(help="Set the conv state too. Default: all but random.")
+        bool | None, typer.Option(help="Set the convolution states too. Default: yes, except for random.")
     ] = None,
-    noise_std: Annotated[float, typer.Option(help="Std of random noise.")] = 1.0,
+    noise_std: Annotated[float, typer.Option(help="Standard deviation of Random Noise.")] = 1.0,
     momentum: Annotated[
-        float, typer.Option(help="Weight of the past in the moments that fitted noise fits.")
+        float, typer.Option(help="Weight of the past in the moments of Fitted Noise, 0 to below 1.")
     ] = 0.9,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same bits each time on a GPU, somewhat slower.")
@@ -167,29 +180,44 @@ def posttrain(
         bool, typer.Option("--fsdp", help="Shard the weights over the processes of torchrun (FSDP2).")
     ] = False,
     fsdp_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Settings of --fsdp: transformers' fsdp_config, JSON.")
+        Path | None, typer.Option(metavar="FILE", help="JSON file of transformers' fsdp_config, for --fsdp.")
     ] = None,
     rope_scaling: Annotated[
         str | None,
         typer.Option(
             metavar="KIND:FACTOR",
-            help="Scale the rotary positions of attention: linear, ntk or yarn, and how far: yarn:4.",
+            help="Scaling of the rotary positions of attention: linear, ntk or yarn, and a factor, such "
+            "as yarn:4. Default: none.",
         ),
     ] = None,
-    lora_rank: Annotated[int, typer.Option(help="Train LoRA adapters and merge them; 0: none.")] = 0,
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            help="Rank of LoRA adapters, which are trained and merged; 0 trains the weights themselves."
+        ),
+    ] = 0,
     trainable: Annotated[
         Trainable | None,
-        typer.Option(help="Parameters that are trained; scales: all but the matrices. Default: --recipe's."),
+        typer.Option(
+            help="Parameters that are trained; scales are all except matrices. Default: from --recipe."
+        ),
     ] = None,
     bf16: Annotated[
         bool | None,
-        typer.Option(help="Autocast to bfloat16. Default: on a GPU, for a checkpoint in 16 bits."),
+        typer.Option(
+            help="Autocast to bfloat16. Default: yes on a GPU for a checkpoint in 16 bits, else no."
+        ),
     ] = None,
     weights: Annotated[
-        Weights, typer.Option(help="How trained weights are held; bf16 loses small updates.")
+        Weights,
+        typer.Option(help="Dtype of the trained weights; bf16 halves their memory and loses small updates."),
     ] = Weights.float32,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations in backward: less memory, about a third more time.",
+        ),
     ] = False,
     cuda_graphs: Annotated[
         bool | None,
@@ -200,42 +228,49 @@ def posttrain(
         ),
     ] = None,
     report_to: Annotated[
-        ReportTo, typer.Option(help="Where the log goes too; tensorboard: --output/runs.")
+        ReportTo, typer.Option(help="Logger besides the terminal; tensorboard writes into runs in --output.")
     ] = ReportTo.none,
     format: Annotated[
-        Format, typer.Option(help="original: the files of state-spaces or BlinkDL that the model came in.")
+        Format,
+        typer.Option(
+            help="Layout of the saved model; original is the layout of state-spaces or BlinkDL in which "
+            "the model came."
+        ),
     ] = Format.transformers,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
-            metavar="REPO_ID", help="Upload --output to this repository of the hub, made if missing."
+            metavar="REPO_ID", help="Repository of the hub to which --output is uploaded. Default: none."
         ),
     ] = None,
     on_not_finite: Annotated[
         OnNotFinite,
         typer.Option(
-            help="At a step that is not finite: stop; or drop the carried states at fault, skip it, go on."
+            help="At a step with a loss, state or gradient that is not finite: stop, or drop the "
+            "carried states and skip the step."
         ),
     ] = OnNotFinite.stop,
     force: Annotated[
-        bool, typer.Option("--force", help="Train a model that holds past its training length all the same.")
+        bool, typer.Option("--force", help="Train a model even if it holds past its training length.")
     ] = False,
     until_healthy: Annotated[
         bool,
         typer.Option(
             "--until-healthy",
-            help="Measure held-out data as the run goes, keep the best checkpoint within --price, and end "
-            "when nothing is left to gain.",
+            help="Measure held-out data during the run, keep the best checkpoint within --price, and end the "
+            "run when no further gain is expected.",
         ),
     ] = False,
     price: Annotated[
-        float, typer.Option(help="Nats in range that --until-healthy may spend against the model before.")
+        float, typer.Option(help="Rise of the loss in range, in nats, that --until-healthy accepts.")
     ] = 0.05,
     measure_steps: Annotated[
-        int, typer.Option(help="Steps between two measures of --until-healthy.", min=1)
+        int, typer.Option(help="Steps between two measurements of --until-healthy.", min=1)
     ] = 50,
-    save_steps: Annotated[int, typer.Option(help="A checkpoint to resume from every so many steps.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints to resume from.")] = 100,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run from its last whole checkpoint.")
+    ] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -243,7 +278,7 @@ def posttrain(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Train a model for a few hundred steps whose sequences start from other states than zero."""
+    """Post-train a model from non-zero initial states."""
     import time
 
     from longroll.cli._console import console, out

@@ -25,9 +25,9 @@ def quickstart(
     output: Annotated[
         Path, typer.Option(help="Folder for the report and the model.", callback=o.folder_to_write)
     ] = Path("longroll-out"),
-    length: Annotated[int, length_option(help="Positions to measure.", minimum=1024)] = 16_384,
-    sequences: Annotated[int, typer.Option(help="Texts to measure.", min=4)] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of repair.", min=1)] = STEPS,
+    length: Annotated[int, length_option(help="Positions to measure, in bytes.", minimum=1024)] = 16_384,
+    sequences: Annotated[int, typer.Option(help="Number of texts to measure.", min=4)] = 16,
+    steps: Annotated[int, typer.Option(help="Training steps of the repair.", min=1)] = STEPS,
     device: o.Device = None,
     seed: o.Seed = 0,
     json: o.Json = None,

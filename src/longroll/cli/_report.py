@@ -15,8 +15,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Files made by `longroll diagnose --json`; and by `longroll evaluate passkey --json` "
-            "and the like, which go to the diagnosis of the same --label."
+            help="Result files of `longroll diagnose --json`, and of `longroll evaluate passkey --json` and "
+            "other tasks, which belong to the diagnosis with the same --label."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.html.", callback=o.folder_to_write)] = Path(
@@ -25,12 +25,13 @@ def report(
     figures: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for paper-ready figures too, each with its numbers as CSV.",
+            help="Folder for the figures as files, each with its numbers as CSV.",
             callback=o.folder_to_write,
         ),
     ] = None,
     format: Annotated[
-        f.Format | None, typer.Option(help="File format of these figures. Default: pdf.", show_default=False)
+        f.Format | None,
+        typer.Option(help="File format of the figures in --figures. Default: pdf.", show_default=False),
     ] = None,
     width: f.Width = None,
     font_size: f.FontSize = None,

@@ -55,20 +55,22 @@ def reproduce(
         Path,
         typer.Option(help="Folder for the results; the same folder goes on.", callback=o.folder_to_write),
     ] = Path("longroll-reproduce"),
-    plan: Annotated[bool, typer.Option("--plan", help="Print what the run takes, and stop.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps of each arm.", min=1)] = 500,
-    batch_size: Annotated[int, typer.Option(help="Rows of T tokens a step.", min=1)] = 16,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the memory and time that the run takes, and stop.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of each arm.", min=1)] = 500,
+    batch_size: Annotated[int, typer.Option(help="Rows of T tokens in a step.", min=1)] = 16,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of AdamW. Default: posttrain's.")
+        float | None, typer.Option(help="Peak learning rate of AdamW. Default: as in posttrain.")
     ] = None,
-    noise_std: Annotated[float, typer.Option(help="Std of random noise.", min=0)] = 0.1,
-    length: Annotated[int, length_option(help="Positions to measure.", minimum=8192)] = 131_072,
-    sequences: Annotated[int, typer.Option(help="Texts to measure.", min=4)] = 16,
+    noise_std: Annotated[float, typer.Option(help="Standard deviation of Random Noise.", min=0)] = 0.1,
+    length: Annotated[int, length_option(help="Positions to measure, in tokens.", minimum=8192)] = 131_072,
+    sequences: Annotated[int, typer.Option(help="Number of texts to measure.", min=4)] = 16,
     concatenate: o.Concatenate = False,
     text_column: o.TextColumn = None,
     tokenizer: o.TokenizerName = None,
     save_steps: Annotated[
-        int, typer.Option(help="A checkpoint to resume an arm from every so many steps; 0: none.", min=0)
+        int, typer.Option(help="Steps between two checkpoints to resume an arm from; 0 writes none.", min=0)
     ] = 0,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the repaired models.")] = False,
     device: o.Device = None,

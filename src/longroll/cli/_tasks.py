@@ -1,4 +1,4 @@
-"""What the task commands share: their flags, one way to run a grid, tables, and rows to train on."""
+"""Shared code of the task commands: their flags, the run of a grid, tables, and rows to train on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Lengths = Annotated[
     Any,
     typer.Option(
-        help="Lengths in tokens, with commas; k and M are 1024 and 1024 x 1024: 256,1k,16k.",
+        help="Lengths of prompt and answer in tokens, with commas; 16k is 16 x 1024.",
         parser=parse_lengths,
         metavar="LENGTHS",
     ),
@@ -36,40 +36,41 @@ Lengths = Annotated[
 Depths = Annotated[
     Any,
     typer.Option(
-        help="Where the needle stands, 0 (first) to 1 (last), with commas.",
+        help="Depths of the needle from 0 (first) to 1 (last), with commas.",
         parser=parse_depths,
         metavar="DEPTHS",
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Samples of each length and depth.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Samples read together.", min=1)]
+Samples = Annotated[int, typer.Option(help="Number of samples for each length and depth.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Number of samples that are read together.", min=1)]
 HaystackText = Annotated[
-    str, typer.Option(help='What the needle is hidden in: "noise", or text as for --text.')
+    str, typer.Option(help='Text around the needle: "noise", or a source of text as in diagnose --text.')
 ]
-Instruction = Annotated[bool, typer.Option(help="Begin with a description of the task.")]
+Instruction = Annotated[bool, typer.Option(help="Begin the prompt with a description of the task.")]
 Facts = Annotated[
     str,
     typer.Option(
-        help="Folder of bAbI's files (tasks_1-20_v1-2, with en-10k or en below, or one of these), or "
-        "BABILong's hub id: RMT-team/babilong-1k-samples."
+        help="Folder of the files of bAbI (tasks_1-20_v1-2, or en-10k or en in it), or the hub id of "
+        "BABILong: RMT-team/babilong-1k-samples."
     ),
 ]
 Books = Annotated[
-    str, typer.Option(help='Text that the facts are hidden in, as for --text; "none": facts alone.')
+    str, typer.Option(help='Text around the facts, as in diagnose --text; "none" leaves the facts alone.')
 ]
-Kinds = Annotated[str, typer.Option("--qa", help="Which of qa1 to qa5, with commas.")]
+Kinds = Annotated[str, typer.Option("--qa", help="Question types from qa1 to qa5, with commas.")]
 FewShot = Annotated[
     bool,
     typer.Option(
-        help="Begin with a description and examples; --no-few-shot: for a model finetuned on the task."
+        help="Begin with a description and examples; --no-few-shot suits a model that was finetuned on "
+        "the task."
     ),
 ]
 Prompts = Annotated[
-    str, typer.Option(help='Words of the prompts: "own", or "official" as lm-eval ships them (an extra).')
+    str, typer.Option(help='Words of the prompts: "own", or "official" from the package lm-eval (an extra).')
 ]
 ChatTemplate = Annotated[
     bool,
-    typer.Option("--chat-template", help="Hand the prompt over in the chat template of the tokenizer."),
+    typer.Option("--chat-template", help="Put the prompt into the chat template of the tokenizer."),
 ]
 HowRead = Annotated[
     str,
@@ -80,8 +81,12 @@ HowRead = Annotated[
         "states of the last --window tokens), window (attention of the last --window tokens).",
     ),
 ]
-Window = Annotated[int | None, typer.Option(help="Tokens of --reading. Default: the training length.", min=1)]
-Groups = Annotated[str, typer.Option(help="Groups with commas: parity, z2 to z120, s3 to s5, a3 to a5.")]
+Window = Annotated[
+    int | None, typer.Option(help="Tokens that --reading uses. Default: the training length.", min=1)
+]
+Groups = Annotated[
+    str, typer.Option(help="Groups, with commas: parity, z2 to z120 (cyclic), s3 to s5, a3 to a5.")
+]
 Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")
 ]

@@ -133,7 +133,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if self.lm.has_attention or _hooked(self.base) or self._replaced_forward:
             return False
         logger.warning(
-            "Steps are replayed as one CUDA graph: cuda_graphs=False (--no-cuda-graphs) leaves them."
+            "Each step is replayed as one CUDA graph. `cuda_graphs` False runs the steps without a graph."
         )
         return True
 
