@@ -42,5 +42,5 @@ def into_panels(parameters: list[Any]) -> None:
     options = [p for p in parameters if p.param_type_name == "option"]
     for option in options:
         option.rich_help_panel = option.rich_help_panel or _PANEL_OF.get(option.name)
-    order = {panel: place for place, panel in enumerate(PANELS)}
-    parameters.sort(key=lambda p: order.get(getattr(p, "rich_help_panel", None), -1) if p in options else -2)
+    order = [None, *PANELS]
+    parameters.sort(key=lambda p: order.index(p.rich_help_panel) if p in options else -1)
