@@ -12,12 +12,14 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "recipes"))
 GLOBS = ("README.md", "docs/**/*.md", "benchmarks/*.md", "recipes/*.md")
 REGION = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 WAYS = {
@@ -55,6 +57,67 @@ def digits(number: float, significant: int = 3) -> str:
 def tiny(number: float) -> str:
     """Return an error: 3.0e-3."""
     return "0" if number == 0 else re.sub(r"e-0?", "e-", f"{number:.1e}")
+
+
+def repaired(model: str, arms: Sequence[str] | None = None) -> str:
+    """Return arms of one model of recipes/repair.py; None: all, the best first."""
+    from repair_table import Model, arms_table
+
+    return arms_table(Model(result(REPAIR)["models"][model]), arms)
+
+
+def repair_aim() -> str:
+    """Return the arms with the least price and gap of each model that breaks."""
+    from repair_table import Model
+
+    rows = []
+    for name, arms in AIM.items():
+        model = Model(result(REPAIR)["models"][name])
+        for arm in arms:
+            found = model.found[arm]
+            cells = [f"{model.price(found)[0]:+.2f}"]
+            for values in (model.gap(found), model.excess(found)):
+                mean, low, high = (f"{value:+.3f}" for value in values)
+                cells.append(f"{mean} [{low}, {high}]")
+            rows.append([name, arm, *cells])
+    return markdown(["model", "arm", "price, %", "gap at 64 T", "above a fresh start at 64 T"], rows)
+
+
+def repair_rates() -> str:
+    """Return each intervention at three learning rates."""
+    from repair_table import Model, grid_table
+
+    kinds = {"none": "none", "random": "Random Noise", "fitted": "Fitted Noise", "sp": "State Passing"}
+    kinds |= {"tbptt": "TBPTT", "sp zero=0.1": "State Passing, zero .1", "tbptt zero=0.1": "TBPTT, zero .1"}
+    kinds |= {f"{kind} zero=0.1 speed=30": f"{name}, zero .1, decays x 30" for kind, name in FAST.items()}
+    rows = {name: [f"{arm} rate=0.0001", arm, f"{arm} rate=0.001"] for arm, name in kinds.items()}
+    return grid_table(Model(result(REPAIR)["models"]["mamba2-22m"]), "", rows, ["1e-4", "3e-4", "1e-3"])
+
+
+def repair_zero() -> str:
+    """Return State Passing and TBPTT by the share of zero rows, at two speeds of the decays."""
+    from repair_table import Model, grid_table
+
+    rows = {}
+    for kind, name in FAST.items():
+        for speed in ("", " speed=30"):
+            zeros = ["", " zero=0.1", " zero=0.25", " zero=0.5"]
+            rows[f"{name}, decays x {30 if speed else 1}"] = [f"{kind}{zero}{speed}" for zero in zeros]
+    heads = ["zero rows 0", ".1", ".25", ".5"]
+    return grid_table(Model(result(REPAIR)["models"]["mamba2-22m"]), "", rows, heads)
+
+
+def repair_trained() -> str:
+    """Return State Passing and TBPTT by the parameters that are trained."""
+    from repair_table import Model, grid_table
+
+    found, rows = result(REPAIR)["models"]["mamba2-22m"], {}
+    what = {"": "all", " train=lora": "LoRA of rank 16, decays", " train=norms": "norms, D, decays"}
+    for part, label in (what | {" train=decays": "decays"}).items():
+        arms = [f"{kind} zero=0.1 speed=30{rate}{part}" for kind in FAST for rate in ("", " rate=0.001")]
+        rows[label] = [arm if arm in found else None for arm in arms]
+    heads = [f"{name}, {rate}" for name in FAST.values() for rate in ("3e-4", "1e-3")]
+    return grid_table(Model(found), "parameters trained", rows, heads)
 
 
 def training(name: str, reference: str) -> str:
@@ -316,6 +379,32 @@ def fla_speed() -> str:
 
 
 H200, H100 = "_h200_2026-11-25", "_h100_2026-11-25"
+REPAIR = "repair_h100_2026-11-26"
+FAST = {"sp": "State Passing", "tbptt": "TBPTT"}
+AIM = {
+    "mamba2-22m": [
+        "tbptt zero=0.1 speed=30 rate=0.001 train=norms",
+        "tbptt zero=0.1 speed=30 rate=0.001 train=decays",
+        "tbptt-depths speed=30 keep=1",
+        "tbptt zero=0.1 speed=30",
+        "sp zero=0.1 speed=30 rate=0.001 train=norms",
+        "sp zero=0.1 speed=30",
+        "sp",
+    ],
+    "mamba2-103m": [
+        "tbptt zero=0.1 speed=30 rate=0.0001",
+        "sp zero=0.1 speed=30 rate=0.0001",
+        "sp zero=0.1 speed=30",
+        "sp",
+    ],
+}
+PAPERS = ["random", "fitted", "sp", "tbptt"]
+SOURCES = [
+    "sp zero=0.1 speed=30", "sp-depths speed=30", "mixed zero=0.1 speed=30", "tbptt zero=0.1 speed=30",
+    "tbptt zero=0.1 speed=30 seed=1", "tbptt zero=0.1 speed=30 seed=2", "tbptt-depths speed=30",
+    "tbptt-depths speed=30 seed=1", "tbptt-depths speed=30 seed=2", "tbptt zero=0.25 speed=30 keep=1",
+    "tbptt-depths speed=30 keep=1",
+]  # fmt: skip
 
 
 def hybrid_repair() -> str:
@@ -414,6 +503,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "fla-laws-h100": partial(fla_laws, ["fla-laws-all_h100_2026-11-25", "fla-laws-tiles_h100_2026-11-25"]),
     "fla-parity": fla_parity,
     "fla-speed": fla_speed,
+    "repair-paper": partial(repaired, "mamba2-22m", ["base", "none rate=0.0001", "none", *PAPERS]),
+    "repair-paper-103m": partial(repaired, "mamba2-103m", ["base", "none rate=0.0001", "none", *PAPERS]),
+    "repair-rates": repair_rates,
+    "repair-aim": repair_aim,
+    "repair-zero": repair_zero,
+    "repair-trained": repair_trained,
+    "repair-source": partial(repaired, "mamba2-22m", SOURCES),
+    "repair-103m": partial(repaired, "mamba2-103m"),
+    "repair-gla": partial(repaired, "gla-36m"),
+    "repair-granite": partial(repaired, "granite-33m"),
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ import torch
 from repair_arms import Arm, arm_of, at_zero, design
 from repair_measure import Measures
 from repair_models import PLANS, Plan
-from repair_table import draw, table
+from repair_table import draw, summary, table
 from repair_text import Books, Feed, prepare
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[*PLANS, []], help="one after another")
     parser.add_argument("--prepare", type=Path, metavar="DATA", help="tokenise the books of a folder")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the tables of a result file")
+    parser.add_argument("--summary", type=Path, metavar="JSON", help="write the figures of --table, too")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw the results of --table, too")
     parser.add_argument("--tokens", type=Path, help="the folder of the token ids")
     parser.add_argument("--work", type=Path, help="weights and arms, to go on from")
@@ -374,6 +375,8 @@ def main() -> None:
     if options.table:
         found = json.loads(options.table.read_text())
         print(table(found))
+        if options.summary:
+            write_json(options.summary, compact(summary(found)))
         for path in draw(found, options.figures) if options.figures else []:
             print(path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,49 @@ def _run(result: Result, label: str, base: Result) -> Result:
     }
 
 
+def summary(found: Result) -> Result:
+    """The figures of the tables: price (%), gap and loss above a fresh start (nats), with 95 % intervals."""
+    models: Result = {}
+    for name, results in found["models"].items():
+        if "base" not in results:
+            continue
+        model = Model(results)
+        models[name] = {
+            arm: {
+                "in_range": _mean(result["in_range"]),
+                "price_percent": model.price(result),
+                "gap": model.gap(result),
+                "above_fresh_start": model.excess(result),
+                "octaves": [
+                    [b // model.T, _mean(v)]
+                    for (_, b), v in zip(result["octaves"], result["by_octave"], strict=True)
+                ],
+                "recall_gain": {d: _mean(cell["gain"]) for d, cell in result["memory"]["recall"].items()},
+                "cloze": result["memory"]["cloze"],
+                "control": result is model.control,
+                **_state(result, model.T),
+            }
+            for arm, result in results.items()
+        }
+    bases = [results["base"] for results in found["models"].values() if "base" in results]
+    return {"kind": "repair-summary", "models": models, "provenance": bases[0]["provenance"]}
+
+
+def _state(result: Result, length: int) -> Result:
+    """Growth of the std of states from T to the end, and remembrance of the first half of 32 T."""
+    depth = result.get("depth")
+    if depth is None:
+        return {}
+    positions, layers = depth["state"]["position"], depth["state"]["layers"]
+    stds = [_mean([layer["std"][i] for layer in layers]) for i in (positions.index(length), -1)]
+    found = {"std_growth": stds[1] / stds[0]}
+    if "remembrance" in depth:
+        kept = depth["remembrance"]
+        half = min(range(len(kept["starts"])), key=lambda i: abs(kept["starts"][i] - kept["ends"][-1] // 2))
+        found["remembrance_of_half"] = kept["mean"][half][-1]
+    return found
+
+
 def table(found: Result) -> str:
     """All arms of all models of a result file, the best first."""
     parts = []
@@ -135,6 +178,29 @@ def arms_table(model: Model, arms: Sequence[str] | None = None) -> str:
             ", ".join(f"{gain:.2f}" for gain in recall),
             f"{result['memory']['cloze']:.3f}",
         ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def grid_table(
+    model: Model, corner: str, rows: Mapping[str, Sequence[str | None]], heads: Sequence[str]
+) -> str:
+    """A table of price (%) and loss above a fresh start (nats) of arms in a grid.
+
+    Args:
+        model: holds the arms.
+        corner: what the rows are.
+        rows: the arms of each row by its label; None where none was run.
+        heads: of the columns.
+    """
+    lines = [[corner, *heads], ["---", *["---:"] * len(heads)]]
+    for label, arms in rows.items():
+        cells = []
+        for arm in arms:
+            found = None if arm is None else model.found[arm]
+            cells.append(
+                "" if found is None else f"{model.price(found)[0]:+.2f}, {model.excess(found)[0]:+.3f}"
+            )
+        lines.append([label, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
