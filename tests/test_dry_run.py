@@ -8,7 +8,8 @@ import torch
 import zoo
 from longroll import LongrollError, RecurrentLM
 from longroll.conformance.tiny import CONFIGS, from_config
-from longroll.dry_run import Ledger, check_entries, dry_model, dry_run, sizes_of
+from longroll.dry_run import Ledger, dry_model, dry_run, sizes_of
+from longroll.outline import check_entries
 from longroll.training.loss import hidden_loss
 
 
@@ -68,6 +69,9 @@ def test_sizes_are_those_of_the_model(name):
     real = zoo.lm_of(name)
     with dry_run():
         found = sizes_of(dry_model(real.model.config, dtype=torch.float32))
+    linear = [m for m in real.model.modules() if isinstance(m, torch.nn.Linear)]
+    if not any("expert" in path for path, _ in real.model.named_modules()):
+        assert found.operations >= 1.9 * sum(m.weight.numel() for m in linear)
     assert found.parameters == sum(p.numel() for p in real.model.parameters())
     assert found.weights == sum(p.nbytes for p in real.model.parameters())
     for length in (1, 2, 37):

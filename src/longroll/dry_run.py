@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from longroll.errors import LongrollError, named
 from longroll.families import model_class
 from longroll.model import RecurrentLM
-from longroll.state import RecurrentState, StateKey
+from longroll.outline import entries_of
+from longroll.state import StateKey
 
 _WIDEST_WINDOW = 16_384  # of attention, up to which it is read to its end
-_MANY = 1 << 40  # above it no entry of a config is a size
-_DEEPEST = 4096
 
 
 class Ledger(TorchDispatchMode):
@@ -184,6 +184,9 @@ class Sizes:
     """How many numbers."""
     weights: int
     """Bytes of the parameters."""
+    operations: float
+    """Floating-point operations of the matrix products of a forward, a token; attention to earlier tokens is
+    not among them."""
     recurrent: int
     """Bytes of the recurrent state of a row."""
     conv: int
@@ -212,7 +215,12 @@ def sizes_of(lm: RecurrentLM) -> Sizes:
     Args:
         lm: the model; within `dry_run`, one of `dry_model`.
     """
-    one, two = (_state_after(lm, tokens) for tokens in (1, 2))
+    counts, states = [], []
+    for tokens in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            states.append(_state_after(lm, tokens, head=True))
+        counts.append(counter.get_total_flops())
+    one, two = states
     windows = [size for size in _windows(lm.model.config) if size <= _WIDEST_WINDOW]
     last = _state_after(lm, max(windows) + 8) if windows else {}
     later = _state_after(lm, max(windows) + 9) if windows else {}
@@ -228,15 +236,18 @@ def sizes_of(lm: RecurrentLM) -> Sizes:
     return Sizes(
         parameters=sum(p.numel() for p in lm.model.parameters()),
         weights=sum(p.nbytes for p in lm.model.parameters()),
+        operations=counts[1] - counts[0],
         recurrent=fixed["recurrent"],
         conv=fixed["conv"],
         grows=tuple(grows),
     )
 
 
-def _state_after(lm: RecurrentLM, tokens: int) -> dict[StateKey, Tensor]:
+def _state_after(lm: RecurrentLM, tokens: int, *, head: bool = False) -> dict[StateKey, Tensor]:
     ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
-    state: RecurrentState = lm(ids, logits=False)[1]
+    hidden, state = lm(ids, logits=False)
+    if head:
+        lm.head(hidden)
     return dict(state)
 
 
@@ -244,33 +255,7 @@ def _windows(config: Any) -> set[int]:
     """Sizes of windows that a config speaks of."""
     found: set[int] = set()
     for holder in (config, config.get_text_config()):
-        for name, value in _entries(holder.to_dict()):
+        for name, value in entries_of(holder.to_dict()):
             if "window" in name and isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 found.add(value)
     return found
-
-
-def _entries(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of a config, nested ones too."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            yield from _entries(value, str(key))
-    elif isinstance(config, list | tuple):
-        for value in config:
-            yield from _entries(value, name)
-    else:
-        yield name, config
-
-
-def check_entries(config: dict[str, Any], source: str) -> None:
-    """Refuse a config whose numbers are no sizes, before anything is made of it.
-
-    Raises:
-        LongrollError: naming the entry.
-    """
-    for name, value in _entries(config):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        deep = "layers" in name and value > _DEEPEST
-        if deep or abs(value) > _MANY:
-            raise LongrollError(f"{source}: {name} {value:,} is no size of a model: mend its config.json.")

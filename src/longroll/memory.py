@@ -65,9 +65,7 @@ def training_memory(
         shards: processes that FSDP2 spreads the weights over; 1: none are spread (one process, DDP).
     """
     everything, trained = parameter_bytes(model), parameter_bytes(model, trained=True)
-    gathered = 0
-    if shards > 1:
-        gathered = 2 * max(_layer_bytes(model), default=0) + sum(map(parameter_bytes, _ends(model)))
+    gathered = gathered_bytes(model) if shards > 1 else 0
     return TrainingMemory(
         weights=everything // shards,
         gradients=trained // shards,
@@ -77,6 +75,11 @@ def training_memory(
         activations=int(rows * length * activations),
         logits=int(rows * length * logits),
     )
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Return the bytes of whole layers that exist at a time under FSDP2: two, the embedding and the head."""
+    return 2 * max(_layer_bytes(model), default=0) + sum(map(parameter_bytes, _ends(model)))
 
 
 def parameter_bytes(model: nn.Module, *, trained: bool = False) -> int:

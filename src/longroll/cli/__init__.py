@@ -17,6 +17,7 @@ from longroll.cli._doctor import doctor
 from longroll.cli._evaluate import app as evaluate
 from longroll.cli._flags import Command, UsageError, in_one_line
 from longroll.cli._lm_eval import lm_eval
+from longroll.cli._plan import plan
 from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("quickstart", cls=Command)(quickstart)
 app.command("diagnose", cls=Command)(diagnose)
+app.command("plan", cls=Command)(plan)
 app.command("posttrain", cls=Command)(posttrain)
 app.command("calibrate", cls=Command)(calibrate)
 app.add_typer(evaluate, name="evaluate")

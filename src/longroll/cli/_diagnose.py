@@ -61,12 +61,14 @@ def diagnose(
     output: o.Output = None,
 ) -> None:
     """Measure the loss at every position up to --length: whether, where and why a model breaks."""
-    from longroll.cli._console import levels_table, out
+    from longroll.cli._console import console, levels_table, out
     from longroll.files import is_stream, write_whole
+    from longroll.measure.roll_out import chunk_tokens
     from longroll.ranks import join, rank, wait
     from longroll.report import write_report
     from longroll.report.export import slug
     from longroll.training.card import with_diagnosis
+    from longroll.training.plan import reading_line
 
     card_file = _card_of(model) if card else None
     before, plain = (path and _read(path) for path in (against, control))
@@ -112,6 +114,10 @@ def diagnose(
         if output:
             write_report(runs, output / "report.html")
 
+    chunk = chunk_size or max(64, chunk_tokens(lm) // len(tokens))
+    planned = reading_line(lm, len(tokens), length, chunk)
+    if planned is not None:
+        console.print(planned, highlight=False, soft_wrap=True)
     found = run_diagnosis(
         lm,
         tokens,

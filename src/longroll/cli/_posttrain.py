@@ -288,6 +288,7 @@ def posttrain(
     from longroll.results import PosttrainResult, provenance
     from longroll.training import Declined, PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
+    from longroll.training.plan import setting_of, training_line
 
     asked = recipe_of(recipe)
     check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
@@ -378,6 +379,9 @@ def posttrain(
             raise LongrollError(f"`until_healthy`: {missing}: give more, or longer, text.")
         if held_out is None:
             console.print(f"Not looked whether the model breaks: {missing}.", highlight=False, soft_wrap=True)
+    planned = training_line(lm, setting_of(lm, options), options.tokens)
+    if planned is not None:
+        console.print(planned, highlight=False, soft_wrap=True)
     began = time.perf_counter()
 
     def finish(log: list[dict[str, Any]], **more: Any) -> None:

@@ -67,6 +67,26 @@ def load_original(folder: Path, *, dtype: torch.dtype | str) -> tuple[PreTrained
     return model, Checkpoint(folder, own, "state-spaces")
 
 
+def original_config(folder: Path) -> PreTrainedConfig:
+    """Return transformers' config of an original checkpoint by its `config.json` alone.
+
+    Raises:
+        LongrollError: for settings without a counterpart in transformers, and sizes that are none.
+    """
+    source = json.loads((folder / "config.json").read_text())
+    sizes = {name: source.get(name) for name in ("d_model", "n_layer", "vocab_size")}
+    multiple = source.get("pad_vocab_size_multiple", 8)
+    for name, value in (sizes | {"pad_vocab_size_multiple": multiple}).items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise LongrollError(f"{folder}: {name} must be a whole number above 0, not {value!r}.")
+    try:
+        return _config(source, -(-source["vocab_size"] // multiple) * multiple, folder)
+    except LongrollError:
+        raise
+    except Exception as error:
+        raise LongrollError(f"{folder}: no model has this config.json: {first_line(error)}") from None
+
+
 def to_state_spaces(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """Return the weights of `model` on the CPU, under the names and in the dtypes of the checkpoint in
     `folder`.

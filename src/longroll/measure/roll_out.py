@@ -16,8 +16,9 @@ from longroll.state import RecurrentState
 LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Numbers of logits that exist at once, by device: 64 MiB, 1 GiB."""
 
-_CPU_TOKENS = 4096  # what keeps a CPU busiest (2-4k), and small in memory
-_GPU_TOKENS = 65_536  # more gained nothing on an H200
+CHUNKS = {"cpu": 4096, "cuda": 65_536}
+"""Tokens of one forward by device: 2-4k keep a CPU busiest; more gained nothing on an H200."""
+_CPU_TOKENS, _GPU_TOKENS = CHUNKS["cpu"], CHUNKS["cuda"]
 _GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
 

@@ -29,6 +29,7 @@ from longroll.results.diagnosis import (
 )
 from longroll.results.doctor import DoctorResult, PackingResult
 from longroll.results.loss import LossResult
+from longroll.results.plan import PlanResult
 from longroll.results.posttrain import PosttrainResult
 from longroll.results.quickstart import QuickstartResult
 from longroll.results.task import Cell, Grid, Score, TaskResult
@@ -56,6 +57,7 @@ __all__ = [
     "LayerStates",
     "LossResult",
     "PackingResult",
+    "PlanResult",
     "PosttrainResult",
     "Precision",
     "Provenance",

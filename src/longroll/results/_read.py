@@ -17,6 +17,7 @@ from longroll.results.calibration import CalibrationResult
 from longroll.results.diagnosis import DiagnosisResult
 from longroll.results.doctor import DoctorResult, PackingResult
 from longroll.results.loss import LossResult
+from longroll.results.plan import PlanResult
 from longroll.results.posttrain import PosttrainResult
 from longroll.results.quickstart import QuickstartResult
 from longroll.results.task import TaskResult
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Result]] = {
     "task": TaskResult,
     "tasks": Tasks,
     "posttrain": PosttrainResult,
+    "plan": PlanResult,
     "quickstart": QuickstartResult,
     "benchmark": BenchmarkResult,
     "calibration": CalibrationResult,

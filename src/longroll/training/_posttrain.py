@@ -51,6 +51,7 @@ from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
 from longroll.training.guard import Guard, OnNotFinite, check_weights
 from longroll.training.identity import check_same_run, describe_run
+from longroll.training.plan import fitting_line
 from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
     FORMATS,
@@ -301,7 +302,7 @@ def posttrain(
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
             callback.logging_dir = callback.logging_dir or str(output / "runs")
     kept: dict[str, Any] = {}
-    with _faults_are_said(output, options), _same_bits(options.deterministic):
+    with _faults_are_said(output, lm, options), _same_bits(options.deterministic):
         with stops_between_steps():
             _train(trainer, options, watched, tell, goes_on)
         if watched is not None:
@@ -536,13 +537,13 @@ def _same_bits(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _faults_are_said(output: Path, options: PosttrainOptions) -> Iterator[None]:
+def _faults_are_said(output: Path, lm: RecurrentLM, options: PosttrainOptions) -> Iterator[None]:
     """One line for a full disk, too little memory, and another process that died."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
-            raise LongrollError(_what_would_fit(options)) from error
+            raise LongrollError(_what_would_fit(options) + fitting_line(lm, options)) from error
         if lost := ranks.loss_of_another(error):
             raise LongrollError(f"{lost} Go on by `resume`.") from error
         if not any(sign in str(error) for sign in _FULL):

@@ -16,7 +16,8 @@ from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype
 from longroll.state import RecurrentState
 
-_LOGITS = 1 << 29  # numbers of them that exist at once: 1 GiB in 16 bits
+LOGITS = 1 << 29
+"""Numbers of logits that exist at once: 1 GiB in 16 bits."""
 _WIDTHS = 4  # of the model, in tokens: what a piece with a gradient has, up to four times the logits
 _AT_ONCE = 1 << 26  # logits whose exponentials exist at a time
 
@@ -47,7 +48,7 @@ def hidden_loss(
     taken in pieces, none so small that the head's gradient, which each adds to, outweighs its logits.
     """
     head = functools.partial(lm.family.head, lm.model)
-    tokens = max(1, _LOGITS // lm.vocab_size)
+    tokens = max(1, LOGITS // lm.vocab_size)
     if needs_graph(hidden):
         tokens = max(tokens, min(_WIDTHS * hidden.shape[-1], 4 * tokens))
     # gradients in float16 want their scale, which comes only with backward

@@ -1,0 +1,143 @@
+"""`longroll plan`: what a model needs, before it is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longroll.cli import _options as o
+
+if TYPE_CHECKING:
+    from longroll.training.plan import Memory
+
+
+def plan(
+    model: o.Model,
+    train_length: o.TrainLength = None,
+    length: o.Length = 16_384,
+    sequences: o.Sequences = 16,
+    chunk_size: o.ChunkSize = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch of training.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 500,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches a step.", min=1)] = 1,
+    lora_rank: Annotated[
+        int, typer.Option(help="Train LoRA adapters; 0: all weights.", min=0, max=65_536)
+    ] = 0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the weights over --gpus.")] = False,
+    gpus: Annotated[int, typer.Option(help="Devices of the run.", min=1, max=65_536)] = 1,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of one device. Default: those of the device here.", min=0.1)
+    ] = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    json: o.Json = None,
+) -> None:
+    """Say how much memory and time reading and training a model take, from its config alone."""
+    import time
+
+    from rich.table import Table
+
+    from longroll.cli._console import hush_libraries, out
+    from longroll.errors import LongrollError
+    from longroll.memory import GIB, memory_of
+    from longroll.outline import outline
+    from longroll.results import PlanResult, provenance
+    from longroll.training.plan import ROOM, Outline, Setting, in_words, settings_for
+
+    hush_libraries()
+    began = time.perf_counter()
+    config, weights_dtype, place = outline(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    if fsdp and gpus == 1:
+        raise LongrollError("--fsdp shards the weights over several GPUs: give --gpus.")
+    trained = train_length or _train_length(config) or 2048
+    subject = Outline(config, weights_dtype, place)
+    held = int(memory * GIB) if memory else memory_of(place)
+    room = ROOM * held
+    chunk = chunk_size or subject.chunk(sequences, length, room)
+    reading = subject.reading(sequences, length, chunk)
+    speed = subject.tokens_per_second()
+    asked = Setting(
+        rows=batch_size, length=trained, lora_rank=lora_rank, gradient_checkpointing=gradient_checkpointing,
+        shards=gpus if fsdp else 1, autocast=place.type == "cuda", accumulates=accumulation > 1,
+    )  # fmt: skip
+    rows = [_row("reading", "reading", f"{sequences} x {length:,}", reading, speed, room)]
+    for setting in settings_for(asked, gpus):
+        each = subject.tokens_per_second(setting)
+        what = f"{batch_size} x {trained:,}"
+        rows.append(_row(setting.name, setting.flags, what, subject.training(setting), each * gpus, room))
+    sizes = subject.sizes
+    kept = sizes.keys_and_values(length) / 2**20
+    precision = str(weights_dtype).removeprefix("torch.")
+    out.print(
+        f"{model}: {sizes.parameters:,} parameters, {sizes.weights / GIB:.3g} GiB in {precision}. "
+        f"A text leaves {sizes.state / 2**20:.3g} MiB of state, and "
+        f"{kept:.3g} MiB of keys and values after {length:,} tokens.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    table = Table(title=f"GiB at the peak, of {held / GIB:.3g} GiB a device", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["name"])
+    for name in _PARTS:
+        table.add_row(name.replace("_", " "), *(f"{row['memory'][name] / GIB:.3g}" for row in rows))
+    table.add_section()
+    table.add_row("total", *(f"{row['total'] / GIB:.3g}" for row in rows))
+    table.add_row("fits", *("yes" if row["fits"] else "no" for row in rows))
+    table.add_row("tokens", *(row["tokens"] for row in rows))
+    table.add_row("tokens/s", *(f"{row['tokens_per_second']:,.0f}" for row in rows))
+    out.print(table)
+    tokens = steps * accumulation * batch_size * trained * gpus
+    first = next((row for row in rows[1:] if row["fits"]), None)
+    duration = "" if first is None else in_words(tokens / first["tokens_per_second"])
+    said = (
+        f"{steps} steps of {accumulation} x {batch_size} x {trained:,} tokens take {duration} by "
+        f"{first['setting']}; a reading takes {in_words(sequences * length / speed)}."
+        if first
+        else f"No setting fits at {batch_size} rows: take fewer (`--batch-size`), or more GPUs."
+    )
+    out.print(said, soft_wrap=True, highlight=False)
+    if json:
+        PlanResult.from_json(
+            {
+                "model": model,
+                "parameters": sizes.parameters,
+                "device_bytes": held,
+                "train_length": trained,
+                "length": length,
+                "sequences": sequences,
+                "chunk_size": chunk,
+                "state_bytes": sizes.state,
+                "keys_and_values_bytes": sizes.keys_and_values(length),
+                "operations": sizes.operations,
+                "rows": rows,
+                "sentence": said,
+                "provenance": provenance(seed=0, seconds=time.perf_counter() - began, device=place),
+            }
+        ).write(json)
+
+
+_PARTS = ("weights", "gradients", "optimizer", "activations", "states", "keys_and_values", "logits")
+
+
+def _row(name: str, setting: str, tokens: str, memory: Memory, speed: float, room: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "setting": setting,
+        "tokens": tokens,
+        "memory": {name: getattr(memory, name) for name in _PARTS},
+        "total": memory.total,
+        "fits": memory.total <= room,
+        "tokens_per_second": speed,
+    }
+
+
+def _train_length(config: Any) -> int | None:
+    stated = (getattr(config, name, None) for name in ("train_length", "context_length"))
+    return next((length for length in stated if length), None)

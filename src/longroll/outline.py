@@ -1,0 +1,115 @@
+"""Read what a checkpoint is without its weights: its config, their dtype, where they would go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from longroll.errors import LongrollError, named
+from longroll.families import family_of, is_original, is_rwkv_file, known_family, load_rwkv, model_class
+from longroll.families.original_mamba import original_config
+from longroll.model import (
+    SPECIMEN,
+    _base_of_adapter,
+    _device_of,
+    _dtype_of,
+    _entry_of,
+    _load_code,
+    _local_folder,
+    _read_config,
+)
+
+_MANY = 1 << 40  # above it no entry of a config is a size
+_DEEPEST = 4096
+
+
+def outline(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedConfig, torch.dtype, torch.device]:
+    """Return the config of a checkpoint, the dtype that its weights would have, and their device.
+
+    Args:
+        path_or_hub_id: as `longroll.load` takes it; a `.pth` file of RWKV, without a config, is read.
+        device: default: a GPU if there is one.
+        dtype: default: float32 on a CPU, the checkpoint's own on a GPU.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        LongrollError: for a missing or broken config, sizes that no model has, and an unknown architecture.
+    """
+    place = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = str(path_or_hub_id)
+    folder = SPECIMEN if name == "specimen" else Path(name)
+    source = str(folder) if folder.exists() else name
+    config = _config_of(source, trust_remote_code)
+    own = _entry_of(vars(config), "dtype", "torch_dtype")
+    if dtype is not None and dtype != "auto":
+        chosen = _dtype_of(dtype)
+    elif place.type == "cpu" and dtype is None:
+        chosen = torch.float32
+    else:
+        chosen = own if isinstance(own, torch.dtype) else _dtype_of(str(own)) if own else torch.float32
+    return config, chosen, place
+
+
+def _config_of(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    if is_rwkv_file(source):
+        return load_rwkv(Path(source), dtype=torch.float32)[0].config
+    if (base := _base_of_adapter(source)) is not None:
+        return _config_of(base, trust_remote_code)
+    entries = _read_config(source)
+    check_entries(entries, source)
+    if is_original(entries):
+        return original_config(_local_folder(source, only_config=True))
+    model_type = entries.get("model_type")
+    if trust_remote_code:
+        _load_code(source, entries)
+    elif entries.get("auto_map") and known_family(model_type) is None:
+        raise LongrollError(
+            f"{source}: the model type {model_type!r} comes with code of its own. Run it by "
+            "`trust_remote_code`."
+        )
+    family_of(model_type)
+    found = model_class(model_type)
+    try:
+        if found is not None and found.config_class is not None:
+            own: PreTrainedConfig = found.config_class.from_pretrained(source)
+            return own
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return config
+    except Exception as error:  # entries of the wrong kind
+        raise LongrollError(f"{source}: no model has this config.json: {named(error)}") from None
+
+
+def check_entries(config: dict[str, Any], source: str) -> None:
+    """Refuse a config whose numbers are no sizes, before anything is made of it.
+
+    Raises:
+        LongrollError: naming the entry.
+    """
+    for name, value in entries_of(config):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        deep = "layer" in name and value > _DEEPEST
+        if deep or abs(value) > _MANY:
+            raise LongrollError(f"{source}: {name} {value:,} is no size of a model: mend its config.json.")
+
+
+def entries_of(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield names and values of a config, nested ones too."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from entries_of(value, str(key))
+    elif isinstance(config, list | tuple):
+        for value in config:
+            yield from entries_of(value, name)
+    else:
+        yield name, config

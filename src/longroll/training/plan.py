@@ -1,0 +1,331 @@
+"""What a reading or a training run needs: memory by part, which settings fit, and how long it takes.
+
+Memory is counted in a dry run (`longroll.dry_run`), from the config alone. Time is operations over speed. The
+operations of a token are those of the matrix products that a forward makes, counted in a dry run. Training
+all weights takes three times as many, training adapters twice as many, and gradient checkpointing once more.
+The speed is the rate at which this device multiplies matrices, measured here, times the share of that rate
+that our own runs reached (`SHARES`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from longroll import ranks
+from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, sizes_of
+from longroll.errors import first_line
+from longroll.measure._position_loss import token_losses
+from longroll.measure.roll_out import CHUNKS
+from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
+from longroll.model import RecurrentLM
+from longroll.state import RecurrentState
+from longroll.training.loss import LOGITS, hidden_loss
+
+logger = logging.getLogger("longroll")
+
+SHARES = {"reading": (0.32, 0.59), "training": (0.36, 0.36)}
+"""Share of the rate of matrix products that a run reached, for models of .4 and of 10 billion parameters, on
+an H100: the loss of a 370M Mamba-2 and of a 9.8B Bamba; steps of a 370M Mamba-2 (benchmarks/results)."""
+_SMALL, _LARGE = 4e8, 1e10
+ROOM = 0.94
+"""Share of a device's memory that tensors can take: the rest holds the driver, libraries and gaps."""
+_SQUARE = {"cuda": 8192, "cpu": 1024}  # sizes of the product whose rate is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a model is trained, as far as memory depends on it."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    length: int
+    """Tokens of a row."""
+    lora_rank: int = 0
+    """Of adapters; 0: all weights are trained."""
+    gradient_checkpointing: bool = False
+    """Layers run again in the backward pass."""
+    shards: int = 1
+    """Processes over which weights, gradients and moments are spread (FSDP2)."""
+    autocast: bool = True
+    """Matrices are multiplied in bfloat16."""
+    accumulates: bool = False
+    """Gradients of earlier micro-batches are there."""
+
+    @property
+    def flags(self) -> str:
+        """The flags of `longroll posttrain`."""
+        parts = [f"--lora-rank {self.lora_rank}"] if self.lora_rank else []
+        parts += ["--gradient-checkpointing"] if self.gradient_checkpointing else []
+        parts += [f"--fsdp on {self.shards} GPUs"] if self.shards > 1 else []
+        return " ".join(parts) or "all weights"
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        parts = [f"LoRA {self.lora_rank}" if self.lora_rank else "all weights"]
+        parts += ["checkpointing"] if self.gradient_checkpointing else []
+        parts += [f"FSDP {self.shards}"] if self.shards > 1 else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device at the peak, by part."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int
+    """What has no part of its own: what backward reads, and work space."""
+    states: int
+    """Initial and final recurrent and conv states of all rows."""
+    keys_and_values: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name.replace('_', ' ')} {size / GIB:.3g}"
+            for name, size in asdict(self).items()
+            if size >= 0.005 * self.total
+        ]
+        return f"{self.total / GIB:.3g} GiB ({', '.join(parts)})"
+
+
+class Outline:
+    """A model by its config.
+
+    Args:
+        config: of the model.
+        dtype: of its weights as they are loaded.
+        device: where it is to run. GPU kernels are planned for on a machine that has the GPU; elsewhere, and
+            where a dry run of the kernels fails, PyTorch's own operations are, which take more.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """Parameters, operations, bytes of weights and of the state."""
+        with dry_run():
+            return sizes_of(dry_model(self.config, dtype=self.dtype))
+
+    @contextmanager
+    def _model(self, dtype: torch.dtype) -> Iterator[tuple[RecurrentLM, Ledger]]:
+        with dry_run() as ledger:
+            yield dry_model(self.config, dtype=dtype, device=self.device), ledger
+
+    def chunk(self, rows: int, length: int, room: float) -> int:
+        """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes."""
+        tokens = CHUNKS[self.device.type if self.device.type in CHUNKS else "cpu"]
+        while tokens > 4096 and self.reading(rows, length, max(64, tokens // rows)).total > room:
+            tokens //= 2
+        return max(64, tokens // rows)
+
+    def reading(self, rows: int, length: int, chunk: int) -> Memory:
+        """Return the memory that the loss of `rows` texts takes, read `chunk` tokens of each at a time.
+
+        Keys and values of the text are counted whole.
+        """
+        chunk = min(chunk, length)
+        with self._model(self.dtype) as (lm, ledger), torch.no_grad():
+            before = ledger.start()
+            ids = torch.zeros(rows, chunk, dtype=torch.long, device=self.device)
+            state = _zero_state(lm, rows)
+            hidden, final = lm(ids, state, logits=False)
+            body, held = ledger.peak - before, ledger.live - before
+            ledger.start()
+            token_losses(lm, hidden, ids)
+            head = ledger.peak - before
+            del final
+        keys = rows * self.sizes.keys_and_values(chunk)
+        states = 2 * rows * self.sizes.state
+        logits = min(max(0, head - held), max(body, head))
+        return Memory(
+            weights=self.sizes.weights,
+            activations=max(0, max(body, head) - states - keys - logits),
+            states=states,
+            keys_and_values=rows * self.sizes.keys_and_values(length),
+            logits=logits,
+        )
+
+    def training(self, setting: Setting) -> Memory:
+        """Return the memory that a step takes on one device, the moments of AdamW included."""
+        from longroll.training._posttrain import _with_lora
+
+        adapters = setting.lora_rank > 0
+        with self._model(self.dtype if adapters else torch.float32) as (lm, ledger):
+            model = lm.model
+            if adapters:
+                _with_lora(model, setting.lora_rank)
+            if setting.gradient_checkpointing:
+                model.gradient_checkpointing_enable()
+            lm.train()
+            weights, trained = parameter_bytes(model), parameter_bytes(model, trained=True)
+            gathered = gathered_bytes(model) if setting.shards > 1 else 0
+            before = ledger.start()
+            ids = torch.zeros(setting.rows, setting.length, dtype=torch.long, device=self.device)
+            for _ in range(1 + setting.accumulates):
+                state = _zero_state(lm, setting.rows)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=setting.autocast):
+                    hidden, final = lm(ids, state, logits=False)
+                    loss = hidden_loss(lm, hidden, ids)
+                loss.backward()
+                del hidden, loss, final
+            peak, vocabulary = ledger.peak - before, lm.vocab_size
+        states = 2 * setting.rows * self.sizes.state
+        keys = setting.rows * self.sizes.keys_and_values(setting.length)
+        tokens = min(setting.rows * setting.length, max(1, LOGITS // vocabulary))
+        rest = max(0, peak - trained - states - keys)
+        logits = min(tokens * vocabulary * (2 if setting.autocast else 4), rest)
+        return Memory(
+            weights=weights // setting.shards,
+            gradients=trained // setting.shards,
+            optimizer=MOMENTS * trained // setting.shards,
+            activations=rest - logits + gathered,
+            states=states,
+            keys_and_values=keys,
+            logits=logits,
+        )
+
+    def tokens_per_second(self, setting: Setting | None = None) -> float:
+        """Return the tokens a second that a reading, or training in a setting, is estimated to reach."""
+        small, large = SHARES["reading" if setting is None else "training"]
+        place = math.log(max(self.sizes.parameters, 1) / _SMALL) / math.log(_LARGE / _SMALL)
+        share = small + (large - small) * min(1.0, max(0.0, place))
+        passes = 1
+        if setting is not None:  # forward, gradients of inputs, those of weights; forward again
+            passes = (2 if setting.lora_rank else 3) + setting.gradient_checkpointing
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return share * matrix_rate(self.device, dtype) / (passes * max(self.sizes.operations, 1))
+
+
+def _zero_state(lm: RecurrentLM, rows: int) -> RecurrentState | None:
+    return lm.zero_state(rows) if lm.family.recurrent else None
+
+
+def outline_of(lm: RecurrentLM) -> Outline | None:
+    """Return the outline of a model that is open; None for a module without a config of transformers."""
+    if lm.wrapped:
+        return None
+    return Outline(lm.model.config, lm.model.dtype, lm.device)
+
+
+def reading_line(lm: RecurrentLM, rows: int, length: int, chunk: int) -> str | None:
+    """Return what the loss of texts is estimated to take, in one line; None where that cannot be told."""
+    outline = outline_of(lm)
+    try:
+        if outline is None:
+            return None
+        needs, speed = outline.reading(rows, length, chunk), outline.tokens_per_second()
+    except Exception as error:
+        logger.debug("no plan of a reading: %s", first_line(error))
+        return None
+    seconds = rows * length / speed
+    pace = f"{speed:,.0f} tokens/s, {in_words(seconds)} a reading"
+    return f"Plan: {needs} for {rows} x {length:,} positions; {pace}."
+
+
+def training_line(lm: RecurrentLM, setting: Setting, tokens: int) -> str | None:
+    """Return what a run over `tokens` is estimated to take, in one line; None where that cannot be told."""
+    outline = outline_of(lm)
+    try:
+        if outline is None:
+            return None
+        needs = outline.training(setting)
+        speed = outline.tokens_per_second(setting)
+    except Exception as error:
+        logger.debug("no plan of the training: %s", first_line(error))
+        return None
+    return (
+        f"Plan: {needs} for {setting.rows} x {setting.length:,} tokens; {speed:,.0f} tokens/s, "
+        f"{in_words(tokens / speed)}."
+    )
+
+
+def setting_of(lm: RecurrentLM, options: Any) -> Setting:
+    """Return the setting that `PosttrainOptions` ask for."""
+    from longroll.training._posttrain import _autocasts
+
+    return Setting(
+        rows=options.batch_size,
+        length=options.length,
+        lora_rank=options.lora_rank,
+        gradient_checkpointing=options.gradient_checkpointing,
+        shards=ranks.world_size() if options.fsdp else 1,
+        autocast=_autocasts(lm, options),
+        accumulates=options.accumulation > 1,
+    )
+
+
+def fitting_line(lm: RecurrentLM, options: Any) -> str:
+    """Return which setting would fit the device where `options` did not; empty where none is known."""
+    outline = outline_of(lm)
+    asked = setting_of(lm, options)
+    try:
+        if outline is None or outline.training(asked).total <= (room := ROOM * memory_of(lm.device)):
+            return ""
+        fits = what_fits(outline, asked, room, ranks.world_size())
+        if fits is None:
+            return ""
+        takes = outline.training(fits).total / GIB
+    except Exception as error:
+        logger.debug("no plan of what fits: %s", first_line(error))
+        return ""
+    held = f"{takes:.3g} GiB of {room / GIB:.3g}"
+    return f" By `longroll plan`, {fits.rows} rows with {fits.flags} take {held}."
+
+
+def settings_for(setting: Setting, gpus: int) -> list[Setting]:
+    """Return the settings worth a comparison: the given one, and those that take less memory."""
+    rank = setting.lora_rank or 16
+    choices = [setting, replace(setting, gradient_checkpointing=True)]
+    choices += [replace(choice, lora_rank=rank) for choice in choices]
+    if gpus > 1:
+        choices += [replace(choice, shards=gpus) for choice in choices]
+    return list(dict.fromkeys(choices))
+
+
+def what_fits(outline: Outline, setting: Setting, room: float, gpus: int = 1) -> Setting | None:
+    """Return the first of `settings_for`, and then of fewer rows, that takes at most `room` bytes."""
+    for rows in (setting.rows, *(setting.rows >> i for i in range(1, setting.rows.bit_length()))):
+        for choice in settings_for(replace(setting, rows=rows), gpus):
+            if outline.training(choice).total <= room:
+                return choice
+    return None
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations a second of a large matrix product on a device, measured."""
+    size = _SQUARE.get(device.type, 1024)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration as people say it."""
+    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes"), (1, "seconds")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return "about a second"

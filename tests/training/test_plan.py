@@ -1,0 +1,100 @@
+"""A plan is what a step allocates; what does not fit is said, and what is no config is refused."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import zoo
+from longroll import LongrollError, RecurrentLM
+from longroll.cli import app
+from longroll.conformance.tiny import build
+from longroll.dry_run import Ledger
+from longroll.outline import outline
+from longroll.training import PosttrainOptions
+from longroll.training.loss import hidden_loss
+from longroll.training.plan import Memory, Outline, Setting, fitting_line, outline_of, settings_for, what_fits
+
+
+def taken(name: str, rows: int, length: int) -> int:
+    """Bytes at the peak of a real step, weights and moments of AdamW included."""
+    with Ledger() as ledger:
+        lm = RecurrentLM(build(name)).train()
+        before = ledger.start()
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        hidden, _final = lm(ids, lm.zero_state(rows), logits=False)
+        hidden_loss(lm, hidden, ids).backward()
+        peak = ledger.peak - before
+    return peak + 3 * sum(p.nbytes for p in lm.parameters())
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gla"])
+def test_training_takes_what_is_planned(name):
+    lm = zoo.lm_of(name)
+    planned = outline_of(lm).training(Setting(rows=3, length=40, autocast=False))
+    assert planned.total == pytest.approx(taken(name, 3, 40), rel=0.01)
+    assert planned.weights == planned.gradients == sum(p.nbytes for p in lm.parameters())
+    assert planned.optimizer == 2 * planned.weights
+
+
+def test_settings_take_less_in_turn_and_the_first_that_fits_is_found():
+    subject = outline_of(zoo.lm_of("mamba2"))
+    asked = Setting(rows=16, length=64, autocast=False)
+    whole = subject.training(asked)
+    adapters = subject.training(Setting(rows=16, length=64, lora_rank=2, autocast=False))
+    shards = subject.training(Setting(rows=16, length=64, shards=4, autocast=False))
+    assert adapters.optimizer < whole.optimizer and adapters.total < whole.total
+    assert shards.optimizer == whole.optimizer // 4 and shards.states == whole.states
+    assert len(settings_for(asked, 1)) == 4 and len(settings_for(asked, 2)) == 8
+    assert what_fits(subject, asked, whole.total) == asked
+    found = what_fits(subject, asked, 0.3 * whole.total)
+    assert found != asked and subject.training(found).total <= 0.3 * whole.total
+    assert what_fits(subject, asked, 1000) is None
+    assert isinstance(whole, Memory) and str(whole).count("GiB") == 1
+
+
+def test_what_would_fit_is_named_where_memory_is_short(monkeypatch):
+    options = PosttrainOptions(length=64, batch_size=16)
+    lm = zoo.lm_of("mamba2")
+    assert fitting_line(lm, options) == ""
+    monkeypatch.setattr("longroll.training.plan.memory_of", lambda _: 6_000_000)
+    assert "rows with" in fitting_line(lm, options)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_plans_the_specimen(tmp_path):
+    file = tmp_path / "plan.json"
+    done = run("specimen", "--batch-size", "4", "--sequences", "2", "--memory", "0.5", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert (
+        found["parameters"] == sum(p.numel() for p in zoo.specimen().parameters())
+        if hasattr(zoo, "specimen")
+        else found["parameters"] > 3e5
+    )
+    assert {row["name"] for row in found["rows"]} >= {"reading", "all weights", "LoRA 16"}
+    for row in found["rows"]:
+        assert row["total"] == sum(row["memory"].values()) and row["tokens_per_second"] > 0
+    assert "steps" in found["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"model_type": "mamba2", "num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000 is no size"),
+        ({"model_type": "mamba2", "hidden_size": -3}, "no model has this config.json"),
+        ({"model_type": "mamba2", "hidden_size": "wide"}, "no model has this config.json"),
+        ({"model_type": "bamba", "layer_types": [["deep"]]}, "bamba|config.json"),
+        ({"model_type": "no such thing"}, "no such thing"),
+        ([], "JSON object"),
+    ],
+)
+def test_hostile_configs_are_refused_in_one_line(entries, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(LongrollError, match=said) as refused:
+        _ = Outline(*outline(tmp_path)).sizes
+    assert "\n" not in str(refused.value)
