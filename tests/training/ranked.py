@@ -15,7 +15,7 @@ from longroll.conformance.tiny import VOCAB, build
 from longroll.data import ByteTokenizer, Corpus, Windows
 from longroll.interventions import INTERVENTIONS
 from longroll.tasks import Copying, Row, evaluate_grid
-from longroll.training import PosttrainOptions, posttrain
+from longroll.training import HeldOut, PosttrainOptions, posttrain
 from longroll.training.sharding import local
 
 SIZES = (70, 9, 33, 50, 21, 8, 40, 61, 300, 120)
@@ -85,6 +85,7 @@ def run(
     makes = {"zero_probability": 0.3, "seed": 3}
     intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
     callbacks = [] if kill is None else [Killed(kill, kill_rank)]
+    held_out = HeldOut.from_corpus(corpus_of(seed=1), options["length"])
     callbacks += [Poisoned(intervention, *poison)] if poison else []
     callbacks += [] if spoil is None else [Spoiled(spoil)]
     log = posttrain(
@@ -95,6 +96,8 @@ def run(
         output,
         resume=resume,
         callbacks=callbacks,
+        held_out=held_out if options.get("until_healthy") else None,
+        force=True,
         finish=lambda log: Path(output, "log.json").write_text(json.dumps(log)),
     )
     return lm, log

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranked import run
+from test_ranks import assert_same_result, torchrun
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -329,3 +331,23 @@ def test_other_held_out_text_or_none_is_refused(tmp_path):
     other = HeldOut(held_out.texts[:, :-1], held_out.beginnings, held_out.joined)
     with pytest.raises(LongrollError, match="other held-out text"):
         posttrain(broken(), corpus, "sp", options, tmp_path / "out", held_out=other, resume=True)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_keep_what_one_does(tmp_path):
+    """The texts are dealt to the ranks, all of which decide the same; a killed run resumes bit for bit."""
+    base = {"length": 8, "steps": 6, "learning_rate": 1e-2, "save_steps": 2, "batch_size": 2}
+    base |= {"until_healthy": True, "measure_steps": 2, "price": 9.0}
+
+    def spec(name: str, **more) -> dict:
+        return {"kind": "sp", "output": str(tmp_path / name), "options": base, **more}
+
+    assert torchrun([spec("two"), spec("killed", kill=5)]).returncode == 0
+    assert torchrun([spec("killed", resume=True)]).returncode == 0
+    run("sp", str(tmp_path / "one"), options=base | {"batch_size": 4})
+    logs = {name: json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two", "killed")}
+    one, two, killed = (np.array([[m.in_range, m.far] for m in measures_of(log)]) for log in logs.values())
+    assert len(two) > 2 and np.allclose(one, two, rtol=1e-5) and np.array_equal(two, killed)
+    assert len({log[-1]["kept_step"] for log in logs.values()}) == 1
+    assert_same_result(tmp_path / "killed", tmp_path / "two", 0.0)
+    assert_same_result(tmp_path / "two", tmp_path / "one", 1e-5)
