@@ -302,31 +302,31 @@ def ledger_of(folder: Path, attempt: int, processes: int) -> dict[tuple[int, int
     return found
 
 
-def ledgers_agree(folder: Path, config: dict, sizes: list[int]) -> bool:
+def ledgers_agree(folder: Path, config: dict, sizes: list[int], kills: list[dict]) -> bool:
     """Whether each lane read the rows of the data set from a saved step on, at each start, to the last step.
 
     Args:
         folder: of the ledgers.
         config: of the trial.
         sizes: how many processes each start had.
+        kills: what ended each start but the last; a run that SIGTERM ends saves the step that it is in.
     """
     from longroll.training import _posttrain
 
     data, length = data_of(config, ROWS)
     if not config["task"]:
         data = _posttrain._rows_of(data, intervention_of(config), options_of(config, ROWS, length))
-    micro_batches, read = config["accumulation"], set()
+    micro_batches, read, saved = config["accumulation"], set(), set(range(0, STEPS, 2))
     for attempt, processes in enumerate(sizes):
         ledger = ledger_of(folder, attempt, processes)
         steps = sorted({step for step, _ in ledger})
         if not steps:
             continue
-        if (
-            steps != list(range(steps[0], steps[-1] + 1))
-            or steps[0] % 2
-            or steps[0] > max(read, default=-1) + 1
-        ):
+        in_order = steps == list(range(steps[0], steps[-1] + 1))
+        if not in_order or steps[0] not in saved or steps[0] > max(read, default=-1) + 1:
             return False
+        if attempt < len(kills) and kills[attempt]["how"] == "term":
+            saved.add(steps[-1] + 1)
         for step in steps:
             for micro in range(micro_batches):
                 lanes = ledger.get((step, micro), [None] * ROWS)
@@ -461,7 +461,7 @@ def run_trial(number: int, root: Path, seed: int, torchrun: float, references: d
     }
     agree = same(folder, reference, config, moved)
     if config["what"] == TRAINS:
-        agree["ledger"] = ledgers_agree(folder, config, sizes)
+        agree["ledger"] = ledgers_agree(folder, config, sizes, kills)
     found |= agree | {"exact": all(agree.values())}
     if found["exact"]:
         shutil.rmtree(folder)
