@@ -178,11 +178,16 @@ def train(config: dict, output: Path, ledger: Path, kill: dict) -> None:
 
 def measure(config: dict, output: Path, kill: dict) -> None:
     ranks.join()
-    lm = RecurrentLM(build("mamba2", 0)).eval()
-    mixer = lm.model.backbone.layers[1].mixer
-    with torch.no_grad():  # a head that hardly forgets: there is a damage to explain
+    lm, generator = RecurrentLM(build("mamba2", 0)).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(3)  # a text has a likely next token
+        text, state = [torch.randint(VOCAB, (5, 1), generator=generator)], None
+        for _ in range(96):
+            logits, state = lm(text[-1], state)
+            text.append(torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator))
+        mixer = lm.model.backbone.layers[1].mixer  # a head that hardly forgets: a damage to explain
         mixer.A_log[2], mixer.dt_bias[2] = -14.0, 0.0
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (5, 97)))
+    tokens = torch.cat(text, dim=1)
     kept = Kept(output / "found.json.kept", every=config["every"])
     report = at_call(kill["report"] if kill.get("how") == "report" else 10**9, lambda *_: None)
     told = {"chunk_size": 8, "dealt": True, "kept": kept, "progress": report}

@@ -50,6 +50,7 @@ def join() -> None:
     global _store
     if not _together() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, number, count = next(dist.rendezvous("env://"))
+        store.set_timeout(_PATIENCE)
         _store = dist.PrefixStore("longroll", store)
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_PATIENCE)
 

@@ -46,7 +46,7 @@ def test_a_command_killed_when_it_saves_goes_on(command, kind, flag, tmp_path, c
         with pytest.raises(KilledError):
             run()
     (folder,) = tmp_path.rglob("*.kept")
-    assert (folder / "reading-0-of-1.pt").is_file()
+    assert (folder / "reading-0-of-1.piece").is_file()
     with pytest.raises(LongrollError, match=r"\.kept holds results with text = "):
         run("other")
     with pytest.raises(LongrollError, match=r"\.kept holds results with chunk_size = None, not 64"):

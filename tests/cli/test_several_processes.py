@@ -52,5 +52,5 @@ def test_a_process_that_fails_ends_the_others_and_is_named(how, which, tmp_path)
         "kill": "SIGKILL",
     }
     assert said[how] in ran.stderr
-    assert (tmp_path / "found.json.kept" / f"reading-{1 - which}-of-2.pt").is_file()
+    assert (tmp_path / "found.json.kept" / f"reading-{1 - which}-of-2.piece").is_file()
     assert not (tmp_path / "found.json").exists()

@@ -95,7 +95,7 @@ def test_a_diagnosis_goes_on_where_it_was_killed(whole, tmp_path):
     assert set(seen) == {stages[-1]}
 
 
-@pytest.mark.parametrize("name", ["settings.json", "reading-0-of-1.pt", "coverage.pt"])
+@pytest.mark.parametrize("name", ["pieces.json", "reading-0-of-1.piece", "coverage.piece"])
 @pytest.mark.parametrize("torn", [True, False])
 def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
     expected = whole[0]
@@ -110,8 +110,8 @@ def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
     stages = []
     assert of_planted(tmp_path / "kept", lambda stage, *_: stages.append(stage)) == expected
     assert f"{file} is damaged" in caplog.text
-    again = {"reading-0-of-1.pt": ["reading on"]}
-    again["coverage.pt"] = ["comparing states", "holding heads in range"]
+    again = {"reading-0-of-1.piece": ["reading on"]}
+    again["coverage.piece"] = ["comparing states", "holding heads in range"]
     assert name not in again or list(dict.fromkeys(stages)) == again[name]
 
 
@@ -119,10 +119,28 @@ def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
     ("changed", "named"),
     [({"seed": 1}, "seed = 0, not 1"), ({"train_length": 8}, "train_length = 16, not 8"), ({}, "weights = ")],
 )
-def test_pieces_of_something_else_are_refused(changed, named, whole, tmp_path, monkeypatch):
+def test_pieces_of_something_else_are_refused(changed, named, whole, tmp_path):
     shutil.copytree(whole[1], tmp_path / "kept")
-    if not changed:
-        norm = planted_lm().model.backbone.norm_f
-        monkeypatch.setattr(norm, "weight", torch.nn.Parameter(norm.weight * 1.5))
-    with pytest.raises(LongrollError, match=f"kept holds results with {named}.*or use the same settings"):
-        of_planted(tmp_path / "kept", **changed)
+    weight = planted_lm().model.backbone.norm_f.weight.data
+    before = weight.clone()
+    weight.mul_(1.0 if changed else 1.5)
+    try:
+        with pytest.raises(LongrollError, match=f"kept holds results with {named}.*or use the same settings"):
+            of_planted(tmp_path / "kept", **changed)
+    finally:
+        weight.copy_(before)
+
+
+def test_a_folder_of_ones_own_keeps_what_is_not_a_piece(whole, tmp_path, caplog):
+    """Half-written pieces go, and a reading of other processes is said to begin anew."""
+    folder = tmp_path / "kept"
+    shutil.copytree(whole[1], folder)
+    (folder / "reading-0-of-1.piece").rename(folder / "reading-0-of-2.piece")
+    (folder / ".excess.piece.x1").write_bytes(b"half")
+    (folder / "model.pt").write_bytes(b"mine")
+    kept = Kept(folder)
+    kept.begin(planted_lm(), texts_of_twin()[:4, :81], train_length=TRAIN_LENGTH, chunk_size=16, seed=0)
+    assert "A reading of 2 processes is kept, and begins anew on 1." in caplog.text
+    assert not (folder / ".excess.piece.x1").exists() and (folder / "excess.piece").exists()
+    kept.remove()
+    assert [path.name for path in folder.iterdir()] == ["model.pt"]

@@ -139,11 +139,16 @@ def measure(output):
 
 def explain(explained, texts=5):
     """Diagnose a model with a head that hardly forgets, its texts, trials and starts dealt to the ranks."""
-    lm = RecurrentLM(build("mamba2", 0, torch.float64)).eval()
-    mixer = lm.model.backbone.layers[1].mixer
+    lm, generator = RecurrentLM(build("mamba2", 0, torch.float64)).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(3)  # a text has a likely next token
+        text, state = [torch.randint(VOCAB, (texts, 1), generator=generator)], None
+        for _ in range(80):
+            logits, state = lm(text[-1], state)
+            text.append(torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator))
+        mixer = lm.model.backbone.layers[1].mixer
         mixer.A_log[2], mixer.dt_bias[2] = -14.0, 0.0
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, VOCAB, (texts, 81)))
+    tokens = torch.cat(text, dim=1)
     write(explained, diagnose(lm, tokens, train_length=16, dealt=True).to_json())
 
 

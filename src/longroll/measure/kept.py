@@ -10,9 +10,9 @@ import hashlib
 import io
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
@@ -37,7 +37,8 @@ from longroll.state import RecurrentState
 
 T = TypeVar("T")
 
-_SETTINGS = "settings.json"
+_SETTINGS = "pieces.json"
+_PIECE = ".piece"
 _EVERY = 60.0  # seconds between two pieces of one reading
 _PRICE = 20  # times as long as it takes to write a piece, the reading goes on before the next
 
@@ -92,12 +93,15 @@ class Kept:
         self._of = _digest(about)
         self._device, self._spread = lm.device, len({p.device for p in lm.parameters()}) > 1
         now = {"settings": about, "of": self._of, "versions": package_versions(), "device": lm.device.type}
-        ranks.on_first(lambda: self._check(now))
+        size = ranks.world_size()
+        ranks.on_first(lambda: self._check(now, size))
         self._last = time.monotonic()
 
-    def _check(self, now: Mapping[str, Any]) -> None:
+    def _check(self, now: Mapping[str, Any], size: int) -> None:
+        """Clear away what cannot be used, and say so; `size` is the number of ranks."""
         assert self.folder is not None
         file = self.folder / _SETTINGS
+        self._clear(whole=False)
         if file.is_file():
             try:
                 before = read_json(file)
@@ -109,8 +113,11 @@ class Kept:
             else:
                 check_settings(self.folder, settings, now["settings"])
                 warn_of_changes(before, now)
+                begun = {path.stem.split("-")[-1] for path in self.folder.glob(f"reading-*{_PIECE}")}
+                for other in begun - {str(size)}:
+                    logger.warning("A reading of %s processes is kept, and begins anew on %d.", other, size)
                 return
-        shutil.rmtree(self.folder, ignore_errors=True)  # pieces of which nothing is known
+        self._clear(whole=True)  # pieces of which nothing is known
         write_json(file, now)
 
     def read(self, name: str, kinds: Sequence[type] = ()) -> Any:
@@ -198,14 +205,23 @@ class Kept:
         """Remove all pieces: the result is saved."""
         if self.folder is not None:
             (self.folder / _SETTINGS).unlink(missing_ok=True)  # first: pieces without it are no one's
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._clear(whole=True)
+            with suppress(OSError):  # it holds something else
+                self.folder.rmdir()
+
+    def _clear(self, *, whole: bool) -> None:
+        """Remove what a killed process left half written; `whole`: pieces, too."""
+        assert self.folder is not None
+        for pattern in (f".*{_PIECE}.*", f".{_SETTINGS}.*", *((f"*{_PIECE}",) if whole else ())):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _reading(self) -> str:
         return f"reading-{ranks.rank()}-of-{ranks.world_size()}"
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name}.pt"
+        return self.folder / f"{name}{_PIECE}"
 
     def _place(self, storage: Any, location: str) -> Any:
         """Bring what was on a GPU to that of the model, or to its own if the model is on several."""
