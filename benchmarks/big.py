@@ -275,6 +275,7 @@ def diagnose(bench: Bench, explain: bool) -> dict[str, Any]:
         bench.models = {"broken": lm}
     lm = bench.models["broken"]
     tokens = bench.tokens(lm, rows, length, words=16)
+    longroll.diagnose(lm, tokens[:, : 2 * trained + 1], train_length=trained, explain=explain)  # compiles
     read = bench.timed(partial(longroll.position_loss, lm, tokens), repeats=1)
     stages: list[tuple[float, str]] = []
 
@@ -658,6 +659,9 @@ def main() -> None:
             except Exception as error:  # one row that does not run here must not end the table
                 first = (str(error).splitlines() or [""])[0]
                 table[name] = {"error": f"{type(error).__name__}: {first[:300]}"}
+                if isinstance(error, torch.OutOfMemoryError):
+                    table[name]["largest_tensors"] = _largest_tensors()
+            if "error" in table[name]:  # its frames hold the model no more
                 bench.free()
             table[name]["row_seconds"] = time.perf_counter() - started
             print(f"{name:18} {_said(table[name])}", flush=True)
@@ -666,6 +670,17 @@ def main() -> None:
                 given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
                 result = {"what": "big", "options": given, "rows": table, "provenance": made}
                 BenchmarkResult.from_json(result).write(options.json)
+
+
+def _largest_tensors(most: int = 15) -> list[dict[str, Any]]:
+    """What lies on the GPUs, by shape, the largest first."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for each in gc.get_objects():
+        if type(each) in (Tensor, torch.nn.Parameter) and each.is_cuda:
+            kind = (type(each).__name__, str(each.dtype), str(tuple(each.shape)))
+            found.setdefault(kind, []).append(each.untyped_storage().nbytes())
+    ranked = sorted(found.items(), key=lambda pair: -sum(pair[1]))[:most]
+    return [{"tensor": " ".join(k), "count": len(b), "gib": sum(b) / 2**30} for k, b in ranked]
 
 
 def _said(row: dict[str, Any]) -> str:
