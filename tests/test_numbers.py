@@ -6,6 +6,7 @@ heading:
     <!-- numbers: recipes/results/gla.json, benchmarks/results/a.json#rows.0; settings: .1; cited: .27 .47 -->
 
 `#` selects a part of a file. `a.json#x / a.json#y` (or `-`) is the ratio (or the difference) of two numbers.
+`a.json#x means` are the means of the rows and the columns of the lists in it.
 `settings` lists numbers that were chosen rather than measured, `cited` those of another publication.
 """
 
@@ -24,12 +25,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 _GLOBS = ("README.md", "docs/**/*.md", "recipes/**/*.md", "benchmarks/**/*.md")
 PAGES = sorted({page.relative_to(ROOT).as_posix() for glob in _GLOBS for page in ROOT.glob(glob)})
-NOT_YET = {
-    "docs/families.md",
-    "recipes/README.md",
-}
-"""Pages from before this test whose blocks name no files yet. No page is ever added."""
-
 COMMENT = re.compile(r"<!--\s*numbers:\s*(.*?)\s*-->", re.DOTALL)
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"<!-- table: [\w.-]+ -->.*?<!-- /table -->", re.DOTALL)
@@ -77,12 +72,26 @@ def numbers_of(source: str) -> tuple[float, ...]:
         left, right = numbers_of(pair[1]), numbers_of(pair[3])
         assert len(left) == len(right) == 1, f"{source}: each side must select one number"
         return (left[0] / right[0] if pair[2] == "/" else left[0] - right[0],)
-    path, _, part = source.partition("#")
+    path, _, part = source.removesuffix(" means").partition("#")
     assert (ROOT / path).is_file(), f"{path} is no file of this repository"
     value = json.loads((ROOT / path).read_text())
     for key in part.split(".") if part else ():
         value = value[int(key)] if isinstance(value, list) else value[key]
-    return tuple(_leaves(value))
+    return tuple(_means(value) if source.endswith(" means") else _leaves(value))
+
+
+def _means(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        numbers = [entry for entry in value if isinstance(entry, int | float)]
+        if value and len(numbers) == len(value):
+            yield sum(numbers) / len(numbers)
+        rows = [entry for entry in value if isinstance(entry, list)]
+        if rows and len({len(row) for row in rows}) == 1:
+            yield from (mean for column in zip(*rows, strict=True) for mean in _means(list(column)))
+        for entry in value:
+            yield from _means(entry)
 
 
 def _leaves(value: Any) -> Iterator[float]:
@@ -128,14 +137,10 @@ def untraced(text: str) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in NOT_YET])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_number_is_in_the_result_file_named_for_it(page):
     faults = untraced((ROOT / page).read_text())
     assert not faults, f"{page}: " + "; ".join(faults)
-
-
-def test_pages_that_name_no_files_yet_are_there():
-    assert set(PAGES) >= NOT_YET
 
 
 PAGE = """# Title
@@ -183,6 +188,12 @@ def test_ratios_and_differences_are_computed(result):
     assert untraced(f"<!-- numbers: {before} - {after} -->\nIt costs 4.70.") != []
     with pytest.raises(AssertionError, match="one number"):
         untraced(f"<!-- numbers: {result}#levels - {after} -->\nIt costs 4.71.")
+
+
+def test_means_are_those_of_rows_and_columns(result):
+    (Path(ROOT) / result).write_text(json.dumps({"a": [[0.5, 1.5], [1.25, 2.0]]}))
+    for number, traced in {"1.00": True, "1.62": True, ".88": True, "1.75": True, "1.31": False}.items():
+        assert (untraced(f"<!-- numbers: {result} means -->\n{number}") == []) == traced, number
 
 
 def test_a_missing_file_is_named(result):

@@ -18,7 +18,7 @@ class StatePassing(Intervention):
     Nothing is fitted: the states are real ones, so this works where states are not IID. A row that starts
     from zero by chance (`zero_probability`) leaves its passed state waiting rather than replace it: else
     no state would get older than a few sequences, and states far past the training length would stay
-    unexplored (measured: recipes/README.md). It is the wrong tool where the data are not stationary (a
+    unexplored (measured: dev/LOG.md). It is the wrong tool where the data are not stationary (a
     passkey that is stated once): see FittedNoise.
     """
 

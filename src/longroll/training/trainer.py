@@ -50,7 +50,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         args: as for Trainer.
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
-            multiple of the others'. Adam moves them too slowly for few steps: recipes/README.md.
+            multiple of the others'. Adam moves them too slowly for few steps: dev/LOG.md.
         cuda_graphs: replay a step as one CUDA graph, which spares the GPU to wait for Python; one GPU, no
             fp16, the plain loss, no experts that wait for the GPU. Batches of another shape than the first,
             padded and packed ones run as without. None: where it is known to be right, which is Mamba and
