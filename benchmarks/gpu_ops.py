@@ -151,6 +151,50 @@ def variants(name: str, kinds: Iterable[str]) -> dict[str, dict]:
     return rows
 
 
+def attention() -> dict[str, dict]:
+    """Way -> milliseconds and error of 4096 queries over 65,536 earlier keys, which FlashAttention-2 reads."""
+    q = draw(1, 32, 4096, 128).detach()
+    k, v = (draw(1, 8, 65_536, 128).detach() for _ in range(2))
+    wide = [t.repeat_interleave(4, dim=1) for t in (k, v)]
+    scale, aten = 128**-0.5, torch.ops.aten
+    folded = q.unflatten(1, (8, 4)).flatten(2, 3)
+    ways: dict[str, Callable[[], Any]] = {
+        "flash": lambda: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale),
+        "flash, folded": lambda: aten._scaled_dot_product_flash_attention(
+            folded, k, v, 0.0, False, scale=scale
+        ),
+        "cudnn, folded": lambda: aten._scaled_dot_product_cudnn_attention(
+            folded, k, v, None, True, 0.0, False, False, scale=scale
+        ),
+        "cudnn": lambda: aten._scaled_dot_product_cudnn_attention(
+            q, *wide, None, True, 0.0, False, False, scale=scale
+        ),
+        "efficient, folded": lambda: aten._scaled_dot_product_efficient_attention(
+            folded, k, v, None, True, 0.0, False, scale=scale
+        ),
+    }
+    some = slice(0, 64)  # queries
+    scores = q[:, :, some].float() @ wide[0].float().mT * scale
+    exact, norm = scores.softmax(-1) @ wide[1].float(), scores.logsumexp(-1)
+    rows: dict[str, dict] = {}
+    for name, way in ways.items():
+        try:
+            out, sums, *_ = way()
+            shape = [*sums.shape]
+            out, sums = (
+                out.reshape(1, 32, 4096, 128)[:, :, some],
+                sums.reshape(1, 32, -1)[..., :4096][..., some],
+            )
+            errors = [((a.float() - b).norm() / b.norm()).item() for a, b in ((out, exact), (sums, norm))]
+            ms = do_bench(way, warmup=10, rep=60, return_mode="median")
+            flops = 4 * 4096 * 65_536 * 32 * 128 / ms * 1e3
+            rows[name] = {"ms": ms, "tflops": flops / 1e12, "errors": errors, "shape_of_sums": shape}
+        except Exception as error:  # no such kernel here
+            rows[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        print(f"attention    {name:28} {rows[name]}", flush=True)
+    return rows
+
+
 def ssds() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     """Name -> (forward, its leaves)."""
     forward, leaves = ssd_inputs(HEADS["mamba2-370m"])
@@ -234,6 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     began, table = time.perf_counter(), {}
+    if options.variants is not None:
+        table["attention"] = attention()
     for name in () if options.variants is None else HEADS:
         table[name] = variants(name, options.variants or VARIANTS)
         if options.json:
