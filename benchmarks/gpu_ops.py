@@ -152,7 +152,7 @@ def variants(name: str, kinds: Iterable[str]) -> dict[str, dict]:
 
 
 def attention() -> dict[str, dict]:
-    """Way -> milliseconds and error of 4096 queries over 65,536 earlier keys, which FlashAttention-2 reads."""
+    """Way -> milliseconds and error of 4096 queries over 65,536 earlier keys."""
     q = draw(1, 32, 4096, 128).detach()
     k, v = (draw(1, 8, 65_536, 128).detach() for _ in range(2))
     wide = [t.repeat_interleave(4, dim=1) for t in (k, v)]
