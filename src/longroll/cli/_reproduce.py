@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -117,18 +118,19 @@ def reproduce(
     for one, need in zip(chosen, taken, strict=True):
         model = _Model(one, checkpoints, output / one.name, tokens, bytes_per_token, device, dtype, seed)
         base = model.measured("base")
+        options: dict[str, Any] = {
+            "length": TRAIN_LENGTH,
+            "steps": steps,
+            "seed": seed,
+            "save_steps": save_steps or steps,
+        }
+        options |= {"learning_rate": learning_rate, "bf16": model.autocasts or None}
+        options |= model.micro_batch(need, batch_size)
         for arm in arms:
-            if model.done(arm):
-                continue
-            options = {
-                "length": TRAIN_LENGTH, "steps": steps, "seed": seed, "save_steps": save_steps or steps,
-                "batch_size": need.rows, "accumulation": batch_size // need.rows,
-                "gradient_checkpointing": need.checkpointing,
-                **({} if learning_rate is None else {"learning_rate": learning_rate}),
-            }  # fmt: skip
-            model.repair(arm, corpus, tok, options, noise_std)
-            control = model.measured("none") if "none" in arms and arm != "none" else None
-            model.measured(arm, against=base, control=control)
+            if not model.done(arm):
+                model.repair(arm, corpus, tok, options, noise_std)
+                control = model.measured("none") if model.done("none") else None
+                model.measured(arm, against=base, control=control)
             if not keep_models:
                 shutil.rmtree(model.folder / arm, ignore_errors=True)
         model.draw()
@@ -150,9 +152,29 @@ class _Model:
         self.bytes_per_token, self.device, self.dtype, self.seed = bytes_per_token, device, dtype, seed
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def autocasts(self) -> bool:
+        """Whether matrices are multiplied in bfloat16: on a GPU that has it, unless --dtype names another."""
+        import torch
+
+        from longroll.training.weights import has_bf16
+
+        return self.dtype is None and has_bf16(torch.device(self.device))
+
     def done(self, arm: str) -> bool:
         """Whether an arm, or the base, was measured."""
         return (self.folder / f"{arm}.json").is_file()
+
+    def micro_batch(self, need: Need, batch_size: int) -> dict[str, Any]:
+        """Rows of a micro-batch, as planned when the model was begun: a resumed run must have the same."""
+        from longroll.results import read_json, write_json
+
+        path = self.folder / "micro_batch.json"
+        if not path.is_file():
+            planned = {"batch_size": need.rows, "accumulation": batch_size // need.rows}
+            write_json(path, planned | {"gradient_checkpointing": need.checkpointing})
+        found: dict[str, Any] = read_json(path)
+        return found
 
     def open(self, arm: str) -> RecurrentLM:
         """The checkpoint, or what an arm made of it."""
@@ -161,6 +183,8 @@ class _Model:
 
     def measured(self, arm: str, **others: DiagnosisResult | None) -> DiagnosisResult:
         """Diagnose the base or an arm, with the effective remembrance to 4 T; read it where it was done."""
+        import torch
+
         from longroll.measure.remembrance import remembrance_map, spread_starts
         from longroll.reproduce import ARMS
         from longroll.reproduce.checkpoints import TRAIN_LENGTH
@@ -171,13 +195,14 @@ class _Model:
         if path.is_file():
             return read_results(path, DiagnosisResult, otherwise="is no diagnosis: remove it.")[0]
         lm = self.open(arm)
-        found = run_diagnosis(
-            lm, self.tokens, label=ARMS.get(arm, arm), train_length=TRAIN_LENGTH, explain=False,
-            bytes_per_token=self.bytes_per_token, seed=self.seed, **others,
-        )  # fmt: skip
         end = 4 * TRAIN_LENGTH
         texts = self.tokens[:_REMEMBERED_ROWS, :end]
-        kept = remembrance_map(lm, texts, spread_starts(end), [TRAIN_LENGTH, 2 * TRAIN_LENGTH, end])
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=self.autocasts):
+            found = run_diagnosis(
+                lm, self.tokens, label=ARMS.get(arm, arm), train_length=TRAIN_LENGTH, explain=False,
+                bytes_per_token=self.bytes_per_token, seed=self.seed, **others,
+            )  # fmt: skip
+            kept = remembrance_map(lm, texts, spread_starts(end), [TRAIN_LENGTH, 2 * TRAIN_LENGTH, end])
         found = found.changed(remembrance=Remembrance(**kept.to_json()))
         found.write(path)
         return found
@@ -197,6 +222,8 @@ class _Model:
             lm, corpus, chosen, PosttrainOptions(**options), self.folder / arm,
             tokenizer=tokenizer, resume=True,
         )  # fmt: skip
+        del lm
+        gc.collect()  # the trainer's cycles hold weights and moments, and the next model needs their memory
 
     def draw(self) -> None:
         """Draw the page and the PDFs of what was measured."""
