@@ -29,7 +29,7 @@ class Blocks:
 
     @classmethod
     def after(cls, blocks: Blocks | None, new: Tensor) -> Blocks:
-        """Blocks, if any, and the positions of `new` after them."""
+        """Return blocks, if any, and the positions of `new` after them."""
         return cls(own_memory(new)) if blocks is None else blocks._grown(new)
 
     def _grown(self, new: Tensor) -> Blocks:
@@ -39,7 +39,7 @@ class Blocks:
         return Blocks(*self.pieces, own_memory(new))
 
     def whole(self) -> Tensor:
-        """One tensor; a copy where there is more than one piece."""
+        """Return one tensor; a copy where there is more than one piece."""
         return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=self.AXIS)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Blocks:
@@ -48,23 +48,23 @@ class Blocks:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole tensor."""
         shape = list(self.pieces[0].shape)
         shape[self.AXIS] = sum(piece.shape[self.AXIS] for piece in self.pieces)
         return torch.Size(shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the whole."""
+        """Dtype of the whole tensor."""
         return functools.reduce(torch.promote_types, (piece.dtype for piece in self.pieces))
 
     @property
     def device(self) -> torch.device:
-        """Of every piece."""
+        """Device of every piece."""
         return self.pieces[0].device
 
 
 def own_memory(tensor: Tensor) -> Tensor:
-    """`tensor`, copied where it is a part of a larger one, which it would keep in memory."""
+    """Return `tensor`, copied where it is a part of a larger one, which it would keep in memory."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -83,7 +83,7 @@ def _all_of(index: Tensor | None) -> list[Tensor | None]:
 
 @contextmanager
 def dry_run() -> Iterator[Ledger]:
-    """Within it, tensors have no numbers, and the ledger that it yields counts their bytes."""
+    """Return within it, tensors have no numbers, and the ledger that it yields counts their bytes."""
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")
     before = torch_log.level
     torch_log.setLevel(logging.CRITICAL)
@@ -142,8 +142,8 @@ def dry_model(
     """Return a model of `config` without weights, in eval mode; within `dry_run` only.
 
     Args:
-        config: of the model.
-        dtype: of its weights, but for those that `from_pretrained` keeps in float32.
+        config: the config of the model.
+        dtype: the dtype of its weights, but for those that `from_pretrained` keeps in float32.
         device: where it would be.
 
     Raises:
@@ -252,7 +252,7 @@ def _state_after(lm: RecurrentLM, tokens: int, *, head: bool = False) -> dict[St
 
 
 def _windows(config: Any) -> set[int]:
-    """Sizes of windows that a config speaks of."""
+    """Return sizes of windows that a config speaks of."""
     found: set[int] = set()
     for holder in (config, config.get_text_config()):
         for name, value in entries_of(holder.to_dict()):

@@ -57,7 +57,7 @@ def training_memory(
 
     Args:
         model: with its adapters, in the precision in which it is trained; its weights may be on `meta`.
-        rows: of a micro-batch of one process.
+        rows: the rows of a micro-batch of one process.
         length: T, tokens of a row.
         state: bytes of the state of a row.
         activations: bytes that backward reads of a token, as `activation_bytes` measures them.
@@ -159,7 +159,7 @@ def _saved_bytes(lm: RecurrentLM, tokens: int) -> int:
 
     ids = torch.randint(lm.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = lm(ids.to(lm.device), logits=False)  # held, lest a storage be counted for another
+        kept = lm(ids.to(lm.device), logits=False)  # held, so that no storage is counted for another
     del kept
     return sum(seen.values())
 
@@ -171,7 +171,7 @@ def _layer_bytes(model: nn.Module) -> Iterable[int]:
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
-    """The embedding and the head; one where they are tied."""
+    """Return the embedding and the head; one where they are tied."""
     found = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     if found[0] is not None and found[1] is not None and found[0].weight is found[1].weight:
         return found[:1]

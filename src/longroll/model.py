@@ -127,7 +127,7 @@ class RecurrentLM(nn.Module):
         return (output.logits if logits else output.last_hidden_state), final_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) in float32 or wider of hidden states (..., d_model)."""
+        """Return logits (..., V) in float32 or wider of hidden states (..., d_model)."""
         logits = self.family.head(self.model, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -163,7 +163,7 @@ class RecurrentLM(nn.Module):
         return found and found[0]
 
     def find_train_length(self, given: int | None = None) -> tuple[int, str]:
-        """The training length T, and where it comes from.
+        """Return the training length T, and where it comes from.
 
         `train_length` and RWKV's `context_length` mean the training length. `max_position_embeddings` bounds
         the positions of attention, which is the training length where all layers are attention; hybrids state
@@ -197,7 +197,7 @@ class RecurrentLM(nn.Module):
         return None
 
     def _entry(self, entry: str) -> int | None:
-        """A number of the config, or of its text model's."""
+        """Return a number of the config, or of its text model's."""
         config = self.model.config
         holders = (holder for holder in (config, config.get_text_config()))
         values = (getattr(holder, entry, None) for holder in holders)
@@ -225,7 +225,7 @@ class RecurrentLM(nn.Module):
 
     @torch.no_grad()
     def zero_state(self, batch_size: int) -> RecurrentState:
-        """The zero state, spelled out: recurrent and conv tensors, no KV."""
+        """Return the zero state, spelled out: recurrent and conv tensors, no KV."""
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         _, state = self(probe, logits=False)
         recurrent: RecurrentState = state.part("recurrent", "conv")
@@ -314,7 +314,7 @@ def wrap(
 
 
 def _base_model(model: Any) -> PreTrainedModel:
-    """The model inside peft's wrapper, which runs the adapters that sit on its layers."""
+    """Return the model inside peft's wrapper, which runs the adapters that sit on its layers."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise LongrollError(
             f"{type(model).__name__}: adapters that add tokens to the prompt cannot be read with a state: "
@@ -376,7 +376,7 @@ def read(
     trust_remote_code: bool = False,
     plugin: str | Build | None = None,
 ) -> RecurrentLM:
-    """`load` without its notices."""
+    """Return `load` without its notices."""
     if device == "auto":
         device, device_map = None, device_map or "auto"
     if device_map is not None and device is not None:
@@ -469,7 +469,7 @@ def _entry_of(config: dict[str, Any], *names: str) -> Any:
 
 
 def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model whose weights are the numbers that the quantised ones stand for."""
+    """Return the model whose weights are the numbers that the quantised ones stand for."""
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
     try:
@@ -489,7 +489,7 @@ def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) 
 
 
 def _base_of_adapter(source: str) -> str | None:
-    """What a PEFT folder adapts; None for a folder of any other kind.
+    """Return what a PEFT folder adapts; None for a folder of any other kind.
 
     Raises:
         LongrollError: for a folder that holds an adapter and whole weights, of which one would be ignored.
@@ -514,7 +514,7 @@ def _base_of_adapter(source: str) -> str | None:
 
 
 def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
-    """`model` with the adapter of a PEFT folder merged into its weights."""
+    """Return `model` with the adapter of a PEFT folder merged into its weights."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -541,7 +541,9 @@ def _load_code(source: str, config: dict[str, Any]) -> None:
 
 
 def _build(plugin: Plugin, name: str) -> RecurrentLM:
-    """What a plug-in makes of a name; of a folder of a model that it built: that model with these weights."""
+    """Return what a plug-in makes of a name; of a folder of a model that it built: that model with these
+    weights.
+    """
     saved = _saved_module(name)
     built = (saved.get("built") or name) if saved else name
     made = plugin(built)
@@ -603,7 +605,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _saved_module(name: str) -> dict[str, Any] | None:
-    """The config beside the weights of a wrapped module, where `name` is such a folder."""
+    """Return the config beside the weights of a wrapped module, where `name` is such a folder."""
     if not (Path(name) / "config.json").is_file():
         return None
     config = _read_config(name)
@@ -612,7 +614,7 @@ def _saved_module(name: str) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def _logits_width(module: nn.Module) -> int:
-    """V of a module that returns logits."""
+    """Return V of a module that returns logits."""
     weight = next(module.parameters(), None)
     ids = torch.zeros(1, 1, dtype=torch.long, device=None if weight is None else weight.device)
     try:

@@ -61,7 +61,7 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         return tensor.whole() if isinstance(tensor, Blocks) else tensor
 
     def blocks(self, key: StateKey) -> Blocks | None:
-        """The tensor in the pieces it is kept in; None where there is none."""
+        """Return the tensor in the pieces it is kept in; None where there is none."""
         tensor = self._tensors.get(key)
         return Blocks(tensor) if isinstance(tensor, Tensor) else tensor
 
@@ -87,14 +87,14 @@ class RecurrentState(Mapping[StateKey, Tensor]):
         )
 
     def _map_pieces(self, function: Callable[[Tensor], Tensor]) -> RecurrentState:
-        """`map` for functions that treat positions alike, which joins no blocks."""
+        """Return `map` for functions that treat positions alike, which joins no blocks."""
         mapped: dict[StateKey, Tensor | Blocks] = {
             key: t.map(function) if isinstance(t, Blocks) else function(t) for key, t in self._tensors.items()
         }
         return RecurrentState(mapped, seen=self.seen, ragged=self.ragged)
 
     def changed(self, tensors: Mapping[StateKey, Tensor]) -> RecurrentState:
-        """The state with some of its tensors replaced; the others are shared, as they are kept."""
+        """Return the state with some of its tensors replaced; the others are shared, as they are kept."""
         return RecurrentState({**self._tensors, **tensors}, seen=self.seen, ragged=self.ragged)
 
     def alike(self) -> list[list[StateKey]]:

@@ -43,5 +43,5 @@ def test_a_model_without_a_card_is_refused_before_it_is_read(model, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("# of a project\n")
     ran = CliRunner().invoke(app, ["diagnose", model, "--card"])
-    assert f"--card: {model} is no folder with a README.md" in str(ran.exception)
+    assert f"--card: {model} is not a folder with a README.md" in str(ran.exception)
     assert (tmp_path / "README.md").read_text() == "# of a project\n"

@@ -167,7 +167,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(tmp_path, undisturb
     for checkpoint in (output / "checkpoints").glob("checkpoint-*"):
         flip(checkpoint / "optimizer.pt")
     run("sp", str(output), options=OPTIONS, resume=True)
-    assert "starts anew" in caplog.text
+    assert "starts from the beginning" in caplog.text
     assert_same(weights(output), undisturbed)
 
 

@@ -152,7 +152,7 @@ def test_a_run_goes_on_on_another_number_of_processes(kind, root, caplog):
     ):
         run(**moved)
     run(**(moved | {"options": ALONE}))
-    assert "its 4 rows and their states are dealt anew" in caplog.text
+    assert "its 4 rows and their states are dealt again" in caplog.text
     assert_same_result(root / "moved" / kind, root / "two" / kind, 2e-6)
 
 

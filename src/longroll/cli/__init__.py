@@ -75,7 +75,7 @@ def options(
 
 
 def main() -> None:
-    """Run a command; a problem the user can mend is one line, not a traceback."""
+    """Run a command; an error that the user can correct is one line, not a traceback."""
     try:
         _run()
     except SystemExit as end:
@@ -115,7 +115,7 @@ def _run() -> None:
 
 
 def _several() -> bool:
-    """Whether a launcher started other processes beside this one."""
+    """Return whether a launcher started other processes beside this one."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 

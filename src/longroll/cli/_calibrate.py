@@ -12,14 +12,14 @@ from longroll.cli import _options as o
 
 
 class What(StrEnum):
-    """What is scaled."""
+    """Parameters that are scaled."""
 
     A = "A"
     dt = "dt"
 
 
 class Unit(StrEnum):
-    """What has a scale of its own."""
+    """Units that share one scale."""
 
     layer = "layer"
     head = "head"

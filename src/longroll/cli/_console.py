@@ -65,7 +65,7 @@ class _Notices(logging.Handler):
 
 
 def hush_libraries() -> None:
-    """Keep bars and warnings of other libraries out of the way of ours, unless --verbose asks for them."""
+    """Keep bars and warnings of other libraries out of longroll's output, unless --verbose asks for them."""
     from transformers.utils import logging
 
     if _verbosity > 0:
@@ -82,7 +82,7 @@ LEVELS = {"in_range": "in range", "2x": "2x T", "8x": "8x T", "64x": "64x T", "f
 
 
 def levels_table(runs: Sequence[DiagnosisResult]) -> Table:
-    """Loss in nats (perplexity) of diagnoses side by side, and the std of the state at the end."""
+    """Return loss in nats (perplexity) of diagnoses side by side, and the std of the state at the end."""
     table = Table(title=f"{runs[0].model}: loss in nats (perplexity), T = {runs[0].train_length}")
     table.add_column("positions")
     several = len({run.sequences for run in runs}) > 1
@@ -100,7 +100,7 @@ def levels_table(runs: Sequence[DiagnosisResult]) -> Table:
 
 
 def _measured(run: DiagnosisResult, key: str) -> bool:
-    """Whether a run reaches a level, be its loss finite or not."""
+    """Return whether a run reaches a level, be its loss finite or not."""
     times = int(key.removesuffix("x")) if key.endswith("x") else 0
     return times * (run.train_length or 0) <= (run.max_position or 0) if times else True
 
@@ -113,7 +113,9 @@ def _loss(run: DiagnosisResult, key: str) -> str:
 
 
 def _std(run: DiagnosisResult, *, at_end: bool) -> str:
-    """Mean over layers of the state's standard deviation, at the training length or at the last position."""
+    """Return mean over layers of the state's standard deviation, at the training length or at the last
+    position.
+    """
     assert run.states is not None
     positions, length = run.states.position, run.train_length or 0
     index = -1 if at_end else max((i for i, p in enumerate(positions) if p <= length), default=0)

@@ -140,14 +140,16 @@ def diagnose(
 
 
 def _card_of(model: str) -> Path:
-    """The model card in a folder that `posttrain` wrote, or beside BlinkDL's file there."""
+    """Return the model card in a folder that `posttrain` wrote, or beside BlinkDL's file there."""
     from longroll.errors import LongrollError
     from longroll.files import check_writable
 
     place = Path(model)
     card = (place if place.is_dir() else place.parent) / "README.md"
     if not place.exists() or not card.is_file():
-        raise LongrollError(f"`card`: {model} is no folder with a README.md: name one that posttrain wrote.")
+        raise LongrollError(
+            f"`card`: {model} is not a folder with a README.md: name one that posttrain wrote."
+        )
     return check_writable(card)
 
 
@@ -163,7 +165,7 @@ def _read(path: Path) -> DiagnosisResult:
 
 
 def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **options: Any) -> DiagnosisResult:
-    """`longroll.diagnose` with a progress bar; its result."""
+    """Return `longroll.diagnose` with a progress bar; its result."""
     from longroll.cli._progress import stages
     from longroll.measure import diagnose
 
@@ -172,7 +174,9 @@ def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **optio
 
 
 def findings(found: DiagnosisResult) -> list[str]:
-    """What a diagnosis says in words: the verdict, the heads that do the damage, what to do, and how."""
+    """Return what a diagnosis says in words: the verdict, the heads that do the damage, what to do, and
+    how.
+    """
     lines = [found.sentence, found.coverage and found.coverage.causal_sentence]
     if found.blame:
         lines.append(found.blame.sentence)

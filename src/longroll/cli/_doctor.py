@@ -85,7 +85,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """What `doctor` prints, as data."""
+    """Return what `doctor` prints, as data."""
     import torch
 
     from longroll.errors import LongrollError
@@ -124,7 +124,7 @@ def examine() -> dict[str, Any]:
 
 
 def in_use(family: Family, gpu: bool) -> str:
-    """What computes a family's recurrence on this machine, and why."""
+    """Return what computes a family's recurrence on this machine, and why."""
     import torch
 
     from longroll import ops
@@ -139,7 +139,7 @@ def in_use(family: Family, gpu: bool) -> str:
 
 
 def try_families() -> list[dict[str, Any]]:
-    """The laws, tried on this machine's GPU or else its CPU."""
+    """Return the laws, tried on this machine's GPU or else its CPU."""
     import torch
 
     from longroll.cli._progress import progress
@@ -155,7 +155,7 @@ def try_families() -> list[dict[str, Any]]:
 def try_packing(
     name: str, *, device: str | None, trust_remote_code: bool, plugin: str | None
 ) -> dict[str, Any]:
-    """Whether packed documents of a model see each other, as data."""
+    """Return whether packed documents of a model see each other, as data."""
     from longroll.conformance.packing import open_for_packing, packing
 
     model, lm = open_for_packing(name, device=device, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -185,7 +185,9 @@ def _known(rows: list[dict[str, Any]]) -> Table:
 
 
 def _tried(rows: list[dict[str, Any]], width: int) -> Table:
-    """The table; on a narrow terminal without what computes and what it is checked against elsewhere."""
+    """Return the table; on a narrow terminal without what computes and what it is checked against
+    elsewhere.
+    """
     from rich.table import Column, Table
 
     from longroll.conformance.table import COLUMNS, cells

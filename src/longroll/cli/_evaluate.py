@@ -141,7 +141,9 @@ def passkey(
     instruction: t.Instruction = True,
     chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
-    """Five digits told once in a long text, asked for at its end: right if the greedy tokens are these."""
+    """Return five digits told once in a long text, asked for at its end: right if the greedy tokens are
+    these.
+    """
     from longroll.tasks import Passkey, Row
 
     text = t.open_haystack(haystack, opened.tokenizer, split="validation", seed=opened.seed)
@@ -160,7 +162,7 @@ def niah(
     prompts: t.Prompts = "own",
     chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
-    """RULER's needles: numbers between lines of noise, right if they are anywhere in 128 tokens."""
+    """Return RULER's needles: numbers between lines of noise, right if they are anywhere in 128 tokens."""
     from longroll.tasks import Niah, Row
 
     task = Niah(opened.tokenizer, needles=needles, prompts=prompts, chat_template=chat_template)
@@ -192,7 +194,7 @@ def babilong(
     prompts: t.Prompts = "own",
     chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
-    """Facts of bAbI scattered through books, and a question about them, by the official metric."""
+    """Return facts of bAbI scattered through books, and a question about them, by the official metric."""
     from longroll.tasks import Row, open_babilong
 
     kinds = t.parse_kinds(qa)
@@ -208,7 +210,7 @@ def variables(
     hops: Annotated[int, typer.Option(help="Times that the value is passed on.", min=1)] = 4,
     chat_template: t.ChatTemplate = False,
 ) -> t.TaskGrid:
-    """RULER's variable tracking: a value passed from variable to variable between lines of noise."""
+    """Return RULER's variable tracking: a value passed from variable to variable between lines of noise."""
     from longroll.tasks import Row, Variables
 
     task = Variables(opened.tokenizer, hops=hops, chat_template=chat_template)
@@ -221,7 +223,9 @@ def tracking(
     *,
     groups: t.Groups = "parity,z5,s3,s5",
 ) -> t.TaskGrid:
-    """Products of group elements read one by one: told after each of the last, and asked for at the end."""
+    """Return products of group elements read one by one: told after each of the last, and asked for at the
+    end.
+    """
     from longroll.tasks import Row, StateTracking
 
     rows = [Row(group, StateTracking(opened.tokenizer, group)) for group in t.parse_kinds(groups)]
@@ -234,7 +238,7 @@ def recall(
     *,
     pairs: Annotated[str, typer.Option(help="Keys that are told and asked for, with commas.")] = "4,8,16",
 ) -> t.TaskGrid:
-    """Multi-query associative recall: values told once after their keys, asked for at the end."""
+    """Return multi-query associative recall: values told once after their keys, asked for at the end."""
     from longroll.tasks import Recall, Row
 
     counts = parse_counts(pairs, "--pairs")

@@ -36,7 +36,7 @@ class Unit(StrEnum):
 
 
 def parse_width(text: str) -> float:
-    """The inches that `text` names: 3.25, 3.25in or 85mm.
+    """Return the inches that `text` names: 3.25, 3.25in or 85mm.
 
     Raises:
         typer.BadParameter: for anything else.
@@ -88,7 +88,7 @@ def drawing(folder: Path | None, flag: str, **chosen: Any) -> dict[str, Any]:
     """Return the keyword arguments of `write_figures` for the flags given.
 
     Args:
-        folder: of the figures; without one nothing is drawn.
+        folder: the folder of the figures; without one nothing is drawn.
         flag: the flag that names the folder.
         **chosen: values of the flags by the names of `write_figures`; None is a flag not given.
 

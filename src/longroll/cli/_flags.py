@@ -32,8 +32,8 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """Write flags in place of the Python arguments that a message names in backticks.
 
     Args:
-        message: of a LongrollError, or a notice.
-        flags: of the command, by parameter; an argument that no parameter sets stays as it is.
+        message: the message of a LongrollError, or a notice.
+        flags: the flags of the command, by parameter; an argument that no parameter sets stays as it is.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -47,7 +47,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name fo
 
 
 def in_one_line(error: Any) -> str:
-    """What typer says of a wrong command line, and whose --help explains it."""
+    """Return what typer says of a wrong command line, and whose --help explains it."""
     said = " ".join(error.format_message().split()).rstrip(".")
     return f"{said} (see {error.ctx.command_path} --help)" if error.ctx else said
 
@@ -58,7 +58,7 @@ def unread(
     """Say which flags of the command line the value of another flag does not read, a sentence each.
 
     Args:
-        context: of the command.
+        context: the context of the command.
         chosen: the parameter whose value decides, `task` or `intervention`.
         value: its value.
         readers: the values that read each parameter.

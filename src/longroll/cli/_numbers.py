@@ -14,7 +14,7 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 def parse_length(text: str, *, minimum: int = 1) -> int:
-    """The number of tokens that `text` names; k and M are 1024 and 1024 x 1024.
+    """Return the number of tokens that `text` names; k and M are 1024 and 1024 x 1024.
 
     Raises:
         typer.BadParameter: for anything else, a part of a token, and less than `minimum`.
@@ -29,7 +29,7 @@ def parse_length(text: str, *, minimum: int = 1) -> int:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """The lengths of --lengths, with commas between, 0 allowed, in ascending order.
+    """Return the lengths of --lengths, with commas between, 0 allowed, in ascending order.
 
     Raises:
         LongrollError: for anything else.
@@ -41,7 +41,7 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def parse_depths(text: str) -> list[float]:
-    """The numbers of --depths, from 0 to 1 with commas between, in ascending order.
+    """Return the numbers of --depths, from 0 to 1 with commas between, in ascending order.
 
     Raises:
         LongrollError: for anything else.
@@ -56,7 +56,7 @@ def parse_depths(text: str) -> list[float]:
 
 
 def parse_counts(text: str, flag: str) -> list[int]:
-    """Whole numbers above 0 with commas between.
+    """Return whole numbers above 0 with commas between.
 
     Raises:
         LongrollError: for anything else; it names the flag.
@@ -68,7 +68,7 @@ def parse_counts(text: str, flag: str) -> list[int]:
 
 
 def length_option(*names: str, help: str, minimum: int = 1, **options: Any) -> Any:
-    """A flag that takes one length."""
+    """Return a flag that takes one length."""
 
     def tokens(value: object) -> int:
         return parse_length(str(value), minimum=minimum)

@@ -118,7 +118,7 @@ Output = Annotated[
 
 
 def kept_beside(*files: Path | None) -> Kept:
-    """Where a measurement keeps what is done, beside the first result file that it can go on from."""
+    """Return where a measurement keeps what is done, beside the first result file that it can go on from."""
     from longroll.cli._console import console
     from longroll.files import is_stream
     from longroll.measure import Kept
@@ -151,7 +151,7 @@ def open_model(
 
 
 def find_train_length(lm: RecurrentLM, given: int | None) -> int:
-    """T, after saying where it comes from."""
+    """Return T, after saying where it comes from."""
     from longroll.cli._console import console
 
     length, origin = lm.find_train_length(given)
@@ -160,7 +160,7 @@ def find_train_length(lm: RecurrentLM, given: int | None) -> int:
 
 
 def stated_train_length(lm: RecurrentLM) -> int | None:
-    """T, after saying where it comes from; None, which is said too, for a model that does not tell."""
+    """Return T, after saying where it comes from; None, which is said too, for a model that does not tell."""
     from longroll.cli._console import console
     from longroll.errors import LongrollError
 
@@ -179,7 +179,7 @@ def open_tokenizer(
     bos: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Tokenizer:
-    """The tokenizer named, or the model's own; says what it begins documents with."""
+    """Return the tokenizer named, or the model's own; says what it begins documents with."""
     from longroll.cli._console import console
     from longroll.data import ByteTokenizer, load_tokenizer
 
@@ -201,7 +201,7 @@ def open_tokenizer(
 
 
 def text_flags(text: str, column: str | None, tokenizer: str | None, bos: bool | None) -> tuple[str, ...]:
-    """The flags by which another command reads the same text; defaults are left out."""
+    """Return the flags by which another command reads the same text; defaults are left out."""
     given = {"--text": None if text == "stdlib" else text, "--text-column": column, "--tokenizer": tokenizer}
     told = [part for flag, value in given.items() if value is not None for part in (flag, value)]
     return (*told, *([] if bos is None else ["--bos" if bos else "--no-bos"]))
@@ -229,7 +229,9 @@ def read_corpus(
 def read_training_text(
     text: str, tokenizer: Tokenizer, *, column: str | None, max_tokens: int, seed: int
 ) -> Corpus:
-    """The training split of a source; of a file of `messages` conversations, with the loss on answers."""
+    """Return the training split of a source; of a file of `messages` conversations, with the loss on
+    answers.
+    """
     from longroll.data import ChatCorpus, HFTokenizer, is_chat, read_conversations
     from longroll.errors import LongrollError
 
@@ -247,7 +249,7 @@ def read_training_text(
 def read_held_out(
     text: str, tokenizer: Tokenizer, *, column: str | None, length: int, seed: int
 ) -> tuple[HeldOut | None, str]:
-    """Text that training does not read, to tell whether a model breaks; or None, and why."""
+    """Return text that training does not read, to tell whether a model breaks; or None, and why."""
     from longroll.data import is_chat
     from longroll.errors import LongrollError
     from longroll.measure.held_out import LENGTHS, TEXTS, HeldOut
@@ -274,7 +276,7 @@ def read_sequences(
     seed: int = 0,
     split: str = "validation",
 ) -> tuple[torch.Tensor, float]:
-    """Long texts of a split, (sequences, length + 1), and the bytes of a token of theirs."""
+    """Return long texts of a split, (sequences, length + 1), and the mean number of bytes in a token."""
     from longroll.cli._console import console
     from longroll.data import bytes_per_token, long_sequences
 

@@ -446,7 +446,7 @@ def posttrain(
 
 
 def skipped_in(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of steps that were not finite and at which states were dropped."""
+    """Return the entries of steps that were not finite and at which states were dropped."""
     return [entry for entry in log if "not_finite_step" in entry]
 
 
@@ -477,7 +477,7 @@ def check_read(context: typer.Context, *interventions: str) -> None:
 
 
 def given(context: typer.Context, **values: Any) -> dict[str, Any]:
-    """Those of some values whose flags are on the command line."""
+    """Return those of some values whose flags are on the command line."""
     sources = {name: context.get_parameter_source(name) for name in values}
     return {name: value for name, value in values.items() if getattr(sources[name], "name", "") != "DEFAULT"}
 

@@ -96,7 +96,7 @@ class Lines:
 
 
 def training_progress(advance: Callable[..., None], *, tokens: int) -> TrainerCallback:
-    """A Trainer callback that reports each step, the last logged loss and the tokens a second.
+    """Return a Trainer callback that reports each step, the last logged loss and the tokens a second.
 
     Args:
         advance: what `progress` yields.

@@ -70,7 +70,7 @@ def quickstart(
 
 
 def _free(folder: Path) -> Path:
-    """`folder`, or with a number behind if an earlier run's model is there: nothing is overwritten."""
+    """Return `folder`, or with a number behind if an earlier run's model is there: nothing is overwritten."""
     names = (folder.with_name(f"{folder.name}{'' if i == 1 else f'-{i}'}") for i in range(1, 10_000))
     return next(name for name in names if not os.path.lexists(name))
 

@@ -162,7 +162,7 @@ class _Model:
         return self.dtype is None and has_bf16(torch.device(self.device))
 
     def done(self, arm: str) -> bool:
-        """Whether an arm, or the base, was measured."""
+        """Return whether an arm, or the base, was measured."""
         return (self.folder / f"{arm}.json").is_file()
 
     def micro_batch(self, need: Need, batch_size: int) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class _Model:
         return found
 
     def open(self, arm: str) -> RecurrentLM:
-        """The checkpoint, or what an arm made of it."""
+        """Return the checkpoint, or what an arm made of it."""
         source = self.source if arm == "base" else str(self.folder / arm)
         return o.open_model(source, device=self.device, dtype=self.dtype)
 
@@ -258,7 +258,7 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _results(folder: Path) -> dict[str, DiagnosisResult]:
-    """The results of a model by arm, the base first."""
+    """Return the results of a model by arm, the base first."""
     from longroll.reproduce import ARMS
     from longroll.results import DiagnosisResult, read_results
 
@@ -322,7 +322,7 @@ def _plan_table(chosen: Sequence[Checkpoint], taken: Sequence[Need]) -> Table:
 
 
 def _summary_tables(output: Path) -> list[Table]:
-    """A table of each model."""
+    """Return a table of each model."""
     from rich.table import Table
 
     from longroll.reproduce import rows_of

@@ -144,7 +144,7 @@ def task_command(
     Args:
         app: gets the command, by the function's name.
         without: shared flags that the command does not take; they keep their defaults.
-        defaults: of shared flags.
+        defaults: defaults of shared flags.
     """
 
     def register(grid_of: Callable[..., TaskGrid]) -> Callable[..., TaskGrid]:
@@ -163,7 +163,7 @@ def task_command(
 
 
 def _flags(defaults: dict[str, Any]) -> list[inspect.Parameter]:
-    """The flags of `TaskFlags` as parameters of a command."""
+    """Return the flags of `TaskFlags` as parameters of a command."""
     hints = get_type_hints(TaskFlags, include_extras=True)
     empty = inspect.Parameter.empty
     return [
@@ -234,12 +234,12 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
 
 
 def parse_kinds(text: str) -> list[str]:
-    """Names with commas."""
+    """Return names with commas."""
     return [kind.strip() for kind in text.split(",")]
 
 
 def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
-    """Noise, or text of a split, read with a progress bar."""
+    """Return noise, or text of a split, read with a progress bar."""
     from longroll.cli._progress import progress
     from longroll.tasks import open_haystack
     from longroll.tasks.haystack import HAYSTACK_TOKENS
@@ -266,7 +266,7 @@ def training_rows(
     groups: str,
     pairs: int,
 ) -> TaskRows | CopyRows | TrackingRows:
-    """The rows of a task to train on.
+    """Return the rows of a task to train on.
 
     Raises:
         LongrollError: for babilong without facts.
@@ -307,7 +307,7 @@ def held_out_rows(
     kinds: str,
     pairs: int,
 ) -> HeldOutSamples:
-    """Samples that training does not read, as `training_rows` makes those that it does.
+    """Return samples that training does not read, as `training_rows` makes those that it does.
 
     Raises:
         LongrollError: for copying and tracking, which are not made longer than a row, and as
@@ -352,7 +352,7 @@ def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
 
 
 def task_table(runs: Sequence[TaskResult], name: str) -> Table:
-    """Lengths down, runs and their depths (or kinds) across, with 95 % intervals."""
+    """Return lengths down, runs and their depths (or kinds) across, with 95 % intervals."""
     from rich.table import Table
 
     from longroll.report.units import position
@@ -374,7 +374,7 @@ def task_table(runs: Sequence[TaskResult], name: str) -> Table:
 
 
 def _values(grid: Grid, length: int) -> list[str]:
-    """The cells of one length; dashes where it was not measured."""
+    """Return the cells of one length; dashes where it was not measured."""
     if length not in grid.lengths:
         return ["-"] * len(grid.names)
     at = grid.lengths.index(length)

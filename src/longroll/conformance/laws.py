@@ -230,7 +230,7 @@ class _checkpointed:
 
 @torch.no_grad()
 def zero_state(lm: RecurrentLM, ids: Tensor) -> Gap:
-    """The zero state is no state, and a missing part is a zero part."""
+    """The zero state equals no state, and a missing part equals a zero part."""
     zero = lm.zero_state(len(ids))
     logits, state = lm(ids)
     gaps = []

@@ -19,7 +19,7 @@ class Lanes(Dataset[Item]):
     """`lanes` readers, each of which reads whole documents one after another, `length` tokens a step.
 
     Item k * lanes + l is step k of lane l. A Trainer that reads in this order (train_sampling_strategy
-    "sequential", drop_last, batches of all ranks together = `lanes`) hence sees in row b of step k + 1 the
+    "sequential", drop_last, batches of all ranks together = `lanes`) sees in row b of step k + 1 the
     continuation of row b of step k, on every rank.
 
     An item has `input_ids` (length,) and `shift_labels` (length,), the next token of the same document, both
@@ -29,7 +29,7 @@ class Lanes(Dataset[Item]):
     Every token that follows another in its document is predicted exactly once an epoch. The documents of an
     epoch are dealt to the lanes longest first, each to the lane with the least to read, and every lane
     shuffles its own. A document longer than a lane's share of the corpus (a single book) is dealt in pieces
-    of that share, lest all lanes read the same text or none: each piece begins with `starts` and the prefix
+    of that share, so that no lane reads the same text or none: each piece begins with `starts` and the prefix
     of a document, no prediction is lost, only what came before the piece. Where the lanes of the last epoch
     end is not level: without `steps`, lanes that are done wait (windows of padding, `starts` True) for the
     others; with `steps`, the next epoch is dealt on top, so that no lane ever waits.

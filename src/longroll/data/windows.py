@@ -64,7 +64,7 @@ class Rounds(Sequence[int]):
 
     Args:
         size: how many numbers.
-        seed: of the orders.
+        seed: random seed of the orders.
         items: how many numbers to give in all; None: one round.
     """
 

@@ -36,12 +36,12 @@ _KEYS, _VALUES, _INDEXER, _OTHER = range(4)  # slots of the part `attention`; _O
 
 
 def _after(inputs: Tensor, tail: Tensor | None, width: int) -> Tensor:
-    """Inputs (batch, channels, time) after the tail, or after zeros."""
+    """Return inputs (batch, channels, time) after the tail, or after zeros."""
     return F.pad(inputs, (width, 0)) if tail is None else torch.cat([tail.to(inputs.dtype), inputs], dim=-1)
 
 
 def _last(inputs: Tensor, tail: Tensor | None, width: int, padding: Padding | None) -> Tensor:
-    """The last `width` of them, in memory of their own: a view would keep all inputs."""
+    """Return the last `width` of them, in memory of their own: a view would keep all inputs."""
     if padding is not None:
         if inputs.ndim == 2:  # token ids
             tail = None if tail is None else tail.unsqueeze(1)
@@ -94,7 +94,7 @@ class StateCache(DynamicCache):
         self._place_indexer()
 
     def final(self, tokens: int) -> RecurrentState:
-        """The state after this forward, on the graph. `tokens` is how many were read."""
+        """Return the state after this forward, on the graph. `tokens` is how many were read."""
         clear_handoffs()
         return RecurrentState(self._final.take(), seen=self.initial.seen + tokens)
 
@@ -105,7 +105,7 @@ class StateCache(DynamicCache):
     # ---- longroll's own mixers
 
     def start(self, layer_idx: int, part: Part) -> Tensor | None:
-        """What a layer starts from."""
+        """Return what a layer starts from."""
         return self.initial.get(StateKey(layer_idx, part))
 
     def keep(self, layer_idx: int, part: Part, tensor: Tensor) -> None:
@@ -115,7 +115,7 @@ class StateCache(DynamicCache):
     # ---- recurrences
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """The initial recurrent state; handed to longroll's op directly where that runs."""
+        """Return the initial recurrent state; handed to longroll's op directly where that runs."""
         key = self._recurrent(layer_idx, state_idx)
         if not self.owns_recurrence:
             return self._read(key)
@@ -142,14 +142,16 @@ class StateCache(DynamicCache):
     # ---- short convolutions
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """None, so that mixers go the multi-token way always; the tail where they prepend it themselves."""
+        """Return none, so that mixers go the multi-token way always; the tail where they prepend it
+        themselves.
+        """
         if not self.reads_tail:
             return None
         tail = self._read(StateKey(layer_idx, "conv", state_idx))
         return self._read(StateKey(layer_idx, "attention", _OTHER + state_idx)) if tail is None else tail
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Yes, which is the other thing that keeps mixers off their one-token path."""
+        """Return yes, which is the other thing that keeps mixers off their one-token path."""
         return True
 
     def update_conv_state(
@@ -215,7 +217,7 @@ class StateCache(DynamicCache):
         return self.in_blocks and getattr(self.layers[layer_idx], "sliding_window", None) is None
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        """Append the keys (batch, tokens, size) by which sparse attention chooses what to read."""
+        """Return append the keys (batch, tokens, size) by which sparse attention chooses what to read."""
         key = StateKey(layer_idx, "attention", _INDEXER)
         if key in self.initial:
             indexer_key_states = torch.cat([self.initial[key], indexer_key_states], dim=1)
@@ -233,11 +235,11 @@ class StateCache(DynamicCache):
                 return  # transformers keeps them on the first such layer, for all
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read before this forward; transformers' own raises for models without attention."""
+        """Return tokens read before this forward; transformers' own raises for models without attention."""
         return self.initial.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that the attention mask of a layer covers."""
+        """Return length and offset of the keys that the attention mask of a layer covers."""
         keys = self.initial.blocks(StateKey(layer_idx, "attention", _KEYS))
         past = 0 if keys is None or self._in_blocks(layer_idx) else keys.shape[-2]
         return past + query_length, self.initial.seen - past

@@ -44,7 +44,7 @@ attention_handoff: Handoff = ContextVar("longroll_keys_and_values", default=())
 
 
 def take(handoff: Handoff) -> Start | None:
-    """What was left for the op that is about to run, once; None outside a longroll forward."""
+    """Return what was left for the op that is about to run, once; None outside a longroll forward."""
     left = handoff.get()
     handoff.set(left[1:])
     return left[0] if left else None
@@ -90,7 +90,7 @@ class _Attention(AttentionInterface):
         self._local_mapping = table._local_mapping
 
     def get_interface(self, attn_implementation: str, default: Callable) -> Callable:
-        """The function that an attention layer calls next."""
+        """Return the function that an attention layer calls next."""
         left = take(attention_handoff)
         if left is None:
             return super().get_interface(attn_implementation, default)

@@ -37,7 +37,7 @@ class Group(NamedTuple):
     """The documents are the rows of the batch, all of them and in their order, going on from their states."""
 
     def to(self, device: torch.device) -> Group:
-        """The same on a device, its lengths excepted."""
+        """Return the same on a device, its lengths excepted."""
         moved = {name: getattr(self, name).to(device) for name in ("place", "tokens", "row", "fresh", "last")}
         return self._replace(**moved)
 
@@ -91,7 +91,7 @@ class Documents:
         self._last[:-1] = self._row[1:] != self._row[:-1]
 
     def groups(self, *, padded: bool, together: bool = True, once: bool = False) -> Iterator[Group]:
-        """Documents to read in one forward each, the longest first.
+        """Return documents to read in one forward each, the longest first.
 
         Args:
             padded: the family keeps padding out of its state; otherwise the documents of a group have one
@@ -134,7 +134,9 @@ class Documents:
 
 
 def _cheapest(lengths: list[int], overhead: int) -> list[int]:
-    """Sizes of the groups, longest documents first, that cost least with padding and overhead counted."""
+    """Return sizes of the groups, longest documents first, that cost least with padding and overhead
+    counted.
+    """
     cost, first = [0] * (len(lengths) + 1), [0] * (len(lengths) + 1)
     for stop in range(1, len(lengths) + 1):
         costs = [cost[start] + overhead + (stop - start) * lengths[start] for start in range(stop)]
@@ -174,7 +176,7 @@ class Results:
         self._finals.append((group.row[group.last], final))
 
     def whole(self) -> tuple[Tensor, RecurrentState]:
-        """Outputs (B, T, D), zero at padding, and the state after the last token of each row."""
+        """Return outputs (B, T, D), zero at padding, and the state after the last token of each row."""
         places, values = (torch.cat(t) for t in zip(*self._outputs, strict=True))
         outputs = _placed(places, values, self.shape.numel())
         rows = torch.cat([row for row, _ in self._finals])
@@ -203,14 +205,16 @@ class Results:
 
 
 def _placed(index: Tensor, values: Tensor, size: int, others: Tensor | None = None) -> Tensor:
-    """A tensor of `size` rows, `values` at `index` and those of `others` (default: zeros) elsewhere."""
+    """Return a tensor of `size` rows, `values` at `index` and those of `others` (default: zeros)
+    elsewhere.
+    """
     if others is None or len(index) == size:
         others = values.new_zeros(size, *values.shape[1:])
     return others.to(values.dtype).index_copy(0, index, values)
 
 
 def _flags(name: str, given: Tensor | None, shape: torch.Size) -> Tensor:
-    """(B, T) booleans on the CPU."""
+    """Return (B, T) booleans on the CPU."""
     if given is None:
         return torch.full(shape, name == "attention_mask")
     if given.shape != shape:

@@ -74,7 +74,7 @@ class Family:
         return KERNELS.get(self.op or "") == FLA or (self.kernel or "").startswith("fla.")
 
     def vocab_size(self, model: PreTrainedModel) -> int:
-        """Rows of the embedding: ids at or above it are outside the vocabulary."""
+        """Return rows of the embedding: ids at or above it are outside the vocabulary."""
         weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         return weight.shape[0]
 
@@ -83,11 +83,11 @@ class Family:
         return model.get_input_embeddings().embedding_dim  # type: ignore[return-value]
 
     def head_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        """The weights that `head` reads, those among them that are trained."""
+        """Return the weights that `head` reads, those among them that are trained."""
         return [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
 
     def architecture(self, model: PreTrainedModel) -> str:
-        """What a model is called in results."""
+        """Return what a model is called in results."""
         return model.config.model_type
 
     def layer_kind(self, model: PreTrainedModel, key: StateKey) -> str:
@@ -95,7 +95,7 @@ class Family:
         return self.kind
 
     def state_name(self, model: PreTrainedModel, key: StateKey) -> str:
-        """What a state tensor is called in messages."""
+        """Return what a state tensor is called in messages."""
         return f"layer {key.layer}, {key.part} state"
 
     def prepare(self, model: PreTrainedModel) -> None:
@@ -163,7 +163,7 @@ class Family:
         padding: Padding | None,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """One forward of rows that are a document each."""
+        """Return one forward of rows that are a document each."""
         model = unwrapped(module)
         inputs = self._inputs(model, input_ids, state)
         cache = inputs[self.cache_argument]
@@ -182,7 +182,7 @@ class Family:
         restart: Restart,
         logits: bool,
     ) -> tuple[Any, RecurrentState]:
-        """A forward for each group of documents; outputs and final states back in their places."""
+        """Return a forward for each group of documents; outputs and final states back in their places."""
         results = Results(input_ids.shape, state)
         anew = None if state is None or restart == "zero" else state.part("recurrent", "conv")
         # keys and values of the row are another document's, and zeros are no absence of them
@@ -212,7 +212,9 @@ class Family:
         return _BodyOutput(last_hidden_state=outputs, router_logits=router_logits), final
 
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Any:
-        """The container that starts a forward from `state`; its `final(tokens)` is the state afterwards."""
+        """Return the container that starts a forward from `state`; its `final(tokens)` is the state
+        afterwards.
+        """
         return StateCache(
             model.config,
             state,
@@ -224,13 +226,13 @@ class Family:
         )
 
     def in_blocks(self, model: PreTrainedModel) -> bool:
-        """Whether attention reads earlier keys and values in blocks where no gradient is asked for."""
+        """Return whether attention reads earlier keys and values in blocks where no gradient is asked for."""
         return self.blocks and model.config.get_text_config()._attn_implementation == "sdpa"
 
     def _inputs(
         self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None
     ) -> dict[str, Any]:
-        """Forward arguments that start from `state`; their `cache_argument` holds the cache."""
+        """Return forward arguments that start from `state`; their `cache_argument` holds the cache."""
         cache = self.cache(model, input_ids, state)
         # use_cache stays False: the cache is written anyway, and gradient checkpointing lets it be
         arguments = {"input_ids": input_ids, self.cache_argument: cache, "use_cache": False}
@@ -267,7 +269,7 @@ class _BodyOutput(MoeModelOutputWithPast):
 
 
 def unwrapped(module: Any) -> Any:
-    """The model inside the wrappers of torch.compile, DDP and peft; FSDP2 wraps in place."""
+    """Return the model inside the wrappers of torch.compile, DDP and peft; FSDP2 wraps in place."""
     while True:
         if isinstance(module, DataParallel | DistributedDataParallel):
             module = module.module
@@ -280,7 +282,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds `module` or a module in it, so that all ranks make the same forwards."""
+    """Return whether FSDP2 holds `module` or a module in it, so that all ranks make the same forwards."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
@@ -299,7 +301,9 @@ def _modeling(model: PreTrainedModel) -> ModuleType:
 
 
 def _switching_rope(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
-    """The kinds of RoPE whose frequencies depend on the length read, and up to which length they do not."""
+    """Return the kinds of RoPE whose frequencies depend on the length read, and up to which length they do
+    not.
+    """
     config = model.config.get_text_config()
     entries = getattr(config, "rope_parameters", None) or {}
     for rope in (entries, *entries.values()):  # of some models, one for each kind of layer

@@ -83,7 +83,7 @@ def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 
 def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: StateCache) -> Tensor:
-    """The same in one step of autograd; hooks on the convolution and the norm are not called."""
+    """Return the same in one step of autograd; hooks on the convolution and the norm are not called."""
     from longroll.ops.gpu.mamba2 import Shape
 
     conv, norm, layer = mixer.conv1d, mixer.norm, mixer.layer_idx
@@ -113,7 +113,7 @@ def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:
 
 
 def _tail(x: Tensor, width: int, past: Tensor | None, cache: StateCache) -> Tensor:
-    """The last `width` inputs of a convolution, (B, D, width) in float32 (float64)."""
+    """Return the last `width` inputs of a convolution, (B, D, width) in float32 (float64)."""
     if cache.padding is None:
         return last_inputs(x, width, past)
     return cache.padding.last_inputs(x, width, past).to(state_dtype(x, past))

@@ -39,15 +39,16 @@ class Padding:
         self._places: dict[int, Tensor] = {}
 
     def out(self, axes: int) -> Tensor:
-        """(B, T, 1, ...) with `axes` axes, true at padding."""
+        """Return (B, T, 1, ...) with `axes` axes, true at padding."""
         return self._out[axes - 2]
 
     def last(self, x: Tensor) -> Tensor:
-        """The last real input (B, D) of each row of x (B, T, D)."""
+        """Return the last real input (B, D) of each row of x (B, T, D)."""
         return x[self._rows, self.lengths - 1]
 
     def last_inputs(self, x: Tensor, width: int, before: Tensor | None = None) -> Tensor:
-        """The last `width` real inputs of each row of x (B, T, D), (B, D, width), in memory of their own.
+        """Return the last `width` real inputs of each row of x (B, T, D), (B, D, width), in memory of their
+        own.
 
         `before` (B, D, W >= width) are the inputs before x; None: zeros.
         """
@@ -63,7 +64,7 @@ class Padding:
 
 
 def still(op: str, inputs: tuple[Tensor, ...], padding: Padding | None) -> tuple[Tensor, ...]:
-    """The inputs (B, T, ...) of an op, such that padding leaves its state as it is."""
+    """Return the inputs (B, T, ...) of an op, such that padding leaves its state as it is."""
     if padding is None:
         return inputs
     return tuple(
@@ -72,7 +73,7 @@ def still(op: str, inputs: tuple[Tensor, ...], padding: Padding | None) -> tuple
 
 
 def no_step(dt: Tensor, padding: Padding | None, *, softplus: bool) -> Tensor:
-    """Mamba's step sizes (B, T, ...) before softplus, such that padding makes none."""
+    """Return Mamba's step sizes (B, T, ...) before softplus, such that padding makes none."""
     if padding is None:
         return dt
     return dt.masked_fill(padding.out(dt.ndim), _NO_STEP if softplus else 0.0)

@@ -59,7 +59,9 @@ class RopeScaling:
 
 
 def rope_frequencies(model: PreTrainedModel) -> Tensor | None:
-    """Radians a position of each pair of dimensions, (d / 2,) float64; None without rotary positions."""
+    """Return radians a position of each pair of dimensions, (d / 2,) float64; None without rotary
+    positions.
+    """
     for module in model.modules():
         if isinstance(module, Attention):
             exponents = torch.arange(0, module.size, 2, dtype=torch.float64) / module.size
@@ -177,7 +179,9 @@ def turn_keys(keys: Tensor, shift: Tensor | int, frequencies: Tensor) -> Tensor:
 
 
 def _rotary_modules(model: PreTrainedModel) -> list[Any]:
-    """The modules of the text model that turn positions into angles by the config's `rope_parameters`."""
+    """Return the modules of the text model that turn positions into angles by the config's
+    `rope_parameters`.
+    """
     text = model.config.get_text_config()
     return [
         module
@@ -189,7 +193,7 @@ def _rotary_modules(model: PreTrainedModel) -> list[Any]:
 
 
 def _entries(scaling: RopeScaling, base: float, size: int, train_length: int) -> dict[str, Any]:
-    """The entries of `rope_parameters`, in transformers' words."""
+    """Return the entries of `rope_parameters`, in transformers' words."""
     if scaling.kind == "ntk":  # transformers has only one that depends on the length read
         return {"rope_type": "default", "rope_theta": _raised(base, size, scaling.factor)}
     entries: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -142,7 +142,7 @@ def named_leaves(tree: Any) -> dict[str, Tensor]:
                 "dict of tensors."
             )
     if not found:
-        raise LongrollError("forward returns no state: there is no tensor in it.")
+        raise LongrollError("forward returns a state without tensors.")
     return found
 
 

@@ -97,7 +97,7 @@ def _load_entry(entry: EntryPoint) -> None:
     except Exception as error:
         raise LongrollError(
             f"The package {package} names {entry.value} for the model type {entry.name!r} (entry points of "
-            f"{ENTRY_POINTS}), which cannot be loaded: {named(error)}. Mend or remove {package}."
+            f"{ENTRY_POINTS}), which cannot be loaded: {named(error)}. Correct or remove {package}."
         ) from error
     if entry.name not in FAMILIES:
         raise LongrollError(

@@ -65,7 +65,7 @@ class Rwkv4State:
         return self.zeros()  # not read: the recurrence takes its state from the handoff
 
     def write(self, slot: int, layer: int, tensor: Tensor) -> None:
-        """What the model leaves at the end: of the recurrence, (mean, weight, nothing)."""
+        """Take the final state that the model leaves; for the recurrence, (mean, weight, nothing)."""
         if slot <= _ATTENTION_SHIFT:
             self._final[StateKey(layer, "conv", slot)] = tensor.clone()  # a view would keep all inputs
         elif slot < _EXPONENT:

@@ -110,8 +110,8 @@ class Intervention:
         pass
 
     def _deal(self, memories: list[Mapping[str, Any]], rank: int, world_size: int) -> Mapping[str, Any]:
-        """Return the memory of a rank, from those of the ranks before: all the same unless a subclass says
-        how.
+        """Return the memory of a rank, from those of the ranks before: equal for all ranks unless a subclass
+        says how.
         """
         return memories[0]
 

@@ -28,7 +28,7 @@ class Settings:
     """What a recipe sets for one intervention."""
 
     zero_probability: float = 0.0
-    """Share of the rows that start from the zero state all the same."""
+    """Share of the rows that start from the zero state."""
     decay_speed: float = 1.0
     """Learning rate of the decays as a multiple of the others'."""
     learning_rate: float = 5e-4

@@ -79,7 +79,7 @@ class Window:
         self._first: dict[StateKey, Tensor] = {}
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state without the keys and values that lie farther back."""
+        """Return the state without the keys and values that lie farther back."""
         held: dict[StateKey, Tensor] = {}
         for key, tensor in _keys_and_values(state):
             size = tensor.shape[-2]
@@ -103,7 +103,7 @@ class Clipped:
         self._keys: dict[StateKey, Tensor] = {}
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state with its far keys turned to the farthest position of training."""
+        """Return the state with its far keys turned to the farthest position of training."""
         held: dict[StateKey, Tensor] = {}
         for key, tensor in _keys_and_values(state):
             if tensor.shape[-2] < position:  # a layer with a window of its own
@@ -127,7 +127,7 @@ class Norms:
         self.ranges = {layer.key: (layer.norm_low, layer.norm_high) for layer in coverage.layers}
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state in range."""
+        """Return the state in range."""
         held: dict[StateKey, Tensor] = {}
         for key, (low, high) in self.ranges.items():
             norm = head_norms(state[key])
@@ -151,7 +151,7 @@ class Rescan:
 
     @torch.no_grad()
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state with recurrent states that have read `span` tokens."""
+        """Return the state with recurrent states that have read `span` tokens."""
         some = self.tokens[: state.batch_size, max(0, position - self.span) : position].to(self.lm.device)
         fresh: RecurrentState
         _, fresh = self.lm(some, logits=False)
@@ -161,7 +161,7 @@ class Rescan:
 
 
 def both(*holds: Hold) -> Hold:
-    """One hold after the other."""
+    """Return one hold after the other."""
 
     def hold(position: int, state: RecurrentState) -> RecurrentState:
         for one in holds:

@@ -33,7 +33,7 @@ from longroll.state import RecurrentState
 
 Side = Literal["state", "attention"]
 EXPLAINS = 0.2
-"""Of the damage: a side whose part is smaller is not blamed."""
+"""Share of the damage below which a side is not named as a cause."""
 READINGS = 14
 """The most readings past T that `split_blame` takes; a rescan reads T tokens a piece and counts as four."""
 HOLDS = 9
@@ -156,12 +156,13 @@ def split_blame(
     Args:
         lm: a model with recurrent layers and attention layers.
         tokens: (B, L + 1), each row a text from its beginning, L at least 2 T.
-        coverage: of the same model: the range of the norms of its states.
+        coverage: coverage of the same model: the range of the norms of its states.
         train_length: T; default: what the model's config says.
-        factor: by which rotary positions are scaled; default: the power of two that brings L into T.
+        factor: the factor by which rotary positions are scaled; default: the power of two that brings L into
+            T.
         carried: losses of `tokens` from the zero state, when they are known already.
-        restarted: what `excess_loss` says of them, likewise.
-        seed: of the bootstrap.
+        restarted: what `excess_loss` returns for them.
+        seed: random seed of the bootstrap.
         progress: called with how many readings are done.
         dealt: deal the texts to the ranks, each of which must call this and gets the result.
 
@@ -183,7 +184,7 @@ def _split(
     seed: int,
     progress: Callable[[int], None] | None,
 ) -> Blame:
-    """`split_blame` among the ranks that work on it."""
+    """Return `split_blame` among the ranks that work on it."""
     train_length, _ = lm.find_train_length(train_length)
     if not (lm.layers and lm.has_attention):
         raise LongrollError(f"{lm.name} has no recurrent layers beside attention layers: it is no hybrid.")
@@ -223,7 +224,7 @@ def _split(
     scalings = {kind: RopeScaling(kind, factor) for kind in KINDS}
 
     def recovered(state: str | None, attention: str | None) -> Tensor:
-        """Nats of each text, (B,)."""
+        """Return nats of each text, (B,)."""
         made = [states[state]()] if state else []
         made += [attentions[attention]()] if attention in attentions else []
         read = readings.read(both(*made), scalings.get(attention or ""))
@@ -274,11 +275,11 @@ class _Readings:
         self._at_edge: RecurrentState | None = None
 
     def mean(self, losses: Tensor) -> Tensor:
-        """Mean loss of each text over the spans, (B,), of losses (B, L)."""
+        """Return mean loss of each text over the spans, (B,), of losses (B, L)."""
         return torch.stack([losses[:, a:b].mean(dim=1) for a, b in self.spans], dim=1).mean(dim=1)
 
     def read(self, hold: Hold, scaling: RopeScaling | None) -> Tensor:
-        """Mean loss of each text over the spans, (B,) float64, read under `hold` from T on."""
+        """Return mean loss of each text over the spans, (B,) float64, read under `hold` from T on."""
         lm, edge = self.lm, self.train_length
         with scaled_rope(lm.model, scaling, edge) if scaling else contextlib.nullcontext():
             state = self._edge(scaled=scaling is not None)
@@ -292,7 +293,7 @@ class _Readings:
         return self.mean(losses)
 
     def _edge(self, *, scaled: bool) -> RecurrentState:
-        """The state at T."""
+        """Return the state at T."""
         if self._at_edge is not None and not scaled:
             return self._at_edge
         state: RecurrentState

@@ -26,7 +26,7 @@ _VISIBLE = 0.25  # of the damage in the longest text: shorter texts must show as
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is read again for each trial."""
+    """Texts that are read again for each trial."""
 
     rows: int
     """Texts."""
@@ -44,7 +44,7 @@ def excerpt(
     Where even the least text that shows the damage takes more, it is chosen, with as many trials as fit.
 
     Args:
-        ends: of the probes.
+        ends: the ends of the probes.
         excess: (B, K), loss carried minus loss restarted at each (`excess_loss`).
         train_length: T.
         measured: positions of each text, at least 2 T.

@@ -74,7 +74,7 @@ class LayerCoverage:
     """Heads are vectors: the one entry is of the layer."""
 
     def heads(self) -> list[Head]:
-        """Names of the entries."""
+        """Return names of the entries."""
         return [Head(self.key.layer, None if self.vectors else i) for i in range(len(self.shift))]
 
 
@@ -89,7 +89,7 @@ class Coverage:
     """Positions of the far states."""
 
     def ranking(self, *, outside_only: bool = True) -> list[Head]:
-        """Heads by how far they are out, the largest energy distance first."""
+        """Return heads by how far they are out, the largest energy distance first."""
         rows = [
             (layer.energy[i].item(), head)
             for layer in self.layers
@@ -122,12 +122,12 @@ class Coverage:
 
 
 def in_range_positions(train_length: int) -> list[int]:
-    """Four positions over (T/2, T], T among them."""
+    """Return four positions over (T/2, T], T among them."""
     return sorted({max(1, train_length * i // 8) for i in (5, 6, 7, 8)})
 
 
 def far_positions(length: int, train_length: int) -> list[int]:
-    """Four positions over the last octave (L/2, L] past the training length."""
+    """Return four positions over the last octave (L/2, L] past the training length."""
     return sorted({max(train_length + 1, length * i // 8) for i in (5, 6, 7, 8)})
 
 
@@ -137,7 +137,7 @@ class CoverageRecorder:
     Args:
         in_range: positions whose states training has visited.
         far: positions past the training length.
-        seed: of the projections and permutations.
+        seed: random seed of the projections and permutations.
     """
 
     def __init__(self, in_range: Sequence[int], far: Sequence[int], *, seed: int = 0) -> None:
@@ -156,7 +156,7 @@ class CoverageRecorder:
                 self._samples[key].add(state[key], far=position in self.far)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Return what was seen so far."""
         return {str(key): samples.state_dict() for key, samples in self._samples.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,7 +219,7 @@ def coverage(
         train_length: T; default: what the model's config says.
         positions: where the far states are taken, all > T; default: four over the last octave of L.
         chunk_size: tokens of a row in one forward.
-        seed: of the projections and permutations.
+        seed: random seed of the projections and permutations.
         progress: called with how many positions of each row are done.
 
     Raises:
@@ -263,7 +263,7 @@ class _Samples:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> _Samples:
-        """Those that had this `state_dict`."""
+        """Return those that had this `state_dict`."""
         found = cls.__new__(cls)
         vars(found).update(state)
         found.moments = {far: _Moments() for far in state["moments"]}
@@ -272,7 +272,7 @@ class _Samples:
         return found
 
     def of_all(self, parts: Sequence[_Samples]) -> _Samples:
-        """Those of all rows from those of parts of the rows, compared on the device of these here."""
+        """Return those of all rows from those of parts of the rows, compared on the device of these here."""
         found = copy.copy(self)
         found.features = {
             far: [torch.cat(rows) for rows in zip(*(part.features[far] for part in parts), strict=True)]
@@ -343,13 +343,13 @@ class _Moments:
         self.numbers, self.count = mean.shape[1], count
 
     def variance(self) -> Tensor:
-        """Mean variance of a head's numbers, (H,) float64."""
+        """Return mean variance of a head's numbers, (H,) float64."""
         assert isinstance(self.squares, Tensor)
         return (self.squares / (self.count * self.numbers)).cpu()
 
 
 def _energy_test(near: Tensor, far: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Energy distances (H,) between (H, B, k, F) and (H, B, k', F), and their permutation p-values.
+    """Return energy distances (H,) between (H, B, k, F) and (H, B, k', F), and their permutation p-values.
 
     The metric is |difference of log norms| + mean |difference of projections|, each in in-range standard
     deviations. With weights w = 1/B for a text in range and -1/B for a far one, the energy distance is
@@ -395,7 +395,7 @@ def _p_value(null: Tensor, observed: Tensor, texts: int) -> Tensor:
 
 
 def _distances(near: Tensor, far: Tensor) -> Tensor:
-    """Mean city-block distances between the states of two texts, in range and far: (H, 2B, 2B)."""
+    """Return mean city-block distances between the states of two texts, in range and far: (H, 2B, 2B)."""
     texts = near.shape[1]
     step = max(1, _ENTRIES // (texts * (near.shape[2] + far.shape[2])) ** 2)
 
@@ -412,7 +412,7 @@ def _distances(near: Tensor, far: Tensor) -> Tensor:
 
 
 def _benjamini_hochberg(p: Tensor) -> Tensor:
-    """Which hypotheses to reject at the rate `FALSE_DISCOVERIES`."""
+    """Return which hypotheses to reject at the rate `FALSE_DISCOVERIES`."""
     ordered, order = p.sort()
     line = FALSE_DISCOVERIES * torch.arange(1, len(p) + 1) / len(p)
     below = (ordered <= line).nonzero()

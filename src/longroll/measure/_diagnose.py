@@ -105,13 +105,13 @@ def diagnose(
         train_length: T; default: what the model's config says.
         label: what to call this run in a report; default: the intervention that the config tells of
             (`longroll.history`), else "base".
-        bytes_per_token: of the text, for bits per byte.
+        bytes_per_token: bytes of text for each token, for bits per byte.
         chunk_size: tokens of a row in one forward.
         explain: measure remembrance too, which states left their range, and which of them do the damage:
             about three times the work.
         against: a diagnosis of the model before a repair, or its JSON: the sentence names the price.
-        control: likewise of a model that took plain steps from zero states.
-        seed: of the bootstrap, the permutations and the noise that states are compared with.
+        control: a diagnosis of a model that took plain steps from zero states.
+        seed: random seed of the bootstrap, the permutations and the noise that states are compared with.
         save: called on rank 0 with the diagnosis as far as the losses tell it, before causes are looked for.
         progress: see `Progress`.
         dealt: deal texts, trials and starts to the ranks, each of which must call this and gets the
@@ -157,7 +157,7 @@ def _diagnose(
     progress: Progress | None,
     kept: Kept,
 ) -> Diagnosis:
-    """`diagnose` among the ranks that work on it."""
+    """Return `diagnose` among the ranks that work on it."""
     began = time.perf_counter()
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     train_length, _ = lm.find_train_length(train_length)

@@ -50,12 +50,12 @@ class PositionLoss:
         return self._interval[2]
 
     def between(self, start: int, stop: int) -> float:
-        """Mean loss over positions [start, stop)."""
+        """Return mean loss over positions [start, stop)."""
         counted = None if self.counted is None else self.counted[:, start:stop]
         return _mean(self.losses[:, start:stop], counted).item()
 
     def curve(self, per_octave: int = 6) -> dict[str, list[float]]:
-        """The loss over log-spaced bins of positions [start, stop), with its interval."""
+        """Return the loss over log-spaced bins of positions [start, stop), with its interval."""
         edges = log_spaced(self.losses.shape[1], per_octave)
         bins = list(zip([0, *edges[:-1]], edges, strict=True))
         counted = [None if self.counted is None else self.counted[:, a:b] for a, b in bins]
@@ -76,14 +76,16 @@ class PositionLoss:
 
 
 def _mean(losses: Tensor, counted: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of what counts, in float64."""
+    """Return mean of what counts, in float64."""
     if counted is None:
         return losses.double().mean(dim=dim)
     return losses.double().where(counted, 0).sum(dim=dim) / counted.sum(dim=dim)
 
 
 def log_spaced(length: int, per_octave: int) -> list[int]:
-    """Distinct positions 1..length, `per_octave` to a doubling, powers of two and `length` among them."""
+    """Return distinct positions 1..length, `per_octave` to a doubling, powers of two and `length` among
+    them.
+    """
     count = math.floor(math.log2(length) * per_octave) + 1 if length > 1 else 1
     return sorted({round(2 ** (i / per_octave)) for i in range(count)} | {length})
 
@@ -153,9 +155,9 @@ def _read(
     progress: Callable[[int], None] | None,
     kept: Kept,
 ) -> Tensor:
-    """The losses (B, L) of whole rows."""
+    """Return the losses (B, L) of whole rows."""
     tokens = tokens.to(lm.device)
-    losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # a GPU need not be waited for
+    losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # nothing waits for the GPU
     first, state = kept.go_on(losses)
     chunks = roll_out(lm, tokens[:, :-1], chunk_size=chunk_size, stops=stops, state=state, first=first)
     for start, hidden, state in chunks:
@@ -176,7 +178,7 @@ def _of_documents(
     chunk_size: int | None,
     progress: Callable[[int], None] | None,
 ) -> PositionLoss:
-    """The losses of documents, those of one length at a time."""
+    """Return the losses of documents, those of one length at a time."""
     losses = torch.zeros(tokens.numel())
     counted = torch.zeros(tokens.numel(), dtype=torch.bool)
     done = 0
@@ -194,7 +196,9 @@ def _of_documents(
 
 @torch.no_grad()
 def token_losses(lm: RecurrentLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a time."""
+    """Return cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a
+    time.
+    """
     at_once = LOGITS.get(hidden.device.type, LOGITS["cpu"])
     slice_size = max(1, at_once // (hidden.shape[0] * lm.vocab_size))
     pieces = []

@@ -139,7 +139,7 @@ class CausalTest:
         }
 
     def table(self) -> list[dict[str, Any]]:
-        """Rows `what`, `recovered` for the `causal` entry of a coverage section."""
+        """Return rows `what`, `recovered` for the `causal` entry of a coverage section."""
         more = [recovery for recovery in self.together if recovery not in self.alone]
         rows = [_row(recovery) for recovery in [*self.alone, *more]]
         return rows if self.all_heads is None else [*rows, _row(self.all_heads, "all heads")]
@@ -151,7 +151,7 @@ def _row(recovery: Recovery, what: str = "") -> dict[str, Any]:
 
 
 def _finite(recovery: Recovery) -> float:
-    """The share recovered, below all others where it is not finite."""
+    """Return the share recovered, below all others where it is not finite."""
     return recovery.recovered if math.isfinite(recovery.recovered) else -math.inf
 
 
@@ -181,7 +181,7 @@ def state_ablation(
     Args:
         lm: the model.
         tokens: (B, L + 1), each row a text from its beginning; 16 T tokens are enough to see damage.
-        coverage: of the same model: which heads to try, and their range.
+        coverage: coverage of the same model: which heads to try, and their range.
         train_length: T; default: what the model's config says.
         mode: `rescale` scales the norm of a head that has left its range to the nearest end of it; `swap`
             puts the state that the same text had at T in its place, whether it has left or not.
@@ -189,7 +189,7 @@ def state_ablation(
         most: heads in the greedy list.
         interval: tokens between two corrections; default: T / 4.
         carried: losses of `tokens` from the zero state, when they are known already.
-        restarted: what `excess_loss` says of them, likewise.
+        restarted: what `excess_loss` returns for them.
         trials: the most that may be made, at least 1. Where they are too few for every candidate and every
             layer, heads are searched by groups (`smallest_group`). Default: as many as candidates ask for.
         progress: called with how many trials are done.
@@ -219,7 +219,7 @@ def _ablated(
     trials: int | None,
     progress: Callable[[int], None] | None,
 ) -> CausalTest:
-    """`state_ablation` among the ranks that work on it."""
+    """Return `state_ablation` among the ranks that work on it."""
     train_length = train_length or lm.train_length
     if train_length is None:
         raise LongrollError("The model does not say at which length it was trained: give `train_length`.")
@@ -285,7 +285,7 @@ _Measure = Callable[[list[list[Head]]], list[Recovery]]
 def _greedy(
     ranked: list[Head], single: list[Recovery], measure: _Measure, everything: Recovery, most: int
 ) -> list[Recovery]:
-    """The best head, the best pair that holds it, ..., until they carry the damage."""
+    """Return the best head, the best pair that holds it, ..., until they carry the damage."""
     together: list[Recovery] = []
     while single and len(together) < most:
         if together:
@@ -303,7 +303,7 @@ def _greedy(
 
 
 def _by_groups(ranked: list[Head], measure: _Measure, everything: Recovery, trials: int) -> list[Recovery]:
-    """Groups that carry the damage, each smaller than the one before; all heads where none does."""
+    """Return groups that carry the damage, each smaller than the one before; all heads where none does."""
     tried: list[Recovery] = []
 
     def carries(group: list[Head]) -> bool:
@@ -355,7 +355,7 @@ class _Trials:
         return list(found)
 
     def _read(self, choices: list[set[Head]], spans: list[tuple[int, int]]) -> Tensor:
-        """Losses (choices, B, L) float64; NaN before the first span."""
+        """Return losses (choices, B, L) float64; NaN before the first span."""
         texts, length = self.tokens.shape[0], self.tokens.shape[1] - 1
         held = {key: self._mask(layer, choices) for key, layer in self.layers.items()}
         losses = torch.full((len(choices), texts, length), torch.nan, dtype=torch.float64)
@@ -371,7 +371,7 @@ class _Trials:
         return losses
 
     def _mask(self, layer: LayerCoverage, choices: list[set[Head]]) -> Tensor:
-        """Which heads of a layer are held in which row, (choices * B, H)."""
+        """Return which heads of a layer are held in which row, (choices * B, H)."""
         whole = Head(layer.key.layer, None)
         mask = torch.tensor(
             [[head in heads or whole in heads for head in layer.heads()] for heads in choices]

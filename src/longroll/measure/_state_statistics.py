@@ -67,7 +67,7 @@ class StateRecorder:
         self._conv_at[position] = dict(zip(conv, here[len(recurrent) :], strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Return what was seen so far."""
         return {"rows": self.rows, "at": self._at, "conv_at": self._conv_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class StateRecorder:
         }
 
     def statistics(self) -> StateStatistics:
-        """What was seen so far."""
+        """Return what was seen so far."""
         seen = sorted(self._at)
         layers = [
             {name: torch.stack([self._at[p][i][name] for p in seen]) for name in _NAMES}
@@ -152,7 +152,7 @@ _NAMES = ("mean", "std", "norm", "max", "rank")
 def _of_all(
     parts: Sequence[dict[str, Tensor]], rows: Sequence[int], ranked: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Statistics of all rows from those of parts of so many rows, of which so many have a rank."""
+    """Return statistics of all rows from those of parts of so many rows, of which so many have a rank."""
 
     def mean(tensors: Iterable[Tensor], counts: Sequence[int]) -> Tensor:
         shares = [t * (n / sum(counts)) for t, n in zip(tensors, counts, strict=True) if n]
@@ -172,7 +172,7 @@ def _of_all(
 
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
-    """Statistics over rows and everything inside a head, (H,) float64 each, of a state (B, H, ...)."""
+    """Return statistics over rows and everything inside a head, (H,) float64 each, of a state (B, H, ...)."""
     rows = channels_of(tensor)
     mean = rows.mean(dim=(0, 2), dtype=torch.float64)
     norms = torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64)
@@ -186,7 +186,7 @@ def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _to_cpu(statistics: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same float64 numbers on the CPU, in one transfer: each would have to be waited for."""
+    """Return the same float64 numbers on the CPU, in one transfer: each would have to be waited for."""
     tensors = [t for named in statistics for t in named.values()]
     if not tensors:
         return statistics
@@ -195,7 +195,7 @@ def _to_cpu(statistics: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 def head_rank(tensor: Tensor) -> Tensor:
-    """Effective rank of each head of a state (B, H, ...), mean over rows, (H,) float64.
+    """Return effective rank of each head of a state (B, H, ...), mean over rows, (H,) float64.
 
     The participation ratio (tr C)^2 / tr(C^2) of the Gram matrix C of a head's matrix (P, N): with singular
     values s, (sum s^2)^2 / sum s^4. It is n for n equal singular values and 1 for a single one. It takes two
@@ -216,7 +216,8 @@ def head_rank(tensor: Tensor) -> Tensor:
 
 
 def state_statistics(lm: RecurrentLM, tokens: Tensor, positions: Sequence[int]) -> StateStatistics:
-    """Statistics of the recurrent state after `positions` tokens of `tokens` (B, L), 1 <= position <= L.
+    """Return statistics of the recurrent state after `positions` tokens of `tokens` (B, L), 1 <= position <=
+    L.
 
     Raises:
         LongrollError: for a model without recurrent state, and positions outside the text.

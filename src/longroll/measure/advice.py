@@ -14,7 +14,7 @@ from longroll.measure.iid import IIDTest
 from longroll.measure.stationarity import EndDrift
 
 STEPS, BATCH_SIZE = 500, 16
-"""What the paper spends (section 4: 500 steps), at our default batch."""
+"""Steps of the paper (section 4) and rows of our default batch."""
 WORTH_SAVING = 0.05
 """Nats in range: a repair that costs more is worth another try."""
 _TRAINING = 3.5  # forward passes that a training step takes: the backward is two, the rest is the optimizer
@@ -48,25 +48,25 @@ NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: 
 
 
 def of_dtype(model: str, dtype: str, *, told: bool) -> Advice:
-    """What to do where the loss in 16 bits is not finite.
+    """Return what to do where the loss in 16 bits is not finite.
 
     Args:
         model: its name, for the command.
-        dtype: of its weights.
+        dtype: the dtype of its weights.
         told: whether float32 was tried, and is finite.
     """
     other = "float32" if dtype == "bfloat16" else "bfloat16"
     command = shlex.join(["longroll", "diagnose", model, "--dtype", other])
     if told:
         return Advice(
-            None, f"Read it in {other}: the fault is {dtype}'s, which no repair of states mends.", command
+            None, f"Read it in {other}: the fault is {dtype}'s, which no repair of states removes.", command
         )
     why = "memory was too short to try float32, which would tell the dtype's fault from the states'"
     return Advice(None, f"Read it in {other} before any repair: {why}.", command)
 
 
 def after_repair(model: str, repair: str | None, price: Comparison | None) -> Advice:
-    """What to do with a model that was repaired and holds.
+    """Return what to do with a model that was repaired and holds.
 
     Args:
         model: its name, for the command.
@@ -92,8 +92,8 @@ def after_repair(model: str, repair: str | None, price: Comparison | None) -> Ad
 
 
 REPAIRS = (
-    "Training then covers the states past T. It adds no memory, mends no read-out, and corrects no errors "
-    "that a model writes into its state."
+    "Training then covers the states past T. It adds no memory, does not repair the read-out, corrects no "
+    "errors that a model writes into its state."
 )
 """What a repair does and does not do: docs/choose.md."""
 
@@ -121,9 +121,9 @@ def advise(
         flags: what the command needs besides to open it.
         length: tokens of a document of the texts measured, at least; 0: not known.
         breaks: whether its loss rises above its level in range, rather than only above a fresh start's.
-        iid: of its states at T.
-        ends: of the texts.
-        tokens_per_second: of a forward on this device.
+        iid: the test of its states at T.
+        ends: how the ends of the texts differ.
+        tokens_per_second: speed of a forward on this device.
     """
     tokens = STEPS * BATCH_SIZE * train_length
     seconds = tokens * _TRAINING / tokens_per_second
@@ -134,8 +134,8 @@ def advise(
     if not ends.stationary:
         choice, named = NON_STATIONARY, ("--intervention", NON_STATIONARY)
         why = (
-            f"these texts end unlike they go on (drift {ends.drift:.2f}), so a passed final state is no "
-            "sensible beginning, and State Passing is the wrong tool"
+            f"these texts end unlike they go on (drift {ends.drift:.2f}), so a passed final state "
+            "does not suit the beginning of a text, and State Passing is the wrong tool"
         )
         if iid.share > 0:
             why += f"; check the result, since {share} have states that are not IID ({ranks})"
@@ -168,11 +168,11 @@ def advise(
 def of_blame(
     advice: Advice, blame: Blame, model: str | None, train_length: int, flags: Sequence[str] = ()
 ) -> Advice:
-    """What to do with a hybrid, given which side of it does the damage.
+    """Return what to do with a hybrid, given which side of it does the damage.
 
     Args:
         advice: what its states alone would call for.
-        blame: of its states and its attention.
+        blame: the shares of its states and its attention.
         model: its name, for the command; None: no command opens it.
         train_length: T.
         flags: what the command needs besides to open it.

@@ -15,7 +15,8 @@ _COLUMNS = 1024  # at a time, to keep memory constant in the number of positions
 def bootstrap_mean(
     values: Tensor, *, seed: int = 0, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over rows of `values` (B, L) and the ends of its 95 % percentile interval, (L,) float64 each.
+    """Return mean over rows of `values` (B, L) and the ends of its 95 % percentile interval, (L,) float64
+    each.
 
     Rows (sequences) are drawn with replacement, 1,000 times, the same draws for every column. One row gives
     an interval of no width, which says nothing. Source: Efron & Tibshirani 1993, chapter 13.
@@ -36,7 +37,8 @@ def bootstrap_mean(
 
 
 def bootstrap_ratio(values: Tensor, whole: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over rows of `values` (B, L) over that of `whole` (B,), and its 95 % interval, (L,) float64 each.
+    """Return mean over rows of `values` (B, L) over that of `whole` (B,), and its 95 % interval, (L,)
+    float64 each.
 
     Rows are drawn together, so that a share is paired with what it is a share of.
     """
@@ -48,7 +50,7 @@ def bootstrap_ratio(values: Tensor, whole: Tensor, *, seed: int = 0) -> tuple[Te
 
 
 def _of_counted(values: Tensor, counted: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of what exists in each draw; a draw in which nothing exists is left out."""
+    """Return means of what exists in each draw; a draw in which nothing exists is left out."""
     weights = _weights(values.shape[0], seed)
     intervals = [
         torch.nanquantile((weights @ some) / (weights @ exist), _ENDS, dim=0)

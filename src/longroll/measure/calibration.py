@@ -1,4 +1,4 @@
-"""Longer memory without training: one scale a layer or head on the decay, found by reading long texts.
+"""Longer memory without training: one scale for each layer or head on the decay, found by reading long texts.
 
 A recurrence h_t = exp(A dt_t) h_{t-1} + dt_t B_t x_t forgets at the rate A dt. A model whose states leave
 their range past T keeps more than it learned to read. A scale on A (Lu et al. 2025, "Mamba Modulation", arXiv
@@ -89,7 +89,7 @@ def calibrate(
         tokens: (B, L + 1), texts of the training side, L above T.
         train_length: T; default: what the model's config says.
         what: scale A, or the step dt.
-        unit: one scale a layer, or one a head.
+        unit: one scale for each layer, or one for each head.
         sweeps: times that every unit is moved by a factor of 2 and of the root of 2.
         chunk_size: tokens of a row in one forward.
         progress: called with how many readings are done.
@@ -134,7 +134,7 @@ def calibrate(
 
 
 def readings_of(lm: RecurrentLM, what: What, unit: Unit, sweeps: int) -> int:
-    """The most readings of all texts that `calibrate` takes; raises what it raises for the model."""
+    """Return the most readings of all texts that `calibrate` takes; raises what it raises for the model."""
     units = sum(decay.exponents.numel() for decay in _decays(lm, what, unit))
     return 1 + len(COMMON) + 2 * len(_STEPS) * sweeps * units
 
@@ -223,13 +223,13 @@ def _decays(lm: RecurrentLM, what: What, unit: Unit) -> list[_Decay]:
 
 
 def _channels(mixer: Any) -> bool:
-    """Whether decay rates are (channels, N), as Mamba-1's, or (scans, channels, N), as Zamba's."""
+    """Return whether decay rates are (channels, N), as Mamba-1's, or (scans, channels, N), as Zamba's."""
     shape: torch.Size = mixer.A_log.shape
     return sum(size > 1 for size in shape) > 1
 
 
 def _scaled_weights(mixer: Any) -> list[tuple[Tensor, float]]:
-    """The weights that take a power of a scale of dt, beside `A_log`.
+    """Return the weights that take a power of a scale of dt, beside `A_log`.
 
     Raises:
         LongrollError: where no weight expresses it.

@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def price(self) -> str:
-        """What the run costs in range, as the end of a sentence."""
+        """The price of the run in range, as the end of a sentence."""
         paid, against = self.in_range, f"against {self.label}"
         if not math.isfinite(paid.mean):
             return f"without a finite loss in range to compare {against}"
@@ -75,7 +75,7 @@ class Comparison:
 
 
 def text_losses(tokens: Tensor, carried: PositionLoss, train_length: int) -> dict[str, Any]:
-    """What a result keeps of each text, so that another run can be compared with it.
+    """Return what a result keeps of each text, so that another run can be compared with it.
 
     Args:
         tokens: (B, L + 1).
@@ -99,8 +99,8 @@ def compare(run: DiagnosisResult, other: DiagnosisResult, *, seed: int = 0) -> C
 
     Args:
         run: the one to be judged.
-        other: of the model before, or of a control.
-        seed: of the bootstrap.
+        other: the result of the model before, or of a control.
+        seed: random seed of the bootstrap.
     """
     same_end = run.max_position == other.max_position
     return Comparison(
@@ -145,7 +145,8 @@ def _difference(run: DiagnosisResult, other: DiagnosisResult, level: str, seed: 
 
 
 def _unpaired(ours: Tensor, theirs: Tensor, seed: int) -> Difference:
-    """Difference of the means of independent texts, (B,) and (C,): their intervals' arms add in squares.
+    """Return difference of the means of independent texts, (B,) and (C,): their intervals' arms add in
+    squares.
 
     Source: Zou & Donner 2008, "Construction of confidence limits about effect measures".
     """
@@ -158,5 +159,5 @@ def _unpaired(ours: Tensor, theirs: Tensor, seed: int) -> Difference:
 
 
 def _nats(nats: float) -> str:
-    """Nats to two places, to three where two would show next to nothing."""
+    """Return nats to two places, to three where two would show next to nothing."""
     return f"{nats:.2f}" if abs(nats) >= 0.095 else f"{nats:.3f}"

@@ -21,7 +21,7 @@ def check_distance(distance: str) -> None:
 
 
 def logit_distance(p: Tensor, q: Tensor, distance: Distance = "tv") -> Tensor:
-    """Distance (...) between the distributions that logits (..., V) stand for; shapes broadcast.
+    """Return distance (...) between the distributions that logits (..., V) stand for; shapes broadcast.
 
     `tv` is 1/2 sum |p - q|, in [0, 1]; `js` in nats, in [0, log 2]; `kl` is KL(p || q) in nats.
     """
@@ -42,7 +42,8 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_distance(lm: RecurrentLM, reference: Tensor, others: Tensor, distance: Distance) -> Tensor:
-    """Distances (K, B) from the predictions of `reference` (B, d_model) to those of `others` (K, B, d_model).
+    """Return distances (K, B) from the predictions of `reference` (B, d_model) to those of `others` (K, B,
+    d_model).
 
     Exact over the whole vocabulary. Memory is bounded by taking a few rows at a time, not by leaving
     tokens out.

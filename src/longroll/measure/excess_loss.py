@@ -30,7 +30,7 @@ def excess_loss(
     progress: Callable[[int, int], None] | None = None,
     dealt: bool = False,
 ) -> tuple[list[int], Tensor]:
-    """Loss carried minus loss restarted, at log-spaced positions past the training length.
+    """Return loss carried minus loss restarted, at log-spaced positions past the training length.
 
     Args:
         lm: the model.
@@ -59,7 +59,7 @@ def _restarted(
     train_length: int,
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
-    """Mean loss of the last half of the `train_length` tokens before each end, read afresh, (B, K)."""
+    """Return mean loss of the last half of the `train_length` tokens before each end, read afresh, (B, K)."""
     size = train_length - train_length // 2
     starts = window_starts(ends, train_length)
     fresh = torch.full(tokens[:, 1:].shape, torch.nan)
@@ -78,14 +78,14 @@ def _restarted(
 
 
 def window_starts(ends: list[int], train_length: int) -> list[int]:
-    """Where to restart, in order, so that the tokens of every probe are read afresh.
+    """Return where to restart, in order, so that the tokens of every probe are read afresh.
 
     A probe far from its neighbours has a window of its own, which ends where the probe ends. The tokens of
     probes that overlap are covered by windows side by side: each token is then at an age from T // 2 to T,
     and the T - T // 2 tokens of a probe have each of these ages once, whatever windows they fall into.
 
     Args:
-        ends: of the probes, in order, all above T.
+        ends: the ends of the probes, in order, all above T.
         train_length: T.
     """
     size = train_length - train_length // 2
@@ -103,6 +103,8 @@ def window_starts(ends: list[int], train_length: int) -> list[int]:
 
 
 def probe_losses(carried: PositionLoss, ends: list[int], train_length: int) -> Tensor:
-    """Carried loss of the tokens that each probe compares: the T - T // 2 before its end, (B, K) means."""
+    """Return carried loss of the tokens that each probe compares: the T - T // 2 before its end, (B, K)
+    means.
+    """
     size = train_length - train_length // 2
     return torch.stack([carried.losses[:, end - size : end].mean(dim=1) for end in ends], dim=1)

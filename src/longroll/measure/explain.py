@@ -32,18 +32,18 @@ _LATER = "The damage begins past position {length}, up to which heads are held i
 
 
 def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[..., None] | None:
-    """Progress on one stage, for a measure that says how much is done, and may say of how much."""
+    """Return progress on one stage, for a measure that says how much is done, and may say of how much."""
     return None if progress is None else lambda done, of=total: progress(what, done, of)
 
 
 class StateWatch:
-    """What is noted of the states as a roll-out comes by (its `watch`).
+    """Recorder of the states of a roll-out (its `watch`).
 
     Args:
         lm: the model.
         length: L.
         train_length: T.
-        seed: of projections, permutations and noise.
+        seed: random seed of projections, permutations and noise.
         first: which of all texts is the first one read here: measures of a few texts take the first ones.
     """
 
@@ -70,7 +70,7 @@ class StateWatch:
             self._at_edge = state.part("recurrent").rows(slice(0, self._edge_rows)).map(torch.clone)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was noted so far."""
+        """Return what was noted so far."""
         return {
             "statistics": self.statistics.state_dict(),
             "coverage": self.coverage.state_dict(),
@@ -96,13 +96,13 @@ class StateWatch:
         self._at_edge = RecurrentState({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
 
     def compare(self, progress: Progress | None = None) -> Coverage:
-        """Which heads have left their training range; tested once."""
+        """Return which heads have left their training range; tested once."""
         if self._compared is None:
             self._compared = self.coverage.coverage(progress=stage(progress, "comparing states"))
         return self._compared
 
     def iid(self) -> IIDTest:
-        """Whether the states where training ends could be IID noise."""
+        """Return whether the states where training ends could be IID noise."""
         return iid_test(self._at_edge, seed=self._seed)
 
 
@@ -117,7 +117,7 @@ def explain_coverage(
     restarted: Restarted | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Which heads left their training range and, for a model that breaks, which of them do the damage.
+    """Return which heads left their training range and, for a model that breaks, which of them do the damage.
 
     Texts are dealt to the ranks that work together; `watch` is that of rank 0.
     """
@@ -163,7 +163,9 @@ def explain_blame(
     restarted: Restarted | None = None,
     progress: Progress | None = None,
 ) -> Blame | None:
-    """Whether states or attention of a hybrid do the damage; None where it has but one, or short texts."""
+    """Return whether states or attention of a hybrid do the damage; None where it has but one, or short
+    texts.
+    """
     measured = tokens.shape[1] - 1
     if not watch.has_attention or measured < 2 * train_length:
         return None
@@ -186,7 +188,7 @@ def explain_blame(
 def _cut(
     tokens: Tensor, carried: PositionLoss, restarted: Restarted, chosen: Excerpt
 ) -> tuple[Tensor, PositionLoss, Restarted]:
-    """The texts of an excerpt, their losses, and the probes within them."""
+    """Return the texts of an excerpt, their losses, and the probes within them."""
     rows, length = chosen.rows, chosen.length
     ends = [end for end in restarted[0] if end <= length]
     return (
@@ -199,13 +201,13 @@ def _cut(
 def explain_remembrance(
     lm: RecurrentLM, tokens: Tensor, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """How much the tokens before t matter for the prediction at T, for T at the end and on the way.
+    """Return how much the tokens before t matter for the prediction at T, for T at the end and on the way.
 
     Texts and starts are dealt to the ranks that work together.
     """
     length = tokens.shape[1] - 1
     texts = tokens[:_REMEMBERED_ROWS, :length]
-    # the control is read anew from every start, at a price that grows with the square of the length
+    # the control is read again from every start, at a price that grows with the square of the length
     parts = 16 if lm.family.recurrent else 4
     starts = affordable_starts(length, parts=parts, most=REMEMBRANCE * len(tokens) / len(texts))
     ends = sorted({max(1, i * length // parts) for i in range(1, parts + 1)})

@@ -40,7 +40,7 @@ class Reading:
     sentence: str
     """The verdict in words."""
     read: str
-    """What was read, in words."""
+    """Description of the text that was read."""
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class HeldOut:
     joined: bool
     """Whether a text is of several documents."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Random seed of the bootstrap."""
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,9 +82,9 @@ class HeldOut:
         """Take the longest texts that a corpus gives; None: it has not 4 texts of 4 training lengths.
 
         Args:
-            corpus: of the validation side of a text.
+            corpus: the corpus of the validation side of a text.
             train_length: T.
-            seed: of the draw.
+            seed: random seed of the draw.
         """
         whole = [(times, False) for times in LENGTHS if times >= WHOLE]
         for times, joined in [*whole, *((times, True) for times in LENGTHS)]:
@@ -132,7 +132,7 @@ class HeldOut:
 
 
 def _available(corpus: Corpus, length: int, joined: bool) -> int:
-    """Sequences of `length` + 1 tokens that `long_sequences` gives, at least."""
+    """Return sequences of `length` + 1 tokens that `long_sequences` gives, at least."""
     if joined:
         return int(corpus.tokens // (length + 1))
     prefix = len(corpus.prefix_ids)

@@ -43,7 +43,7 @@ class Decay:
         self.per_token, self.after, self.stride = per_token, after, stride
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state, weaker."""
+        """Return the state, weaker."""
         factor = torch.tensor(self.per_token ** min(self.stride, max(0, position - self.after)))
         return _scaled(state, lambda key, tensor: factor)
 
@@ -55,14 +55,14 @@ class Clip:
         self.limits = limits
 
     def __call__(self, position: int, state: RecurrentState) -> RecurrentState:
-        """The state in its limits."""
+        """Return the state in its limits."""
         return _scaled(
             state, lambda key, tensor: (self.limits[key] / head_norms(tensor).clamp_min(1e-30)).clamp_max(1)
         )
 
 
 def state_limits(lm: RecurrentLM, tokens: Tensor, *, stride: int = STRIDE) -> dict[StateKey, Tensor]:
-    """The largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
+    """Return the largest norm of each head's state over ordinary text, (1, heads) each (`longroll.heads`).
 
     Args:
         lm: the model.
@@ -78,7 +78,7 @@ def state_limits(lm: RecurrentLM, tokens: Tensor, *, stride: int = STRIDE) -> di
 
 
 def make_hold(name: str, lm: RecurrentLM, tokens: Tensor, window: int, *, stride: int) -> Hold:
-    """A hold by its name.
+    """Return a hold by its name.
 
     Args:
         name: one of `HOLDS`.
@@ -133,7 +133,7 @@ def held_loss(
     progress: Callable[[int], None] | None = None,
     kept: Kept | None = None,
 ) -> PositionLoss:
-    """Loss at every position of `tokens`, read in pieces with `hold` between them.
+    """Return loss at every position of `tokens`, read in pieces with `hold` between them.
 
     Args:
         lm: the model.
@@ -175,16 +175,16 @@ def loss_under(
     dealt: bool = False,
     kept: Kept | None = None,
 ) -> PositionLoss:
-    """Loss at every position of `tokens` (B, L + 1), read under a hold by its name (`make_hold`).
+    """Return loss at every position of `tokens` (B, L + 1), read under a hold by its name (`make_hold`).
 
     Args:
-        name: of the hold.
+        name: the name of the hold.
         lm: the model.
         tokens: (B, L + 1).
         window: tokens that the hold works over; it looks at the state every quarter of them, or sooner.
         progress: called with how many positions of each row are done.
         dealt: deal the rows to the ranks, each of which must call this and gets the losses of all.
-        kept: as for `position_loss`.
+        kept: see `position_loss`.
     """
     check_hold(name, lm)
     stride = min(STRIDE, max(1, window // 4))
@@ -202,6 +202,6 @@ def loss_under(
 
 
 def _scaled(state: RecurrentState, factor: Callable[[StateKey, Tensor], Tensor]) -> RecurrentState:
-    """Recurrent tensors times a factor a head, (B, heads) or (); the rest as it is."""
+    """Return recurrent tensors times a factor for each head, (B, heads) or (); the rest as it is."""
     recurrent = state.part("recurrent")
     return state.changed({key: scale_heads(t, factor(key, t).to(t)) for key, t in recurrent.items()})

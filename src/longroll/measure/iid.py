@@ -58,8 +58,8 @@ def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
     The noise of one layer exists at a time.
 
     Args:
-        state: of B >= 2 texts, where training ends.
-        seed: of the noise.
+        state: the state of B >= 2 texts, where training ends.
+        seed: random seed of the noise.
     """
     state = state.part("recurrent").rows(slice(0, ROWS)).detach()
     generators: dict[torch.device, torch.Generator] = {}
@@ -78,5 +78,5 @@ def iid_test(state: RecurrentState, *, seed: int = 0) -> IIDTest:
 
 
 def _normal(like: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers (K, rows, ...) for a stack (K, 1, ...)."""
+    """Return standard normal numbers (K, rows, ...) for a stack (K, 1, ...)."""
     return like.new_empty(len(like), rows, *like.shape[2:]).normal_(generator=generator)

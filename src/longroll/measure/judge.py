@@ -22,7 +22,7 @@ EXPLOSION = 1.0
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the losses of some texts say of a model."""
+    """Verdict on a model from the losses of some texts."""
 
     verdict: Verdict
     edge: int | None
@@ -42,7 +42,7 @@ class Judgement:
     """Upper ends (K,)."""
 
     def sentence(self, price: str = "") -> str:
-        """The verdict in words, and the price of a repair, where there was one."""
+        """Return the verdict in words, and the price of a repair, where there was one."""
         far = f"{short(self.length // 2)}-{short(self.length)}"
         price = f"; {price}" if price else ""
         if self.edge is None:
@@ -59,14 +59,14 @@ class Judgement:
 def judge(
     carried: PositionLoss, ends: list[int], excess: Tensor, train_length: int, *, seed: int = 0
 ) -> Judgement:
-    """Judge a model by its losses.
+    """Return judge a model by its losses.
 
     Args:
-        carried: of texts from the zero state.
+        carried: the carried of texts from the zero state.
         ends: where the probes of `excess_loss` end (K,).
         excess: nats above a fresh start (B, K).
         train_length: T.
-        seed: of the bootstrap.
+        seed: random seed of the bootstrap.
     """
     length = carried.losses.shape[1]
     mean, low, high = bootstrap_mean(excess, seed=seed)
@@ -84,7 +84,7 @@ def judge(
 
 
 def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
-    """Where the damage begins: the first probe from which two in a row are above."""
+    """Return where the damage begins: the first probe from which two in a row are above."""
     for i in range(len(ends)):
         if above[i] and above[min(i + 1, len(ends) - 1)]:
             return ends[i - 1] if i else train_length
@@ -92,5 +92,5 @@ def _edge(ends: list[int], above: list[bool], train_length: int) -> int | None:
 
 
 def short(position: int) -> str:
-    """A position as people say it: 212, 4k, 131k."""
+    """Return a position as people say it: 212, 4k, 131k."""
     return str(position) if position < 1000 else f"{position / 1024:.3g}k"

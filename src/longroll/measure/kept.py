@@ -49,7 +49,7 @@ class Holds(Protocol):
     """What notes things as a reading goes on, and can go on with what it noted before."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data."""
+        """Return tensors and plain data."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -124,7 +124,7 @@ class Kept:
         """Return a piece; None where there is none, or, with a warning, where it is damaged.
 
         Args:
-            name: of the piece.
+            name: the name of the piece.
             kinds: classes of what it holds, but tensors and plain data.
         """
         if self.folder is None or not self._file(name).is_file():

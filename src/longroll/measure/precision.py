@@ -1,7 +1,7 @@
 """Whether the dtype fails, and not the state: activations near float16's limit, losses that are not finite.
 
 float16 holds no number above 65,504. A model that overflows there gives NaN from some position on, which
-looks like a state that explodes, and no intervention on states mends it.
+looks like a state that explodes, and no intervention on states corrects it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Precision:
-    """What the dtype of the weights did to a roll-out."""
+    """Effect of the dtype of the weights on a roll-out."""
 
     dtype: str
     largest: float | None = None
@@ -82,7 +82,7 @@ class Precision:
 class Float16Watch:
     """Notes the largest number that each module of a float16 model takes or gives, while it is entered.
 
-    Of other models nothing is noted. Numbers in float32 count too: what reaches a norm may pass the limit
+    Nothing is noted for other models. Numbers in float32 count too: what reaches a norm may pass the limit
     here, and overflow in other code for the same model.
     """
 
@@ -114,7 +114,7 @@ class Float16Watch:
         return note
 
     def state_dict(self) -> dict[str, Any]:
-        """What was noted so far."""
+        """Return what was noted so far."""
         return dict(self._largest)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Float16Watch:
                 self._largest[name] = torch.maximum(here, largest.to(here))
 
     def largest(self) -> tuple[float | None, str | None]:
-        """The largest activation and its module; of several that overflowed, the first to run."""
+        """Return the largest activation and its module; of several that overflowed, the first to run."""
         largest = {name: t.item() for name, t in self._largest.items()}
         for name, value in largest.items():
             if not math.isfinite(value):
@@ -168,7 +168,9 @@ def check_precision(
 
 
 def _finite_in_float32(lm: RecurrentLM, tokens: Tensor) -> bool | None:
-    """Whether all losses of `tokens` are finite with float32 weights; None where memory is too short."""
+    """Return whether all losses of `tokens` are finite with float32 weights; None where memory is too
+    short.
+    """
     need = 4 * sum(p.numel() for p in lm.model.parameters())
     room = free_bytes(lm.device) if lm.device.type == "cuda" else psutil.virtual_memory().available
     if room < 1.25 * need:

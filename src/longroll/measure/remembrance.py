@@ -87,7 +87,9 @@ def effective_remembrance(
     chunk_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Mean over rows of `EffRem_T(t)` for t in `starts` and T in `ends`, (S, E); see `remembrance_map`."""
+    """Return mean over rows of `EffRem_T(t)` for t in `starts` and T in `ends`, (S, E); see
+    `remembrance_map`.
+    """
     options = {"distance": distance, "chunk_size": chunk_size, "progress": progress}
     return remembrance_map(lm, tokens, starts, ends, **options).mean  # type: ignore[arg-type]
 
@@ -151,7 +153,7 @@ def _distances(
     chunk_size: int | None,
     progress: Callable[[int], None] | None,
 ) -> Tensor:
-    """Distances (B, S, E) float64 for sorted starts, 0 the first of them, and sorted ends."""
+    """Return distances (B, S, E) float64 for sorted starts, 0 the first of them, and sorted ends."""
     probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
     together = not any(key.part == "attention" for key in probe)
     row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
@@ -168,7 +170,7 @@ def _distances(
 
 
 def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:
-    """Rows of text whose states, of `row_bytes` a row, are rolled out together."""
+    """Return rows of text whose states, of `row_bytes` a row, are rolled out together."""
     if lm.device.type != "cuda":
         return max(1, _STATE_BYTES // max(row_bytes, 1))
     rows = max(_STATE_BYTES, free_bytes(lm.device) // 8) // max(row_bytes, 1)
@@ -193,10 +195,11 @@ def affordable_starts(length: int, *, parts: int, most: float) -> list[int]:
 
 
 def spread_starts(length: int, *, parts: int = 16, close: Sequence[int] = _CLOSE) -> list[int]:
-    """Starts over [0, length): `parts` at even distances, and a few `close` to the ends, where curves bend.
+    """Return starts over [0, length): `parts` at even distances, and a few `close` to the ends, where curves
+    bend.
 
     Args:
-        length: of the text.
+        length: the length of the text.
         parts: how many.
         close: at these distances from the ends.
     """
@@ -245,7 +248,7 @@ def _append(state: RecurrentState, rows: RecurrentState) -> RecurrentState:
 def _read_apart(
     lm: RecurrentLM, tokens: Tensor, starts: list[int], ends: list[int], chunk_size: int | None, work: _Work
 ) -> Iterable[tuple[int, Tensor]]:
-    """The same, one start after another: for states that cannot stand in one batch (KV)."""
+    """Return the same, one start after another: for states that cannot stand in one batch (KV)."""
     hidden_at: dict[int, list[Tensor]] = {end: [] for end in ends}
     for start in starts:
         stops = [end - start for end in ends if end > start]

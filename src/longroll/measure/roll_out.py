@@ -24,7 +24,7 @@ _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_mo
 
 
 def chunk_tokens(lm: RecurrentLM) -> int:
-    """Tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
+    """Return tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
     if lm.device.type != "cuda":
         return _CPU_TOKENS
     room = free_bytes(lm.device) // 4 // (_TOKEN_BYTES * lm.width)
@@ -36,7 +36,7 @@ def chunk_tokens(lm: RecurrentLM) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that PyTorch can still hand out."""
+    """Return memory of a GPU that PyTorch can still hand out."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -29,7 +29,7 @@ def block_attention(
         k: their keys, (B, G, T, K); G divides H, and query head h reads head h * G // H.
         v: their values, (B, G, T, V).
         past: keys (B, G, S, K) and values (B, G, S, V) of the tokens before, in any number of blocks.
-        scale: of the scores; default: K ** -.5.
+        scale: the scale of the scores; default: K ** -.5.
 
     Returns:
         (B, H, T, V), in q's dtype; sums over blocks are in float32 or wider.
@@ -47,7 +47,7 @@ def block_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, T, V) and the logarithm of its sum of exponentials (B, H, T)."""
+    """Return attention (B, H, T, V) and the logarithm of its sum of exponentials (B, H, T)."""
     alike = k.shape[-1] == v.shape[-1]
     if q.is_cuda and alike:
         params = SDPAParams(q, k, v, None, 0.0, causal, True)
@@ -63,7 +63,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> t
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2's kernel, whose heads are multiples of 8 wide."""
+    """Return FlashAttention-2's kernel, whose heads are multiples of 8 wide."""
     size = v.shape[-1]
     if rest := -size % 8:
         q, k, v = (F.pad(t, (0, rest)) for t in (q, k, v))
@@ -87,7 +87,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """The definition, some queries at a time."""
+    """Return the definition, some queries at a time."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (t.to(dtype) for t in (q, k, v))
     outs, norms = [], []

@@ -27,7 +27,7 @@ class Table:
 
 
 def curve_table(styled: Styled) -> Table:
-    """Return loss in every bin of positions with its interval, a column a run."""
+    """Return loss in every bin of positions with its interval, one column for each run."""
     found: dict[tuple[float, float], dict[int, str]] = {}
     for column, (run, _) in enumerate(styled):
         curve = run.curve
@@ -56,7 +56,7 @@ def curve_table(styled: Styled) -> Table:
 
 
 def excess_tables(styled: Styled) -> list[Table]:
-    """Return loss above a fresh start with its interval, a table a run."""
+    """Return loss above a fresh start with its interval, one table for each run."""
     tables = []
     for run, style in styled:
         if run.excess is None:
@@ -90,7 +90,7 @@ def state_tables(styled: Styled) -> list[Table]:
 
 
 def remembrance_tables(styled: Styled) -> list[Table]:
-    """Return effective remembrance, a table a run, a column an end."""
+    """Return effective remembrance, one table for each run and one column for each end."""
     tables = []
     for run, style in styled:
         found = run.remembrance
@@ -121,7 +121,7 @@ def coverage_tables(styled: Styled) -> list[Table]:
 
 
 def blame_tables(styled: Styled) -> list[Table]:
-    """What each reading recovers of the damage of a hybrid, a table a run."""
+    """Return what each reading recovers of the damage of a hybrid, one table for each run."""
     tables = []
     for run, style in styled:
         if run.blame is None:

@@ -89,7 +89,7 @@ user's: the figures to compare are the changes, not the levels.
 
 
 def find_checkpoints(sizes: Sequence[str], family: str = "mamba2") -> list[Checkpoint]:
-    """The checkpoints of some sizes, the smallest first.
+    """Return the checkpoints of some sizes, the smallest first.
 
     Args:
         sizes: `130m`, `370m`, `780m`, `1.3b`, `2.7b`; Mamba-1's own names (`790m`, `1.4b`, `2.8b`) too.

@@ -82,7 +82,7 @@ class Need:
 
 
 def fit(checkpoint: Checkpoint, batch_size: int, memory: float) -> tuple[int, bool, float]:
-    """Rows of a micro-batch, whether to recompute activations, and the bytes that training takes then.
+    """Return rows of a micro-batch, whether to recompute activations, and the bytes that training takes then.
 
     The rows divide `batch_size`. Where nothing fits `memory`, one row with recomputed activations is planned.
     """
@@ -106,7 +106,7 @@ def training_bytes(checkpoint: Checkpoint, rows: int, *, checkpointing: bool) ->
 def needs(
     checkpoints: Sequence[Checkpoint], work: Work, machine: Machine, *, keep: bool, saves: int = 0
 ) -> list[Need]:
-    """What each model takes.
+    """Return what each model takes.
 
     Args:
         checkpoints: the models.

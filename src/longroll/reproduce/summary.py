@@ -48,7 +48,7 @@ class Row:
 
 
 def rows_of(results: Mapping[str, Mapping[str, DiagnosisResult]]) -> list[Row]:
-    """A row for each result of `model -> arm -> diagnosis`, in the order given."""
+    """Return a row for each result of `model -> arm -> diagnosis`, in the order given."""
     rows = []
     for model, arms in results.items():
         for arm, found in arms.items():
@@ -77,7 +77,7 @@ HEADS = (
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text under `HEADS`."""
+    """Return a row as text under `HEADS`."""
     label = "base" if row.arm == "base" else ARMS[row.arm]
     values = (row.in_range, row.far, row.last)
     return [
@@ -93,10 +93,10 @@ def write_index(
     """Write `index.html`: the table of all models, with a link to the page and figures of each.
 
     Args:
-        rows: of the table.
+        rows: the rows of the table.
         pages: the files of each model, below `folder`.
         folder: where the page goes.
-        facts: of the run, a few words each.
+        facts: the facts of the run, a few words each.
 
     Raises:
         LongrollError: the place cannot be written.
@@ -121,7 +121,9 @@ def write_index(
 
 
 def _octave(found: DiagnosisResult, stop: int) -> float:
-    """Mean loss over [stop / 2, stop), from the bins of the curve; NaN where they do not reach there."""
+    """Return mean loss over [stop / 2, stop), from the bins of the curve; NaN where they do not reach
+    there.
+    """
     curve = found.curve
     if curve is None or curve.start is None or curve.stop is None or curve.stop[-1] < stop:
         return math.nan

@@ -116,7 +116,7 @@ class Provenance(Section):
     seed: int | None = None
     device: str | None = None
     threads: Count | None = None
-    """Of a process."""
+    """Threads of PyTorch in a process."""
     processes: Count | None = None
     dtype: str | None = None
     date: str | None = None

@@ -34,7 +34,7 @@ def read_stories(source: str | Path, qa: str, split: str = "test") -> list[Story
         split: "train" or "test" (or "valid" where there is such a file).
 
     Raises:
-        LongrollError: there is no such file or dataset, or it is not of bAbI's format.
+        LongrollError: the file or dataset does not exist, or it is not of bAbI's format.
     """
     folder = Path(os.path.expanduser(source))
     if not folder.exists() and isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~":

@@ -60,7 +60,7 @@ def held(name: str, window: int, *, stride: int) -> Reading:
     """Read under `rescan` or `window` of `longroll.measure.holds`.
 
     Args:
-        name: of the hold.
+        name: the name of the hold.
         window: tokens it works over.
         stride: tokens between two looks at the state.
     """

@@ -44,7 +44,7 @@ class HeldOutSamples:
         Args:
             tasks: whose text training does not read.
             train_length: T.
-            seed: of the samples.
+            seed: random seed of the samples.
 
         Raises:
             LongrollError: for a task that cannot be made as long.

@@ -32,7 +32,7 @@ class Recall(Task):
     """Multi-query associative recall; the length counts tokens. Depth means nothing here.
 
     Args:
-        tokenizer: of the model, with the tokens `k0` to `k63` and `v0` to `v63`.
+        tokenizer: the tokenizer of the model, with the tokens `k0` to `k63` and `v0` to `v63`.
         pairs: N, keys that are told and asked for, at most 64.
 
     Raises:

@@ -1,9 +1,10 @@
 """State tracking: the product of group elements read one by one, which no window of the last ones can tell.
 
-Construction: word problems of a group, one element a token, the label of each being the product of all so far
-(Merrill, Petty & Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv 2404.08819; parity and
-cyclic groups: Grazzi et al. 2024, arXiv 2411.12537). Elements are IID uniform. A model that is trained on
-short words and tracks long ones has learned the group, not a shortcut (Liu et al. 2022, arXiv 2210.10749).
+Construction: word problems of a group, one element for each token, the label of each being the product of all
+so far (Merrill, Petty & Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv 2404.08819;
+parity and cyclic groups: Grazzi et al. 2024, arXiv 2411.12537). Elements are IID uniform. A model that is
+trained on short words and tracks long ones has learned the group, not a shortcut (Liu et al. 2022, arXiv
+2210.10749).
 
 Two scores, for neither of which a product is ever shown. `tagged`: what the model says after each of the last
 elements, as the source trains and scores it. `free`: what it says when it is asked, by `=`, at the end.
@@ -42,7 +43,8 @@ _ASKED = 1 / 16  # of the tokens of a training row
 
 @functools.cache
 def product_table(group: str) -> np.ndarray:
-    """Multiplication table (n, n) of `parity`, `zN` (cyclic), `sN` (N <= 5) or `aN`; 0 is the identity.
+    """Return multiplication table (n, n) of `parity`, `zN` (cyclic), `sN` (N <= 5) or `aN`; 0 is the
+    identity.
 
     Raises:
         LongrollError: for another name, and groups of more than 120 elements.
@@ -65,7 +67,7 @@ def _even(permutation: tuple[int, ...]) -> bool:
 
 
 def names(elements: int) -> list[str]:
-    """What elements are called: letters where there are enough, numbers else."""
+    """Return what elements are called: letters where there are enough, numbers else."""
     return list(string.ascii_lowercase[:elements]) if elements <= 26 else [str(i) for i in range(elements)]
 
 
@@ -73,7 +75,7 @@ class StateTracking(Task):
     """The word problem of a group; the length counts elements. Depth means nothing here.
 
     Args:
-        tokenizer: of the model, with a token for every element.
+        tokenizer: the tokenizer of the model, with a token for every element.
         group: see `product_table`.
 
     Raises:
@@ -93,7 +95,7 @@ class StateTracking(Task):
         self.start, self.ask_id = (_token(tokenizer, mark) for mark in (START, ASK))
 
     def products(self, drawn: np.ndarray) -> np.ndarray:
-        """The product of the first t elements, for every t, (T,)."""
+        """Return the product of the first t elements, for every t, (T,)."""
         state, products = 0, np.empty_like(drawn)
         table = self.table.tolist()
         for t, element in enumerate(drawn.tolist()):
@@ -142,10 +144,10 @@ class TrackingRows(Dataset[Item]):
     Row i is drawn by (seed, i), from the tasks in turn. Items as those of `longroll.data.Windows`.
 
     Args:
-        tasks: to draw from.
+        tasks: the tasks to draw from.
         length: T, tokens of a row.
         rows: how many.
-        seed: of everything drawn.
+        seed: random seed of everything drawn.
     """
 
     def __init__(self, tasks: list[StateTracking], length: int, rows: int, *, seed: int = 0) -> None:

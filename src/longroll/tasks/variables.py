@@ -31,7 +31,7 @@ class Variables(Task):
     """Variable tracking. Depth means nothing here.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         hops: times that the value is passed on.
         new_tokens: what the model may write; it counts towards the length, as in RULER.
         chat_template: see `Task`.
@@ -88,7 +88,7 @@ class Variables(Task):
 def scattered(
     line: np.ndarray, lines: int, needles: list[np.ndarray], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Lines of noise with needles between them, in order, at places drawn uniformly."""
+    """Return lines of noise with needles between them, in order, at places drawn uniformly."""
     places = np.sort(rng.integers(lines + 1, size=len(needles)))
     counts = np.diff(np.concatenate([[0], places, [lines]]))
     pieces = [np.resize(line, counts[0] * len(line))]

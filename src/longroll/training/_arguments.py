@@ -23,7 +23,7 @@ Verdict = Literal["tested", "neutral", "refused"]
 
 
 class Row(NamedTuple):
-    """What becomes of an argument, and why; of a refused one: the mend."""
+    """What becomes of an argument, and why; for a refused one, what to do instead."""
 
     verdict: Verdict
     reason: str
@@ -38,7 +38,7 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     "label_smoothing_factor": Row("tested", "the loss is transformers' LabelSmoother"),
     "neftune_noise_alpha": Row("tested", "a hook on the embedding adds the noise"),
     "bf16": Row("tested", "autocast; the recurrence keeps its state in float32"),
-    "fp16": Row("neutral", "autocast with a scaled loss, on a GPU only; no test has seen it"),
+    "fp16": Row("neutral", "autocast and a loss scale, on a GPU only; no test has seen it"),
     "gradient_accumulation_steps": Row("tested", "a state in and a state out for each micro-batch"),
     "average_tokens_across_devices": Row("tested", "the loss is divided by the tokens of all ranks"),
     **_rows("tested", "layers run again in backward, from the same state", "gradient_checkpointing"),
@@ -68,7 +68,7 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     "ddp_static_graph": Row(
         "refused", "the first step, which has no state yet, has another graph than the rest: leave it out"
     ),
-    "use_cache": Row("neutral", "the state travels in a cache of longroll's own"),
+    "use_cache": Row("neutral", "the state travels in longroll's cache"),
     # ---- which rows a step reads
     "per_device_train_batch_size": Row("tested", "rows that take a state in a micro-batch"),
     "train_sampling_strategy": Row(
@@ -215,8 +215,8 @@ def check_training_arguments(args: TrainingArguments, owners: Collection[str] = 
     """Refuse what would be ignored or would break the chain of states.
 
     Args:
-        args: of the run.
-        owners: packages whose own fields, in subclasses of TrainingArguments, a trainer of theirs reads.
+        args: the arguments of the run.
+        owners: packages whose own fields, in subclasses of TrainingArguments, their trainer reads.
 
     Raises:
         LongrollError: for a refused or unknown field of `args` or of its `accelerator_config` that does not
@@ -276,7 +276,7 @@ def _check_fsdp(args: TrainingArguments) -> None:
 
 
 def _package(kind: type, field: str) -> str:
-    """The package of the class that declares a field."""
+    """Return the package of the class that declares a field."""
     owner = next(base for base in reversed(kind.__mro__) if field in vars(base).get("__annotations__", ()))
     return owner.__module__.partition(".")[0]
 

@@ -50,7 +50,7 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
 
     Where documents begin is read from `starts` (B, T), `position_ids` that start again at 0, `cu_seq_lens*`
     or `seq_idx`. The first document of a row goes on from the state that the intervention chose; the others
-    start anew. Neither padding nor the first token of a document that starts anew is a target.
+    start from zero. Neither padding nor the first token of a document that starts from zero is a target.
 
     Args:
         inputs: `input_ids` (B, T); `labels` (B, T), aligned with the inputs, or `shift_labels` (B, T), the
@@ -80,7 +80,9 @@ def read_batch(inputs: Mapping[str, Any], *, strict: bool = True) -> Rows:
 
 
 def row_starts(inputs: Mapping[str, Any]) -> Tensor | None:
-    """(B,) whether each row begins a document, from `starts` (B,) or (B, T); None where nothing says so."""
+    """Return (B,) whether each row begins a document, from `starts` (B,) or (B, T); None where nothing says
+    so.
+    """
     starts: Tensor | None = inputs.get("starts")
     if starts is None or starts.ndim == 1:
         return starts
@@ -89,13 +91,13 @@ def row_starts(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _mask(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
-    """(B, T) true at real tokens; None where all are."""
+    """Return (B, T) true at real tokens; None where all are."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None:
         if mask.shape != ids.shape:
             raise LongrollError(
                 f"`attention_mask` has shape {tuple(mask.shape)} and `input_ids` {tuple(ids.shape)}: give "
-                "one flag a token, 1 at real tokens and 0 at padding."
+                "one flag for each token, 1 at real tokens and 0 at padding."
             )
         if bool((mask == 1).all()):
             return None
@@ -116,7 +118,7 @@ def _mask(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
 
 
 def _starts(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    """(B, T) true where a document begins behind another one in its row; None where none does."""
+    """Return (B, T) true where a document begins behind another one in its row; None where none does."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     behind = real & ~_first_real(ids, mask)
     found: Tensor | None = None
@@ -131,7 +133,7 @@ def _starts(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tens
 
 
 def _marks(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The keys that say where documents begin, each with (B, T) true there."""
+    """Return the keys that say where documents begin, each with (B, T) true there."""
     if (starts := inputs.get("starts")) is not None and starts.ndim > 1:
         yield "starts", _each("starts", starts, ids) != 0
     if (mask := inputs.get("attention_mask")) is not None and bool((mask > 1).any()):
@@ -153,12 +155,12 @@ def _marks(inputs: Mapping[str, Any], ids: Tensor, real: Tensor) -> Iterator[tup
 
 
 def _each(name: str, given: Tensor, ids: Tensor) -> Tensor:
-    """A number for each token, (B, T)."""
+    """Return a number for each token, (B, T)."""
     given = given.unsqueeze(0) if given.ndim == 1 else given
     if given.ndim != 2 or given.shape[1] != ids.shape[1] or len(given) not in (1, len(ids)):
         raise LongrollError(
-            f"`{name}` has shape {tuple(given.shape)} and `input_ids` {tuple(ids.shape)}: give one number a "
-            "token."
+            f"`{name}` has shape {tuple(given.shape)} and `input_ids` {tuple(ids.shape)}: give one "
+            "number for each token."
         )
     return given.expand(ids.shape)
 
@@ -176,7 +178,7 @@ def _cumulative(name: str, lengths: Tensor, ids: Tensor) -> Tensor:
 
 
 def _first_real(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, T) true at the first real token of each row."""
+    """Return (B, T) true at the first real token of each row."""
     if mask is None:
         return (torch.arange(ids.shape[1], device=ids.device) == 0).expand(ids.shape)
     return mask & (mask.cumsum(1) == 1)
@@ -203,7 +205,9 @@ def _targets(inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None, starts
 
 
 def aligned(targets: Tensor) -> Tensor:
-    """`labels` (B, T) of Trainer's convention from `shift_labels`: aligned with inputs, the first -100."""
+    """Return `labels` (B, T) of Trainer's convention from `shift_labels`: aligned with inputs, the first
+    -100.
+    """
     return F.pad(targets[:, :-1], (1, 0), value=IGNORED)
 
 

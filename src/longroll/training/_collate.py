@@ -47,7 +47,7 @@ class Collator:
         self._said: set[str] = set()
 
     def __call__(self, items: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """A batch (B, T) of B rows."""
+        """Return a batch (B, T) of B rows."""
         rows = [self._kept(item) for item in items]
         batch = self._stacked(rows) if self.inner is None else dict(self.inner(rows))
         if "shift_labels" in batch and "labels" not in batch:
@@ -92,7 +92,8 @@ class Collator:
             return torch.stack(values)
         if (found := [len(value) for value in values]) != lengths:
             raise LongrollError(
-                f"The rows of a batch have {lengths} tokens and `{name}` of {found}: give one number a token."
+                f"The rows of a batch have {lengths} tokens and `{name}` of {found}: "
+                "give one number for each token."
             )
         if name not in _FILLS and name != "input_ids":
             raise LongrollError(
@@ -113,14 +114,16 @@ class Collator:
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """A column of a row; token ids of any integers, and of no token at all, as an embedding takes them."""
+    """Return a column of a row; token ids of any integers, and of no token at all, as an embedding takes
+    them.
+    """
     tensor = torch.as_tensor(value)
     ids = name in ("input_ids", "labels", "shift_labels")
     return tensor.long() if ids and (tensor.numel() == 0 or not tensor.is_floating_point()) else tensor
 
 
 def _numeric(value: Any) -> bool:
-    """Whether a forward could take a value: numbers, however deep."""
+    """Return whether a forward could take a value: numbers, however deep."""
     if isinstance(value, Tensor):
         return True
     if isinstance(value, str | bytes | Mapping) or value is None:

@@ -36,13 +36,13 @@ class LiveCheck:
         self.done = False
 
     def due(self, state: RecurrentState | None) -> bool:
-        """Whether a batch that starts from `state` would be checked; all ranks ask together."""
+        """Return whether a batch that starts from `state` would be checked; all ranks ask together."""
         if self.done or state is None or not torch.is_grad_enabled():
             return False
         return _any_rank(_is_nonzero(state))
 
     def read(self, read: Read, state: RecurrentState | None) -> Tensor:
-        """`read(state)`, checked where the check is due.
+        """Return `read(state)`, checked where the check is due.
 
         Raises:
             LongrollError: when the state does not reach the hidden states.
@@ -73,7 +73,7 @@ class LiveCheck:
         )
 
     def _probe(self, read: Read, state: RecurrentState) -> tuple[str | None, Tensor]:
-        """What is wrong with the gradient into another state, and the hidden states that it gives."""
+        """Return what is wrong with the gradient into another state, and the hidden states that it gives."""
         leaves = {
             key: (t.detach() + 1).requires_grad_() for key, t in state.items() if key.part == "recurrent"
         }
@@ -95,7 +95,7 @@ class LiveCheck:
         return None if nonzero else "its gradient is zero", hidden.detach()
 
     def _suspect(self) -> str:
-        """The likely wrapper."""
+        """Return the likely wrapper."""
         for name, module in self.model.named_modules():
             where = f"{type(module).__name__} ({name or 'the model'})"
             if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
@@ -110,7 +110,7 @@ class LiveCheck:
 
 
 def _foreign(function: Any) -> bool:
-    """Whether a class or function comes from outside the libraries whose forwards are known."""
+    """Return whether a class or function comes from outside the libraries whose forwards are known."""
     home = getattr(getattr(function, "func", function), "__module__", None) or ""
     return home.partition(".")[0] not in _KNOWN and function is not None
 

@@ -50,10 +50,11 @@ class InitialStateMixin(WholeCheckpointsMixin):
     the model in its `compute_loss`, with whatever arguments. Padding (`attention_mask`) and packed rows
     (`position_ids`, `cu_seq_lens_q`, `seq_idx`, `starts`) are read as in `longroll.RecurrentLM`: the first
     document of a row goes on from the intervention's state, the others start from `restart`. Evaluation
-    starts from the zero state. A checkpoint also holds the intervention's memory, a file a rank.
+    starts from the zero state. A checkpoint also holds the intervention's memory, one file for each rank.
 
-    The host reads one batch a step, in one forward. Trainers that read several texts for one loss (TRL's DPO,
-    GRPO, RLOO, KTO and reward trainers) are refused: an initial state has no meaning for their pairs yet.
+    The host reads one batch in each step, in one forward. Trainers that read several texts for one loss
+    (TRL's DPO, GRPO, RLOO, KTO and reward trainers) are refused: an initial state has no meaning for their
+    pairs yet.
 
     Args:
         *arguments: the host's.
@@ -154,7 +155,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     # ---- what cannot be
 
     def _check_accelerator(self) -> None:
-        """What `accelerate launch` sets past the arguments, besides `launch`."""
+        """Refuse settings of `accelerate launch` under which a state is lost."""
         if self.args.n_gpu > 1:
             raise LongrollError(
                 "Several GPUs in one process would share one state: start with `torchrun` or `accelerate "
@@ -217,14 +218,14 @@ class InitialStateMixin(WholeCheckpointsMixin):
     # ---- the step
 
     def train(self, *arguments: Any, **kwargs: Any) -> Any:
-        """The host's, with the live check of a new run."""
+        """Return the host's, with the live check of a new run."""
         self._live_check, self._guard = LiveCheck(self.base), Guard(self.on_not_finite)
         return super().train(*arguments, **kwargs)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
     ) -> Any:
-        """The host's loss, of a model that starts from the intervention's state."""
+        """Return the host's loss, of a model that starts from the intervention's state."""
         rows = read_batch(inputs, strict=False)
         given = {key: value for key, value in _targets_within(inputs).items() if key != "starts"}
         if "shift_labels" in given:
@@ -240,7 +241,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         return loss
 
     def training_step(self, *arguments: Any, **kwargs: Any) -> Tensor:
-        """The host's, which passes one state on.
+        """Return the host's, which passes one state on.
 
         Raises:
             LongrollError: for a class whose own `compute_loss` leaves out the one here, or calls it twice.
@@ -255,7 +256,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         return self._guard.see_loss(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The host's, of the targets that enter its loss."""
+        """Return the host's, of the targets that enter its loss."""
         return super()._get_num_items_in_batch(  # type: ignore[misc]
             [_targets_within(batch) for batch in batch_samples], device
         )
@@ -263,7 +264,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **kwargs: Any
     ) -> Any:
-        """The host's; batches without labels are read as those with labels are."""
+        """Return the host's; batches without labels are read as those with labels are."""
         if any(inputs.get(name) is not None for name in ("labels", "shift_labels")):
             return super().prediction_step(model, inputs, *arguments, **kwargs)  # type: ignore[misc]
         blank = {**inputs, "labels": torch.full_like(inputs["input_ids"], IGNORED)}
@@ -271,7 +272,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         return None, logits, None
 
     def _choose(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> RecurrentState | None:
-        """The initial state; evaluation starts from zero and leaves the intervention alone."""
+        """Return the initial state; evaluation starts from zero and leaves the intervention alone."""
         if self.intervention is None or not model.training:
             return None
         starts = row_starts(inputs)
@@ -294,7 +295,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
     def _read(
         self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None, *, logits: bool = False
     ) -> tuple[Any, RecurrentState]:
-        """The output of the body (with `logits`: of `model`) on a batch from a state, and the final state."""
+        """Return the output of the body (with `logits`: of `model`) on a batch from a state, and the final
+        state.
+        """
         found: dict[str, Any] = {}
 
         def read(state: RecurrentState | None) -> Tensor:
@@ -318,7 +321,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
     def _from_state(
         self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None
     ) -> Iterator[dict[str, RecurrentState]]:
-        """Within it, the model's body reads `rows` from `state`, whoever calls it; gives the final state."""
+        """Return within it, the model's body reads `rows` from `state`, whoever calls it; gives the final
+        state.
+        """
         body = self.base.base_model
         reading: dict[str, RecurrentState] = {}
         original, replaced = body.forward, "forward" in vars(body)
@@ -374,7 +379,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self.is_fsdp_enabled = sharding.set_up(self.accelerator, self.args)
 
     def autocast_smart_context_manager(self, *arguments: Any, **kwargs: Any) -> Any:
-        """The host's; accelerate wraps no autocast around a model that FSDP2 shards."""
+        """Return the host's; accelerate wraps no autocast around a model that FSDP2 shards."""
         if self.is_fsdp_enabled:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(*arguments, **kwargs)  # type: ignore[misc]
@@ -384,7 +389,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         self._signature_columns = [*self._signature_columns, *sorted(KNOWN - set(self._signature_columns))]
 
     def _prepare_for_training(self, *arguments: Any, **kwargs: Any) -> Any:
-        """The host's; FSDP2 shards what each rank holds, which must be the same model."""
+        """Return the host's; FSDP2 shards what each rank holds, which must be the same model."""
         if self.is_fsdp_enabled and not is_sharded(self.model):
             sharding.same_everywhere(self.model, self.args.device)
             sharding.choose_layers(self.accelerator.state.fsdp_plugin, self.model)
@@ -398,12 +403,12 @@ class InitialStateMixin(WholeCheckpointsMixin):
         return sampler
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Parameters that weight decay shrinks: matrices (`weights.projects`)."""
+        """Return parameters that weight decay shrinks: matrices (`weights.projects`)."""
         names = [name for name, _ in model.named_parameters()]
         return [name for name in names if _WRAPPERS.sub("", name) in self._projections]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The host's; the gradients are ready, and the optimizer has not moved."""
+        """Return the host's; the gradients are ready, and the optimizer has not moved."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         self._guard.before_step(
             getattr(self.optimizer, "optimizer", self.optimizer),
@@ -472,7 +477,9 @@ class _Stop(TrainerCallback):
 
 
 def _targets_within(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch without targets that would be predicted from padding, or from the document before them."""
+    """Return the batch without targets that would be predicted from padding, or from the document before
+    them.
+    """
     names = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
     if "input_ids" not in inputs or not names:
         return inputs
@@ -495,7 +502,7 @@ def _checked_restart(restart: Restart, intervention: Intervention | None) -> Res
 
 
 def _in_order(dataset: Any) -> bool:
-    """Whether a data set is in the order that it is meant to be read in."""
+    """Return whether a data set is in the order that it is meant to be read in."""
     return getattr(dataset, "lanes", None) is not None or isinstance(dataset, Windows)
 
 
@@ -508,7 +515,7 @@ def _checkpoint_without_reentry(args: TrainingArguments) -> None:
 
 
 def _without(name: str, output: Any) -> Any:
-    """A model's output without its cache, which holds the final state on the graph."""
+    """Return a model's output without its cache, which holds the final state on the graph."""
     if getattr(output, name, None) is None:
         return output
     return type(output)(**{key: value for key, value in output.items() if key != name})

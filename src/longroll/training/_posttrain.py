@@ -227,10 +227,10 @@ def posttrain(
         output: the folder; what is needed to resume lies in `output`/checkpoints until the run is done.
         tokenizer: saved beside the model.
         resume: go on from the last whole checkpoint there, if there is one, by the same options.
-        callbacks: for HF Trainer.
+        callbacks: callbacks for HF Trainer.
         held_out: data that training does not read (`longroll.training.HeldOut.from_corpus`). A model that
             holds on them is declined; `until_healthy` measures them.
-        force: train a model that holds all the same.
+        force: train a model even if it holds.
         tell: called with what is seen of `held_out`, a sentence at a time.
         finish: called on rank 0 with the log when the model is saved, before the run can no longer be
             resumed: a run that is killed in it is finished by `resume`.
@@ -323,7 +323,7 @@ def posttrain(
             lm.model = model.merge_and_unload() if adapted else model
             lm.adapted = None
         if trainer.is_world_process_zero():
-            lm.model.config.train_length = options.length  # so that the next diagnosis need not be told
+            lm.model.config.train_length = options.length  # so that the next diagnosis knows it
             started["arguments"] |= kept
             record(lm.model.config, started["arguments"])
             with checkpoints.aside(output) as partial:
@@ -350,7 +350,7 @@ def posttrain(
 
 
 def _settled(options: PosttrainOptions) -> PosttrainOptions:
-    """The options with what no recipe has set."""
+    """Return the options with what no recipe has set."""
     plain = Settings()
     rate = plain.learning_rate if options.learning_rate is None else options.learning_rate
     speed = plain.decay_speed if options.decay_speed is None else options.decay_speed
@@ -400,7 +400,7 @@ def _check_adapters(lm: RecurrentLM, options: PosttrainOptions) -> None:
 
 
 def _trains_on(lm: RecurrentLM, options: PosttrainOptions) -> torch.device:
-    """Where the weights are trained: shards of a model on the CPU go to the GPUs."""
+    """Return where the weights are trained: shards of a model on the CPU go to the GPUs."""
     return torch.device("cuda") if options.fsdp and torch.cuda.is_available() else lm.device
 
 
@@ -411,7 +411,7 @@ def _autocasts(lm: RecurrentLM, options: PosttrainOptions) -> bool:
 
 
 def _rows_of(corpus: Corpus, intervention: Intervention | None, options: PosttrainOptions) -> Dataset[Item]:
-    """Rows of text, in the order in which they are read."""
+    """Return rows of text, in the order in which they are read."""
     steps, rows = options.steps * options.accumulation, options.batch_size * ranks.world_size()
     chat = isinstance(corpus, ChatCorpus)
     if not isinstance(intervention, TBPTT):

@@ -21,7 +21,7 @@ _OPENED_BY = {
 
 
 def model_card(lm: RecurrentLM, run: Mapping[str, Any], layout: str = "transformers") -> str:
-    """Markdown with the metadata that the hub reads.
+    """Return Markdown with the metadata that the hub reads.
 
     Args:
         lm: the model; its config tells of the runs before this one.
@@ -61,7 +61,8 @@ def with_diagnosis(card: str, runs: Sequence[DiagnosisResult]) -> str:
 
     Args:
         card: Markdown; what others wrote in it stays.
-        runs: of the model before its repair, after as many plain steps, after the repair: those there are.
+        runs: results of the model before its repair, after as many plain steps, after the repair: those
+            there are.
     """
     kept = re.sub(r"\n## Diagnosis\n.*?(?=\n##? |\Z)", "", card, flags=re.DOTALL).rstrip()
     lines = ["", "", "## Diagnosis"]
@@ -78,5 +79,5 @@ def with_diagnosis(card: str, runs: Sequence[DiagnosisResult]) -> str:
 
 
 def _plain(text: str | None) -> str:
-    """Text that Markdown shows as it is."""
+    """Return text that Markdown shows as it is."""
     return re.sub(r"([\\`*_<>\[\]|~])", r"\\\1", printable(text or ""))

@@ -78,10 +78,10 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def checkpoint_to_resume(folder: Path, asked: str | os.PathLike[str] | bool | None) -> str | None:
-    """Resolve the `resume_from_checkpoint` of `Trainer.train`.
+    """Return resolve the `resume_from_checkpoint` of `Trainer.train`.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         asked: a checkpoint; True: the newest whole one in `folder`, or none, with a warning, where all are
             damaged; None, False: none.
 
@@ -95,7 +95,7 @@ def checkpoint_to_resume(folder: Path, asked: str | os.PathLike[str] | bool | No
             raise LongrollError(f"{folder} holds no checkpoint: train without resume_from_checkpoint.")
         found = newest_whole(folder)
         if found is None:
-            logger.warning("No checkpoint in %s is whole: the run starts anew.", folder)
+            logger.warning("No checkpoint in %s is whole: the run starts from the beginning.", folder)
         return str(found) if found else None
     what = damage(Path(asked))
     if what is not None:
@@ -107,7 +107,7 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
     """Remove all but the `keep` newest committed checkpoints and `best`, and what was not committed.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         keep: at least 1; None or 0: keep all.
         best: a checkpoint that stays.
     """

@@ -55,7 +55,7 @@ class StepGraph:
             parameter.grad = gradient
 
     def fits(self, input_ids: Tensor) -> bool:
-        """Whether a batch (B, T) has the shape that was captured; any does before."""
+        """Return whether a batch (B, T) has the shape that was captured; any does before."""
         return self._graph is None or input_ids.shape == self._ids.shape
 
     def __call__(

@@ -27,7 +27,7 @@ logger = logging.getLogger("longroll")
 class Guard:
     """Watches one run on all its ranks.
 
-    What is seen stays on the device and is reduced over the ranks there. On a CPU it is read before the
+    The result stays on the device and is reduced over the ranks there. On a CPU it is read before the
     optimizer moves. On a GPU nothing waits for it: the fused optimizers skip the step by themselves
     (`found_inf`, as under a gradient scaler), and the host reads it a step later; other optimizers wait.
 
@@ -189,7 +189,7 @@ class Guard:
 
 
 def _all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Whether all numbers are finite, ()."""
+    """Return whether all numbers are finite, ()."""
     seen = [t.to(device).isfinite().all() for t in tensors]
     return torch.stack(seen).all() if seen else torch.tensor(True, device=device)
 
@@ -224,7 +224,7 @@ def check_weights(model: torch.nn.Module) -> None:
 
 
 def _sizes(stack: Tensor) -> Tensor:
-    """The largest absolute number (K, H) of a stack (K, B, H, ...), or NaN."""
+    """Return the largest absolute number (K, H) of a stack (K, B, H, ...), or NaN."""
     axes = [axis for axis in range(1, stack.ndim) if axis != 2]
     sizes: Tensor = torch.linalg.vector_norm(stack, ord=torch.inf, dim=axes)
     return sizes

@@ -122,7 +122,7 @@ def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
     if was != given:
         logger.warning(
-            "The run was started on %s and goes on on %d: its %d rows and their states are dealt anew.",
+            "The run was started on %s and goes on on %d: its %d rows and their states are dealt again.",
             _processes(was), given, rows,
         )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _processes(number: int) -> str:
 
 
 def _rows(data: Any) -> list[Any]:
-    """Some rows of a dataset, from its beginning to its end, and how many it has."""
+    """Return some rows of a dataset, from its beginning to its end, and how many it has."""
     size = len(data)
     chosen = sorted({round(i * (size - 1) / (_SAMPLED - 1)) for i in range(_SAMPLED)}) if size else []
     items = [data[index] for index in chosen]

@@ -30,7 +30,7 @@ def loss_and_state(
     num_items: Tensor | int | None = None,
     **documents: Any,
 ) -> tuple[Tensor, RecurrentState]:
-    """`hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
+    """Return `hidden_loss` of `lm` reading (B, T) from `state`, and the final state, on the graph.
 
     `documents` are the arguments `attention_mask`, `starts` and `restart` of `lm`.
     """
@@ -41,7 +41,7 @@ def loss_and_state(
 def hidden_loss(
     lm: RecurrentLM, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """`next_token_loss` of the logits that `lm` gives of its last hidden states (B, T, D).
+    """Return `next_token_loss` of the logits that `lm` gives of its last hidden states (B, T, D).
 
     Many of transformers' models copy their logits to float32, which under autocast says no more than the
     logits do and triples their memory; here they stay as the output embedding made them. Many tokens are
@@ -104,7 +104,8 @@ class _InPieces(torch.autograd.Function):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of `targets` (B, T; -100 is ignored) by logits (B, T, V), summed, divided by `num_items`.
+    """Return cross-entropy of `targets` (B, T; -100 is ignored) by logits (B, T, V), summed, divided by
+    `num_items`.
 
     The default is the mean: `num_items` is the number of targets that are not -100. Where a gradient is asked
     for, the logits may be overwritten: on a GPU they, their softmax and its gradients outweigh all else.

@@ -59,11 +59,12 @@ def by_recipe(
     Args:
         lm: the model.
         data: the text, or rows of a task, that the run will read.
-        options: of the run; `learning_rate`, `decay_speed` and `trainable` are the recipe's where they are
+        options: the options of the run; `learning_rate`, `decay_speed` and `trainable` are the recipe's
+            where they are
             None.
         recipe: a name in `longroll.interventions.recipes.RECIPES`.
         intervention: a short name; None: chosen by the recipe from the documents of `data`.
-        zero_probability: share of rows that start from zero all the same; None: the recipe's.
+        zero_probability: share of rows that start from the zero state; None: the recipe's.
         **more: arguments of the intervention's class.
 
     Raises:
@@ -115,7 +116,9 @@ def _choose(recipe: str, data: Any, options: PosttrainOptions) -> Choice:
 
 
 def _needs_matrices(lm: RecurrentLM, options: PosttrainOptions) -> str:
-    """Why a run must train matrices, or adapters of them; nothing where it need not."""
+    """Return why a run must train matrices, or adapters of them; an empty string where it may train
+    either.
+    """
     if options.lora_rank or lm.adapted is not None:
         return "adapters are trained"
     if options.rope_scaling is not None:

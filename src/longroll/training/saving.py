@@ -32,7 +32,7 @@ def check_original(source: Checkpoint) -> None:
 
 
 def opened_as(output: Path, source: Checkpoint, format: str) -> Path:
-    """What opens the model that a run wrote to `output`: the folder, or BlinkDL's file in it."""
+    """Return what opens the model that a run wrote to `output`: the folder, or BlinkDL's file in it."""
     return output / source.folder.name if format == "original" and source.layout == "rwkv" else output
 
 
@@ -77,7 +77,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, source: Checkpoint | N
 
 @torch.no_grad()
 def batch_loss(lm: RecurrentLM, batch: dict[str, torch.Tensor]) -> float:
-    """Loss of `input_ids` and `shift_labels` (B, T) from the zero state, without autocast."""
+    """Return loss of `input_ids` and `shift_labels` (B, T) from the zero state, without autocast."""
     ids, targets = (batch[name].to(lm.device) for name in ("input_ids", "shift_labels"))
     was_training = lm.training
     lm.eval()
@@ -90,7 +90,7 @@ def batch_loss(lm: RecurrentLM, batch: dict[str, torch.Tensor]) -> float:
 def reread(
     place: Path, device: torch.device, dtype: torch.dtype, batch: dict[str, torch.Tensor], trained: float
 ) -> dict[str, Any]:
-    """Loss of the saved files, opened in `dtype`, beside that of the weights in memory.
+    """Return loss of the saved files, opened in `dtype`, beside that of the weights in memory.
 
     Returns:
         `loss_trained` (`trained`) and `loss_saved`, nats, of the first batch, and `saved_dtype`.

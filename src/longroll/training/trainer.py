@@ -35,8 +35,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
     """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
 
     Gradient accumulation, bf16, gradient checkpointing, LoRA (a peft model) and DDP work as in Trainer; a
-    checkpoint also holds the intervention's memory, a file a rank, so that a resumed run is the same run.
-    What becomes of each argument is in `longroll.training._arguments`, of each key of a batch in
+    checkpoint also holds the intervention's memory, one file for each rank, so that a resumed run is the same
+    run. What becomes of each argument is in `longroll.training._arguments`, of each key of a batch in
     `longroll.training._batch`.
 
     The loss is the cross-entropy of `shift_labels` (B, T), the token after each input (as
@@ -47,7 +47,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
     Args:
         model: a transformers causal LM, peft's wrapper of one, a RecurrentLM, or a folder or hub id of one,
             which is loaded in float32.
-        args: as for Trainer.
+        args: see Trainer.
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: dev/LOG.md.
@@ -125,7 +125,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             self._graph = self._new_graph()
 
     def _gains_from_graphs(self) -> bool:
-        """Whether steps as CUDA graphs are known to be the plain ones, and faster."""
+        """Return whether steps as CUDA graphs are known to be the plain ones, and faster."""
         if self._graph_refusal() or self.args.gradient_checkpointing or self.base is not self.model:
             return False
         if self.args.device.type != "cuda" or self.lm.family.op not in ("ssd", "selective_scan"):
@@ -138,7 +138,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return True
 
     def _graph_refusal(self) -> str | None:
-        """Why a step cannot be one CUDA graph; None where it can."""
+        """Return why a step cannot be one CUDA graph; None where it can."""
         if self.args.world_size > 1 or self.args.fp16:
             return "on several GPUs, or in fp16"
         if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
@@ -162,7 +162,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)
 
     def _adds_losses(self) -> bool:
-        """Whether the model's own forward adds to the cross-entropy."""
+        """Return whether the model's own forward adds to the cross-entropy."""
         return bool(getattr(self.base.config.get_text_config(), "output_router_logits", False))
 
     def training_step(
@@ -171,7 +171,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Trainer's step, or its replay, which does not call `compute_loss`."""
+        """Return Trainer's step, or its replay, which does not call `compute_loss`."""
         if self._graph is None or num_items_in_batch is None or not self._graph.fits(inputs["input_ids"]):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -192,7 +192,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return self._guard.see_loss(loss)
 
     def _captured(self, input_ids: Tensor) -> bool:
-        """Whether there is a graph now; one by default is given up where memory does not hold it."""
+        """Return whether there is a graph now; one by default is given up where memory does not hold it."""
         assert self._graph is not None
         try:
             self._graph.capture(input_ids)
@@ -214,7 +214,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss from the intervention's state; evaluation starts from zero and leaves it alone."""
+        """Return the loss from the intervention's state; evaluation starts from zero and leaves it alone."""
         rows = read_batch(inputs)
         if self._adds_losses() and self.compute_loss_func is None:
             given = {**inputs, "labels": rows.targets, "shift_labels": rows.targets}
@@ -226,7 +226,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         plain = self.label_smoother is None and self.compute_loss_func is None and not return_outputs
         if plain and not self._replaced_forward and self._only_forwards(model):
             loss, final = self._fused_loss(model, rows, state, num_items_in_batch)
-        elif self.base.base_model is self.base:  # a module of one's own: nothing lies below its wrappers
+        elif self.base.base_model is self.base:  # a wrapped module: nothing lies below its wrappers
             outputs, final = self._read(model, rows, state, logits=True)
         else:
             with self._from_state(model, rows, state) as reading:
@@ -240,7 +240,9 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def _only_forwards(self, model: torch.nn.Module) -> bool:
-        """Whether `model` is the model, or wrappers of it, in which a loss may stand in for the logits."""
+        """Return whether `model` is the model, or wrappers of it, in which a loss may stand in for the
+        logits.
+        """
         if _hooked(self.base) or isinstance(self.lm.model.get_output_embeddings(), FSDPModule):
             return False
         if model is self.base and not isinstance(model, FSDPModule):
@@ -255,7 +257,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         state: RecurrentState | None,
         num_items_in_batch: Tensor | int | None,
     ) -> tuple[Tensor, RecurrentState]:
-        """The loss, made of hidden states rather than of all logits, and the final state."""
+        """Return the loss, made of hidden states rather than of all logits, and the final state."""
         found: dict[str, Any] = {}
 
         def loss_of(*_: Any, **__: Any) -> Tensor:
@@ -330,7 +332,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             return super().save_model(output_dir, _internal_call)
 
     def _keeps_shards(self) -> bool:
-        """Whether a checkpoint to resume from holds the shards rather than whole weights."""
+        """Return whether a checkpoint to resume from holds the shards rather than whole weights."""
         return "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
     @torch.no_grad()
@@ -341,7 +343,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's optimizer, with the decays in groups of their own."""
+        """Return Trainer's optimizer, with the decays in groups of their own."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.decay_speed != 1 and made:
@@ -364,7 +366,9 @@ def _drops(module: torch.nn.Module) -> bool:
 
 
 def _hooked(model: torch.nn.Module) -> bool:
-    """Whether calling `model` does more than its forward and FSDP2, as with accelerate's `device_map`."""
+    """Return whether calling `model` does more than its forward and FSDP2, as with accelerate's
+    `device_map`.
+    """
     hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
     others = [hook for hook in hooks if not str(hook.__module__).startswith("torch.distributed.fsdp")]
     return bool(others) or hasattr(model, "_hf_hook")

@@ -37,7 +37,7 @@ class Declined(LongrollError):
     ) -> None:
         super().__init__(message)
         self.reading = reading
-        """What the look before the run saw."""
+        """Measurement before the run."""
         self.log = list(log)
         """Trainer's log of a run that was to no avail."""
 
@@ -69,7 +69,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the measures of a run call for."""
+    """Decision that the measurements of a run lead to."""
 
     best: Measure | None
     """The best one within the budget; None: no measure is better far out and within it."""
@@ -78,7 +78,7 @@ class Decision:
 
 
 def measures_of(log: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    """The measures in Trainer's log, the first of them before any step."""
+    """Return the measures in Trainer's log, the first of them before any step."""
     near, far, holds = _LOGGED
     return [Measure(e["step"], e[near], e[far], bool(e[holds])) for e in log if near in e]
 
@@ -117,7 +117,7 @@ class UntilHealthy(TrainerCallback):
         self.trainer, self.held_out, self.price, self.every, self.tell = trainer, held_out, price, every, tell
 
     def decision(self) -> Decision:
-        """What the log calls for."""
+        """Return what the log calls for."""
         return decide(measures_of(self.trainer.state.log_history), self.price)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -158,7 +158,7 @@ class UntilHealthy(TrainerCallback):
 
 
 def checkpoint_of(folder: str | Path, step: int) -> Path:
-    """Where Trainer keeps the checkpoint of a step."""
+    """Return where Trainer keeps the checkpoint of a step."""
     return Path(folder) / f"checkpoint-{step}"
 
 

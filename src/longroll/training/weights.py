@@ -34,7 +34,7 @@ _NO_MATRIX = re.compile(r"(^|\.)(A_log|D|bonus|r_k|scale|query|\w+_ape|time_\w+)
 
 
 def projects(model: nn.Module) -> set[str]:
-    """Names of the parameters that are matrices: linear layers, experts, embeddings, adapters.
+    """Return names of the parameters that are matrices: linear layers, experts, embeddings, adapters.
 
     The rest scale, shift or mix channels one by one: decay rates, D, norms, biases, convolutions, RWKV's
     mixing vectors, and what mamba-ssm marks `_no_weight_decay`.
@@ -80,7 +80,7 @@ def train_only(model: nn.Module, what: str) -> list[nn.Parameter]:
 
 
 def in_16_bits(parameter: torch.Tensor) -> bool:
-    """Whether a tensor is bfloat16 or float16."""
+    """Return whether a tensor is bfloat16 or float16."""
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -155,11 +155,11 @@ def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | Non
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32: GPUs from Ampere on."""
+    """Return whether a device multiplies bfloat16 faster than float32: GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _autocast(args: Any) -> None:
-    """What `TrainingArguments(bf16=True)` says, where no other precision is asked for."""
+    """Set what `TrainingArguments(bf16=True)` sets, where no other precision is asked for."""
     if args is not None and args.mixed_precision == "no":
         args.bf16, args.mixed_precision = True, "bf16"

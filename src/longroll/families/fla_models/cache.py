@@ -55,7 +55,7 @@ class LayerState:
         return None if self._cache is None else self._cache.initial.get(StateKey(self._layer, part, slot))
 
     def blocks(self, slot: int) -> Blocks | None:
-        """The initial keys or values in the blocks that hold them; None where there are none."""
+        """Return the initial keys or values in the blocks that hold them; None where there are none."""
         return (
             None
             if self._cache is None

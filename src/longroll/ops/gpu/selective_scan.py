@@ -134,7 +134,9 @@ def _scan_pass_on(
     A_ptr, local_ptr, total_ptr, first_ptr, met_ptr, last_ptr, D_SIZE, N_SIZE, SPANS,
     REVERSE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """What each span meets when `first` (B, D, N) enters at one end, and what leaves at the other."""
+    """Compute the state that each span meets when `first` (B, D, N) enters at one end, and the state that
+    leaves.
+    """
     row = tl.program_id(0).to(tl.int64)
     d, n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     in_d = d < D_SIZE
@@ -215,7 +217,7 @@ def _scan_backward(
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
             h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
             states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
-            # read before the walk back begins to store, so that it need not wait between its stores
+            # read before the walk back begins to store, so that it does not wait between its stores
             C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
             Cs = Cs + (C,)  # type: ignore  # noqa: RUF005

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def blame_rows(found: BlameResult) -> list[tuple[str, BlameShare, Tone]]:
-    """Rows of the figure, from the top: readings of the states, of attention, of both, and the two parts."""
+    """Return rows of the figure, from the top: readings of the states, of attention, of both, and the two
+    parts.
+    """
     rows = [(f"states: {share.what}", share, BELOW) for share in found.states]
     rows += [(f"attention: {share.what}", share, ABOVE) for share in found.attentions]
     if found.together is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def excess_figure(runs: Sequence[AnyRun], *, look: Look = WEB) -> "Figure":
-    """Draw the loss of reading on above that of a fresh start on the same tokens, one curve a run.
+    """Draw the loss of reading on above that of a fresh start on the same tokens, one curve for each run.
 
     Args:
         runs: Diagnoses; those without an excess section are left out.

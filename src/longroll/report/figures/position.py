@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def position_figure(runs: Sequence[AnyRun], unit: str = "perplexity", *, look: Look = WEB) -> "Figure":
-    """Draw loss over position with its 95 % interval, one curve a run.
+    """Draw loss over position with its 95 % interval, one curve for each run.
 
     The first sixteenth of the training length is left out: there every model is cold, and its high loss would
     flatten the rest. A ring marks the position at which a run breaks.

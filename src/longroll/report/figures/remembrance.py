@@ -29,7 +29,7 @@ def common_ends(runs: Sequence[Run]) -> list[int]:
 
 
 def remembrance_curves(runs: Sequence[AnyRun], end: int | None = None, *, look: Look = WEB) -> "Figure":
-    """Draw EffRem_T(t) over t for one end T, one curve a run.
+    """Draw EffRem_T(t) over t for one end T, one curve for each run.
 
     Args:
         runs: Diagnoses; those without a remembrance section are left out.

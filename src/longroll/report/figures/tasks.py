@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def task_heatmap(runs: Sequence[AnyRun], task: str = "passkey", *, look: Look = WEB) -> "Figure":
-    """Draw accuracy over length (columns) and depth or kind (rows) of one task, a panel a run.
+    """Draw accuracy over length (columns) and depth or kind (rows) of one task, one panel for each run.
 
     Args:
         runs: Diagnoses; those without the task are left out.
@@ -67,7 +67,7 @@ def task_heatmap(runs: Sequence[AnyRun], task: str = "passkey", *, look: Look = 
 
 
 def task_curves(runs: Sequence[AnyRun], task: str, *, look: Look = WEB) -> "Figure":
-    """Draw accuracy over length, a curve a run, with its 95 % interval; rows are averaged.
+    """Draw accuracy over length, one curve for each run, with its 95 % interval; rows are averaged.
 
     Args:
         runs: Diagnoses or results of tasks; those without the task are left out.
