@@ -26,7 +26,7 @@ RULES = {
     "for ever": r"\bfor ever\b",
     "to be had": r"\bto be had\b",
     "is no": rf"\bis no (?:{NOUNS})\b",
-    "of ours, one's own": r"\bone's own\b|\bof (?:ours|theirs|longroll's own)\b\b",
+    "of ours, one's own": r"\bone's own\b|\bof (?:ours|theirs|longroll's own)\b",
     "a number a row: write for each": rf"\b(?:a|an|one) [a-z]+ (?:a|an) (?:{PER})\b",
     "anew, likewise, lest": r"\b(?:anew|likewise|lest|thereof|hence)\b",
     "all the same": r"\ball the same\b(?! (?:length|size|shape|text))",

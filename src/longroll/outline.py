@@ -100,7 +100,7 @@ def check_entries(config: dict[str, Any], source: str) -> None:
             continue
         deep = "layer" in name and value > _DEEPEST
         if deep or abs(value) > _MANY:
-            raise LongrollError(f"{source}: {name} {value:,} is no size of a model: mend its config.json.")
+            raise LongrollError(f"{source}: {name} {value:,} is no size of a model: correct its config.json.")
 
 
 def entries_of(config: Any, name: str = "") -> Iterator[tuple[str, Any]]:

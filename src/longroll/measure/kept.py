@@ -115,7 +115,7 @@ class Kept:
                 warn_of_changes(before, now)
                 begun = {path.stem.split("-")[-1] for path in self.folder.glob(f"reading-*{_PIECE}")}
                 for other in begun - {str(size)}:
-                    logger.warning("A reading of %s processes is kept, and begins anew on %d.", other, size)
+                    logger.warning("A reading of %s processes is kept, and starts again on %d.", other, size)
                 return
         self._clear(whole=True)  # pieces of which nothing is known
         write_json(file, now)

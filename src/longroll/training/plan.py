@@ -51,7 +51,7 @@ class Setting:
     length: int
     """Tokens of a row."""
     lora_rank: int = 0
-    """Of adapters; 0: all weights are trained."""
+    """Rank of the adapters; 0: all weights are trained."""
     gradient_checkpointing: bool = False
     """Layers run again in the backward pass."""
     shards: int = 1
