@@ -1,10 +1,17 @@
 """Plant damage in the states, the attention, both or neither of small hybrids, and see what is blamed.
 
-    python recipes/blame.py --text books/train --validation books/valid --seeds 20 --workers 16 --output blame
+    python recipes/blame.py --planted weights --kinds state attention both --seeds 20 --output blame  # on a
+    CPU python recipes/blame.py --seeds 20 --workers 14 --slow 1 --output blame                           # on
+    a GPU
 
-A side is planted by training it short: what is carried from piece to piece of a row (`hybrids.train`) is
-trained to 16 T, the longest position measured, and what is not carried to T. `sound` carries both.
-OUTPUT/blame.json holds what was found of every model, and is whole after each.
+`--planted weights` takes a random Bamba-shaped model of one hybrid block. Its sound twin reads with an
+attention window of T tokens and writes the texts. Attention goes wrong past T where the same weights read all
+keys; a state does where heads of a layer are set to forget nothing.
+
+`--planted training` plants a side by training it short: what is carried from piece to piece of a row
+(`hybrids.train`) is trained to 16 T, the longest position measured, and what is not carried to T. `sound`
+carries both. It was tried on a CPU with a few models, and not run on a GPU. OUTPUT/blame.json holds what was
+found of every model, and is whole after each.
 """
 
 from __future__ import annotations
@@ -20,8 +27,11 @@ import hybrids
 import numpy as np
 import torch
 
+from longroll import RecurrentLM
+from longroll.conformance import tiny
 from longroll.data import ByteTokenizer, Corpus, long_sequences, read_documents
 from longroll.measure import coverage, position_loss
+from longroll.measure._attention_readings import Window
 from longroll.measure._blame import split_blame
 from longroll.results import provenance, write_json
 
@@ -46,6 +56,52 @@ def read_bytes(source: str, validation: str | None) -> tuple[torch.Tensor, Corpu
             for folder in (source, validation)
         )
     return torch.from_numpy(train.ids.astype(np.uint8)), valid
+
+
+def plant(kind: str, seed: int) -> tuple[RecurrentLM, torch.Tensor, int]:
+    """A model with faults planted in its weights, texts of its sound twin, and T."""
+    length, longest, rows = 16, 192, 8
+    attention, state = kind in ("attention", "both"), kind in ("state", "both")
+    lm = RecurrentLM(tiny.build("bamba", seed), name=f"bamba, {kind}")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(8)  # so that a text has a likely next token
+        for name, weight in lm.model.named_parameters():
+            if "self_attn.o_proj" in name:
+                weight.mul_(6 if attention else 1)
+            if "self_attn.q_proj" in name:
+                weight.mul_(3 if attention else 1)
+    texts = write_texts(lm, Window(length - 1), rows, longest, seed)
+    if state:
+        mixer = lm.model.model.layers[2].mamba
+        heads = slice(None) if attention else slice(1, 2)  # as much damage as attention's
+        with torch.no_grad():
+            mixer.A_log[heads], mixer.dt_bias[heads] = -14.0, 0.0
+    return lm, texts, length
+
+
+@torch.no_grad()
+def write_texts(lm: RecurrentLM, hold: Window, rows: int, length: int, seed: int) -> torch.Tensor:
+    """Texts (rows, length + 1) that a model writes, reading under a hold."""
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.randint(tiny.VOCAB, (rows, 1), generator=generator)
+    text, state = [token], None
+    for position in range(length):
+        logits, state = lm(token, state if state is None else hold(position, state))
+        token = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
+        text.append(token)
+    return torch.cat(text, dim=1)
+
+
+def try_planted(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Plant faults in weights, and split the blame."""
+    began = time.perf_counter()
+    lm, tokens, length = plant(kind, seed)
+    found = split_blame(lm, tokens, coverage(lm, tokens, length), length, seed=seed)
+    print(kind, seed, found.verdict, found.sentence, f"{time.perf_counter() - began:.0f} s", flush=True)
+    return {
+        "planted": kind, "seed": seed, "right": found.verdict == EXPECTED[kind], "blame": found.to_json(),
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
 
 
 def try_one(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,16 +141,20 @@ _options: argparse.Namespace
 def _begin(options: argparse.Namespace) -> None:
     global _data, _options
     torch.set_num_threads(1)
-    _options, _data = options, read_bytes(options.text, options.validation)
+    _options = options
+    if options.planted == "training":
+        _data = read_bytes(options.text, options.validation)
 
 
 def _job(job: tuple[str, int]) -> dict[str, Any]:
-    return try_one(*job, _options)
+    make = try_planted if _options.planted == "weights" else try_one
+    return make(*job, _options)
 
 
 def main() -> None:
     """Train and diagnose all of them, several at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--planted", choices=["weights", "training"], default="training")
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--validation", help="other texts; default: some of --text")
     parser.add_argument("--kinds", nargs="+", choices=CARRIED, default=list(CARRIED))
