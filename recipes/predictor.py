@@ -51,26 +51,26 @@ MEASURES = (
 )  # fmt: skip
 SLOW = (0.001, 0.05)
 _TOKENS = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-_SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
-def build(family: str, slow: float, seed: int) -> Any:
+def build(family: str, slow: float, seed: int, size: int) -> Any:
     """A fresh model, a share `slow` of whose heads (channels) can hardly forget and is not trained to."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
+    common = _TOKENS | {"hidden_size": size, "num_hidden_layers": 2, "tie_word_embeddings": True}
     if family == "mamba2":
         model: Any = Mamba2ForCausalLM(
             Mamba2Config(
-                **_TOKENS, **_SIZES, state_size=64, head_dim=64, num_heads=4, n_groups=1, chunk_size=64
+                **common, state_size=64, head_dim=32, num_heads=2 * size // 32, n_groups=1, chunk_size=64
             )
         )
     elif family == "mamba":
-        model = MambaForCausalLM(MambaConfig(**_TOKENS, **_SIZES, state_size=16))
+        model = MambaForCausalLM(MambaConfig(**common, state_size=16))
     elif family == "gla":
-        model = GLAForCausalLM(GLAConfig(**_TOKENS, **_SIZES, num_heads=2, expand_k=0.5, hidden_ratio=2))
+        model = GLAForCausalLM(GLAConfig(**common, num_heads=2, expand_k=0.5, hidden_ratio=2))
     else:
         model = GatedDeltaNetForCausalLM(
-            GatedDeltaNetConfig(**_TOKENS, **_SIZES, num_heads=2, head_dim=32, hidden_ratio=2)
+            GatedDeltaNetConfig(**common, num_heads=2, head_dim=32, hidden_ratio=2)
         )
     for name, module in model.named_modules():
         if slow and name.endswith("gk_proj"):  # GLA's decays
@@ -132,7 +132,7 @@ def make(job: tuple[str, int, float, int]) -> dict[str, Any]:
     family, length, slow, steps = job
     options, began = _options, time.perf_counter()
     ids, valid = _data
-    model = build(family, slow, options.seed)
+    model = build(family, slow, options.seed, options.size)
     model.config.train_length = length
     lm = RecurrentLM(model.to(options.device), name=family)
     told = hybrids.train(
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--validation", help="other texts; default: some of --text")
     parser.add_argument("--families", nargs="+", default=["mamba2", "mamba", "gla", "gated_deltanet"])
+    parser.add_argument("--size", type=int, default=128, help="d_model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--slow", type=float, nargs="+", default=[0.0, 0.5, 1.0])
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1200])
@@ -231,7 +232,7 @@ def main() -> None:
         product(options.families, options.lengths, options.slow, options.steps), key=lambda j: -j[3]
     )
     models: list[dict[str, Any]] = []
-    lm = RecurrentLM(build("mamba2", 0.0, 0).to(options.device), name="several")
+    lm = RecurrentLM(build("mamba2", 0.0, 0, 32).to(options.device), name="several")
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
         for model in pool.imap_unordered(make, jobs):
             models.append(model)
