@@ -1,23 +1,22 @@
-"""State Passing and its rivals side by side: readings and calibrations without training, training at equal
-tokens.
+"""State Passing and its rivals side by side: readings, calibrations, and training at equal tokens.
 
-    python recipes/rivals.py --base passkey-mamba2 --workers 12 --seconds 110 --output rivals
+    python recipes/rivals.py --base specimen --batch 16 --steps 100 --calibrated 4 --output rivals  # CPU
+    python recipes/rivals.py --base passkey-mamba2 --workers 12 --seconds 110 --output rivals  # GPU
     python recipes/rivals.py --base passkey-bamba  --workers 12 --seconds 110 --output rivals
     python recipes/rivals.py --base recall-mamba2  --workers 12 --seconds 110 --output rivals
 
-`passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state (as
-recipes/long_tasks.py); `recall-*` learns multi-query associative recall at T = 128. Half of the recurrent
-heads forget slowly, and no decay rate is trained, before or after. Every way gets the base's weights:
+`specimen` is the model inside the package, measured by loss only; its decays are trained (1e-3, decays x 30).
+`passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state, `recall-*` learns
+multi-query associative recall at T = 128; half of their recurrent heads forget slowly, and no decay rate of
+theirs is trained. These bases were tried at tiny sizes only, and not run on a GPU. Every way gets the base's
+weights:
 
-- `reset`, `rescan`, `decay`, `clip`, `window`, `chunk`: the base, read otherwise (`longroll.measure.holds`,
-OPRM);
-- `A-layer`, `A-head`, `dt-layer`: scales of the decays found by `longroll calibrate` on 8 texts of 16 T;
+- `reset`, `rescan`, `decay`, `clip`, `window`, `chunk`: the base, read otherwise;
+- `A-layer`, `A-head`, `dt-layer`: scales of the decays that `longroll calibrate` finds on texts of 16 T;
 - `none`, `fitted`, `sp`, `tbptt`: trained on at T by that initial state; `longer`: plain steps at 4 T, all
-with as
-  many tokens.
+  with as many tokens.
 
-OUTPUT/{base}.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and
-seconds.
+OUTPUT/BASE.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and seconds.
 """
 
 import timed  # isort: skip  (its clock starts first)
@@ -46,7 +45,7 @@ from longroll.tasks import Passkey, Recall, Row, TaskRows, TextHaystack, evaluat
 from longroll.tasks._task import TRAINING, random_of
 from longroll.tasks.baselines import make_reading
 
-BASES = ("passkey-mamba2", "passkey-bamba", "recall-mamba2")
+BASES = ("specimen", "passkey-mamba2", "passkey-bamba", "recall-mamba2")
 TIMES = 64
 """Positions measured, in training lengths."""
 TRAINED = {"none": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT, "longer": None}
@@ -62,7 +61,7 @@ class Base:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.kind, self.shape = options.base.split("-")
+        self.kind, _, self.shape = options.base.partition("-")
         self.length = options.length or (256 if self.kind == "passkey" else 128)
         if self.kind == "recall":
             self.tokenizer: Any = HFTokenizer(recall_tokenizer(), "recall")
@@ -76,7 +75,9 @@ class Base:
                 Corpus.from_texts(read_documents(folder, split=split), self.tokenizer, max_tokens=20_000_000)
             )
         self.train, self.valid = sides
-        self.task = Passkey(self.tokenizer, haystack=TextHaystack(self.valid, "text"), instruction=False)
+        self.task = None
+        if self.kind == "passkey":
+            self.task = Passkey(self.tokenizer, haystack=TextHaystack(self.valid, "text"), instruction=False)
 
     def build(self) -> RecurrentLM:
         """A fresh model, half of whose recurrent heads forget slowly."""
@@ -106,6 +107,8 @@ class Base:
 
     def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0) -> Any:
         """Rows to train on: a task, and for passkeys text in one row of 8, all of it learned."""
+        if self.kind == "specimen":
+            return self.train
         length, lanes = longer * self.length, self.options.batch // longer
         task = self.task
         if self.kind == "passkey":
@@ -122,7 +125,7 @@ class Base:
 
     def texts(self, longest: int, rows: int, *, train: bool) -> torch.Tensor:
         """Long texts, (rows, longest + 1): of the corpus, or prompts of recall with their answers."""
-        if self.kind == "passkey":
+        if self.kind != "recall":
             return long_sequences(self.train if train else self.valid, longest, rows, seed=0)
         stream = TRAINING if train else TRAINING + 1
         drawn = [self.task.sample(longest + 1, rng=random_of(stream, 99, i)).tokens for i in range(rows)]
@@ -137,7 +140,9 @@ def freeze(lm: RecurrentLM) -> RecurrentLM:
 
 
 def train_base(base: Base, options: argparse.Namespace) -> dict[str, Any]:
-    """From scratch at T, from the zero state."""
+    """From scratch at T, from the zero state; the specimen is there."""
+    if base.kind == "specimen":
+        return {"steps": 0}
     rows = base.rows(steps=timed.MANY)
     how = {"length": base.length, "batch_size": options.batch, "learning_rate": 2e-3, "weight_decay": 0.1}
     return timed.train(
@@ -146,25 +151,33 @@ def train_base(base: Base, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def open_base(options: argparse.Namespace) -> RecurrentLM:
+    """The base as it was saved."""
+    folder = "specimen" if options.base == "specimen" else options.output / options.base / "base"
+    return load(folder, device=options.device)
+
+
 def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any] | None:
     """Make one way of the base and measure it; None where the base does not have it."""
     began = time.perf_counter()
-    lm = load(options.output / options.base / "base", device=options.device)
+    lm = open_base(options)
     told: dict[str, Any] = {"tokens": 0}
     if way in CALIBRATED:
         what, unit = CALIBRATED[way]
-        texts = base.texts(16 * base.length, 8, train=True)
+        texts = base.texts(16 * base.length, options.calibrated, train=True)
         found = calibrate(lm, texts, train_length=base.length, what=what, unit=unit)
         told = {"tokens": found.tokens, "calibration": found.to_json()}
     elif way in TRAINED:
         longer, windows = (LONGER if way == "longer" else 1), (LONGER if way == "tbptt" else 1)
         chosen = TRAINED[way]
-        lm = freeze(lm)
+        how = {"learning_rate": 1e-3, "decay_speed": 30.0}
+        if base.kind != "specimen":
+            lm, how = freeze(lm), {"learning_rate": 5e-4}
         training = timed.train(
             lm, base.rows(steps=options.steps, longer=longer, windows=windows, seed=options.seed + 1),
             chosen and chosen(zero_probability=0.1, seed=options.seed), options.output / options.base / way,
             seconds=None, steps=options.steps, length=longer * base.length,
-            batch_size=options.batch // longer, learning_rate=5e-4, seed=options.seed,
+            batch_size=options.batch // longer, **how, seed=options.seed,
         )  # fmt: skip
         told = {"tokens": options.steps * options.batch * base.length, "training": training}
     try:
@@ -173,8 +186,8 @@ def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any]
         print(options.base, way, refused, flush=True)
         return None
     result["seconds"] = time.perf_counter() - began
-    lengths = [[cell["length"], cell["scores"][base.task.metric]["mean"]] for cell in result["cells"]]
-    print(options.base, way, result.get("octaves"), lengths, flush=True)
+    accuracy = [[c["length"], c["scores"][base.task.metric]["mean"]] for c in result.get("cells", [])]
+    print(options.base, way, result.get("octaves"), accuracy, flush=True)
     return result
 
 
@@ -183,7 +196,7 @@ def measure(way: str, lm: RecurrentLM, base: Base, options: argparse.Namespace) 
     result: dict[str, Any] = {}
     reading = way if way in READ else "plain"
     longest = options.times * base.length
-    if base.kind == "passkey" and reading != "chunk":
+    if base.kind != "recall" and reading != "chunk":
         tokens = base.texts(longest, options.texts, train=False)
         losses = (
             loss_under(way, lm, tokens, base.length) if way in HOLDS else position_loss(lm, tokens)
@@ -193,6 +206,10 @@ def measure(way: str, lm: RecurrentLM, base: Base, options: argparse.Namespace) 
             [a, b, *(round(t.item(), 4) for t in bootstrap_mean(losses[:, a:b].mean(dim=1, keepdim=True)))]
             for a, b in pairwise(edges)
         ]
+    if base.task is None:
+        if reading == "chunk":
+            raise LongrollError("`reading` chunk answers questions: it has no loss.")
+        return result
     rows = (
         [Row(depth, base.task, depth) for depth in DEPTHS]
         if base.kind == "passkey"
@@ -233,6 +250,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--seconds", type=float, help="of training the base, from the start of the script")
     parser.add_argument("--steps", type=int, default=300, help="of training on")
+    parser.add_argument("--calibrated", type=int, default=8, help="texts that scales are found on")
     parser.add_argument("--kept", type=int, default=40_000, help="rows made beforehand")
     parser.add_argument("--times", type=int, default=TIMES, help="longest text, in training lengths")
     parser.add_argument("--texts", type=int, default=8)
@@ -248,8 +266,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
         for row in pool.imap_unordered(_way, options.ways):
             rows += [row] if row else []
-            lm = load(options.output / options.base / "base", device=options.device)
-            made = provenance(lm, seed=options.seed, seconds=time.time() - timed.BEGAN)
+            made = provenance(open_base(options), seed=options.seed, seconds=time.time() - timed.BEGAN)
             settings = {name: value for name, value in vars(options).items() if name != "output"}
             table = {"settings": settings, "base": trained, "ways": rows, "provenance": made}
             write_json(options.output / f"{options.base}.json", table)
