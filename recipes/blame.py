@@ -1,17 +1,17 @@
 """Plant damage in the states, the attention, both or neither of small hybrids, and see what is blamed.
 
-    python recipes/blame.py --planted weights --kinds state attention both --seeds 20 --output blame  # on a
-    CPU python recipes/blame.py --seeds 20 --workers 14 --slow 1 --output blame                           # on
-    a GPU
+    python recipes/blame.py --planted weights --kinds state attention both --seeds 20 --output blame
+    python recipes/blame.py --seeds 20 --workers 14 --slow 1 --output blame
 
-`--planted weights` takes a random Bamba-shaped model of one hybrid block. Its sound twin reads with an
-attention window of T tokens and writes the texts. Attention goes wrong past T where the same weights read all
-keys; a state does where heads of a layer are set to forget nothing.
+`--planted weights` (minutes on a CPU) takes a random Bamba-shaped model. Its sound twin writes the texts.
+Attention goes wrong past T where the twin reads with an attention window of T tokens and the same weights
+then read all keys; a state does where heads of a layer are set to forget nothing.
 
-`--planted training` plants a side by training it short: what is carried from piece to piece of a row
-(`hybrids.train`) is trained to 16 T, the longest position measured, and what is not carried to T. `sound`
-carries both. It was tried on a CPU with a few models, and not run on a GPU. OUTPUT/blame.json holds what was
-found of every model, and is whole after each.
+`--planted training` (for a GPU) plants a side by training it short: what is carried from piece to piece of a
+row (`hybrids.train`) is trained to 16 T, the longest position measured, and what is not carried to T. `sound`
+carries both. It was tried on a CPU with a few models, and not run on a GPU.
+
+OUTPUT/blame.json holds what was found of every model, and is whole after each.
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ def plant(kind: str, seed: int) -> tuple[RecurrentLM, torch.Tensor, int]:
                 weight.mul_(6 if attention else 1)
             if "self_attn.q_proj" in name:
                 weight.mul_(3 if attention else 1)
-    texts = write_texts(lm, Window(length - 1), rows, longest, seed)
+    texts = write_texts(lm, Window(length - 1) if attention else Window(longest), rows, longest, seed)
     if state:
         mixer = lm.model.model.layers[2].mamba
-        heads = slice(None) if attention else slice(1, 2)  # as much damage as attention's
         with torch.no_grad():
-            mixer.A_log[heads], mixer.dt_bias[heads] = -14.0, 0.0
+            mixer.A_log[:], mixer.dt_bias[:] = -14.0, 0.0
     return lm, texts, length
 
 

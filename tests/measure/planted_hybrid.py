@@ -1,8 +1,8 @@
 """Tiny hybrids whose attention, or some of whose recurrent heads, go wrong past T, and texts of a sound twin.
 
-The twin reads with an attention window of T tokens, and its texts are natural to it. A model with the same
-weights that reads all keys is one whose attention leaves its training range; one with a head that hardly
-forgets is one whose state does.
+The texts of the twin are natural to it. Where it reads with an attention window of T tokens, the same weights
+that read all keys are a model whose attention leaves its training range; one with a head that hardly forgets
+is one whose state does.
 """
 
 import functools
@@ -31,17 +31,17 @@ def twin_lm(
                 weight.mul_(3 if attention else 1)
         if state:
             mixer = lm.model.model.layers[2].mamba
-            heads = slice(None) if attention else slice(1, 2)  # as much damage as attention's
-            mixer.A_log[heads] = -14.0
-            mixer.dt_bias[heads] = 0.0
+            mixer.A_log[:] = -14.0
+            mixer.dt_bias[:] = 0.0
     return lm
 
 
 @functools.cache
 @torch.no_grad()
 def texts(attention: bool, shape: str = "bamba", seed: int = 0, rows: int = 6, length: int = 160) -> Tensor:
-    """Texts (rows, length + 1) of the twin that reads with a window of T."""
-    lm, hold = twin_lm(attention=attention, shape=shape, seed=seed), Window(TRAIN_LENGTH - 1)
+    """Texts (rows, length + 1) of the twin; it reads with a window of T where attention is to go wrong."""
+    lm = twin_lm(attention=attention, shape=shape, seed=seed)
+    hold = Window(TRAIN_LENGTH - 1 if attention else length)
     generator = torch.Generator().manual_seed(seed)
     token = torch.randint(zoo.VOCAB, (rows, 1), generator=generator)
     text, state = [token], None
