@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LENGTH, STEPS = 16, 6
+LENGTH, STEPS = 128, 6
 SECONDS = 120
 BEFORE_STEP = "longroll.training.guard:Guard.before_step"
 Arm = Callable[[], None]
@@ -162,7 +162,7 @@ def told(text: str) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
         r"^$|^T = |^Recipe |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: "
-        r"|^\[(W|rank)|^W\d{4}|━|passkey|\|"
+        r"|^{'|^\[(W|rank)|^W\d{4}|━|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]
 
@@ -186,6 +186,14 @@ class Place:
             model = build("mamba2", seed, vocab_size=256)
             model.config.train_length = LENGTH
             model.save_pretrained(self.root / f"model{seed}")
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        letters = Tokenizer(models.WordLevel({chr(32 + i): i for i in range(95)}, unk_token=" "))
+        letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(
+            self.root / "letters"
+        )
         for name, start in (("text", 0), ("other", 5)):
             words = " ".join(f"{(n * n + start) % 9973} is a number." for n in range(start, 3000))
             (self.root / f"{name}.txt").write_text(words)
@@ -210,7 +218,12 @@ class Place:
             "--intervention": "sp",
             "--json": self.root / f"{name}.json",
         } | given
-        return ["posttrain", self.root / model, *(part for pair in options.items() for part in pair)]
+        return [
+            "posttrain",
+            self.root / model,
+            "--force",
+            *(part for pair in options.items() for part in pair),
+        ]
 
     def new(self) -> str:
         """Return the name of another run."""
@@ -302,7 +315,7 @@ def ended(place: Place) -> Iterator[Fault]:
 def evaluations(place: Place) -> Iterator[Fault]:
     kill = signalled(signal.SIGKILL)
     file = place.root / "passkey.json"
-    grid = ["evaluate", "passkey", place.root / "model0", "--tokenizer", "bytes", "--lengths", "128,192,256"]
+    grid = ["evaluate", "passkey", place.root / "model0", "--tokenizer", "bytes", "--lengths", "320,384,448"]
     grid += ["--depths", "0.5", "--samples", "4", "--device", "cpu"]
     whole = run(*grid, "--json", place.root / "whole.json")
     ran = run(*grid, "--json", file, arm=at("longroll.tasks.run:TaskResult.write", 3, kill))
@@ -321,12 +334,16 @@ def evaluations(place: Place) -> Iterator[Fault]:
     file = place.root / "diagnosis.json"
     base = ["diagnose", place.root / "model0", "--tokenizer", "bytes", "--text", place.root / "text.txt"]
     base += ["--length", "256", "--sequences", "4", "--device", "cpu", "--json", file]
-    ran = run(*base, arm=at("longroll.measure._diagnose:remembrance", 1, kill))
-    if not ran.status.startswith("SIG"):
-        ran = run(*base, arm=at("longroll.cli._diagnose:DiagnosisResult.write", 2, kill))
-    kept = "the loss by position" if file.is_file() and json.loads(file.read_text())["curve"] else "nothing"
+    ran = run(*base, arm=at("longroll.measure.kept:Kept.write", 3, kill))
+    kept = sorted(part.stem for part in (place.root / "diagnosis.json.kept").glob("*.pt"))
     again = run(*base)
-    yield Fault("SIGKILL in diagnose", "after the loss, before the causes", ran, kept, say(again, None), None)
+    whole_file = place.root / "diagnosis-whole.json"
+    run(*base[:-1], whole_file)
+    one, other = (json.loads(path.read_text()) for path in (file, whole_file))
+    same = all(one[key] == other[key] for key in other if key != "provenance")
+    end = "the other stages; the same result" if same and again.status == "0" else "another result"
+    stages = f"{len(kept)} finished stages"
+    yield Fault("SIGKILL in diagnose", "before the third stage is kept", ran, stages, end, None)
 
     name = place.new()
     ran = run(work=lambda: own_trainer(place, name, kill=True))
@@ -361,13 +378,13 @@ def own_trainer(place: Place, name: str, *, kill: bool = False, resume: bool = F
     data = Windows(Corpus(ids, [0, len(ids)], 251), LENGTH, num_items=STEPS * 2)
     arguments = TrainingArguments(
         str(place.root / name), max_steps=STEPS, per_device_train_batch_size=2, eval_strategy="steps",
-        eval_steps=2, save_steps=2, use_cpu=True, report_to="none", learning_rate=1e-3,
+        eval_steps=2, save_steps=2, use_cpu=True, report_to="none", learning_rate=1e-3, disable_tqdm=True,
     )  # fmt: skip
     trainer = longroll.InitialStateTrainer(
         place.root / "model0", arguments, intervention="sp", train_dataset=data, eval_dataset=data
     )
     if kill:
-        trainer.prediction_step = at_call(trainer.prediction_step, 10)
+        trainer.prediction_step = at_call(trainer.prediction_step, 4)
     trainer.train(resume_from_checkpoint=resume)
 
 
@@ -459,7 +476,7 @@ def no_room(place: Place) -> Iterator[Fault]:
             argv += ["--text", place.root / "text.txt", "--length", "64", "--sequences", "1"]
             ran = run(*argv, "--json", small / "loss.json")
             how, kept = "evaluate loss --json on a full tmpfs", sorted(file.name for file in small.iterdir())
-            left = "no part of a file" if kept == ["filler"] else f"{kept}"
+            left = "no part of a result" if "loss.json" not in kept else "a part of a result"
             yield Fault("disk full", how, ran, left, "-", None)
         finally:
             subprocess.run(["umount", str(small)], check=True)
@@ -530,12 +547,15 @@ def another_run(place: Place) -> Iterator[Fault]:
     cases: dict[str, tuple[str, list[object]]] = {
         "another model": ("weights of another seed", place.posttrain(name, model="model1")),
         "another text": ("another file", place.posttrain(name, text="other.txt")),
-        "another tokenizer": ("specimen's", place.posttrain(name, "--tokenizer", "specimen")),
-        "another option": ("--learning-rate 1e-3", place.posttrain(name, "--learning-rate", "1e-3")),
+        "another tokenizer": (
+            "letters, not bytes",
+            place.posttrain(name, "--tokenizer", place.root / "letters"),
+        ),
+        "another option": ("--learning-rate 2e-4", place.posttrain(name, "--learning-rate", "2e-4")),
         "another intervention": ("--intervention fitted", place.posttrain(name, "--intervention", "fitted")),
         "another task": (
             "--task copying",
-            place.posttrain(name, "--task", "copying", "--train-length", "64"),
+            place.posttrain(name, "--task", "copying"),
         ),
     }
     for fault, (how, argv) in cases.items():
@@ -606,19 +626,27 @@ def main() -> None:
 
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    began, rows = time.perf_counter(), []
+    began, rows = time.perf_counter(), {}
+    before = 0.0
+    if options.json and options.json.is_file():  # other kinds of an earlier run stay
+        held = json.loads(options.json.read_text())
+        rows, before = {row["kind"]: [] for row in held["rows"]}, held["provenance"]["seconds"]
+        for row in held["rows"]:
+            rows[row["kind"]].append(row)
     place = Place(Path(tempfile.mkdtemp(prefix="faults_")))
     place.prepare()
     for kind in KINDS:
         if options.kinds and kind.__name__ not in options.kinds:
             continue
+        rows[kind.__name__] = []
         for fault in kind(place):
             fault.ran.lines = place.clean(fault.ran.lines)
-            rows.append(fault.row())
-            print(json.dumps(rows[-1]), flush=True)
+            rows[kind.__name__].append({"kind": kind.__name__, **fault.row()})
+            print(json.dumps(rows[kind.__name__][-1]), flush=True)
     if options.json:
-        made = provenance(seed=0, seconds=time.perf_counter() - began)
-        BenchmarkResult.from_json({"what": "faults", "rows": rows, "provenance": made}).write(options.json)
+        made = provenance(seed=0, seconds=before + time.perf_counter() - began)
+        ordered = [row for kind in KINDS for row in rows.get(kind.__name__, ())]
+        BenchmarkResult.from_json({"what": "faults", "rows": ordered, "provenance": made}).write(options.json)
     shutil.rmtree(place.root, ignore_errors=True)
 
 

@@ -365,6 +365,9 @@ def posttrain(
     console.print(prepared.sentence, highlight=False, soft_wrap=True)
     held_out: HeldOutData | None = None
     unseen = not resume and not force and task is None and prepared.name != "none"
+    if unseen and lm.device.type == "cpu" and fsdp:  # whose shards go to the GPUs
+        console.print("Not looked whether the model breaks: --fsdp reads it on the CPU.", highlight=False)
+        unseen = False
     if until_healthy or unseen:
         missing = ""
         if task is None:

@@ -28,13 +28,14 @@ _FREE = (
     *("on_not_finite", "deterministic"),
 )
 _SAMPLED = 8  # rows of a task that are compared
+_TASK = {"data": "another `task`"}
 _WHAT = {
     "model": "another model: its weights differ",
-    "text": "another `text`, or other rows of `task`",
-    "data": "another `task`",
     "tokenizer": "another `tokenizer`",
+    "text": "another `text`, or other rows of `task`",
     "held_out": "other held-out text",
 }
+"""What a run is of, the cause before what follows from it: another tokenizer makes another text."""
 
 logger = logging.getLogger("longroll")
 
@@ -54,13 +55,14 @@ def describe_run(
     for name, value in vars(intervention).items() if intervention else ():
         if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
             arguments[name] = value
+    content: dict[str, Any]
     if isinstance(data, Corpus):
         content = {"data": "text", "tokenizer": data.tokenizer}
         content["text"] = fingerprint_of_arrays([data.ids, data.offsets])
     else:
         tasks = getattr(data, "tasks", [getattr(data, "task", None)])
         names = [task.name for task in tasks if task is not None]
-        content = {"data": " ".join([type(data).__name__, *names])}
+        content = {"data": " ".join([type(data).__name__, *names]), "tokenizer": None}
         content["text"] = fingerprint_of_arrays(_rows(data))
     return {
         "arguments": arguments,
@@ -85,22 +87,27 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
     before = read_json(file)
     if not isinstance(before, dict) or before.keys() != now.keys():
         raise LongrollError(f"`resume`: {file} describes no run of this longroll: name another `output`.")
+    _refuse_others(before, now, _TASK)  # a task and an intervention have options of their own by default
     _check_rows(before, now)
-    for name in before["arguments"] | now["arguments"]:
+    for name in {"intervention": None} | before["arguments"] | now["arguments"]:
         was, given = before["arguments"].get(name), now["arguments"].get(name)
         if name != "batch_size" and was != given:
             raise LongrollError(
                 f"`resume`: the run was started with `{name}` {was}, not {given}: go on as it "
                 "was started, or name another `output`."
             )
-    for name, what in _WHAT.items():
+    _refuse_others(before, now, _WHAT)
+    warn_of_changes(before, now)
+
+
+def _refuse_others(before: dict[str, Any], now: dict[str, Any], kinds: dict[str, str]) -> None:
+    for name, what in kinds.items():
         was, given = before.get(name), now.get(name)
         if was != given:
             raise LongrollError(
                 f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was "
                 "started, or name another `output`."
             )
-    warn_of_changes(before, now)
 
 
 def _check_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
