@@ -1,7 +1,7 @@
 """Make each fault that a run can meet; note what the user sees and what survives: the table of docs/runs.md.
 
-    python benchmarks/faults.py --json benchmarks/results/faults.json
-    python benchmarks/faults.py --table benchmarks/results/faults.json    # the table, as Markdown
+    python benchmarks/faults.py --json faults.json
+    python benchmarks/faults.py --kinds damage --json faults.json    # these anew; others stay as they were
 
 The faults are real: signals, a full file system (a small tmpfs where the user may mount one, else a limit on
 the size of files), a limit on the memory of the process, files cut and bits flipped. Each command is
@@ -586,26 +586,6 @@ def not_finite(place: Place) -> Iterator[Fault]:
 KINDS = (ended, evaluations, ranks_die, no_room, no_memory, damage, another_run, not_finite)
 
 
-# ---- the table
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The Markdown of docs/runs.md."""
-    lines = [
-        "| fault | made by | exit status | what the user sees | what survives | `--resume`, or again |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        sees = "<br>".join(escaped(line) for line in row["sees"]) or "nothing"
-        cells = (row["fault"], row["made_by"], row["status"], sees, row["survives"], row["again"])
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def escaped(line: str) -> str:
-    return line.replace("|", "\\|").replace("<", "&lt;")
-
-
 def main() -> None:
     if "--child" in sys.argv:
         child()
@@ -614,11 +594,7 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=[kind.__name__ for kind in KINDS], help="default: all")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path, help="print the table of this result")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(options.table.read_text())["rows"]), end="")
-        return
     import torch
 
     import longroll.training  # noqa: F401  (before the forks)

@@ -466,7 +466,26 @@ def memory_by_arithmetic() -> str:
     return markdown(["GiB of one process", "parts", "sum", "measured"], lines)
 
 
+def faults(name: str) -> str:
+    """Return what the user sees of each fault, and what survives."""
+    lines = []
+    for row in result(name)["rows"]:
+        sees = "<br>".join(line.replace("|", "\\|").replace("<", "&lt;") for line in row["sees"])
+        cells = (
+            row["fault"],
+            row["made_by"],
+            row["status"],
+            sees or "nothing",
+            row["survives"],
+            row["again"],
+        )
+        lines.append([cell.replace("\n", " ") for cell in cells])
+    head = ["fault", "made by", "exit status", "what the user sees", "what survives", "`--resume`, or again"]
+    return markdown(head, lines).replace("---:", "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "faults": partial(faults, "faults_cpu_2026-11-26"),
     "ranks": partial(several_gpus, "ranks_h200-x2_2026-11-26"),
     "memory": memory_by_arithmetic,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
