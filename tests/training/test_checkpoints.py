@@ -212,9 +212,9 @@ def test_another_run_is_refused_by_name(what, tmp_path, monkeypatch, caplog, und
     if what == "model":
         monkeypatch.setattr(ranked, "build", lambda *_: build("mamba2", 1))
     elif what == "text":
-        monkeypatch.setattr(ranked, "corpus_of", lambda: ranked_corpus(corpus))
+        monkeypatch.setattr(ranked, "corpus_of", lambda **_: ranked_corpus(corpus))
     elif what == "tokenizer":
-        monkeypatch.setattr(ranked, "corpus_of", lambda: dataclasses.replace(corpus, tokenizer="other"))
+        monkeypatch.setattr(ranked, "corpus_of", lambda **_: dataclasses.replace(corpus, tokenizer="other"))
     elif what == "intervention":
         kind = "fitted"
     elif what == "learning_rate":
