@@ -535,7 +535,7 @@ def damage(place: Place) -> Iterator[Fault]:
         harm(place.root / name / "checkpoints" / "checkpoint-4" / file)
         how = f"{file} of checkpoint-4: {how}" if file != "." else how
         again, same = place.resumed(name)
-        newest = "checkpoint-2" if "every" not in fault else "nothing: the run starts anew"
+        newest = "checkpoint-2" if "every" not in fault else "nothing: the run starts from the beginning"
         yield Fault(fault, how, again, newest, say(again, same), same)
 
 
