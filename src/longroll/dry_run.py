@@ -49,12 +49,6 @@ class Ledger(TorchDispatchMode):
         return self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # a mask leaves a size that only numbers tell: here it leaves all
-        if func is torch.ops.aten.nonzero.default:
-            func, args = torch.ops.aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim))
-            kwargs = {"dtype": torch.long}
-        if func is torch.ops.aten.index.Tensor:
-            args = (args[0], [part for index in args[1] for part in _all_of(index)], *args[2:])
         result = func(*args, **(kwargs or {}))
         for item in tree_iter(result):
             if isinstance(item, Tensor):
@@ -75,6 +69,17 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
+class _Masks(TorchDispatchMode):
+    """A mask leaves a size that only numbers tell: here it leaves all."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _all_of(index)], *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
 def _all_of(index: Tensor | None) -> list[Tensor | None]:
     if index is None or index.dtype != torch.bool:
         return [index]
@@ -88,7 +93,8 @@ def dry_run() -> Iterator[Ledger]:
     before = torch_log.level
     torch_log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _no_launches(), _moved_anew(), Ledger() as ledger:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, _Masks(), _no_launches(), _moved_anew(), Ledger() as ledger:
             yield ledger
     finally:
         torch_log.setLevel(before)

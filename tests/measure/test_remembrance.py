@@ -53,7 +53,7 @@ def test_rows_in_groups_are_rows_at_once(monkeypatch):
     lm, tokens = zoo.lm_of("mamba2"), zoo.tokens(5, 48)
     done: list[int] = []
     whole = remembrance_map(lm, tokens, [0, 10, 30], [20, 48])
-    monkeypatch.setattr("longroll.measure.remembrance._STATE_BYTES", 1)
+    monkeypatch.setattr("longroll.measure.remembrance.rows_at_once", lambda *_: 1)
     apart = remembrance_map(lm, tokens, [0, 10, 30], [20, 48], progress=done.append)
     torch.testing.assert_close(apart.distances, whole.distances, atol=1e-6, rtol=0, equal_nan=True)
     assert done == sorted(done) and done[-1] == 48

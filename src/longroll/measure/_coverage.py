@@ -37,7 +37,7 @@ PERMUTATIONS = 9_999
 _PROJECTIONS = 8
 _LEAST_STD = 1e-3  # of a log norm: a head that varies by less than 0.1 % is not thereby infinitely far out
 _LARGEST = 1e30  # stands for numbers that have overflowed
-_ENTRIES = 2**22  # numbers of the permutation test that exist at once
+_ENTRIES = 2**20  # numbers of the permutation test that exist at once
 
 
 class Head(NamedTuple):

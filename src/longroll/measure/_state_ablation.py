@@ -25,6 +25,7 @@ from longroll.measure._head_search import smallest_group
 from longroll.measure._position_loss import PositionLoss, position_loss, token_losses
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.excess_loss import excess_loss
+from longroll.measure.roll_out import rows_at_once
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
 
@@ -333,11 +334,12 @@ class _Trials:
         self.lm, self.mode, self.interval = lm, mode, interval
         self.layers = {layer.key: layer for layer in coverage.layers}
         self.start, self.progress, self.done = train_length, progress, 0
+        self.at_once = max(1, rows_at_once(lm, interval, _ROWS) // len(self.tokens))
         _, self.at_edge = lm(self.tokens[:, :train_length], logits=False)
 
     def losses(self, choices: Sequence[list[Head]], spans: list[tuple[int, int]]) -> list[Tensor]:
         """For each choice of heads, the mean loss of every text over every span, (B, spans) float64."""
-        step = max(1, _ROWS // len(self.tokens))
+        step = self.at_once
         means: list[Tensor] = []
         mine = choices[self.share.part :: self.share.parts]
         for i in range(0, len(mine), step):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longroll import ranks
 from longroll.measure._position_loss import PositionLoss, log_spaced, token_losses
-from longroll.measure.roll_out import chunk_tokens
+from longroll.measure.roll_out import rows_at_once
 from longroll.model import RecurrentLM
 
 
@@ -63,7 +63,8 @@ def _restarted(
     size = train_length - train_length // 2
     starts = window_starts(ends, train_length)
     fresh = torch.full(tokens[:, 1:].shape, torch.nan)
-    rows = max(1, chunk_tokens(lm) // (train_length * tokens.shape[0]))
+    texts = tokens.shape[0]
+    rows = max(1, rows_at_once(lm, train_length, texts * len(starts)) // texts)
     for i in range(0, len(starts), rows):
         some = starts[i : i + rows]
         windows = torch.stack([tokens[:, s : s + train_length + 1] for s in some], dim=1)

@@ -21,16 +21,11 @@ from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.distances import Distance, check_distance, head_distance
-from longroll.measure.roll_out import check_ids, chunk_tokens, free_bytes, roll_out
+from longroll.measure.roll_out import check_ids, chunk_tokens, roll_out, rows_at_once
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
 _SHORTEST = 64  # tokens of a row in one forward
-_STATE_BYTES = 2**31
-"""Bytes of the states that are rolled out together (on a GPU an eighth of what is free, where that is more).
-
-More rows of text go one after another.
-"""
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,9 @@ def _distances(
     """Return distances (B, S, E) float64 for sorted starts, 0 the first of them, and sorted ends."""
     probe = lm(tokens[:1, :1].to(lm.device), logits=False)[1]
     together = not any(key.part == "attention" for key in probe)
-    row_bytes = sum(t.nbytes for t in probe.values()) * len(joining)
-    groups = tokens.split(_rows_at_once(lm, row_bytes, len(joining))) if together else [tokens]
+    most = len(joining) * len(tokens)
+    group = max(1, rows_at_once(lm, _SHORTEST, most) // len(joining))
+    groups = tokens.split(group) if together else [tokens]
     work = _Work(progress, ends[-1], len(groups) if together else len(joining))
     distances = torch.full((tokens.shape[0], len(joining), len(ends)), torch.nan, dtype=torch.float64)
     for rows, out in zip(groups, distances.split([len(g) for g in groups]), strict=True):
@@ -167,14 +163,6 @@ def _distances(
             measured[0] = 0  # the text against itself
             out[:, : len(hidden), ends.index(end)] = measured.T.double().cpu()
     return distances
-
-
-def _rows_at_once(lm: RecurrentLM, row_bytes: int, starts: int) -> int:
-    """Return rows of text whose states, of `row_bytes` a row, are rolled out together."""
-    if lm.device.type != "cuda":
-        return max(1, _STATE_BYTES // max(row_bytes, 1))
-    rows = max(_STATE_BYTES, free_bytes(lm.device) // 8) // max(row_bytes, 1)
-    return max(1, min(rows, chunk_tokens(lm) // _SHORTEST // starts))
 
 
 _CLOSE = (1, 16, 256)  # tokens from the ends, where curves bend

@@ -20,6 +20,7 @@ CHUNKS = {"cpu": 4096, "cuda": 65_536}
 """Tokens of one forward by device: 2-4k keep a CPU busiest; more gained nothing on an H200."""
 _CPU_TOKENS, _GPU_TOKENS = CHUNKS["cpu"], CHUNKS["cuda"]
 _GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more
+_STATE_BYTES = 2**28  # of states that are read together, where the memory of the loss allows no more
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
 
 
@@ -33,6 +34,20 @@ def chunk_tokens(lm: RecurrentLM) -> int:
             return _CPU_TOKENS
         room = min(room // 4, _GPU_TOKENS_WITH_KEYS)  # keys and values will take the rest
     return max(_CPU_TOKENS, min(_GPU_TOKENS, room))
+
+
+def rows_at_once(lm: RecurrentLM, tokens: int, most: int) -> int:
+    """Return how many rows, at most `most`, a reading takes together within about the memory of the loss.
+
+    Args:
+        lm: the model.
+        tokens: of a row in one forward.
+        most: rows that there are.
+    """
+    row = sum(t.nbytes for t in lm.zero_state(1).values())
+    room = max(_STATE_BYTES, chunk_tokens(lm) * lm.width * _TOKEN_BYTES // 16)
+    states = room // max(1, 3 * row)  # initial, held and final
+    return max(1, min(most, chunk_tokens(lm) // tokens, states))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from longroll import ranks
 from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, sizes_of
-from longroll.errors import first_line
+from longroll.errors import LongrollError, first_line
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import CHUNKS
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
@@ -126,9 +126,21 @@ class Outline:
             return sizes_of(dry_model(self.config, dtype=self.dtype))
 
     @contextmanager
-    def _model(self, dtype: torch.dtype) -> Iterator[tuple[RecurrentLM, Ledger]]:
+    def _model(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[RecurrentLM, Ledger]]:
         with dry_run() as ledger:
-            yield dry_model(self.config, dtype=dtype, device=self.device), ledger
+            yield dry_model(self.config, dtype=dtype, device=device), ledger
+
+    def _counted(self, count: Callable[..., Memory], *arguments: Any) -> Memory:
+        """What a dry run on the device counts, else one of PyTorch's own operations on a CPU."""
+        try:
+            return count(*arguments, device=self.device)
+        except LongrollError:
+            raise
+        except Exception as error:  # an operation that a dry run does not know there
+            if self.device.type == "cpu":
+                raise
+            logger.debug("a dry run on %s failed: %s", self.device, first_line(error))
+            return count(*arguments, device=torch.device("cpu"))
 
     def chunk(self, rows: int, length: int, room: float) -> int:
         """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes."""
@@ -142,10 +154,12 @@ class Outline:
 
         Keys and values of the text are counted whole.
         """
-        chunk = min(chunk, length)
-        with self._model(self.dtype) as (lm, ledger), torch.no_grad():
+        return self._counted(self._reading, rows, length, min(chunk, length))
+
+    def _reading(self, rows: int, length: int, chunk: int, *, device: torch.device) -> Memory:
+        with self._model(self.dtype, device) as (lm, ledger), torch.no_grad():
             before = ledger.start()
-            ids = torch.zeros(rows, chunk, dtype=torch.long, device=self.device)
+            ids = torch.zeros(rows, chunk, dtype=torch.long, device=device)
             state = _zero_state(lm, rows)
             hidden, final = lm(ids, state, logits=False)
             body, held = ledger.peak - before, ledger.live - before
@@ -166,10 +180,13 @@ class Outline:
 
     def training(self, setting: Setting) -> Memory:
         """Return the memory that a step takes on one device, the moments of AdamW included."""
+        return self._counted(self._training, setting)
+
+    def _training(self, setting: Setting, *, device: torch.device) -> Memory:
         from longroll.training._posttrain import _with_lora
 
         adapters = setting.lora_rank > 0
-        with self._model(self.dtype if adapters else torch.float32) as (lm, ledger):
+        with self._model(self.dtype if adapters else torch.float32, device) as (lm, ledger):
             model = lm.model
             if adapters:
                 _with_lora(model, setting.lora_rank)
@@ -179,10 +196,10 @@ class Outline:
             weights, trained = parameter_bytes(model), parameter_bytes(model, trained=True)
             gathered = gathered_bytes(model) if setting.shards > 1 else 0
             before = ledger.start()
-            ids = torch.zeros(setting.rows, setting.length, dtype=torch.long, device=self.device)
+            ids = torch.zeros(setting.rows, setting.length, dtype=torch.long, device=device)
             for _ in range(1 + setting.accumulates):
                 state = _zero_state(lm, setting.rows)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=setting.autocast):
+                with torch.autocast(device.type, torch.bfloat16, enabled=setting.autocast):
                     hidden, final = lm(ids, state, logits=False)
                     loss = hidden_loss(lm, hidden, ids)
                 loss.backward()
