@@ -41,8 +41,8 @@ def rows_at_once(lm: RecurrentLM, tokens: int, most: int) -> int:
 
     Args:
         lm: the model.
-        tokens: of a row in one forward.
-        most: rows that there are.
+        tokens: tokens of a row in one forward.
+        most: how many rows there are.
     """
     row = sum(t.nbytes for t in lm.zero_state(1).values())
     room = max(_STATE_BYTES, chunk_tokens(lm) * lm.width * _TOKEN_BYTES // 16)

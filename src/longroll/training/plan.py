@@ -131,7 +131,7 @@ class Outline:
             yield dry_model(self.config, dtype=dtype, device=device), ledger
 
     def _counted(self, count: Callable[..., Memory], *arguments: Any) -> Memory:
-        """What a dry run on the device counts, else one of PyTorch's own operations on a CPU."""
+        """Return what a dry run on the device counts, or one of PyTorch's own operations on a CPU."""
         try:
             return count(*arguments, device=self.device)
         except LongrollError:
