@@ -407,6 +407,25 @@ SOURCES = [
 ]  # fmt: skip
 
 
+def blame() -> str:
+    """Faults planted in the weights of small hybrids: how often they are named, and the part of each side."""
+    runs = [("state", "blame-state_cpu_2026-11-26"), ("attention", "blame_cpu_2026-11-26")]
+    rows = []
+    for kind, name in [*runs, ("both", "blame_cpu_2026-11-26")]:
+        data = result(name)
+        models = [model for model in data["models"] if model["planted"] == kind]
+        damages = [model["blame"]["damage"] for model in models]
+        cells = [f"{min(damages):.2f} to {max(damages):.2f}"]
+        for side in ("state", "attention"):
+            parts = [p["recovered"] for m in models for p in m["blame"]["parts"] if p["what"] == side]
+            low, mean, high = (round(100 * x) for x in (min(parts), statistics.mean(parts), max(parts)))
+            cells.append(f"{mean} % ({low} to {high})")
+        rows.append([kind, data["right"][kind], *cells])
+    return markdown(
+        ["planted in", "named", "damage, nats", "part of the state", "part of the attention"], rows
+    )
+
+
 def hybrid_repair() -> str:
     """Repairs of three small hybrids: loss by positions, and that above a fresh start in the last octave."""
     data = result("hybrid-repair_h100_2026-11-26")
@@ -502,6 +521,7 @@ TABLES: dict[str, Callable[[], str]] = {
         (f"train-mamba-130m{H100}", "mamba-130m, 8 rows, H100"),
         (f"train-mamba-370m{H100}", "mamba-370m, 4 rows, H100"),
     ]),
+    "blame": blame,
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
