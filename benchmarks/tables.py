@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +30,16 @@ WAYS = {
     "fitted": "Fitted Noise",
     "random": "Random Noise",
 }
+ENDINGS = {
+    "time": "at a time",
+    "term": "by SIGTERM",
+    "step": "at a step",
+    "evaluation": "in an evaluation",
+    "report": "in a measurement",
+    "file": "at a file operation",
+}
+"""How `kill_resume.py` ends runs, in words."""
+
 OPS = ("gla", "rwkv6", "rwkv7", "retention", "delta_rule", "gated_delta_rule", "kda")
 
 
@@ -322,6 +333,19 @@ def kills() -> str:
     return markdown(["processes", "runs", "kills", "bit-identical to the undisturbed run"], lines)
 
 
+def endings() -> str:
+    """Return the runs and measurements that were ended at random, by what they did and what started them."""
+    trials = result("kill-resume-all_cpu_2026-11-26")["trials"]
+    lines = []
+    for what, launcher in sorted({(trial["what"], trial["launcher"]) for trial in trials}):
+        some = [trial for trial in trials if (trial["what"], trial["launcher"]) == (what, launcher)]
+        ends = Counter(kill["how"] for trial in some for kill in trial["kills"])
+        told = ", ".join(f"{ends[how]} {name}" for how, name in ENDINGS.items() if ends[how])
+        counts = str(len(some)), str(sum(ends.values())), told, str(sum(trial["exact"] for trial in some))
+        lines.append([what, launcher, *counts])
+    return markdown(["what", "started by", "runs", "ends", "by", "exact"], lines)
+
+
 def fla_ops() -> str:
     """Return the error of ops on fla's kernels against float64."""
     jobs = result("fla_h200_2026-11-25")["jobs"]
@@ -537,6 +561,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": precision,
     "damaged-files": damaged,
     "kill-resume": kills,
+    "kill-resume-all": endings,
     "fla-ops": fla_ops,
     "fla-laws": partial(fla_laws, ["fla_h200_2026-11-25"]),
     "fla-laws-h100": partial(fla_laws, ["fla-laws-all_h100_2026-11-25", "fla-laws-tiles_h100_2026-11-25"]),
