@@ -364,7 +364,8 @@ def posttrain(
         t.warn_of(task, data, prepared.name)
     console.print(prepared.sentence, highlight=False, soft_wrap=True)
     held_out: HeldOutData | None = None
-    unseen = not resume and not force and task is None and prepared.name != "none"
+    goes_on = resume and (output / "checkpoints").exists()
+    unseen = not goes_on and not force and task is None and prepared.name != "none"
     if unseen and lm.device.type == "cpu" and fsdp:  # whose shards go to the GPUs
         console.print("Not looked whether the model breaks: --fsdp reads it on the CPU.", highlight=False)
         unseen = False
