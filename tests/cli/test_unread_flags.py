@@ -10,6 +10,8 @@ GIVEN = {
     "instruction": "--no-instruction",
     "conv": "--no-conv",
     "windows": "--windows 2",
+    "groups": "--groups 2",
+    "pairs": "--pairs 2",
     "zero_probability": "--zero-probability 0.5",
 }
 TOLD = [("intervention", choice, READ_BY_INTERVENTION) for choice in Choice]
