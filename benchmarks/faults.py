@@ -142,14 +142,17 @@ def torchrun(processes: int, *argv: object, kill: int | None = None) -> Ran:
     done = subprocess.run(
         [*command, "--child", *map(str, argv)], capture_output=True, text=True, env=environment
     )
-    lines = told(done.stderr)
+    lines = told(
+        re.split(r"^[EW]\d{4} ", done.stderr, maxsplit=1, flags=re.MULTILINE)[0]
+    )  # torchrun's begin so
     if kill is not None:
-        lines = [line for line in lines if line.startswith("longroll:")]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("longroll:")]
         dead = re.search(
             r"rank +: (\d+).*?Signal 9 \(SIGKILL\)", done.stderr.partition("Root Cause")[2], re.S
         )
         lines += [f"torchrun: rank {dead[1]}, Signal 9 (SIGKILL)"] if dead else []
-        lines += ["(all within 30 s)"] if time.monotonic() - began < 90 else ["(slowly)"]
+        if time.monotonic() - began > 90:
+            lines += ["(the others did not end)"]
     return Ran(named(done.returncode), lines)
 
 
@@ -161,7 +164,7 @@ def told(text: str) -> list[str]:
     """The lines that are neither progress nor result nor a library's."""
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
-        r"^$|^T = |^Recipe |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: "
+        r"^$|^T = |^Recipe |^Plan: |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: "
         r"|^{'|^\[(W|rank)|^W\d{4}|━|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]

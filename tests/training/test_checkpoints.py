@@ -239,3 +239,28 @@ def ranked_corpus(corpus):
     ids = corpus.ids.copy()
     ids[-1] = (ids[-1] + 1) % 5
     return dataclasses.replace(corpus, ids=ids)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "intervention_0.pt",
+        "trainer_state.json",
+    ],
+)
+def test_a_file_that_is_committed_and_cannot_be_read_is_one_line(name, tmp_path):
+    """Its sum is right: written so, by a faulty or a hostile hand."""
+    output = tmp_path / "out"
+    killed_at(5, output)
+    newest = checkpoints.newest_whole(output / "checkpoints")
+    partial = newest.with_name("again")
+    newest.rename(partial)
+    (partial / checkpoints.MANIFEST).unlink()
+    (partial / name).write_bytes((partial / name).read_bytes()[: 40 if name.endswith("json") else 300])
+    checkpoints.commit(partial, newest)
+    with pytest.raises(LongrollError, match=f"{newest.name} cannot be read: .*Remove it"):
+        run("sp", str(output), options=OPTIONS, resume=True)

@@ -24,7 +24,7 @@ from longroll.families._family import Restart, is_sharded, unwrapped
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
-from longroll.training import sharding, stop
+from longroll.training import checkpoints, sharding, stop
 from longroll.training._arguments import check_trainer_arguments, check_training_arguments
 from longroll.training._batch import IGNORED, KNOWN, Rows, aligned, read_batch, row_starts
 from longroll.training._live_check import LiveCheck
@@ -445,9 +445,13 @@ class InitialStateMixin(WholeCheckpointsMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # an earlier run of this process may have ended inside a step; FSDP2 loads by a step without effect
         self.accelerator.gradient_state._set_sync_gradients(True)
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.intervention is None:
             return
+        with checkpoints.readable(checkpoint):
+            self._load_memory(checkpoint, self.intervention)
+
+    def _load_memory(self, checkpoint: str, intervention: Intervention) -> None:
         files = [Path(checkpoint) / f"intervention_{rank}.pt" for rank in range(len(os.listdir(checkpoint)))]
         found = [file for file in files if file.is_file()]
         if not found:
@@ -459,9 +463,9 @@ class InitialStateMixin(WholeCheckpointsMixin):
         place = "cpu" if device.type == "cpu" else device  # torch does not load to "cpu:0"
         load = functools.partial(torch.load, map_location=place, weights_only=True)
         if len(found) == world_size:
-            self.intervention.load_state_dict(load(found[rank]))
+            intervention.load_state_dict(load(found[rank]))
         else:
-            self.intervention.load_ranks([load(file) for file in found], rank, world_size)
+            intervention.load_ranks([load(file) for file in found], rank, world_size)
 
 
 class _Stop(TrainerCallback):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longroll.errors import LongrollError
+import torch
+
+from longroll.errors import LongrollError, named
 from longroll.files import write_whole
 
 MANIFEST = "manifest.json"
@@ -26,6 +29,7 @@ PARTIAL = ".partial"
 """Where checkpoints are written before they are committed."""
 _REMOVED = ".removed-"
 _PREFIX = "checkpoint-"
+_LOST = re.compile("gloo|NCCL|Connection|Broken pipe")  # what is said of a process that died
 
 logger = logging.getLogger("longroll")
 
@@ -136,6 +140,25 @@ def remove(folder: Path) -> None:
 def removal_of(folder: Path) -> Path:
     """Return where `remove` keeps a folder while it removes it."""
     return folder.with_name(_REMOVED + folder.name)
+
+
+@contextmanager
+def readable(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be read, whatever its files hold and their sums say.
+
+    Raises:
+        LongrollError: for what another library raises within, but a lack of memory and a lost process.
+    """
+    try:
+        yield
+    except (LongrollError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if checkpoint is None or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
+            raise
+        raise LongrollError(
+            f"{checkpoint} cannot be read: {named(error)}. Remove it, to go on from an older one."
+        ) from error
 
 
 @contextmanager

@@ -35,11 +35,31 @@ class WholeCheckpointsMixin:
 
         def prepare() -> str | None:
             checkpoints.clear_partial(folder)
-            return checkpoints.checkpoint_to_resume(folder, resume_from_checkpoint)
+            found = checkpoints.checkpoint_to_resume(folder, resume_from_checkpoint)
+            with checkpoints.readable(found):
+                if found is not None:
+                    _check_state(Path(found) / TRAINER_STATE_NAME)
+            return found
 
         return super().train(  # type: ignore[misc]
             ranks.on_first(prepare), *args, **kwargs
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with checkpoints.readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.readable(checkpoint):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with checkpoints.readable(checkpoint):
+            super()._load_scaler(checkpoint)  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)  # type: ignore[misc]
@@ -64,3 +84,14 @@ class WholeCheckpointsMixin:
             checkpoints.commit(partial, folder / name)
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+def _check_state(file: Path) -> None:
+    """Read Trainer's note of a run; raises what is wrong with it."""
+    state = TrainerState.load_from_json(str(file))
+    counts = {"global_step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int | float) or count < 0:
+            raise ValueError(f"{file.name} has {name} {count!r}")
+    if not all(isinstance(entry, dict) for entry in state.log_history):
+        raise ValueError(f"{file.name} has a log_history that is no list of entries")
