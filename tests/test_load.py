@@ -158,3 +158,22 @@ def test_nan_weights_are_refused_at_load(checkpoint):
         model.backbone.norm_f.weight[3] = float("nan")
     model.save_pretrained(checkpoint)
     refused(checkpoint, checkpoint, "backbone.norm_f.weight", "NaN")
+
+
+def test_the_default_device_is_a_gpu_where_there_is_one(monkeypatch):
+    there = {"cuda": False, "xpu": False, "mps": False}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: there["xpu"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+    assert longroll.model.default_device() == "cpu"
+    for name in ("mps", "xpu", "cuda"):
+        there[name] = True
+        assert longroll.model.default_device() == name
+
+
+def test_a_model_that_fails_on_an_untried_device_runs_on_the_cpu(monkeypatch, caplog):
+    """This machine has no such device, so that moving the model there fails as PyTorch fails."""
+    monkeypatch.setattr("longroll.model.default_device", lambda: "xpu")
+    lm = longroll.load("specimen")
+    assert lm.device.type == "cpu" and lm.model.dtype == torch.float32
+    assert "specimen does not run on xpu, so the CPU is used" in caplog.text

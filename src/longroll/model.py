@@ -38,6 +38,8 @@ from longroll.history import BESIDE, read_beside
 from longroll.state import Part, RecurrentState
 
 logger = logging.getLogger("longroll")
+UNTRIED = ("xpu", "mps")
+"""Devices that run the ops in PyTorch and that no test has seen."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,8 @@ def load(
     Args:
         path_or_hub_id: a folder, a file, a hub id, or "specimen" for the small model inside the package; with
             a `plugin` that builds models a name that it knows, or a folder of a model that it built.
-        device: default: a GPU if there is one; "auto" is `device_map` "auto".
+        device: default: cuda, else xpu or mps if the model passes its self-check there, else the CPU;
+            "auto" is `device_map` "auto".
         dtype: default: float32 on a CPU, the checkpoint's own on a GPU; for a plug-in's models: their own.
         device_map: instead of `device`: accelerate's, as `from_pretrained` of transformers takes it. "auto"
             spreads the layers over all GPUs, for models larger than one; each layer's state, keys and values
@@ -388,7 +391,8 @@ def read(
     if device_map is not None and device_map not in STRATEGIES:
         for place in {*device_map.values()} - {"disk"} if isinstance(device_map, dict) else {device_map}:
             _device_of(place)
-    device = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    untried = device is None and device_map is None and default_device() in UNTRIED
+    device = torch.device(default_device()) if untried else _device_of(device or default_device())
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype_of(dtype)
     name = str(path_or_hub_id)
@@ -410,8 +414,32 @@ def read(
         lm.flags = imported.flags
     elif trust_remote_code:
         lm.flags = ("--trust-remote-code",)
+    if untried:
+        return _on_untried(lm, device)
     lm = lm.eval() if device_map is not None else lm.to(device).eval()
     lm.self_check()
+    return lm
+
+
+def default_device() -> str:
+    """Return the type of the device that is used where none is named: cuda, else xpu, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.xpu.is_available():
+        return "xpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _on_untried(lm: RecurrentLM, device: torch.device) -> RecurrentLM:
+    """Return the model on a device that no test has seen, or on the CPU if it fails its check there."""
+    try:
+        lm = lm.to(device).eval()
+        lm.self_check()
+    except (LongrollError, RuntimeError, TypeError, AssertionError) as problem:
+        said = first_line(problem)
+        logger.warning("%s does not run on %s, so the CPU is used: %s", lm.name, device.type, said)
+        lm = lm.to("cpu", torch.float32).eval()
+        lm.self_check()
     return lm
 
 

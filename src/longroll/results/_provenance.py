@@ -34,13 +34,19 @@ def provenance(
         "command": _command(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "seed": seed,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": _name_of(device),
         "threads": torch.get_num_threads(),
         "processes": ranks.world_size(),
         "dtype": str(next(lm.parameters()).dtype).removeprefix("torch.") if lm is not None else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
+
+
+def _name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type in ("cpu", "meta") else f"{device.type}, {_processor()}"
 
 
 def _command() -> str:
