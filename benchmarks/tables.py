@@ -450,6 +450,20 @@ def blame() -> str:
     )
 
 
+def predictor() -> str:
+    """Concordance of the forecast on families held out, and of each measure alone."""
+    found = result("predictor_cpu_2026-11-26")["analysis"]
+    rows = [["ridge regression on all, families held out", _interval(found["held_out"])]]
+    alone = sorted(found["alone"].items(), key=lambda entry: -entry[1]["concordance"][0])
+    rows += [[f"`{name}` alone", _interval(one["concordance"])] for name, one in alone]
+    return markdown(["forecast by", "concordance"], rows)
+
+
+def _interval(numbers: Sequence[float]) -> str:
+    mean, low, high = numbers
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def hybrid_repair() -> str:
     """Repairs of three small hybrids: loss by positions, and that above a fresh start in the last octave."""
     data = result("hybrid-repair_h100_2026-11-26")
@@ -546,6 +560,7 @@ TABLES: dict[str, Callable[[], str]] = {
         (f"train-mamba-370m{H100}", "mamba-370m, 4 rows, H100"),
     ]),
     "blame": blame,
+    "predictor": predictor,
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
