@@ -450,6 +450,32 @@ def blame() -> str:
     )
 
 
+RIVALS = {
+    "base": "the specimen, read plainly",
+    "decay": "reading: state decays by 1 - 1/T a token",
+    "clip": "reading: state clipped to its norms in training",
+    "reset": "reading: only the last T tokens",
+    "A-head": "calibrated: a scale of A a head",
+    "A-layer": "calibrated: a scale of A a layer",
+    "dt-layer": "calibrated: a scale of dt a layer",
+    "none": "trained from zero states",
+    "sp": "trained by State Passing",
+    "tbptt": "trained by TBPTT",
+    "fitted": "trained by Fitted Noise",
+}
+
+
+def rivals() -> str:
+    """Readings, calibrations and training of the specimen: tokens read and the loss by positions."""
+    ways = {way["way"]: way for way in result("rivals-specimen_cpu_2026-11-26")["ways"]}
+    rows = []
+    for name, what in RIVALS.items():
+        octaves = {stop: mean for _, stop, mean, *_ in ways[name]["octaves"]}
+        levels = [f"{octaves[stop]:.2f}" for stop in (128, 256, 1024, 4096, 8192)]
+        rows.append([what, f"{ways[name]['tokens']:,}", *levels])
+    return markdown(["", "tokens", "in range", "128-256", "512-1k", "2k-4k", "4k-8k"], rows)
+
+
 def predictor() -> str:
     """Concordance of the forecast on families held out, and of each measure alone."""
     found = result("predictor_cpu_2026-11-26")["analysis"]
@@ -561,6 +587,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ]),
     "blame": blame,
     "predictor": predictor,
+    "rivals": rivals,
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
