@@ -20,38 +20,46 @@ if TYPE_CHECKING:
 
 LOOK_FOR = {
     "position": (
-        "A model that has learned to live with its own state stays level past the dashed line, where "
-        "training ended. The bands are 95 % intervals."
+        "Loss by position. The dashed line marks the training length. A model that generalizes in length "
+        "stays "
+        "level past that line. The bands are 95 % intervals over texts."
     ),
     "excess": (
-        "The same tokens predicted twice: with all that went before, and by a fresh start within the "
-        "training length. Above zero, reading on does harm, whatever the text; below, it helps."
+        "Loss of a token that was read with the whole text before it, minus the loss of the same token "
+        "when the "
+        "model starts from the zero state within the training length. Above zero, the carried state does "
+        "harm; "
+        "below zero, it helps."
     ),
     "states": (
-        "The standard deviation of the state, by layer. A state that still moves past the dashed line "
-        "takes the model where it was never trained; after a repair it stays level."
+        "Standard deviation of the state, by layer. A state that still changes past the dashed line "
+        "leaves the "
+        "range that training covered. After a repair the state stays level."
     ),
     "remembrance": (
-        "How much the prediction at T = {end} changes when every token before t is forgotten. A curve "
-        "that jumps up at once hangs on the first tokens; a sound one is low and rises only near T."
+        "Change of the prediction at T = {end} when all tokens before t are removed. In a model that "
+        "generalizes, the curve is low and rises only near T. A curve that rises at small t shows that "
+        "the first "
+        "tokens still dominate."
     ),
     "remembrance-map": (
-        "The same for every pair of t and T: strong tiles far left of the diagonal are memories of "
-        "the first tokens."
+        "The same for every pair of t and T. Dark tiles far left of the diagonal show that the first tokens "
+        "still dominate the prediction."
     ),
     "coverage": (
-        "How far the state of each head has left the range seen in training, in standard deviations; "
-        "a dot marks a significant shift. Orange lies above the range, blue below."
+        "Shift of the state of each head past the training length, in standard deviations of its states in "
+        "range. A dot marks a significant shift. Orange is above the range, blue is below."
     ),
     "blame": (
-        "How much of the damage comes back when the far text is read with the recurrent states, the "
-        "attention, or both held in their training range, with 95 % intervals over texts. The part of a side "
-        "is its Shapley value."
+        "Share of the damage that disappears when the far text is read with the recurrent states, the "
+        "attention, "
+        "or both held in their training range, with 95 % intervals over texts. The part of each side is its "
+        "Shapley value."
     ),
     "task": (
-        "Accuracy by length and by depth of the answer in the text; right of the dashed line the text "
-        "is longer than any in training. A flat loss is not yet a long memory: this is the test of "
-        "it."
+        "Accuracy by length and by depth of the answer in the text. Right of the dashed line the text is "
+        "longer "
+        "than in training. A model with a flat loss can still fail here, because it has forgotten the answer."
     ),
 }
 
