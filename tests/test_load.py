@@ -177,3 +177,11 @@ def test_a_model_that_fails_on_an_untried_device_runs_on_the_cpu(monkeypatch, ca
     lm = longroll.load("specimen")
     assert lm.device.type == "cpu" and lm.model.dtype == torch.float32
     assert "specimen does not run on xpu, so the CPU is used" in caplog.text
+
+
+@pytest.mark.parametrize("length", ["{{", [4], float("inf")])
+def test_a_training_length_that_is_no_number_is_one_line(length):
+    lm = lm_of("mamba2")
+    lm.model.config.train_length = length
+    with pytest.raises(LongrollError, match=r"train_length .* is no length"):
+        lm.find_train_length()

@@ -203,7 +203,14 @@ class RecurrentLM(nn.Module):
         config = self.model.config
         holders = (holder for holder in (config, config.get_text_config()))
         values = (getattr(holder, entry, None) for holder in holders)
-        return next((int(value) for value in values if value), None)
+        value = next((value for value in values if value), None)
+        try:
+            return value if value is None else int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise LongrollError(
+                f"{entry} {value!r} in the model's config is no length: give `train_length`, or correct the "
+                "config."
+            ) from None
 
     @property
     def layers(self) -> list[RecurrentLayer]:
