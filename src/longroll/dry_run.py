@@ -102,7 +102,7 @@ def dry_run() -> Iterator[Ledger]:
 
 @contextmanager
 def _no_launches() -> Iterator[None]:
-    """Triton kernels launch nothing."""
+    """Keep Triton kernels from launching."""
     try:
         from triton.runtime.autotuner import Autotuner, Heuristics
         from triton.runtime.jit import JITFunction
@@ -207,7 +207,7 @@ class Sizes:
         return self.recurrent + self.conv
 
     def keys_and_values(self, length: int) -> int:
-        """Bytes of keys and values of a row after `length` tokens."""
+        """Return the bytes of keys and values of a row after `length` tokens."""
         return sum(
             min(first + step * (length - 1), first + step * length if most is None else most)
             for first, step, most in self.grows

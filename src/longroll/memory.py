@@ -147,7 +147,7 @@ def _read(lm: RecurrentLM, tokens: int) -> RecurrentState:
 
 
 def _saved_bytes(lm: RecurrentLM, tokens: int) -> int:
-    """Bytes of the tensors that a forward keeps for backward, each storage once."""
+    """Return the bytes of the tensors that a forward keeps for backward, each storage once."""
     own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
     seen: dict[int, int] = {}
 
@@ -165,7 +165,9 @@ def _saved_bytes(lm: RecurrentLM, tokens: int) -> int:
 
 
 def _layer_bytes(model: nn.Module) -> Iterable[int]:
-    """Bytes of each module that FSDP2 shards by itself: the layers, by transformers' names of them."""
+    """Return the bytes of each module that FSDP2 shards by itself: the layers, by transformers' names of
+    them.
+    """
     names = getattr(model, "_no_split_modules", None) or ()
     return [parameter_bytes(m) for m in model.modules() if type(m).__name__ in names]
 

@@ -66,7 +66,7 @@ def options(
         bool, typer.Option("--verbose", "-v", help="Print what the libraries log, too.")
     ] = False,
 ) -> None:
-    """Options of every command, given before its name."""
+    """Set the options that stand before the name of a command."""
     if quiet and verbose:
         raise LongrollError("--quiet and --verbose contradict each other: give one of them.")
     first = os.environ.get("RANK", "0") == "0"  # one rank speaks; each says its own errors

@@ -49,7 +49,7 @@ def loss(
     x: f.X = None,
     y: f.Y = None,
 ) -> None:
-    """Loss, perplexity and bits per byte at every position of long texts, in constant memory."""
+    """Measure loss, perplexity and bits per byte at every position of long texts, in constant memory."""
     import math
 
     from rich.table import Table

@@ -8,7 +8,7 @@ from longroll.cli import _options as o
 
 
 def lm_eval(context: typer.Context, plugin: o.PluginName = None) -> None:
-    """lm-evaluation-harness with one more model type: --model longroll --model_args pretrained=MODEL."""
+    """Run lm-evaluation-harness with the model type longroll: --model_args pretrained=MODEL."""
     from longroll.cli._console import hush_libraries, out
     from longroll.errors import LongrollError
 

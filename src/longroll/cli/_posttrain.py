@@ -487,7 +487,7 @@ def given(context: typer.Context, **values: Any) -> dict[str, Any]:
 
 
 def run_posttrain(lm, corpus, intervention, options, output, **more: Any):
-    """`longroll.posttrain` with a progress bar; its log and how many seconds it took."""
+    """Run `longroll.posttrain` with a progress bar; return the result and the seconds that it took."""
     import time
 
     from longroll.cli._progress import progress, training_progress

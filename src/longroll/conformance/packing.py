@@ -42,7 +42,7 @@ class Packing:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return {"kind": "packing", **asdict(self), "sentences": self.sentences}
 
 

@@ -163,7 +163,7 @@ class Corpus:
 
 
 def _encode(text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndarray, int]:
-    """At most `limit` tokens of `text` and the bytes they stand for."""
+    """Return at most `limit` tokens of `text`, and the bytes they stand for."""
     if limit is not None and len(text) > CHARACTERS_A_TOKEN * limit:
         # a huge document is not tokenised whole for its beginning
         head = text[: CHARACTERS_A_TOKEN * limit]

@@ -75,7 +75,7 @@ class RWKVTokenizer:
     decode_inside = decode
 
     def count_bytes(self, ids: Any) -> int:
-        """Bytes that ids, (T,), stand for."""
+        """Return the number of bytes that ids, (T,), stand for."""
         return len(self._bytes(ids))
 
     def _bytes(self, ids: Any) -> bytes:

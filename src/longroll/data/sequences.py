@@ -75,7 +75,7 @@ def bytes_per_token(tokens: torch.Tensor, tokenizer: Tokenizer) -> float:
 
 
 def _cut(corpus: Corpus, joined: np.ndarray, size: int, count: int) -> list[np.ndarray]:
-    """At most `count` pieces of `size` tokens of joined documents, one after another."""
+    """Return at most `count` pieces of `size` tokens of joined documents, one after another."""
     prefix = np.array(corpus.prefix_ids, dtype=np.int32)
     pieces: list[np.ndarray] = []
     at = 0
@@ -90,7 +90,9 @@ def _cut(corpus: Corpus, joined: np.ndarray, size: int, count: int) -> list[np.n
 
 
 def _pieces(corpus: Corpus, order: np.ndarray, size: int, count: int) -> list[np.ndarray]:
-    """At most `count` disjoint pieces of `size` tokens: the first of each document, then the second, ..."""
+    """Return at most `count` disjoint pieces of `size` tokens: the first of each document, then the second,
+    ...
+    """
     prefix = np.array(corpus.prefix_ids, dtype=np.int32)
     step = size - len(prefix)
     pieces: list[np.ndarray] = []

@@ -58,7 +58,7 @@ def clear_handoffs() -> None:
 
 @contextlib.contextmanager
 def clean_handoffs() -> Iterator[None]:
-    """Around a forward: where it dies, what was left is forgotten."""
+    """Clear handoffs after a forward, also where the forward fails."""
     try:
         yield
     except BaseException:

@@ -79,7 +79,7 @@ class Family:
         return weight.shape[0]
 
     def width(self, model: PreTrainedModel) -> int:
-        """Numbers of a hidden state."""
+        """Return the width of a hidden state."""
         return model.get_input_embeddings().embedding_dim  # type: ignore[return-value]
 
     def head_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:

@@ -44,7 +44,7 @@ class Leaf:
         }
 
     def join(self, state: Mapping[StateKey, Tensor], rows: int, dtype: torch.dtype, device: Any) -> Tensor:
-        """Inverse of `split`; what is not in `state` is zero."""
+        """Invert `split`; tensors that are not in `state` are zero."""
         shape = self.shape[1:] if self.batch_axis else self.shape
         layers = [
             state[key].reshape(rows, *shape)

@@ -231,7 +231,7 @@ class PlainFamily(Family):
         return model.config.vocab_size
 
     def width(self, model: Any) -> int:
-        """Numbers of what the module returns for a token."""
+        """Return the width of what the module returns for a token."""
         return model.config.hidden_size
 
     def architecture(self, model: Any) -> str:

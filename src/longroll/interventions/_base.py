@@ -68,7 +68,7 @@ class Intervention:
         self._learn(final_state.part("recurrent", *(("conv",) if self.conv else ())).detach())
 
     def forget(self, skipped: Tensor, unknown: Tensor) -> Tensor:
-        """After a step, forget what is not finite; a step that was skipped leaves nothing behind.
+        """Forget states that are not finite after a step; a step that was skipped leaves nothing behind.
 
         Both arguments and the result stay on their device, so that nothing waits for a GPU.
 
@@ -144,7 +144,7 @@ def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 
 def fit_rows(state: RecurrentState, rows: int) -> RecurrentState:
-    """As many rows as the batch has: the last batch of an epoch may be smaller than the one before."""
+    """Return as many rows as the batch has: the last batch of an epoch may be smaller than the one before."""
     if state.batch_size == rows:
         return state
     return state.rows([row % state.batch_size for row in range(rows)])

@@ -123,7 +123,7 @@ class Blame:
         return f"{whose}: of {self.damage:.2f} nats, {state}, {attention} (95 % intervals over texts)."
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,

@@ -99,7 +99,7 @@ class Coverage:
         return [head for _, head in sorted(rows, key=lambda row: -row[0])]
 
     def to_json(self) -> dict[str, Any]:
-        """For results and the report's map: a list of heads a layer."""
+        """Return plain data for results: for each layer a list of its heads."""
         table = {
             name: [getattr(layer, attribute).tolist() for layer in self.layers]
             for name, attribute in (

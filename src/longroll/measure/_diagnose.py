@@ -70,7 +70,7 @@ class Diagnosis:
         return DiagnosisResult.from_json(data, source="diagnosis")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: numbers that are not finite become null."""
+        """Return plain data; numbers that are not finite become null."""
         return self.result().to_json()
 
 

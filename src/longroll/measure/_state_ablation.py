@@ -129,7 +129,7 @@ class CausalTest:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For results; the lists are rows of the report's table."""
+        """Return plain data for results: lists of the rows of the report's table."""
         return {
             "damage": self.damage,
             "mode": self.mode,
@@ -338,7 +338,9 @@ class _Trials:
         _, self.at_edge = lm(self.tokens[:, :train_length], logits=False)
 
     def losses(self, choices: Sequence[list[Head]], spans: list[tuple[int, int]]) -> list[Tensor]:
-        """For each choice of heads, the mean loss of every text over every span, (B, spans) float64."""
+        """Return, for each choice of heads, the mean loss of every text over every span, (B, spans)
+        float64.
+        """
         step = self.at_once
         means: list[Tensor] = []
         mine = choices[self.share.part :: self.share.parts]

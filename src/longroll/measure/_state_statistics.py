@@ -122,7 +122,9 @@ class StateStatistics:
     """Layer -> name -> (positions,): the same, without rank, of its conv tails and token shifts."""
 
     def to_json(self) -> dict[str, Any]:
-        """For results: a layer's own numbers, and its heads' std where there are at most 64 heads."""
+        """Return plain data for results: the numbers of each layer, and its heads' std where there are at
+        most 64 heads.
+        """
         rows = []
         for index, stats in zip(self.layer_indices, self.layers, strict=True):
             heads = stats["std"].shape[1]

@@ -34,7 +34,7 @@ class Advice:
     """Estimate on this device, from the speed of the roll-out."""
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return asdict(self)
 
 

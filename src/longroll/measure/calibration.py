@@ -63,7 +63,7 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return {**vars(self), "octaves": [list(octave) for octave in self.octaves], "sentence": self.sentence}
 
 

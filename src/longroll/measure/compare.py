@@ -54,7 +54,7 @@ class Comparison:
     """Over the last octave of positions; None where the runs end at different ones."""
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return asdict(self)
 
     @property

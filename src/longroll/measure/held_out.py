@@ -44,7 +44,7 @@ class Reading:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return asdict(self)
 
 

@@ -47,7 +47,7 @@ class IIDTest:
         return real.nanmedian().item(), drawn.nanmedian().item()
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         state_rank, noise_rank = self.ranks
         return {"share_not_iid": self.share, "state_rank": state_rank, "noise_rank": noise_rank}
 

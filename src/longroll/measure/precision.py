@@ -43,7 +43,7 @@ class Precision:
     """Whether float32 weights read past that position with finite losses; None where this was not tried."""
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return asdict(self)
 
     @property

@@ -59,7 +59,7 @@ class Remembrance:
         return self._interval[2]
 
     def to_json(self) -> dict[str, Any]:
-        """For results; null where the start is not before the end."""
+        """Return plain data for results, null where the start is not before the end."""
         values = {"mean": self.mean, "low": self.low, "high": self.high}
         return {
             "starts": self.starts,

@@ -36,7 +36,7 @@ class EndDrift:
         return self.drift < LEAST_DRIFT or self.p > 0.01
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """Return plain data for results."""
         return {"drift": self.drift, "p": self.p, "stationary": self.stationary}
 
 

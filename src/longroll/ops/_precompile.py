@@ -58,7 +58,7 @@ def precompile(call: Callable[..., tuple[Tensor | None, ...]], arguments: dict[s
 
 
 def _forward_and_backward(call: Callable[..., tuple[Tensor | None, ...]], arguments: dict[str, Any]) -> None:
-    """Both in this thread, where autograd would run backward in its own."""
+    """Run forward and backward in this thread; autograd would run backward in another one."""
     alone = {
         name: a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
         for name, a in arguments.items()
