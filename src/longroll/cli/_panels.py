@@ -25,7 +25,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     ),
     "Hardware": (
         "device", "dtype", "chunk_size", "bf16", "weights", "gradient_checkpointing", "cuda_graphs",
-        "fsdp", "fsdp_config", "plan",
+        "deterministic", "fsdp", "fsdp_config", "plan", "gpus", "memory",
     ),
     "Output": (
         "output", "json", "format", "push_to_hub", "report_to", "save_steps", "resume", "label", "card",

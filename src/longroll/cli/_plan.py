@@ -43,6 +43,7 @@ def plan(
     from rich.table import Table
 
     from longroll.cli._console import hush_libraries, out
+    from longroll.cli._flags import in_flags, running
     from longroll.errors import LongrollError
     from longroll.memory import GIB, memory_of
     from longroll.outline import outline
@@ -71,7 +72,8 @@ def plan(
     for setting in settings_for(asked, gpus):
         each = subject.tokens_per_second(setting)
         what = f"{batch_size} x {trained:,}"
-        rows.append(_row(setting.name, setting.flags, what, subject.training(setting), each * gpus, room))
+        flags = in_flags(setting.arguments, running)
+        rows.append(_row(setting.name, flags, what, subject.training(setting), each * gpus, room))
     sizes = subject.sizes
     kept = sizes.keys_and_values(length) / 2**20
     precision = str(weights_dtype).removeprefix("torch.")

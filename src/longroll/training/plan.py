@@ -62,11 +62,11 @@ class Setting:
     """Gradients of earlier micro-batches are there."""
 
     @property
-    def flags(self) -> str:
-        """The flags of `longroll posttrain`."""
-        parts = [f"--lora-rank {self.lora_rank}"] if self.lora_rank else []
-        parts += ["--gradient-checkpointing"] if self.gradient_checkpointing else []
-        parts += [f"--fsdp on {self.shards} GPUs"] if self.shards > 1 else []
+    def arguments(self) -> str:
+        """The arguments of a run that make the setting, in backticks."""
+        parts = [f"`lora_rank` {self.lora_rank}"] if self.lora_rank else []
+        parts += ["`gradient_checkpointing`"] if self.gradient_checkpointing else []
+        parts += [f"`fsdp` on {self.shards} GPUs"] if self.shards > 1 else []
         return " ".join(parts) or "all weights"
 
     @property
@@ -305,7 +305,7 @@ def fitting_line(lm: RecurrentLM, options: Any) -> str:
         logger.debug("no plan of what fits: %s", first_line(error))
         return ""
     held = f"{takes:.3g} GiB of {room / GIB:.3g}"
-    return f" By `longroll plan`, {fits.rows} rows with {fits.flags} take {held}."
+    return f" By `longroll plan`, {fits.rows} rows with {fits.arguments} take {held}."
 
 
 def settings_for(setting: Setting, gpus: int) -> list[Setting]:
