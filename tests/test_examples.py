@@ -49,7 +49,17 @@ def test_commands_take_a_plugin(tmp_path, monkeypatch, capsys):
     """A name that the plug-in knows; then the folder that posttrain made of it."""
     torch.manual_seed(0)
     flags = ("--plugin", "examples.own_gru:build", "--device", "cpu")
-    trained = ("--steps", 2, "--batch-size", 2, "--output", tmp_path / "model", "--intervention", "sp")
+    trained = (
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--output",
+        tmp_path / "model",
+        "--intervention",
+        "sp",
+        "--force",
+    )
     assert run(monkeypatch, "posttrain", "gru", *flags, *trained) == 0
     assert json.loads((tmp_path / "model" / "config.json").read_text())["plugin"] == "examples.own_gru:build"
     measure = ("--length", 64, "--sequences", 2)

@@ -198,13 +198,13 @@ def grow(hidden, state):
             "forward returns a tensor of shape (2, 2, 29)",
         ),
         (Lambda(lambda hidden, state: (hidden, None)), "returns NoneType as state"),
-        (Lambda(lambda hidden, state: (hidden, {})), "returns no state"),
+        (Lambda(lambda hidden, state: (hidden, {})), "returns a state without tensors"),
         (Lambda(lambda hidden, state: (hidden, {"h": state, "n": 3})), "returns int as n"),
         (Lambda(lambda hidden, state: (hidden, state.sum(0))), "no axis is the batch"),
         (Lambda(lambda hidden, state: (hidden, state @ state.mT)), "more than one axis may be the batch"),
         (Lambda(lambda hidden, state: (hidden, torch.complex(state, state))), "state is complex"),
         (Lambda(lambda hidden, state: (hidden, {"a.b": state, "a": {"b": state}})), "have one name"),
-        (Lambda(grow), "needs a family of its own (longroll.register_family)"),
+        (Lambda(grow), "needs its own family (longroll.register_family)"),
         (nn.Embedding(VOCAB, VOCAB), "forward(ids, state) fails where state is None"),
         (nn.GRU(2, 2), "forward(ids, state) fails where state is None"),
     ],
@@ -320,7 +320,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, cap):
             lm = longroll.wrap(module, vocab_size=VOCAB, head=logits)
         else:
             lm = longroll.wrap(_After(module, logits), vocab_size=VOCAB)
-        monkeypatch.setattr(loss, "_LOGITS", 1 << 29 if whole else 1)
+        monkeypatch.setattr(loss, "LOGITS", 1 << 29 if whole else 1)
         monkeypatch.setattr(loss, "_WIDTHS", 0)
         value, _ = loss.loss_and_state(lm, ids, targets)
         value.backward()

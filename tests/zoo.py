@@ -49,7 +49,10 @@ def assert_same_state(actual: RecurrentState, expected: RecurrentState, toleranc
 
 
 def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
-    """The same plain data: numbers to seven digits, effective ranks, which hold fewer, to six."""
+    """The same plain data: numbers to seven digits, effective ranks, which hold fewer, to six.
+
+    The seven digits of a ratio are an absolute error of its logarithm.
+    """
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
@@ -59,7 +62,8 @@ def assert_same_numbers(found: Any, expected: Any, where: str = "") -> None:
         for i, value in enumerate(expected):
             assert_same_numbers(found[i], value, f"{where}[{i}]")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6 if "rank" in where else 1e-7, abs=1e-9), where
+        relative, absolute = 1e-6 if "rank" in where else 1e-7, 1e-7 if ".log_" in where else 1e-9
+        assert found == pytest.approx(expected, rel=relative, abs=absolute), where
     else:
         assert found == expected, where
 

@@ -52,7 +52,7 @@ def test_a_slower_path_says_why(op, device, dtype, sizes, reason, installed):
     [
         (torch.bfloat16, (128, 64), 99 << 10, None),
         (torch.bfloat16, (256, 64), 227 << 10, None),
-        (torch.bfloat16, (256, 64), 99 << 10, "a block has 99"),  # an RTX 4090, an L4
+        (torch.bfloat16, (256, 64), 99 << 10, "99 are there"),  # an RTX 4090, an L4
         (torch.float16, (128, 64), 227 << 10, "float16"),
         (torch.float32, (64, 64), 227 << 10, None),
         (torch.float32, (128, 64), 227 << 10, "compile"),

@@ -205,7 +205,7 @@ def test_a_loss_in_pieces_is_the_whole_on_a_gpu(bf16, monkeypatch):
     losses, gradients = [], []
     for tokens_at_once in (10_000, 70):
         lm = RecurrentLM(build("mamba2").cuda()).train()
-        monkeypatch.setattr("longroll.training.loss._LOGITS", tokens_at_once * lm.vocab_size)
+        monkeypatch.setattr("longroll.training.loss.LOGITS", tokens_at_once * lm.vocab_size)
         monkeypatch.setattr("longroll.training.loss._WIDTHS", 0)
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             loss, _ = loss_and_state(lm, ids[:, :-1], ids[:, 1:])

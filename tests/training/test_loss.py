@@ -42,7 +42,7 @@ def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypat
     """Heads that scale, cap and share their weights with the embedding; targets that count not."""
 
     def measured(pieces: int):
-        monkeypatch.setattr(module, "_LOGITS", pieces * VOCAB)
+        monkeypatch.setattr(module, "LOGITS", pieces * VOCAB)
         monkeypatch.setattr(module, "_WIDTHS", 0)
         lm, ids = lm_of(name).train(), tokens(2, 14)
         lm.model.get_output_embeddings().requires_grad_(not frozen)
@@ -65,7 +65,7 @@ def test_in_pieces_it_is_the_whole(name, bf16, frozen, tokens_at_once, monkeypat
 @pytest.mark.parametrize(("gradient", "pieces"), [(True, 3), (False, 12)])
 def test_pieces_are_of_some_widths_of_the_model_where_there_is_a_gradient(gradient, pieces, monkeypatch):
     """Of 24 tokens: two at once, or four times as many where a piece adds to the head's gradient."""
-    monkeypatch.setattr(module, "_LOGITS", 2 * VOCAB)
+    monkeypatch.setattr(module, "LOGITS", 2 * VOCAB)
     lm, ids = lm_of("mamba2").train(), tokens(2, 13)
     heads = []
     lm.model.get_output_embeddings().register_forward_hook(lambda *_: heads.append(1))
@@ -81,7 +81,7 @@ def test_pieces_are_of_some_widths_of_the_model_where_there_is_a_gradient(gradie
 
 def test_float16_is_not_taken_to_pieces(monkeypatch):
     """Its gradients want the scale that comes only with backward."""
-    monkeypatch.setattr(module, "_LOGITS", VOCAB)
+    monkeypatch.setattr(module, "LOGITS", VOCAB)
     monkeypatch.setattr(module, "_WIDTHS", 0)
     monkeypatch.setattr(module, "_InPieces", None)
     lm, ids = lm_of("mamba2").train(), tokens(2, 14)

@@ -53,7 +53,7 @@ WAYS = {
 
 def _measured(name, way, bf16, tmp_path, monkeypatch, *, pieces):
     """Loss, final state, gradients and the most tokens that had logits at once."""
-    monkeypatch.setattr(losses, "_LOGITS", 4 * VOCAB)
+    monkeypatch.setattr(losses, "LOGITS", 4 * VOCAB)
     monkeypatch.setattr(losses, "_WIDTHS", 0)
     model = build(name).train()
     most = []
