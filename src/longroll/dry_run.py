@@ -88,7 +88,7 @@ def _all_of(index: Tensor | None) -> list[Tensor | None]:
 
 @contextmanager
 def dry_run() -> Iterator[Ledger]:
-    """Return within it, tensors have no numbers, and the ledger that it yields counts their bytes."""
+    """Run operations without numbers, and yield the ledger that counts the bytes of their tensors."""
     torch_log = logging.getLogger("torch._subclasses.fake_tensor")
     before = torch_log.level
     torch_log.setLevel(logging.CRITICAL)

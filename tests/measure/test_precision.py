@@ -62,7 +62,7 @@ def test_what_is_not_finite_in_float32_either_is_not_the_dtypes_fault():
 
 
 def test_without_memory_for_float32_nothing_is_claimed(monkeypatch):
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0})())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 0})())
     found = diagnose(
         overflows_late(), zoo.tokens(4, 161), train_length=TRAIN_LENGTH, chunk_size=32, explain=False
     )

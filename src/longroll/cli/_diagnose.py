@@ -63,7 +63,7 @@ def diagnose(
     """Measure the loss at every position up to --length: whether, where and why a model breaks."""
     from longroll.cli._console import console, levels_table, out
     from longroll.files import is_stream, write_whole
-    from longroll.measure.roll_out import chunk_tokens
+    from longroll.measure.roll_out import default_chunk
     from longroll.ranks import join, rank, wait
     from longroll.report import write_report
     from longroll.report.export import slug
@@ -114,8 +114,8 @@ def diagnose(
         if output:
             write_report(runs, output / "report.html")
 
-    chunk = chunk_size or max(64, chunk_tokens(lm) // len(tokens))
-    planned = reading_line(lm, len(tokens), length, chunk)
+    chunk = chunk_size or default_chunk(lm, len(tokens))
+    planned = reading_line(lm, len(tokens), length, chunk) if rank() == 0 else None
     if planned is not None:
         console.print(planned, highlight=False, soft_wrap=True)
     found = run_diagnosis(

@@ -383,7 +383,7 @@ def posttrain(
             raise LongrollError(f"`until_healthy`: {missing}: give more, or longer, text.")
         if held_out is None:
             console.print(f"Not looked whether the model breaks: {missing}.", highlight=False, soft_wrap=True)
-    planned = training_line(lm, setting_of(lm, options), options.tokens)
+    planned = training_line(lm, setting_of(lm, options), options.tokens) if rank() == 0 else None
     if planned is not None:
         console.print(planned, highlight=False, soft_wrap=True)
     began = time.perf_counter()

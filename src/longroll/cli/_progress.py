@@ -90,9 +90,13 @@ class Lines:
         since, before = self.first
         if not total or done <= before:
             return ""
-        seconds = round((total - done) * (now - since) / (done - before))
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02}:{rest % 60:02} left"
+        return f"{clock((total - done) * (now - since) / (done - before))} left"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 def training_progress(advance: Callable[..., None], *, tokens: int) -> TrainerCallback:

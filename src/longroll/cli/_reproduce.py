@@ -309,15 +309,17 @@ def _write_pages(output: Path, settings: dict[str, Any]) -> None:
 def _plan_table(chosen: Sequence[Checkpoint], taken: Sequence[Need]) -> Table:
     from rich.table import Table
 
+    from longroll.cli._progress import clock
+
     table = Table(title="Plan: estimates, before anything is read")
     for head in ("model", "rows at a time", "memory, GiB", "time", "disk, GiB"):
         table.add_column(head, justify="left" if head == "model" else "right")
     for one, need in zip(chosen, taken, strict=True):
         rows = f"{need.rows}{', recomputed' if need.checkpointing else ''}"
         memory = f"{need.memory / 2**30:.0f}{'' if need.fits else ' (does not fit)'}"
-        table.add_row(one.name, rows, memory, _hours(need.seconds), f"{need.disk / 2**30:.1f}")
+        table.add_row(one.name, rows, memory, clock(need.seconds), f"{need.disk / 2**30:.1f}")
     total, most = sum(need.seconds for need in taken), max(need.disk for need in taken)
-    table.add_row("all", "", "", _hours(total), f"{most / 2**30:.1f} at a time")
+    table.add_row("all", "", "", clock(total), f"{most / 2**30:.1f} at a time")
     return table
 
 
@@ -338,8 +340,3 @@ def _summary_tables(output: Path) -> list[Table]:
         paper = f"{at_range or '-'}, {at_far or '-'}" if at_range + at_far else ""
         tables[model].add_row(row.arm, *numbers, paper)
     return list(tables.values())
-
-
-def _hours(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +171,7 @@ def _finite_in_float32(lm: RecurrentLM, tokens: Tensor) -> bool | None:
     short.
     """
     need = 4 * sum(p.numel() for p in lm.model.parameters())
-    room = free_bytes(lm.device) if lm.device.type == "cuda" else psutil.virtual_memory().available
+    room = free_bytes(lm.device)
     if room < 1.25 * need:
         return None
     with suppress(torch.OutOfMemoryError), in_float32(lm):

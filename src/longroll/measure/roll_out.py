@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -36,6 +37,11 @@ def chunk_tokens(lm: RecurrentLM) -> int:
     return max(_CPU_TOKENS, min(_GPU_TOKENS, room))
 
 
+def default_chunk(lm: RecurrentLM, rows: int) -> int:
+    """Return how many tokens of each of `rows` texts a reading takes at a time where nobody says."""
+    return max(64, chunk_tokens(lm) // rows)
+
+
 def rows_at_once(lm: RecurrentLM, tokens: int, most: int) -> int:
     """Return how many rows, at most `most`, a reading takes together within about the memory of the loss.
 
@@ -51,7 +57,9 @@ def rows_at_once(lm: RecurrentLM, tokens: int, most: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return memory of a GPU that PyTorch can still hand out."""
+    """Return memory of a GPU that PyTorch can still hand out, or the main memory that is available."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -92,7 +100,7 @@ def roll_out(
     if chunk_size is not None and chunk_size < 1:
         raise LongrollError(f"`chunk_size` {chunk_size}: a chunk has at least one token.")
     input_ids = input_ids.to(lm.device)
-    chunk_size = chunk_size or max(64, chunk_tokens(lm) // rows)
+    chunk_size = chunk_size or default_chunk(lm, rows)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
     cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
     cuts = [cut for cut in cuts if cut >= first]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longroll.errors import LongrollError
+from longroll.interventions.recipes import NAMES
 
 TRAIN_LENGTH = 2048
 """T of every checkpoint (Gu and Dao 2023, section 4.2; Dao and Gu 2024, section 9.2)."""
@@ -14,10 +15,7 @@ TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 ARMS = {
     "none": "none: plain steps",
-    "random": "Random Noise",
-    "fitted": "Fitted Noise",
-    "sp": "State Passing",
-    "tbptt": "TBPTT",
+    **{name: NAMES[name] for name in ("random", "fitted", "sp", "tbptt")},
     "longroll": "default recipe of longroll",
 }
 """What a model is post-trained by: the paper's interventions and control, and longroll's default recipe."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from longroll.measure.roll_out import free_bytes
 from longroll.reproduce.checkpoints import TRAIN_LENGTH, Checkpoint
+from longroll.training.plan import matrix_rate
 
 _STATIC = 16  # bytes a parameter: float32 weights, gradients and AdamW's two moments
 _KEPT = 30  # bytes of activations a token, layer and number of d_model, that backward reads
@@ -49,20 +49,9 @@ class Machine:
         """Measure a device by a few matrix products."""
         device = torch.device(device)
         gpu = device.type == "cuda"
-        size, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        seconds = []
-        for _ in range(4):
-            began = time.perf_counter()
-            a @ a
-            if gpu:
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        flops = 2 * size**3 / min(seconds)
-        if gpu:
-            free, _ = torch.cuda.mem_get_info(device)
-            return cls(free, flops, torch.cuda.get_device_name(device))
-        return cls(_free_memory(), flops, f"CPU, {torch.get_num_threads()} threads")
+        flops = matrix_rate(device, torch.bfloat16 if gpu else torch.float32)
+        name = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+        return cls(free_bytes(device), flops, name)
 
 
 @dataclass(frozen=True)
@@ -127,12 +116,3 @@ def needs(
         disk = 4 * one.parameters * copies + 12 * one.parameters * saves
         found.append(Need(rows, checkpointing, memory, seconds, disk, memory <= _ROOM * machine.memory))
     return found
-
-
-def _free_memory() -> float:
-    """Bytes of main memory that are available."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8.0 * 2**30

@@ -321,9 +321,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
     def _from_state(
         self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None
     ) -> Iterator[dict[str, RecurrentState]]:
-        """Return within it, the model's body reads `rows` from `state`, whoever calls it; gives the final
-        state.
-        """
+        """Have the body of the model read `rows` from `state`, whoever calls it; yield the final state."""
         body = self.base.base_model
         reading: dict[str, RecurrentState] = {}
         original, replaced = body.forward, "forward" in vars(body)

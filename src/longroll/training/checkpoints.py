@@ -34,6 +34,11 @@ _LOST = re.compile("gloo|NCCL|Connection|Broken pipe")  # what is said of a proc
 logger = logging.getLogger("longroll")
 
 
+def checkpoint_of(folder: str | Path, step: int) -> Path:
+    """Return where Trainer keeps the checkpoint of a step."""
+    return Path(folder) / f"{_PREFIX}{step}"
+
+
 def commit(partial: Path, folder: Path) -> None:
     """Turn the finished folder `partial` into the checkpoint `folder`, on the same file system.
 

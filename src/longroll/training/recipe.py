@@ -60,8 +60,7 @@ def by_recipe(
         lm: the model.
         data: the text, or rows of a task, that the run will read.
         options: the options of the run; `learning_rate`, `decay_speed` and `trainable` are the recipe's
-            where they are
-            None.
+            where they are None.
         recipe: a name in `longroll.interventions.recipes.RECIPES`.
         intervention: a short name; None: chosen by the recipe from the documents of `data`.
         zero_probability: share of rows that start from the zero state; None: the recipe's.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -18,6 +17,7 @@ from longroll.errors import LongrollError
 from longroll.measure.advice import LEAVE_ALONE
 from longroll.measure.held_out import HeldOutData, Reading
 from longroll.model import RecurrentLM
+from longroll.training.checkpoints import checkpoint_of
 
 PATIENCE = 2
 """Measures without progress, or over the budget, after which a run ends."""
@@ -155,11 +155,6 @@ class UntilHealthy(TrainerCallback):
             f"Step {state.global_step}: in range {reading.in_range:.3f}{paid}, far {reading.far:.3f}. "
             f"{reading.sentence} ({reading.seconds:.1f} s)"
         )
-
-
-def checkpoint_of(folder: str | Path, step: int) -> Path:
-    """Return where Trainer keeps the checkpoint of a step."""
-    return Path(folder) / f"checkpoint-{step}"
 
 
 def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:

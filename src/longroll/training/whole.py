@@ -67,8 +67,8 @@ class WholeCheckpointsMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = folder / checkpoints.PARTIAL / name
+        whole = checkpoints.checkpoint_of(folder, self.state.global_step)
+        partial = folder / checkpoints.PARTIAL / whole.name
         self._aside = True
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -76,12 +76,12 @@ class WholeCheckpointsMixin:
             self._aside = False
         self._finish_current_push()  # type: ignore[attr-defined]  # of a folder about to be renamed
         if self.state.best_model_checkpoint == str(partial):
-            self.state.best_model_checkpoint = str(folder / name)
+            self.state.best_model_checkpoint = str(whole)
             if self.args.should_save:
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.commit(partial, folder / name)
+            checkpoints.commit(partial, whole)
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
