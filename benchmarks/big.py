@@ -38,8 +38,9 @@ from longroll.conformance.tiny import CONFIGS
 from longroll.measure.roll_out import roll_out
 from longroll.results import BenchmarkResult, provenance
 from longroll.training import PosttrainOptions
-from longroll.training._posttrain import _arguments, _with_lora
 from longroll.training.graphs import StepGraph
+from longroll.training.lora import with_lora
+from longroll.training.options import trainer_arguments
 from longroll.training.trainer import InitialStateTrainer
 
 PEAK = {"NVIDIA H200": 990e12, "NVIDIA H100 80GB HBM3": 990e12}  # dense bf16, from the data sheets
@@ -447,8 +448,8 @@ def posttrain(
         length=length, steps=steps, batch_size=rows, bf16=True, lora_rank=rank, learning_rate=5e-4, **options
     )
     clock = _Clock(bench)
-    model: Any = _with_lora(lm.model, rank)
-    arguments = _arguments(lm, given, bench.folder / shape)
+    model: Any = with_lora(lm.model, rank)
+    arguments = trainer_arguments(lm, given, bench.folder / shape)
     arguments.save_strategy = "no"
     trainer = InitialStateTrainer(
         model, arguments, intervention="sp", cuda_graphs=given.cuda_graphs, weights=given.weights,

@@ -104,7 +104,7 @@ class Ground:
 
         from longroll.conformance.tiny import build
         from longroll.model import RecurrentLM
-        from longroll.training._posttrain import _with_lora
+        from longroll.training.lora import with_lora
 
         for name, family in (("model", "mamba2"), ("hybrid", "falcon_h1")):
             model = build(family, 0, vocab_size=256)
@@ -133,7 +133,7 @@ class Ground:
         for name, argv in (("diagnosis", self.diagnose()), ("task", self.passkey())):
             made = run(*argv, "--json", self.root / f"{name}.json")
             assert made.status == "0", made
-        adapted = _with_lora(RecurrentLM(build("mamba2", 0, vocab_size=256)).model, 2)
+        adapted = with_lora(RecurrentLM(build("mamba2", 0, vocab_size=256)).model, 2)
         adapted.peft_config["default"].base_model_name_or_path = str(self.root / "model")
         adapted.save_pretrained(self.root / "adapter")
         (self.root / "fsdp.json").write_text(json.dumps({"reshard_after_forward": True, "min_num_params": 0}))

@@ -342,7 +342,7 @@ def fsdp(options: argparse.Namespace, *, adapters: bool = False) -> dict[str, An
     import torch
 
     from longroll.interventions import StatePassing
-    from longroll.training._posttrain import _with_lora
+    from longroll.training.lora import with_lora
     from longroll.training.weights import set_precision
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" else "cpu"
@@ -350,7 +350,7 @@ def fsdp(options: argparse.Namespace, *, adapters: bool = False) -> dict[str, An
     parameters = sum(p.numel() for p in model.parameters())
     if adapters:
         set_precision(model, torch.bfloat16)
-        model = _with_lora(model, 16)
+        model = with_lora(model, 16)
     turns, steps = 3, 3
     trainer = trainer_of(model, options, turns * steps, options.big_batch, options.length, fsdp=True)
     clock = Clock(trainer, {"sp": StatePassing()}, steps)

@@ -42,8 +42,8 @@ from longroll import RecurrentLM
 from longroll.interventions import Intervention
 from longroll.results import provenance, write_json
 from longroll.state import RecurrentState
-from longroll.training._posttrain import _with_lora
 from longroll.training.graphs import StepGraph
+from longroll.training.lora import with_lora
 from longroll.training.loss import hidden_loss
 from longroll.training.weights import DECAYS, projects
 
@@ -245,7 +245,7 @@ class Run:
             self.steps.reference = RecurrentLM(copy.deepcopy(model).eval().requires_grad_(False))
         lm, adapted = self.lm, None
         if arm.train == "lora":
-            adapted = _with_lora(model, LORA)
+            adapted = with_lora(model, LORA)
             lm = RecurrentLM(adapted, name=self.name)
         matrices = projects(model)
         for name, parameter in model.named_parameters():

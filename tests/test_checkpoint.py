@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import longroll
 from longroll import LongrollError, RecurrentLM
 from longroll.checkpoint import stored_tensors
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.saving import save_checkpoint
 from zoo import assert_close, build, tokens
 
@@ -112,7 +112,7 @@ def test_an_adapter_that_cannot_be_read_is_refused(adapted):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mamba", "jamba", "rwkv7"])
 def test_a_peft_model_is_read_with_its_adapters(name):
-    model = _with_lora(build(name), 2)
+    model = with_lora(build(name), 2)
     ids = tokens(2, 20)
     plain = RecurrentLM(build(name))(ids)[0]
     for key, parameter in model.named_parameters():

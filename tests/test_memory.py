@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longroll import LongrollError, StatePassing, memory
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.loss import loss_and_state
 from zoo import lm_of, tokens
 
@@ -17,7 +17,7 @@ FAMILIES = ["mamba", "mamba2", "falcon_h1", "gla", "rwkv7"]
 def test_weights_gradients_moments_and_states_are_what_a_step_holds(family, rank):
     lm = lm_of(family)
     if rank:
-        lm.adapted = _with_lora(lm.model, rank)
+        lm.adapted = with_lora(lm.model, rank)
     model = lm.adapted or lm.model
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, passing, ids = torch.optim.AdamW(trained), StatePassing(), tokens(3, 17)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from longroll.model import RecurrentLM, load, wrap
     from longroll.state import RecurrentState, StateKey
     from longroll.training._mixin import InitialStateMixin
-    from longroll.training._posttrain import PosttrainOptions, posttrain
+    from longroll.training._posttrain import posttrain
+    from longroll.training.options import PosttrainOptions
     from longroll.training.trainer import InitialStateTrainer
 
     __version__: str

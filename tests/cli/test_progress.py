@@ -55,7 +55,7 @@ def test_a_resumed_run_judges_its_speed_by_its_own_steps(monkeypatch):
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
 def test_a_logger_that_is_not_installed_is_one_line(name, monkeypatch):
-    monkeypatch.setattr("longroll.training._posttrain.find_spec", lambda _: None)
+    monkeypatch.setattr("longroll.training.options.find_spec", lambda _: None)
     with pytest.raises(LongrollError, match=f"`report_to` {name} .*pip install {name}"):
         PosttrainOptions(length=8, report_to=name)
     assert PosttrainOptions(length=8).report_to == "none"

@@ -4,7 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.trainer import DECAYS
 from zoo import build
 
@@ -27,7 +27,7 @@ def test_every_parameter_is_in_one_group_and_only_decays_are_faster(family, tmp_
 
 @pytest.mark.parametrize(("family", "rank"), [("delta_net", 0), ("minimax", 0), ("mamba2", 2)])
 def test_a_speed_that_nothing_learns_at_is_refused(family, rank, tmp_path):
-    model = _with_lora(build(family), rank)
+    model = with_lora(build(family), rank)
     with pytest.raises(LongrollError, match="decay_speed"):
         InitialStateTrainer(model, TrainingArguments(output_dir=str(tmp_path)), decay_speed=30.0)
 

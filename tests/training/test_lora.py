@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longroll.model import RecurrentLM
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from zoo import assert_close, build, tokens
 
 FAMILIES = [
@@ -27,7 +27,7 @@ FAMILIES = [
 @pytest.mark.filterwarnings("ignore")
 def test_every_adapter_learns_and_merges(name):
     lm = RecurrentLM(build(name).train())
-    model = _with_lora(lm.model, 2)
+    model = with_lora(lm.model, 2)
     logits, _ = lm(tokens(2, 20))
     logits.float().logsumexp(-1).sum().backward()
     adapters = {key: p for key, p in model.named_parameters() if "lora_B" in key}

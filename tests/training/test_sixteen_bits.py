@@ -20,7 +20,7 @@ from longroll import (
 )
 from longroll.data import Corpus, Windows
 from longroll.training import posttrain
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.weights import projects
 from zoo import VOCAB, build
 
@@ -79,7 +79,7 @@ def test_transformers_opens_it_in_the_checkpoints_dtype(tmp_path):
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_lora_leaves_the_frozen_base_in_16_bits(dtype, tmp_path):
-    model = _with_lora(build("mamba2", dtype=dtype), 2)
+    model = with_lora(build("mamba2", dtype=dtype), 2)
     arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
     data = Windows(CORPUS, 8, num_items=64)
     InitialStateTrainer(model, arguments, intervention=StatePassing(), train_dataset=data).train()

@@ -25,7 +25,7 @@ from longroll import (
 from longroll.data import Corpus, Lanes, Windows
 from longroll.families import _dispatch
 from longroll.training import PosttrainOptions, posttrain
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.loss import next_token_loss
 from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
 
@@ -210,7 +210,7 @@ class Spy(InitialStateTrainer):
 
 def opened(name, state_dict, lora):
     """The model with these weights, as longroll reads it in float32 without any of Trainer's features."""
-    model = _with_lora(build(name), 4) if lora else build(name)
+    model = with_lora(build(name), 4) if lora else build(name)
     model.load_state_dict(state_dict)
     return RecurrentLM(model.merge_and_unload() if lora else model).eval()
 
@@ -230,7 +230,7 @@ def opened(name, state_dict, lora):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_the_state_enters_the_loss(name, kind, options, lora, tmp_path):
-    model = _with_lora(build(name), 4) if lora else build(name)
+    model = with_lora(build(name), 4) if lora else build(name)
     before = weights(model)
     intervention = KINDS[kind]()
     trainer = train(
@@ -312,7 +312,7 @@ def test_a_step_that_died_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(_dispatch.ops, "short_conv", die)
-        train(_with_lora(build("jamba"), 2), StatePassing(), data_for("sp"), tmp_path)
+        train(with_lora(build("jamba"), 2), StatePassing(), data_for("sp"), tmp_path)
     assert torch.equal(model(ids).logits, expected)
 
 

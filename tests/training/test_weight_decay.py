@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from longroll import InitialStateTrainer
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from longroll.training.weights import DECAYS
 from zoo import EVERY, build
 
@@ -57,7 +57,7 @@ def test_faster_decays_do_not_decay(name, tmp_path):
 
 
 def test_adapters_decay(tmp_path):
-    model = _with_lora(build("mamba2"), 2)
+    model = with_lora(build("mamba2"), 2)
     assert decayed(model, tmp_path) == {n for n, p in model.named_parameters() if "lora_" in n}
 
 

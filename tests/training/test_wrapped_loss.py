@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from longroll.interventions import StatePassing
 from longroll.training import InitialStateTrainer
 from longroll.training import loss as losses
-from longroll.training._posttrain import _with_lora
+from longroll.training.lora import with_lora
 from zoo import VOCAB, assert_close, assert_same_state, build, tokens
 
 FAMILIES = ["mamba2", "bamba", "granitemoehybrid", "gla"]
@@ -34,7 +34,7 @@ def _fsdp(model):
 
 
 def _lora(model):
-    adapted = _with_lora(model, 2)
+    adapted = with_lora(model, 2)
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

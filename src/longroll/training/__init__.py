@@ -2,7 +2,8 @@
 
 from longroll.measure.held_out import HeldOut
 from longroll.training._mixin import InitialStateMixin
-from longroll.training._posttrain import PosttrainOptions, posttrain
+from longroll.training._posttrain import posttrain
+from longroll.training.options import PosttrainOptions
 from longroll.training.recipe import Prepared, by_recipe
 from longroll.training.stop import stops_between_steps
 from longroll.training.trainer import InitialStateTrainer

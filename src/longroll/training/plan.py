@@ -29,7 +29,9 @@ from longroll.measure.roll_out import CHUNKS
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+from longroll.training.lora import with_lora
 from longroll.training.loss import LOGITS, hidden_loss
+from longroll.training.options import PosttrainOptions, autocasts
 
 logger = logging.getLogger("longroll")
 
@@ -183,13 +185,11 @@ class Outline:
         return self._counted(self._training, setting)
 
     def _training(self, setting: Setting, *, device: torch.device) -> Memory:
-        from longroll.training._posttrain import _with_lora
-
         adapters = setting.lora_rank > 0
         with self._model(self.dtype if adapters else torch.float32, device) as (lm, ledger):
             model = lm.model
             if adapters:
-                _with_lora(model, setting.lora_rank)
+                with_lora(model, setting.lora_rank)
             if setting.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
             lm.train()
@@ -275,22 +275,20 @@ def training_line(lm: RecurrentLM, setting: Setting, tokens: int) -> str | None:
     )
 
 
-def setting_of(lm: RecurrentLM, options: Any) -> Setting:
+def setting_of(lm: RecurrentLM, options: PosttrainOptions) -> Setting:
     """Return the setting that `PosttrainOptions` ask for."""
-    from longroll.training._posttrain import _autocasts
-
     return Setting(
         rows=options.batch_size,
         length=options.length,
         lora_rank=options.lora_rank,
         gradient_checkpointing=options.gradient_checkpointing,
         shards=ranks.world_size() if options.fsdp else 1,
-        autocast=_autocasts(lm, options),
+        autocast=autocasts(lm, options),
         accumulates=options.accumulation > 1,
     )
 
 
-def fitting_line(lm: RecurrentLM, options: Any) -> str:
+def fitting_line(lm: RecurrentLM, options: PosttrainOptions) -> str:
     """Return which setting would fit the device where `options` did not; empty where none is known."""
     outline = outline_of(lm)
     asked = setting_of(lm, options)

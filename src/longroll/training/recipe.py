@@ -24,7 +24,7 @@ from longroll.model import RecurrentLM
 from longroll.training.weights import DECAYS
 
 if TYPE_CHECKING:
-    from longroll.training._posttrain import PosttrainOptions
+    from longroll.training.options import PosttrainOptions
 
 
 _TRAINED = {"all": "all weights", "scales": "all but the matrices", "decays": "the decays"}
