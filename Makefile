@@ -37,7 +37,7 @@ test-wheel:
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(PYTHON) dev/lowest.py lora > $(VENV)-lowest/lowest.txt
-	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/lowest.txt -e ".[lora]" pytest pytest-xdist hypothesis psutil
+	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/lowest.txt -e ".[lora]" pytest pytest-xdist hypothesis
 	$(VENV)-lowest/bin/python -m pytest -n 2 -k "not qwen4_exp and not glm5_next" $(SHORT)
 
 test-newest:

@@ -12,7 +12,8 @@ Parts, each in processes of its own, which import side by side and then take tur
 - `lora`: LoRA adapters of rank 16 on the same shape in bfloat16, under FSDP2.
 - `killed`: `posttrain` undisturbed, twice, and killed by SIGKILL on every rank in the midst; `resumed`: that
   run goes on. The weights of all are compared bit by bit; where those of the undisturbed runs differ, runs
-  with `deterministic` are killed and compared instead.
+  with `deterministic` are killed and compared instead (with `--deterministic`: all of them).
+- `unused`: as `ddp` on all GPUs, from the zero state, where DDP looks for parameters without a gradient.
 
 MFU counts 6 flops a parameter and token (4 for LoRA, which needs no gradient of frozen weights), no
 recurrence. Results are written after each part; a part that no time is left for is named in `left_out`.
@@ -32,12 +33,16 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 BEGAN = time.perf_counter()
 ROWS = ("zero", "sp", "tbptt", "fitted", "random")
-SHAPES = {"370m": (1024, 48), "2.7b": (2560, 64), "130m": (768, 24), "toy": (64, 2)}
+SHAPES = {
+    "370m": (1024, 48), "2.7b": (2560, 64), "130m": (768, 24), "mamba-130m": (768, 24),
+    "toy": (64, 2), "mamba-toy": (64, 2),
+}  # fmt: skip
 PEAK = 989.4e12  # dense bf16 of H100 SXM and H200, from the data sheets
 KILLED_AT, STEPS, SAVE = 4, 6, 3
 
@@ -48,17 +53,18 @@ KILLED_AT, STEPS, SAVE = 4, 6, 3
 def parts(ranks: list[int], most: int, only: list[str] | None) -> list[tuple[str, int, list[str]]]:
     """Name, processes and work of each part, the most important first."""
     first = [(f"ddp {n}", n, [f"ddp {n}"]) for n in sorted(ranks)]
-    found = [*first, ("several", most, ["fsdp", "lora", "killed"]), ("resumed", most, ["resumed"])]
+    found = [*first, ("several", most, ["fsdp", "lora", "unused", "killed"])]
+    found += [("resumed", most, ["resumed"])]
     found = [
         (name, n, [work for work in works if not only or work.split()[0] in only]) for name, n, works in found
     ]
     return [part for part in found if part[2]]
 
 
-def launch(name: str, processes: int, works: list[str], place: Path) -> Any:
+def launch(name: str, processes: int, works: list[str], place: Path, ranks: list[int]) -> Any:
     """Start the processes of a part, which wait for their turn once they have imported."""
     worker = [str(Path(__file__).resolve()), *sys.argv[1:], "--place", str(place)]
-    worker += ["--worker", json.dumps(works)]
+    worker += ["--worker", json.dumps(works), "--ranks", *map(str, ranks)]
     command = [sys.executable, *worker]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
@@ -77,8 +83,10 @@ def parent(options: argparse.Namespace) -> None:
     place = Path(tempfile.mkdtemp(prefix="ranks_gpu_", dir="/dev/shm" if memory else None))
     found: dict[str, Any] = {"parts": {}, "left_out": []}
     all_parts = parts(options.ranks, max(options.ranks), options.only)
-    running = {name: launch(name, n, works, place) for name, n, works in all_parts}
+    running = {name: launch(name, n, works, place, options.ranks) for name, n, works in all_parts}
     try:
+        while options.after and not options.after.exists() and time.perf_counter() - BEGAN < options.budget:
+            time.sleep(0.2)
         for name, _, works in all_parts:
             (place / f"{name}.turn").touch()
             while running[name].poll() is None and time.perf_counter() - BEGAN < options.budget:
@@ -93,8 +101,12 @@ def parent(options: argparse.Namespace) -> None:
     finally:
         for process in running.values():
             stop(process)
-        compare(place, found)
+        compare(place, found, options)
         write(found, options)
+        if options.output_of:
+            options.output_of.mkdir(parents=True, exist_ok=True)
+            for log in place.glob("*.log"):
+                shutil.copy(log, options.output_of)
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -120,14 +132,15 @@ def collect(place: Path, found: dict[str, Any], options: argparse.Namespace) -> 
         write(found, options)
 
 
-def compare(place: Path, found: dict[str, Any]) -> None:
+def compare(place: Path, found: dict[str, Any], options: argparse.Namespace) -> None:
     """The weights of the killed and resumed run, and of a second one, against the undisturbed one."""
     pairs = {"undisturbed_twice": ("undisturbed", "again"), "killed_and_resumed": ("undisturbed", "run")}
     if (place / "deterministic").is_dir():
         pairs["killed_and_resumed"] = ("deterministic", "run")
     for what, names in pairs.items():
         if all((place / name / "model.safetensors").is_file() for name in names):
-            found[what] = {"deterministic": "deterministic" in names, **difference(place, *names)}
+            same = options.deterministic or "deterministic" in names
+            found[what] = {"deterministic": same, **difference(place, *names)}
             print(what, found[what], flush=True)
 
 
@@ -156,7 +169,7 @@ def write(found: dict[str, Any], options: argparse.Namespace) -> None:
         }
     if options.json:
         made = provenance(seed=0, seconds=time.perf_counter() - BEGAN, device=options.device)
-        hidden = ("worker", "place", "json")
+        hidden = ("worker", "place", "json", "after", "output_of")
         kept = {name: value for name, value in vars(options).items() if name not in hidden}
         result = {"what": "ranks_gpu", "options": kept, **found, "provenance": made}
         BenchmarkResult.from_json(result).write(options.json)
@@ -189,7 +202,7 @@ def worker(options: argparse.Namespace) -> None:
             line = WORK[kind](options)
         except Exception as error:  # one part must not end the others
             line = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
-            print(line, flush=True)
+            traceback.print_exc()
         if int(os.environ.get("RANK", "0")) == 0:
             whole = options.place / f".{work}"
             whole.write_text(json.dumps(line | {"seconds": round(time.perf_counter() - began, 1)}))
@@ -203,16 +216,22 @@ def worker(options: argparse.Namespace) -> None:
 
 def model_of(name: str, device: str) -> Any:
     import torch
-    from transformers import Mamba2Config, Mamba2ForCausalLM
+    from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
 
     hidden, layers = SHAPES[name]
     torch.manual_seed(0)
-    config = Mamba2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_heads=2 * hidden // 64, head_dim=64, state_size=128,
-        n_groups=1, vocab_size=50288 if name != "toy" else 512, expand=2,
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": 512 if "toy" in name else 50288,
+    }
+    config: Any = MambaConfig(**sizes)
+    if "mamba" not in name:
+        config = Mamba2Config(
+            **sizes, num_heads=2 * hidden // 64, head_dim=64, state_size=128, n_groups=1, expand=2
+        )
     with torch.device(device):
-        return Mamba2ForCausalLM(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def rows_of(count: int, length: int, vocab: int) -> Any:
@@ -320,15 +339,16 @@ def speed(clock: Clock, tokens: int, parameters: int, flops: int, device: str) -
     }
 
 
-def ddp(options: argparse.Namespace) -> dict[str, Any]:
+def ddp(options: argparse.Namespace, names: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
     import torch
 
     from longroll.interventions import INTERVENTIONS
 
     model = model_of(options.shape, options.device)
-    names = ROWS if int(os.environ.get("WORLD_SIZE", "1")) == max(options.ranks) else ROWS[:2]
+    all_rows = int(os.environ.get("WORLD_SIZE", "1")) == max(options.ranks)
+    names = names or (ROWS if all_rows else ROWS[:2])
     steps = options.steps * options.turns * len(names)
-    trainer = trainer_of(model, options, steps, options.batch, options.length)
+    trainer = trainer_of(model, options, steps, options.batch, options.length, **more)
     ways = {name: INTERVENTIONS[name]() if name != "zero" else None for name in names}
     clock = Clock(trainer, ways, options.steps)
     if options.device == "cuda":
@@ -367,6 +387,10 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
     return fsdp(options, adapters=True)
 
 
+def unused(options: argparse.Namespace) -> dict[str, Any]:
+    return ddp(options, ("zero",), ddp_find_unused_parameters=True)
+
+
 def post_train(
     options: argparse.Namespace, output: Path, *, deterministic: bool = False, **more: Any
 ) -> dict[str, Any]:
@@ -399,23 +423,24 @@ def killed(options: argparse.Namespace) -> dict[str, Any]:
             if state.global_step == KILLED_AT:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    line = post_train(options, options.place / "undisturbed")
-    line["again"] = post_train(options, options.place / "again")
-    deterministic = difference(options.place, "undisturbed", "again")["differ"] > 0
+    asked = options.deterministic
+    line = post_train(options, options.place / "undisturbed", deterministic=asked)
+    line["again"] = post_train(options, options.place / "again", deterministic=asked)
+    deterministic = not asked and difference(options.place, "undisturbed", "again")["differ"] > 0
     if deterministic:
         line["deterministic"] = post_train(options, options.place / "deterministic", deterministic=True)
     if int(os.environ.get("RANK", "0")) == 0:
         (options.place / "killed.json").write_text(json.dumps(line))
-    post_train(options, options.place / "run", deterministic=deterministic, callbacks=[Kill()])
+    post_train(options, options.place / "run", deterministic=asked or deterministic, callbacks=[Kill()])
     raise AssertionError("the run was not killed")
 
 
 def resumed(options: argparse.Namespace) -> dict[str, Any]:
-    deterministic = (options.place / "deterministic").is_dir()
+    deterministic = options.deterministic or (options.place / "deterministic").is_dir()
     return post_train(options, options.place / "run", deterministic=deterministic, resume=True)
 
 
-WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "killed": killed, "resumed": resumed}
+WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "unused": unused, "killed": killed, "resumed": resumed}
 
 
 def main() -> None:
@@ -430,8 +455,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1, 2, 4, ... as there are GPUs")
     parser.add_argument("--only", nargs="+", choices=WORK, help="default: all")
     parser.add_argument("--budget", type=float, default=210, help="seconds, after which no part goes on")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="of the killed run, and what it is held to"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--after", type=Path, help="import, and measure once this file exists")
+    parser.add_argument("--output-of", type=Path, help="keep the output of the processes in this folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,7 +10,7 @@ import longroll
 
 SOURCE = Path(longroll.__file__).parent
 LAYERS = (
-    ("errors", "printable", "blocks", "stacks", "heads", "checkpoint"),
+    ("errors", "launcher", "printable", "blocks", "stacks", "heads", "checkpoint"),
     ("files", "ops", "ranks"),
     ("state", "results", "history"),
     ("families", "interventions", "data"),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longroll.errors import LongrollError
+from longroll.launcher import end_with_launcher
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ def world_size() -> int:
 def join() -> None:
     """Let the processes that a launcher started meet, to measure together: over gloo, on any device."""
     global _store
+    end_with_launcher()
     if not _together() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, number, count = next(dist.rendezvous("env://"))
         store.set_timeout(_PATIENCE)

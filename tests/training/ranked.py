@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,12 @@ class Abandoned(Exception):
 
 
 class Killed(TrainerCallback):
-    """Ends a run at the beginning of a step: `rank` by SIGKILL; None: every rank abandons it."""
+    """Ends a run at the beginning of a step: `rank` by SIGKILL; None: every rank abandons it.
 
-    def __init__(self, step: int, rank: int | None) -> None:
+    `rank` "launcher": rank 0 kills the launcher, which can end none of them.
+    """
+
+    def __init__(self, step: int, rank: int | str | None) -> None:
         self.step, self.rank = step, rank
 
     def on_step_begin(self, args, state, control, **_):
@@ -42,6 +46,10 @@ class Killed(TrainerCallback):
                 raise Abandoned
             if ranks.rank() == self.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.rank == "launcher" and ranks.rank() == 0:
+                os.kill(os.getppid(), signal.SIGKILL)
+        if self.rank == "launcher" and state.global_step >= self.step:
+            time.sleep(0.2)
 
 
 class Poisoned(TrainerCallback):

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranked import Abandoned, explain, measure, run
@@ -126,6 +128,19 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(kind, rank, root, tmp
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_one_process_goes_on_on_two(kind, root):
     assert_same_result(root / "grown" / kind, root / "two" / kind, 2e-6)
+
+
+def test_processes_of_a_killed_launcher_save_and_end(tmp_path):
+    """Each notices by itself, finishes its step and saves."""
+    long = {"options": BASE | {"steps": 200, "save_steps": 1000}}
+    lost = torchrun([spec(tmp_path, "lost", "sp", kill=4, kill_rank="launcher") | long])
+    assert lost.returncode == -signal.SIGKILL
+    began = time.monotonic()
+    while workers := [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]:
+        assert time.monotonic() - began < SECONDS, workers
+        time.sleep(0.1)
+    (saved,) = (tmp_path / "lost" / "sp" / "checkpoints").glob("checkpoint-*")
+    assert 4 < int(saved.name.removeprefix("checkpoint-")) < 200 and (saved / "manifest.json").is_file()
 
 
 @pytest.mark.slow

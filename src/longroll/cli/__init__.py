@@ -23,6 +23,7 @@ from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
 from longroll.cli._reproduce import reproduce
 from longroll.errors import LongrollError, named
+from longroll.launcher import end_with_launcher
 from longroll.printable import printable
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
@@ -76,6 +77,7 @@ def options(
 
 def main() -> None:
     """Run a command; an error that the user can correct is one line, not a traceback."""
+    end_with_launcher()
     try:
         _run()
     except SystemExit as end:

@@ -22,6 +22,7 @@ from longroll.data import Windows
 from longroll.errors import LongrollError
 from longroll.families._family import Restart, is_sharded, unwrapped
 from longroll.interventions import TBPTT, Intervention, intervention_of
+from longroll.launcher import end_with_launcher
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from longroll.training import checkpoints, sharding, stop
@@ -117,6 +118,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         given = dict(zip(("model", "args"), arguments, strict=False)) | kwargs
         check_trainer_arguments(given, type(self).__name__)
         check_launcher()
+        end_with_launcher()
         args, model = given.get("args"), given.get("model")
         owners = {kind.__module__.partition(".")[0] for kind in type(self).__mro__} - {
             "transformers",

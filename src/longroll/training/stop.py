@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from longroll import ranks
@@ -34,7 +34,8 @@ def stops_between_steps() -> Iterator[None]:
         if _asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not _asked and ranks.rank() == 0:
-            sys.stderr.write("stopping after this step; interrupt again to stop at once\n")
+            with suppress(OSError):  # nobody may read any more
+                sys.stderr.write("stopping after this step; interrupt again to stop at once\n")
         _asked = number
 
     if threading.current_thread() is not threading.main_thread():
