@@ -21,7 +21,9 @@ import copy
 import fcntl
 import json
 import math
+import shutil
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from repair_arms import Arm, arm_of, at_zero, design
+from repair_arms import SCREENS, Arm, arm_of, at_zero, design
 from repair_measure import Measures
 from repair_models import PLANS, Plan
 from repair_table import draw, summary, table
@@ -39,9 +41,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longroll import RecurrentLM
+from longroll.data import Corpus
+from longroll.errors import LongrollError
 from longroll.interventions import Intervention
+from longroll.measure.held_out import HeldOut
 from longroll.results import provenance, write_json
 from longroll.state import RecurrentState
+from longroll.training import PosttrainOptions, by_recipe, posttrain
 from longroll.training.graphs import StepGraph
 from longroll.training.lora import with_lora
 from longroll.training.loss import hidden_loss
@@ -51,7 +57,7 @@ BEGAN = time.time()
 COPIED = 1 / 8  # share of rows with a span twice
 FIGURES = (
     "none", "sp", "tbptt", "sp zero=0.1 speed=30", "tbptt zero=0.1 speed=30",
-    "tbptt zero=0.1 speed=30 rate=0.001 train=scales",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=scales", "default",
 )  # fmt: skip
 """Arms measured in depth."""
 VOCABULARY = 16_384
@@ -241,6 +247,10 @@ class Run:
         """Repair the base by one arm, measure, and write what was found."""
         model = self.lm.model
         self._restore()
+        if arm.kind.startswith("default"):
+            told = self._by_default(arm)
+            self._keep(arm.name, {"arm": asdict(arm), **told, **self._measure(deep=arm.name in FIGURES)})
+            return
         if arm.keep and self.steps.reference is None:
             self.steps.reference = RecurrentLM(copy.deepcopy(model).eval().requires_grad_(False))
         lm, adapted = self.lm, None
@@ -269,6 +279,31 @@ class Run:
             steps.forget()
         self._keep(arm.name, {"arm": asdict(arm), **found})
 
+    def _by_default(self, arm: Arm) -> dict[str, Any]:
+        """Train as `longroll posttrain` without a flag but --force, in bf16 on a GPU."""
+        T, began, cuda = self.plan.length, time.time(), self.device.type == "cuda"
+        self.steps.forget()
+        self.lm.model.requires_grad_(True)
+        held = HeldOut.from_corpus(_corpus(self.measures.aside), T)
+        assert held is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
+            look = held.read(self.lm.eval())
+        steps = max(2, round(500 * self.options.share))
+        options = PosttrainOptions(length=T, steps=steps, bf16=cuda, seed=arm.seed)
+        asked = "sp" if arm.kind == "default-sp" else None
+        books = _corpus(self.books)
+        prepared = by_recipe(self.lm, books, options, intervention=asked)
+        folder = self.folder / f"{arm.name}.model"
+        posttrain(self.lm, books, prepared.intervention, prepared.options, folder)
+        shutil.rmtree(folder)
+        return {
+            "look": look.to_json(),
+            "sentence": prepared.sentence,
+            "steps": steps,
+            "tokens": prepared.options.tokens,
+            "train_seconds": round(time.time() - began, 1),
+        }
+
     def _restore(self) -> None:
         with torch.no_grad():
             for name, parameter in self.lm.model.named_parameters():
@@ -296,7 +331,11 @@ class Run:
     def all(self, arms: list[Arm]) -> None:
         """The base and the arms, as long as there is time."""
         self.base()
-        longest = 0.0
+        found, longest = json.loads((self.folder / "base.json").read_text()), 0.0
+        damage = float(np.mean(found["read_on"]) - np.mean(found["read_fresh"]))
+        if damage < self.options.broken:
+            self.say(f"holds: {damage:.3f} nats above a fresh start")
+            return
         for arm in arms:
             if (self.folder / f"{arm.name}.json").exists():
                 continue
@@ -307,7 +346,10 @@ class Run:
                 if mine and not (self.folder / f"{arm.name}.json").exists():
                     began = time.time()
                     self.say(arm.name)
-                    self.arm(arm)
+                    try:
+                        self.arm(arm)
+                    except (LongrollError, RuntimeError):
+                        traceback.print_exc()  # the other arms are worth having
                     longest = max(longest, time.time() - began)
         self.say("done")
 
@@ -344,6 +386,10 @@ def compact(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def _corpus(books: Books) -> Corpus:
+    return Corpus(books.ids.astype(np.int32), books.offsets, 4 * len(books.ids))
+
+
 def _plain(plan: Plan) -> dict[str, Any]:
     return {key: value for key, value in asdict(plan).items() if key != "build"}
 
@@ -360,7 +406,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="weights and arms, to go on from")
     parser.add_argument("--output", type=Path, help="the result file")
     parser.add_argument("--arm", action="append", metavar="NAME", help="these arms in place of the screen")
-    parser.add_argument("--screen", choices=["few", "short", "full", "last"], help="in place of the model's")
+    parser.add_argument("--screen", choices=SCREENS, help="in place of the model's")
+    parser.add_argument("--broken", type=float, default=-math.inf, metavar="NATS",
+                        help="repair no model that is less above a fresh start at 64 T")  # fmt: skip
     parser.add_argument("--until", type=float, default=math.inf, help="begin no arm that would end later")
     parser.add_argument("--scale", type=float, default=1.0, help="of the base's tokens")
     parser.add_argument("--share", type=float, default=1.0, help="of steps and measured rows, to try it")

@@ -15,7 +15,10 @@ from longroll.interventions._base import Batch
 from longroll.state import RecurrentState
 
 DEPTHS = 9  # of the ladder: a row is read on 1, 2, 4 ... 256 windows
-KINDS = ("none", "random", "fitted", "sp", "tbptt", "sp-depths", "tbptt-depths", "mixed")
+KINDS = (
+    *("none", "random", "fitted", "sp", "tbptt", "sp-depths", "tbptt-depths", "mixed"),
+    *("default", "default-sp"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Arm:
       states of all depths, evenly in their logarithm, and 22 % zero states.
     - tbptt-depths: the same depths; the row's text goes to another place where the state starts anew.
     - mixed: the first half of the rows is TBPTT, the second half State Passing.
+    - default, default-sp: `longroll posttrain` by its default recipe, without and with `--intervention sp`;
+      its own batch, 16 rows, and no row that holds a span twice; of what is below, only the seed counts.
     """
 
     kind: str = "none"
@@ -158,39 +163,61 @@ def full() -> Iterator[Arm]:
 
 
 def last() -> Iterator[Arm]:
-    """Which parameters to train, around the best of the screen."""
+    """The default recipe, what it trains, a ladder of depths and KL, each on what it trains and on all."""
     best = [replace(arm, rate=1e-3, train="scales") for arm in (FAST[1], FAST[0])]
+    ladder = Arm("tbptt-depths", speed=30, rate=1e-3, train="scales")
     yield Arm("none", rate=1e-4)
-    yield from best
-    yield Arm("tbptt-depths", speed=30, rate=1e-3, train="scales")
-    yield replace(FAST[1], rate=1e-3, train="decays")
-    yield replace(best[0], rows=16)
-    yield replace(FAST[1], rate=1e-4)
-    yield replace(best[1], rows=16)
+    yield Arm("default")
+    yield best[0]
+    yield replace(ladder, keep=1)
+    yield Arm("none")
+    yield best[1]
     yield Arm("tbptt-depths", speed=30, keep=1)
-    yield from (replace(arm, keep=3) for arm in best)
-    yield from (replace(arm, keep=3) for arm in FAST)
-    yield Arm("none", rate=1e-3, train="scales")
-    yield replace(best[0], rate=3e-3)
-    yield replace(best[0], zero=0.25)
-    yield Arm("sp-depths", speed=30, rate=1e-3, train="scales")
-    yield from (replace(best[0], speed=speed) for speed in (10, 100))
+    yield ladder
+    yield Arm("none", rate=1e-3)
     yield replace(best[0], keep=1)
-    yield replace(FAST[0], rate=1e-4)
-    for seed in (1, 2):
-        yield from (replace(arm, seed=seed) for arm in best)
-    yield replace(best[0], zero=0.0)
-    yield from (replace(best[0], steps=steps) for steps in (125, 250, 1000))
-    yield replace(best[1], zero=0.25)
     yield replace(FAST[1], rate=1e-3, train="norms")
-    yield from (Arm(kind) for kind in ("none", "sp", "tbptt", "fitted", "random"))
+    yield Arm("default", seed=1)
+    yield replace(ladder, keep=1, seed=1)
+    yield Arm("default-sp")
+    yield replace(FAST[1], rate=1e-4)
+    yield replace(FAST[1], rate=1e-3, train="decays")
+    yield replace(best[0], seed=1)
+    yield Arm("default", seed=2)
+    yield replace(ladder, keep=1, seed=2)
+    yield Arm("sp-depths", speed=30, rate=1e-3, train="scales")
+    yield replace(best[0], rate=3e-3)
+    yield replace(best[0], rate=3e-4)
+    yield replace(best[0], seed=2)
+    yield Arm("none", rate=1e-3, train="scales")
+    yield replace(best[1], keep=1)
+    yield from (Arm(kind) for kind in ("sp", "tbptt", "fitted", "random"))
+    yield replace(best[0], zero=0.25)
+    yield replace(best[1], zero=0.25)
+    yield from (replace(best[0], steps=steps) for steps in (125, 250, 1000))
+    yield from (replace(best[0], speed=speed) for speed in (10, 100))
+    yield from (replace(best[1], seed=seed) for seed in (1, 2))
+    yield replace(ladder, keep=3)
+    yield replace(FAST[1], keep=3)
+    yield replace(FAST[0], rate=1e-4)
+    yield replace(best[0], zero=0.0)
     yield from (Arm(kind, zero=0.1, speed=30, rate=1e-3, train="scales") for kind in ("mixed", "fitted"))
-    yield from (replace(arm, skip=skip) for skip in (8, 32) for arm in FAST)
+
+
+def brief() -> Iterator[Arm]:
+    """The default recipe, its price in plain steps, and the paper's two."""
+    yield Arm("none", rate=1e-4)
+    yield from (Arm("default"), Arm("none"), Arm("default-sp"), Arm("none", rate=1e-3))
+    yield Arm("tbptt-depths", speed=30, rate=1e-3, train="scales", keep=1)
+    yield from (Arm("default", seed=1), Arm("sp"), Arm("default", seed=2), Arm("tbptt"))
+
+
+SCREENS = {"few": few, "short": short, "full": full, "last": last, "brief": brief}
 
 
 def design(name: str) -> list[Arm]:
     """The arms of a screen, each once."""
-    return list(dict.fromkeys({"few": few, "short": short, "full": full, "last": last}[name]()))
+    return list(dict.fromkeys(SCREENS[name]()))
 
 
 def arm_of(text: str) -> Arm:

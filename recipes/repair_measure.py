@@ -37,6 +37,7 @@ class Measures:
     def __init__(self, plan: Plan, tokens: Path, device: torch.device, *, share: float = 1.0) -> None:
         T, self.plan, self.device = plan.length, plan, device
         valid, aside = Books.load(tokens / "valid.xz"), Books.load(tokens / "development.xz")
+        self.aside = aside
         texts, short, recall = (max(valid.count, round(share * n)) for n in (TEXTS, SHORT, RECALL))
         self.long, _ = windows(valid, plan.longest * T, texts)
         self.short, self.book = windows(valid, T, short)

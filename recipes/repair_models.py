@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Plan:
     frozen: tuple[str, ...] = ()
     """Ends of the names of parameters that are not trained before the repair."""
     screen: str = "short"
-    """Which arms are run: `full`, `short`, `few`."""
+    """Which arms are run: a name in `repair_arms.SCREENS`."""
     longest: int = 256
     """Positions of the long texts, in T."""
     graphs: bool = True
@@ -72,10 +72,16 @@ def mamba2(plan: Plan, vocabulary: int) -> PreTrainedModel:
     return _slow(Mamba2ForCausalLM(config))
 
 
-def granite(plan: Plan, vocabulary: int) -> PreTrainedModel:
-    """A hybrid in the shape of Granite 4: one layer in four is attention without positions."""
+def slow_granite(plan: Plan, vocabulary: int) -> PreTrainedModel:
+    """A hybrid whose one layer of attention is the fourth, its decay rates A from .0001 to .01."""
+    return _slow(granite(plan, vocabulary, attention=(3,)), 0.0001, 0.01)
+
+
+def granite(plan: Plan, vocabulary: int, attention: Sequence[int] = ()) -> PreTrainedModel:
+    """A hybrid in the shape of Granite 4: a layer in four is attention without positions, or those named."""
     width = plan.width
-    kinds = ["attention" if layer % 4 == 2 else "mamba" for layer in range(plan.layers)]
+    attention = attention or range(2, plan.layers, 4)
+    kinds = ["attention" if layer in attention else "mamba" for layer in range(plan.layers)]
     config = GraniteMoeHybridConfig(
         **_common(plan, vocabulary),
         layer_types=kinds,
@@ -93,6 +99,17 @@ def granite(plan: Plan, vocabulary: int) -> PreTrainedModel:
         mamba_chunk_size=128,
     )
     return _slow(GraniteMoeHybridForCausalLM(config))
+
+
+def slow_gla(plan: Plan, vocabulary: int) -> PreTrainedModel:
+    """GLA, whose decays are log sigmoid(...) / 1024 a token, not / 16: e^-.0007 at first."""
+    config = GLAConfig(
+        **_common(plan, vocabulary),
+        num_heads=max(1, plan.width // 128),
+        hidden_ratio=4,
+        gate_logit_normalizer=1024,
+    )
+    return GLAForCausalLM(config)
 
 
 def gla(plan: Plan, vocabulary: int) -> PreTrainedModel:
@@ -132,10 +149,10 @@ def _common(plan: Plan, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _slow(model: PreTrainedModel) -> PreTrainedModel:
+def _slow(model: PreTrainedModel, low: float = SLOW[0], high: float = SLOW[1]) -> PreTrainedModel:
     for name, rates in model.named_parameters():
         if name.endswith("A_log"):
-            rates.data.uniform_(*SLOW).log_()
+            rates.data.uniform_(low, high).log_()
     return model
 
 
@@ -144,20 +161,27 @@ PLANS = {
     "mamba2-103m": Plan(mamba2, 768, 24, rate=1e-3, tokens=50),
     "gla-36m": Plan(gla, 512, 8, rate=1e-3, tokens=40, frozen=("gk_proj.1.weight", "gk_proj.1.bias")),
     "granite-33m": Plan(granite, 512, 8, rate=2e-3, tokens=40, longest=64, graphs=False),
-    "gdn-40m": Plan(gated_deltanet, 512, 8, rate=1e-3, tokens=40, screen="few"),
+    "gdn-40m": Plan(gated_deltanet, 512, 8, rate=1e-3, tokens=40, screen="brief"),
     "gla-36m-free": Plan(gla, 512, 8, rate=1e-3, tokens=40),
+    "gla-36m-slow": Plan(slow_gla, 512, 8, rate=1e-3, tokens=25),
+    "gla-36m-t128": Plan(slow_gla, 512, 8, rate=1e-3, tokens=20, length=128, rows=128),
+    "granite-33m-slow": Plan(slow_granite, 512, 8, rate=2e-3, tokens=15, length=128, rows=128, longest=64,
+                             graphs=False),
     "granite-33m-frozen": Plan(granite, 512, 8, rate=2e-3, tokens=40, longest=64, graphs=False,
                                frozen=("A_log", "dt_bias")),
     "mamba2-103m-30m": Plan(mamba2, 768, 24, rate=1e-3, tokens=30),
-    "mamba2-22m-holds": Plan(official_mamba2, 512, 8, rate=2e-3, tokens=40, screen="few"),
+    "mamba2-22m-holds": Plan(official_mamba2, 512, 8, rate=2e-3, tokens=40, screen="brief"),
     "mamba2-6m": Plan(mamba2, 256, 4, rate=3e-3, tokens=20, screen="few"),
-    "mamba2-22m-t128": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, length=128, rows=128, screen="few"),
-    "mamba2-22m-n64": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, state=64, screen="few"),
-    "mamba2-22m-n256": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, state=256, screen="few"),
+    "mamba2-22m-t128": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, length=128, rows=128, screen="brief"),
+    "mamba2-22m-n64": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, state=64, screen="brief"),
+    "mamba2-22m-n256": Plan(mamba2, 512, 8, rate=2e-3, tokens=40, state=256, screen="brief"),
     "tiny": Plan(mamba2, 64, 2, rate=3e-3, tokens=0.02, state=16, length=128, rows=4, longest=16,
                  screen="full"),
     "tiny-gla": Plan(gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16,
                      frozen=("gk_proj.1.weight", "gk_proj.1.bias")),
+    "tiny-gla-slow": Plan(slow_gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16),
+    "tiny-hybrid-slow": Plan(slow_granite, 64, 4, rate=3e-3, tokens=0.02, state=16, length=128, rows=4,
+                             longest=16, graphs=False),
     "tiny-hybrid": Plan(granite, 64, 4, rate=3e-3, tokens=0.02, state=16, length=128, rows=4, longest=16,
                         graphs=False),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from longroll.state import RecurrentState, StateKey
 
 sys.path.append(str(Path(__file__).parent.parent / "recipes"))
 
-from repair_arms import KINDS, Arm, Mixed, arm_of, at_zero, design
+from repair_arms import KINDS, SCREENS, Arm, Mixed, arm_of, at_zero, design
 from repair_table import Model
 from repair_text import SPAN, Books, Feed, recall_rows, windows
 
@@ -86,7 +86,7 @@ def test_windows_are_spread_over_all_books():
     assert of.bincount().tolist() == [3, 3, 3]
 
 
-@pytest.mark.parametrize("screen", ["few", "short", "full", "last"])
+@pytest.mark.parametrize("screen", SCREENS)
 def test_arms_are_named_for_what_they_vary(screen):
     arms = design(screen)
     assert len({arm.name for arm in arms}) == len(arms)
