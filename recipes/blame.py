@@ -1,7 +1,7 @@
 """Plant damage in the states, the attention, both or neither of small hybrids, and see what is blamed.
 
     python recipes/blame.py --planted weights --kinds state attention both --seeds 20 --output blame
-    python recipes/blame.py --seeds 20 --workers 14 --slow 1 --output blame
+    python recipes/blame.py --seeds 20 --workers 14 --output blame
 
 `--planted weights` (minutes on a CPU) takes a random Bamba-shaped model. Its sound twin writes the texts.
 Attention goes wrong past T where the twin reads with an attention window of T tokens and the same weights
@@ -9,7 +9,9 @@ then read all keys; a state does where heads of a layer are set to forget nothin
 
 `--planted training` (for a GPU) plants a side by training it short: what is carried from piece to piece of a
 row (`hybrids.train`) is trained to 16 T, the longest position measured, and what is not carried to T. `sound`
-carries both. It was tried on a CPU with a few models, and not run on a GPU.
+carries both, and no side is to be named. How strongly a state breaks depends on how slowly heads forget: a
+pilot of one model of each other kind tries every SLOW with every RATES on a seed of its own, and the setting
+with most models told apart, then with the largest least part of `both`, is taken for all seeds.
 
 OUTPUT/blame.json holds what was found of every model, and is whole after each.
 """
@@ -40,7 +42,13 @@ CARRIED = {
     "sound": ("recurrent", "conv", "attention"),
 }  # fmt: skip
 """What the damage is planted in, and the parts of the state that training carries."""
-EXPECTED = {"attention": "attention", "state": "state", "both": "both", "sound": None}
+EXPECTED = {
+    "attention": ("attention",), "state": ("state",), "both": ("both",), "sound": (None, "neither"),
+}  # fmt: skip
+RATES = [(0.001, 0.1), (0.0003, 0.03), (0.0001, 0.01)]
+PILOT_SEED = 1000
+Setting = tuple[float, float, float]
+"""Share of heads slow to forget, and the rates of their decay."""
 
 
 def read_bytes(source: str, validation: str | None) -> tuple[torch.Tensor, Corpus]:
@@ -91,26 +99,26 @@ def write_texts(lm: RecurrentLM, hold: Window, rows: int, length: int, seed: int
     return torch.cat(text, dim=1)
 
 
-def try_planted(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def try_planted(kind: str, seed: int, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Plant faults in weights, and split the blame."""
     began = time.perf_counter()
     lm, tokens, length = plant(kind, seed)
     found = split_blame(lm, tokens, coverage(lm, tokens, length), length, seed=seed)
     print(kind, seed, found.verdict, found.sentence, f"{time.perf_counter() - began:.0f} s", flush=True)
     return {
-        "planted": kind, "seed": seed, "right": found.verdict == EXPECTED[kind], "blame": found.to_json(),
+        "planted": kind, "seed": seed, "right": found.verdict in EXPECTED[kind], "blame": found.to_json(),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def try_one(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def try_one(kind: str, seed: int, setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Train a model, read it, and split the blame."""
     began = time.perf_counter()
     ids, valid = _data
     length, pieces = options.length, options.pieces
     lm = hybrids.build(
-        options.shape, size=options.size, length=length, slow=options.slow, seed=seed,
-        rates=tuple(options.rates),
+        options.shape, size=options.size, length=length, slow=setting[0], seed=seed,
+        rates=setting[1:],
     ).to(options.device)  # fmt: skip
     trained = hybrids.train(
         lm, ids, CARRIED[kind], length=length, pieces=pieces if CARRIED[kind] else 1, steps=options.steps,
@@ -121,16 +129,32 @@ def try_one(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     found = split_blame(lm, tokens, coverage(lm, tokens, length), length, carried=carried, seed=seed)
     octaves = {f"{a}-{b}": carried.between(a, b) for a, b in _octaves(length, pieces * length)}
     result = {
-        "planted": kind, "seed": seed, "right": found.verdict == EXPECTED[kind], "training": trained,
+        "planted": kind, "seed": seed, "setting": setting, "right": found.verdict in EXPECTED[kind],
+        "training": trained,
         "loss": octaves, "blame": found.to_json(), "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    print(kind, seed, found.verdict, found.sentence, f"{result['seconds']:.0f} s", flush=True)
+    print(kind, seed, setting, found.verdict, found.sentence, f"{result['seconds']:.0f} s", flush=True)
     return result
 
 
 def _octaves(length: int, longest: int) -> list[tuple[int, int]]:
     ends = [length << k for k in range(20) if length << k <= longest]
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def rates(text: str) -> tuple[float, float]:
+    """LOW,HIGH."""
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+def _worth(pilot: list[dict[str, Any]], setting: Setting) -> tuple[int, float]:
+    """How many models of a setting are told apart, and the least part of a side of `both`."""
+    models = [model for model in pilot if model["setting"] == setting]
+    parts = [part["recovered"] for m in models if m["planted"] == "both" for part in m["blame"]["parts"]] or [
+        -1.0
+    ]
+    return sum(model["right"] for model in models), min(parts)
 
 
 _data: tuple[torch.Tensor, Corpus]
@@ -145,7 +169,7 @@ def _begin(options: argparse.Namespace) -> None:
         _data = read_bytes(options.text, options.validation)
 
 
-def _job(job: tuple[str, int]) -> dict[str, Any]:
+def _job(job: tuple[str, int, Setting]) -> dict[str, Any]:
     make = try_planted if _options.planted == "weights" else try_one
     return make(*job, _options)
 
@@ -164,9 +188,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="T")
     parser.add_argument("--pieces", type=int, default=16, help="of a row, and times T that are measured")
     parser.add_argument("--texts", type=int, default=16)
-    parser.add_argument("--slow", type=float, default=0.5, help="share of heads slow to forget")
-    parser.add_argument("--rates", type=float, nargs=2, default=hybrids.SLOW, help="of their decay")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--slow", type=float, nargs="+", default=[1.0, 0.5], help="share of slow heads")
+    parser.add_argument(
+        "--rates", type=rates, nargs="+", default=RATES, help="LOW,HIGH of their decay; several: a pilot"
+    )
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=1)
@@ -175,24 +201,34 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    seeds = range(options.first, options.first + options.seeds)
-    jobs = [(kind, seed) for seed, kind in product(seeds, options.kinds)]
-    lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=options.slow, seed=0)
+    settings = [(slow, *rate) for slow, rate in product(options.slow, options.rates)]
+    lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=1.0, seed=0)
     lm = lm.to(options.device)
-    results: list[dict[str, Any]] = []
-    right: dict[str, str] = {}
+    written = {name: value for name, value in vars(options).items() if name != "output"}
+    whole: dict[str, Any] = {"right": {}, "settings": written, "pilot": [], "models": []}
+
+    def save() -> None:
+        whole["provenance"] = provenance(lm, seed=options.first, seconds=time.perf_counter() - began)
+        write_json(options.output / "blame.json", whole)
+
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
+        if options.planted == "training" and len(settings) > 1:
+            kinds = [kind for kind in options.kinds if kind != "sound"]
+            pilots = [(kind, PILOT_SEED, setting) for setting, kind in product(settings, kinds)]
+            for result in pool.imap_unordered(_job, pilots):
+                whole["pilot"].append(result)
+                save()
+            settings = [max(settings, key=lambda setting: _worth(whole["pilot"], setting))]
+            print("chosen", settings[0], flush=True)
+        seeds = range(options.first, options.first + options.seeds)
+        jobs = [(kind, seed, settings[0]) for seed, kind in product(seeds, options.kinds)]
         for result in pool.imap_unordered(_job, jobs):
-            results.append(result)
+            whole["models"] = sorted([*whole["models"], result], key=lambda r: (r["planted"], r["seed"]))
             for kind in options.kinds:
-                some = [r["right"] for r in results if r["planted"] == kind]
-                right[kind] = f"{sum(some)} of {len(some)}"
-            settings = {name: value for name, value in vars(options).items() if name != "output"}
-            made = provenance(lm, seed=options.first, seconds=time.perf_counter() - began)
-            models = sorted(results, key=lambda r: (r["planted"], r["seed"]))
-            whole = {"right": right, "settings": settings, "models": models, "provenance": made}
-            write_json(options.output / "blame.json", whole)
-    print(right, flush=True)
+                some = [r["right"] for r in whole["models"] if r["planted"] == kind]
+                whole["right"][kind] = f"{sum(some)} of {len(some)}"
+            save()
+    print(whole["right"], flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from transformers import (
 
 from longroll import RecurrentLM
 from longroll.state import Part, RecurrentState
+from longroll.training.graphs import StepGraph
 
 SLOW, ORDINARY = (0.001, 0.1), (1.0, 16.0)
 """Decay rates A of heads that hardly forget, and Mamba-2's own."""
@@ -121,7 +122,13 @@ def train(
         seconds: ends training sooner.
     """
     weights = [p for p in lm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    fused = lm.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=fused
+    )
+    graph = None
+    if fused and not carried and not lm.has_attention and lm.family.op in ("ssd", "selective_scan"):
+        graph = StepGraph(lm, states=False)
 
     def rate(step: int) -> float:
         return min(1, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -138,9 +145,12 @@ def train(
             starts = torch.randint(len(ids) - len(window), (batch, 1), generator=generator)
             rows, state = ids[starts + window].long().to(lm.device), None
         tokens = rows[:, piece * length : (piece + 1) * length + 1]
-        logits, final = lm(tokens[:, :-1], state)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
+        if graph is not None:
+            loss, final = graph(tokens[:, :-1], tokens[:, 1:])
+        else:
+            logits, final = lm(tokens[:, :-1], state)
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,16 +5,15 @@
     python recipes/rivals.py --base passkey-bamba  --workers 12 --seconds 110 --output rivals
     python recipes/rivals.py --base recall-mamba2  --workers 12 --seconds 110 --output rivals
 
-`specimen` is the model inside the package, measured by loss only; its decays are trained (1e-3, decays x 30).
+`specimen` is the model inside the package, measured by loss only.
 `passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state, `recall-*` learns
-multi-query associative recall at T = 128; half of their recurrent heads forget slowly, and no decay rate of
-theirs is trained. These bases were tried at tiny sizes only, and not run on a GPU. Every way gets the base's
-weights:
+multi-query associative recall at T = 128; half of their recurrent heads forget slowly, and the decay rates of
+the base are not trained. Every way gets the base's weights:
 
 - `reset`, `rescan`, `decay`, `clip`, `window`, `chunk`: the base, read otherwise;
 - `A-layer`, `A-head`, `dt-layer`: scales of the decays that `longroll calibrate` finds on texts of 16 T;
-- `none`, `fitted`, `sp`, `tbptt`: trained on at T by that initial state; `longer`: plain steps at 4 T, all
-  with as many tokens.
+- `none`, `fitted`, `sp`, `tbptt`: trained on at T by that initial state (learning rate 5e-4, of the specimen
+  1e-3; decays x 30); `longer`: plain steps at 4 T, all with as many tokens.
 
 OUTPUT/BASE.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and seconds.
 """
@@ -170,9 +169,7 @@ def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any]
     elif way in TRAINED:
         longer, windows = (LONGER if way == "longer" else 1), (LONGER if way == "tbptt" else 1)
         chosen = TRAINED[way]
-        how = {"learning_rate": 1e-3, "decay_speed": 30.0}
-        if base.kind != "specimen":
-            lm, how = freeze(lm), {"learning_rate": 5e-4}
+        how = {"learning_rate": 1e-3 if base.kind == "specimen" else 5e-4, "decay_speed": 30.0}
         training = timed.train(
             lm, base.rows(steps=options.steps, longer=longer, windows=windows, seed=options.seed + 1),
             chosen and chosen(zero_probability=0.1, seed=options.seed), options.output / options.base / way,

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,24 @@ class TimeBudget(TrainerCallback):
 
 
 def train(
-    lm: Any, rows: Any, intervention: Any, output: Path, *, seconds: float | None, steps: int, **how: Any
+    lm: Any,
+    rows: Any,
+    intervention: Any,
+    output: Path,
+    *,
+    seconds: float | None,
+    steps: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    **how: Any,
 ) -> dict[str, Any]:
     """`posttrain`, ended `seconds` after the script began (None: after `steps`); what came of it."""
     began = time.time()
-    how |= {"bf16": lm.device.type == "cuda", "save_steps": 10**9}
-    callbacks = []
+    how = {"bf16": lm.device.type == "cuda", "save_steps": 10**9} | how
     if seconds is not None:
-        callbacks = [TimeBudget(BEGAN + seconds)]
+        callbacks = [*callbacks, TimeBudget(BEGAN + seconds)]
         how, steps = how | {"schedule": "constant", "warmup": 0.0}, MANY
     options = PosttrainOptions(steps=steps, **how)
-    log = posttrain(lm, rows, intervention, options, output, callbacks=callbacks)
+    log = posttrain(lm, rows, intervention, options, output, callbacks=[*callbacks])
     losses = [[entry["step"], round(entry["loss"], 4)] for entry in log if "loss" in entry]
     told = {
         "steps": max(entry["step"] for entry in log),

@@ -3,6 +3,7 @@
 from longroll.measure._blame import Blame, split_blame
 from longroll.measure._coverage import Coverage, coverage
 from longroll.measure._diagnose import Diagnosis, diagnose
+from longroll.measure._forecast import Forecast, forecast
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure._state_ablation import CausalTest, causal, state_ablation
 from longroll.measure._state_statistics import StateStatistics, state_statistics
@@ -16,6 +17,7 @@ __all__ = [
     "CausalTest",
     "Coverage",
     "Diagnosis",
+    "Forecast",
     "Kept",
     "PositionLoss",
     "Remembrance",
@@ -25,6 +27,7 @@ __all__ = [
     "coverage",
     "diagnose",
     "effective_remembrance",
+    "forecast",
     "position_loss",
     "remembrance_map",
     "split_blame",

@@ -1,0 +1,61 @@
+"""The forecast of a break: the state put together is that of the texts read one after another."""
+
+import pytest
+import torch
+
+import longroll
+from longroll.conformance import tiny
+from longroll.data import Corpus, long_sequences
+from longroll.errors import LongrollError
+from longroll.measure import forecast
+from longroll.model import RecurrentLM
+from zoo import tokens
+
+T = 24
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_state_of_many_texts_is_exact_where_decays_do_not_depend_on_the_text(seed):
+    lm = RecurrentLM(tiny.build("gla", seed, torch.float64, num_hidden_layers=1))
+    for name, weight in lm.model.named_parameters():
+        if "gk_proj" in name and weight.ndim == 2:
+            weight.data.zero_()
+    texts = tokens(9, T + 1, seed=seed)
+    found = forecast(lm, texts, T, times=8)
+    losses = {}
+    with torch.no_grad():
+        for n in [0, *found.times]:
+            read = []
+            for row in range(9):
+                ids = torch.cat([texts[(row + k) % 9, :T] for k in range(n, -1, -1)])[None]
+                logits, _ = lm(ids)
+                scores = logits[:, -T:].log_softmax(-1)
+                read.append(-scores.gather(2, texts[row : row + 1, 1:, None])[..., 0])
+            losses[n] = torch.cat(read)
+    far = {n: losses[n][:, T // 2 :].mean().item() for n in found.times}
+    assert found.times == [1, 2, 4, 8]
+    assert found.mean == pytest.approx([far[n] - far[1] for n in found.times], abs=1e-9)
+    assert found.rise == pytest.approx([far[n] - losses[0].mean().item() for n in found.times], abs=1e-9)
+
+
+def test_the_specimen_is_forecast_to_break_and_one_that_forgets_is_not():
+    lm = longroll.load("specimen")
+    texts = long_sequences(Corpus.from_source("stdlib", split="validation"), 128, 16)
+    found = forecast(lm, texts)
+    assert found.edge is not None and 128 < found.edge < 8192 and found.mean[-1] > 1
+    assert "breaks near" in found.sentence and found.to_json()["edge"] == found.edge
+    with torch.no_grad():
+        for name, weight in lm.model.named_parameters():
+            if name.endswith("A_log"):
+                weight.clamp_(min=3.0)
+    held = forecast(lm, texts)
+    assert held.edge is None and "holds to 8k" in held.sentence and abs(held.mean[-1]) < 0.05
+
+
+def test_refusals():
+    lm = RecurrentLM(tiny.build("mamba2"))
+    for texts, length in ((tokens(3, 20), 16), (tokens(4, 16), 16)):
+        with pytest.raises(LongrollError, match="A forecast reads at least 4 texts of 16"):
+            forecast(lm, texts, length)
+    with pytest.raises(LongrollError, match="no recurrent state"):
+        forecast(RecurrentLM(tiny.build("llama")), tokens(4, 20), 16)
