@@ -174,21 +174,7 @@ class Ground:
 
 def flags(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
     """A good command line with one to three flags of hostile values."""
-    plain_cells = ["--tokenizer", "bytes", "--samples", 4, "--device", "cpu"]
-    bases = {
-        "posttrain": ground.posttrain(f"{copy.name}/out"),
-        "diagnose": ground.diagnose(),
-        "loss": ground.loss(ground.plain),
-        "passkey": ground.passkey(),
-        "niah": ["evaluate", "niah", *ground.passkey()[2:]],
-        "copying": ["evaluate", "copying", ground.root / "model", *plain_cells, "--lengths", "8"],
-        "babilong": ["evaluate", "babilong", ground.root / "model", *plain_cells, "--lengths", "1024"],
-        "compare": ["evaluate", "compare", ground.root / "task.json"],
-        "report": ["report", ground.root / "diagnosis.json", "--output", copy / "page"],
-        "doctor": ["doctor", "--packing", ground.root / "model", "--device", "cpu"],
-        "quickstart": ["quickstart", "--length", "64", "--sequences", "1", "--steps", "1"],
-        "lm-eval": ["lm-eval", "--model", "longroll"],
-    }  # fmt: skip
+    bases = command_lines(ground, copy)
     known = commands()
     names = [*bases, *(name for name in known if name.split()[-1] not in bases)]
     name = random_.choice(names)
@@ -210,6 +196,71 @@ def flags(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[obje
         else:
             argv.insert(len(path.split()), value)
     return argv, f"{path}: {', '.join(told)}"
+
+
+def command_lines(ground: Ground, copy: Path) -> dict[str, list[object]]:
+    """A good command line of the commands that have one here, by the last word of their names."""
+    cells = [ground.root / "model", "--tokenizer", "bytes", "--samples", 4, "--device", "cpu"]
+    task = {name: ["evaluate", name, *cells] for name in ("copying", "babilong", "tracking", "recall")}
+    plan = ["plan", ground.root / "model", "--text", ground.plain, "--device", "cpu"]
+    return {
+        "posttrain": ground.posttrain(f"{copy.name}/out"),
+        "diagnose": ground.diagnose(),
+        "loss": ground.loss(ground.plain),
+        "passkey": ground.passkey(),
+        "niah": ["evaluate", "niah", *ground.passkey()[2:]],
+        "variables": ["evaluate", "variables", *cells, "--lengths", "1k"],
+        "copying": [*task["copying"], "--lengths", "8"],
+        "babilong": [*task["babilong"], "--lengths", "1024"],
+        "tracking": [*task["tracking"], "--lengths", "16"],
+        "recall": [*task["recall"], "--lengths", "256"],
+        "compare": ["evaluate", "compare", ground.root / "task.json"],
+        "report": ["report", ground.root / "diagnosis.json", "--output", copy / "page"],
+        "doctor": ["doctor", "--packing", ground.root / "model", "--device", "cpu"],
+        "quickstart": ["quickstart", "--length", "1k", "--sequences", "4", "--steps", "1"],
+        "calibrate": [
+            "calibrate", *ground.diagnose()[1:-1], "--train-length", 16, "--output", copy / "calibrated"
+        ],
+        "plan": plan,
+        "reproduce": ["reproduce", "--models", "130m", "--text", ground.plain, "--plan"],
+        "lm-eval": ["lm-eval", "--model", "longroll"],
+    }  # fmt: skip
+
+
+def sizes(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
+    """A good command line with one count or size that no machine has, or no life is long enough for."""
+    bases = command_lines(ground, copy)
+    places = [(name, option) for name, found in counts_of().items() for option in found]
+    name, option = random_.choice(places)
+    if name == "posttrain" and option in ("--pairs", "--windows"):
+        bases[name] = [*bases[name], "--task", "recall" if option == "--pairs" else "passkey"]
+    value = random_.choice(ABSURD)
+    argv = list(bases[name])
+    if option in argv:
+        argv[argv.index(option) + 1] = value
+    else:
+        argv += [option, value]
+    return argv, f"{name}: {option} {value}"
+
+
+def counts_of() -> dict[str, list[str]]:
+    """The flags of each command that take a whole number, by the last word of its name."""
+    import typer.main
+
+    from longroll.cli import app
+
+    found: dict[str, list[str]] = {}
+
+    def walk(command: Any, name: str) -> None:
+        for below, one in getattr(command, "commands", {}).items():
+            walk(one, below)
+        for option in getattr(command, "params", ()):
+            whole = getattr(option.type_descriptor.annotation, "__name__", "") == "int"
+            if option.opts[0] != "--seed" and (whole or option.metavar in ("LENGTHS", "WIDTH")):
+                found.setdefault(name, []).append(option.opts[0])
+
+    walk(typer.main.get_command(app), "")
+    return found
 
 
 def commands() -> dict[str, list[str]]:
@@ -388,6 +439,7 @@ KINDS: dict[str, tuple[Callable[..., tuple[list[object], str]], int]] = {
     "adapter": (adapter, 2),
     "pickle": (pickled, 2),
     "settings": (settings_file, 1),
+    "sizes": (sizes, 4),
 }
 """Kind -> what draws a trial, and how often of 30."""
 

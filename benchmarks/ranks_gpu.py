@@ -13,7 +13,7 @@ Parts, each in processes of its own, which import side by side and then take tur
 - `killed`: `posttrain` undisturbed, twice, and killed by SIGKILL on every rank in the midst; `resumed`: that
   run goes on. The weights of all are compared bit by bit; where those of the undisturbed runs differ, runs
   with `deterministic` are killed and compared instead (with `--deterministic`: all of them).
-- `unused`: as `ddp` on all GPUs, from the zero state, where DDP looks for parameters without a gradient.
+- `settings`: as `ddp` on all GPUs, from the zero state, with other settings of DDP.
 
 MFU counts 6 flops a parameter and token (4 for LoRA, which needs no gradient of frozen weights), no
 recurrence. Results are written after each part; a part that no time is left for is named in `left_out`.
@@ -43,6 +43,11 @@ SHAPES = {
     "370m": (1024, 48), "2.7b": (2560, 64), "130m": (768, 24), "mamba-130m": (768, 24),
     "toy": (64, 2), "mamba-toy": (64, 2),
 }  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "known": {"ddp_find_unused_parameters": False},
+    "buckets": {"ddp_bucket_cap_mb": 200},
+}
 PEAK = 989.4e12  # dense bf16 of H100 SXM and H200, from the data sheets
 KILLED_AT, STEPS, SAVE = 4, 6, 3
 
@@ -53,8 +58,8 @@ KILLED_AT, STEPS, SAVE = 4, 6, 3
 def parts(ranks: list[int], most: int, only: list[str] | None) -> list[tuple[str, int, list[str]]]:
     """Name, processes and work of each part, the most important first."""
     first = [(f"ddp {n}", n, [f"ddp {n}"]) for n in sorted(ranks)]
-    found = [*first, ("several", most, ["fsdp", "lora", "unused", "killed"])]
-    found += [("resumed", most, ["resumed"])]
+    found = [*first, ("several", most, ["fsdp", "killed"]), ("resumed", most, ["resumed"])]
+    found += [("more", most, ["lora", *(f"settings {name}" for name in SETTINGS)])]
     found = [
         (name, n, [work for work in works if not only or work.split()[0] in only]) for name, n, works in found
     ]
@@ -197,9 +202,9 @@ def worker(options: argparse.Namespace) -> None:
         time.sleep(0.05)
     for work in json.loads(options.worker):
         began = time.perf_counter()
-        kind = work.partition(" ")[0]
+        kind, _, name = work.partition(" ")
         try:
-            line = WORK[kind](options)
+            line = WORK[kind](options, name) if kind == "settings" else WORK[kind](options)
         except Exception as error:  # one part must not end the others
             line = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
             traceback.print_exc()
@@ -387,8 +392,8 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
     return fsdp(options, adapters=True)
 
 
-def unused(options: argparse.Namespace) -> dict[str, Any]:
-    return ddp(options, ("zero",), ddp_find_unused_parameters=True)
+def settings(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    return ddp(options, ("zero",), **SETTINGS[name])
 
 
 def post_train(
@@ -440,7 +445,7 @@ def resumed(options: argparse.Namespace) -> dict[str, Any]:
     return post_train(options, options.place / "run", deterministic=deterministic, resume=True)
 
 
-WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "unused": unused, "killed": killed, "resumed": resumed}
+WORK = {"ddp": ddp, "fsdp": fsdp, "lora": lora, "settings": settings, "killed": killed, "resumed": resumed}
 
 
 def main() -> None:

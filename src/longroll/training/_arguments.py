@@ -108,7 +108,10 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
     **_rows(
         "neutral",
         "how ranks talk to each other",
-        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout",
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout",
+    ),
+    "ddp_find_unused_parameters": Row(
+        "neutral", "None is True; False adds in another order after a resumed run's first step"
     ),
     # ---- evaluation, which starts from the zero state
     **_rows(

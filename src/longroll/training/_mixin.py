@@ -75,6 +75,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
 
     model: Any
     args: TrainingArguments
+    accelerator: Any
     optimizer: Any
     add_callback: Any
     log: Any
@@ -374,8 +375,11 @@ class InitialStateMixin(WholeCheckpointsMixin):
     # ---- the host's machinery
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The host's, with FSDP2 by the rules of `longroll.training.sharding`."""
+        """The host's, with FSDP2 by the rules of `longroll.training.sharding`, and DDP of one order."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self.accelerator.ddp_handler is not None and self.args.ddp_find_unused_parameters is None:
+            # else DDP sorts its buckets anew after one step, and a resumed run adds in another order
+            self.accelerator.ddp_handler.find_unused_parameters = True
         self.is_fsdp_enabled = sharding.set_up(self.accelerator, self.args)
 
     def autocast_smart_context_manager(self, *arguments: Any, **kwargs: Any) -> Any:

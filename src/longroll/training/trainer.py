@@ -119,22 +119,10 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                 "transformers' LabelSmoother leaves out the router's loss: remove `label_smoothing_factor`, "
                 "or set config.output_router_logits = False."
             )
-        handler = self.accelerator.ddp_handler
-        if (
-            handler is not None
-            and self.args.ddp_find_unused_parameters is None
-            and self._trains_every_weight()
-        ):
-            handler.find_unused_parameters = False  # Trainer's default, which waits for the GPU each step
         self._graph: StepGraph | None = None
         self._by_default = cuda_graphs is None
         if cuda_graphs or (self._by_default and self._gains_from_graphs()):
             self._graph = self._new_graph()
-
-    def _trains_every_weight(self) -> bool:
-        """Return whether each step is known to give every trained parameter a gradient: no experts."""
-        own = type(self.base).__module__.startswith("transformers.") and self.base is self.model
-        return own and self.base.config.model_type in ("mamba", "mamba2", "falcon_mamba")
 
     def _gains_from_graphs(self) -> bool:
         """Return whether steps as CUDA graphs are known to be the plain ones, and faster."""
