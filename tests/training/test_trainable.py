@@ -38,8 +38,14 @@ def test_a_run_changes_what_it_trains_and_nothing_else(what, tmp_path):
     ids = ByteTokenizer().encode(TEXT[0]) % lm.vocab_size
     corpus = Corpus(ids, torch.tensor([0, len(ids)]).numpy(), len(ids))
     options = PosttrainOptions(length=16, steps=3, batch_size=2, trainable=what, decay_speed=30.0)
-    posttrain(lm, corpus, StatePassing(), options, tmp_path / "out")
+    told = []
+    posttrain(lm, corpus, StatePassing(), options, tmp_path / "out", tell=told.append)
     matrices = projects(lm.model)
+    sizes = {name: p.numel() for name, p in lm.model.named_parameters()}
+    trains = {n for n in sizes if (n not in matrices if what == "scales" else n.endswith(DECAYS))}
+    counts = f"{sum(sizes[n] for n in trains):,} of {sum(sizes.values()):,} parameters"
+    assert [said for said in told if counts in said] == told[:1]
+    assert ("new text" in told[0]) == (what == "scales")
     for name, parameter in lm.model.named_parameters():
         trained = name not in matrices if what == "scales" else name.endswith(DECAYS)
         assert trained or torch.equal(parameter, before[name]), name

@@ -407,7 +407,7 @@ def posttrain(
             ).write(json)
 
     def tell(sentence: str) -> None:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(in_flags(sentence, running), markup=False, highlight=False, soft_wrap=True)
 
     try:
         log, seconds = run_posttrain(

@@ -59,7 +59,7 @@ from longroll.training.saving import (
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.until_healthy import Tell, UntilHealthy, keep_best, look
-from longroll.training.weights import train_only, widen
+from longroll.training.weights import train_only, trained_parameters, widen
 
 logger = logging.getLogger("longroll")
 
@@ -104,7 +104,7 @@ def posttrain(
         held_out: data that training does not read (`longroll.training.HeldOut.from_corpus`). A model that
             holds on them is declined; `until_healthy` measures them.
         force: train a model even if it holds.
-        tell: called with what is seen of `held_out`, a sentence at a time.
+        tell: called with what is seen of `held_out` and with what is trained, a sentence at a time.
         finish: called on rank 0 with the log when the model is saved, before the run can no longer be
             resumed: a run that is killed in it is finished by `resume`.
 
@@ -156,6 +156,7 @@ def posttrain(
     model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
     adapted = model is not lm.model
     frozen = train_only(model, options.trainable or "all")
+    tell(trained_parameters(model, options.trainable or "all"))
     if options.bf16 is False:
         widen(model)
     trainer = InitialStateTrainer(

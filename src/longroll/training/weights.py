@@ -79,6 +79,29 @@ def train_only(model: nn.Module, what: str) -> list[nn.Parameter]:
     return frozen
 
 
+def trained_parameters(model: nn.Module, what: str) -> str:
+    """Return a sentence that says how many parameters a run trains, and which.
+
+    Args:
+        model: after `train_only`, and with its adapters.
+        what: one of `TRAINABLE`.
+    """
+    sizes = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}
+    total = sum(size for size, _ in sizes.values())
+    trained = sum(size for size, is_trained in sizes.values() if is_trained)
+    if trained == total:
+        return f"Trains all {total:,} parameters."
+    counted = f"Trains {trained:,} of {total:,} parameters"
+    if any("lora_" in name for name in sizes):
+        return f"{counted}: adapters."
+    if what == "scales":
+        return (
+            f"{counted}: all but the matrices, which repairs the states and teaches no new text; "
+            "`trainable` all teaches it."
+        )
+    return f"{counted}{': the decays' if what == 'decays' else ''}."
+
+
 def in_16_bits(parameter: torch.Tensor) -> bool:
     """Return whether a tensor is bfloat16 or float16."""
     return parameter.dtype in (torch.bfloat16, torch.float16)
