@@ -443,7 +443,8 @@ def posttrain(
     rank = options.pop("lora_rank", 0)
     lm = bench.model(shape, None if rank else torch.float32)
     length, steps = bench.size(length, 64), bench.size(steps, 4)
-    tokens = bench.tokens(lm, rows * steps, length)
+    micro_batches = options.get("accumulation", 1)
+    tokens = bench.tokens(lm, rows * micro_batches * steps, length)
     given = PosttrainOptions(
         length=length, steps=steps, batch_size=rows, bf16=True, lora_rank=rank, learning_rate=5e-4, **options
     )
@@ -461,7 +462,7 @@ def posttrain(
     found = bench.peaks()
     found["seconds"] = clock.seconds()[2:] or clock.seconds()  # the first steps compile
     found["median_seconds"] = statistics.median(found["seconds"])
-    found["tokens_per_second"] = rows * length / found["median_seconds"]
+    found["tokens_per_second"] = rows * micro_batches * length / found["median_seconds"]
     found |= weights(lm) | {"rows": rows, "length": length, "losses": clock.losses, "lora_rank": rank}
     found |= {"graphs": trainer._graph is not None} | options
     per_token = (4 if rank else 6) * found["active_parameters"]
@@ -483,13 +484,25 @@ def step(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def _step(bench: Bench, *, graphs: bool) -> tuple[Callable[[], Any], longroll.RecurrentLM, int, int]:
+def _step(
+    bench: Bench,
+    *,
+    graphs: bool,
+    shape: str = "mamba2-370m",
+    rows: int = 4,
+    length: int = 2048,
+    rank: int = 0,
+) -> tuple[Callable[[], Any], longroll.RecurrentLM, int, int]:
+    """Return a step, of adapters with gradient checkpointing where they have a rank."""
     from longroll.training.loss import loss_and_state
 
-    rows, length = 4, bench.size(2048, 64)
-    lm = bench.model("mamba2-370m", torch.float32).train()
+    length = bench.size(length, 64)
+    lm = bench.model(shape, None if rank else torch.float32).train()
+    if with_lora(lm.model, rank) is not lm.model:
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = bench.tokens(lm, rows, length).to(bench.device)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4, fused=bench.cuda)
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=bench.cuda)
     passing = longroll.StatePassing()
     graph = StepGraph(lm, dtype=torch.bfloat16) if graphs else None
 
@@ -508,12 +521,16 @@ def _step(bench: Bench, *, graphs: bool) -> tuple[Callable[[], Any], longroll.Re
     return run, lm, rows, length
 
 
+_PROFILED: dict[str, dict[str, Any]] = {
+    "step": {},
+    "lora": {"shape": "bamba-9.8b", "rows": 2, "length": 4096, "rank": 16},
+    "all-weights": {"shape": "mamba2-2.7b", "rows": 3},
+}
+
+
 def profile(bench: Bench, what: str) -> dict[str, Any]:
-    """Time on the GPU by kernel, of a step of the 370M Mamba-2 or of its SSD alone."""
-    if what == "step":
-        run = _step(bench, graphs=False)[0]
-    else:
-        run = _both_ways(*_ssd(bench))
+    """Time on the GPU by kernel, of a step of training or of the SSD of the 370M Mamba-2 alone."""
+    run = _both_ways(*_ssd(bench)) if what == "ssd" else _step(bench, graphs=False, **_PROFILED[what])[0]
     for _ in range(3):
         run()
     bench.wait()
@@ -544,6 +561,8 @@ def profile(bench: Bench, what: str) -> dict[str, Any]:
         bench.profiles.mkdir(parents=True, exist_ok=True)
         text = averages.table(sort_by=by, row_limit=80, max_name_column_width=90)
         (bench.profiles / f"profile_{what}.txt").write_text(text)
+    if what != "ssd":
+        bench.free()  # its weights have changed
     return {"gpu_ms": total, "kernels": table[:60]}
 
 
@@ -625,6 +644,11 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "lora": partial(posttrain, shape="bamba-9.8b", rows=2, length=4096, **LORA),
     "all-weights": partial(posttrain, shape="mamba2-2.7b", rows=4, length=2048, cuda_graphs=False),
     "all-weights-graphs": partial(posttrain, shape="mamba2-2.7b", rows=3, length=2048, cuda_graphs=True),
+    "all-weights-accumulated": partial(
+        posttrain, shape="mamba2-2.7b", rows=3, length=2048, steps=8, accumulation=4, cuda_graphs=False
+    ),
+    "profile-lora": partial(profile, what="lora"),
+    "profile-all-weights": partial(profile, what="all-weights"),
     "million": partial(loss, shape="bamba-1b", length=1_048_576, repeats=1),
     "float16": float16,
     "qwen3-next-loss": partial(loss, shape="qwen3-next-6b", length=65_536, repeats=2),

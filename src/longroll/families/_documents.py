@@ -8,6 +8,7 @@ A family that cannot keep padding out of its state reads documents of one length
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -135,19 +136,41 @@ class Documents:
 
 def _cheapest(lengths: list[int], overhead: int) -> list[int]:
     """Return sizes of the groups, longest documents first, that cost least with padding and overhead
-    counted.
+    counted; of equal costs, the largest last group.
+
+    Each start of the last group makes the cost of `stop` documents a line in `stop`, whose slope is the
+    length of its longest document. Slopes fall as starts grow, so that the lines that are lowest somewhere
+    are kept in order, and all groups are found in time linear in the documents.
     """
-    cost, first = [0] * (len(lengths) + 1), [0] * (len(lengths) + 1)
-    for stop in range(1, len(lengths) + 1):
-        costs = [cost[start] + overhead + (stop - start) * lengths[start] for start in range(stop)]
-        cost[stop] = min(costs)
-        first[stop] = costs.index(cost[stop])
+    cost, first = 0, [0]
+    lines: deque[tuple[int, int, int]] = deque()  # slope, offset, start
+    for stop, slope in enumerate(lengths, start=1):
+        line = slope, cost + overhead - (stop - 1) * slope, stop - 1
+        if lines and lines[-1][0] == slope and line[1] < lines[-1][1]:
+            lines.pop()
+        if not lines or lines[-1][0] > slope:
+            while len(lines) > 1 and _never_lowest(lines[-2], lines[-1], line):
+                lines.pop()
+            lines.append(line)
+        while len(lines) > 1 and _at(lines[1], stop) < _at(lines[0], stop):
+            lines.popleft()
+        cost = _at(lines[0], stop)
+        first.append(lines[0][2])
     sizes: list[int] = []
     stop = len(lengths)
     while stop:
         sizes.append(stop - first[stop])
         stop = first[stop]
     return sizes[::-1]
+
+
+def _at(line: tuple[int, int, int], stop: int) -> int:
+    return line[0] * stop + line[1]
+
+
+def _never_lowest(a: tuple[int, int, int], b: tuple[int, int, int], c: tuple[int, int, int]) -> bool:
+    """Return whether a line is nowhere below the lines before and after it, whose slopes enclose its own."""
+    return (c[1] - a[1]) * (a[0] - b[0]) <= (b[1] - a[1]) * (a[0] - c[0])
 
 
 class Results:

@@ -188,8 +188,8 @@ def _diagnose(
     mine = ranks.share(rows)
     watch = None
     if lm.family.recurrent:
-        watch = StateWatch(lm, length, train_length, seed=seed, first=mine.start)
-    kept.begin(lm, tokens, train_length=train_length, chunk_size=chunk_size, seed=seed)
+        watch = StateWatch(lm, length, train_length, seed=seed, first=mine.start, compares=explain)
+    kept.begin(lm, tokens, train_length=train_length, chunk_size=chunk_size, seed=seed, explain=explain)
     rolled = time.perf_counter()
     with Float16Watch(lm) as activations:
         kept.held = [activations, *([watch] if watch else [])]

@@ -27,6 +27,7 @@ Progress = Callable[[str, int, int | None], None]
 Restarted = tuple[list[int], Tensor]
 """Where probes end, and the loss carried minus the loss restarted there (`excess_loss`)."""
 
+_STOPS = 2  # statistics of states to a doubling: a GPU waits for Python in each forward of a few tokens
 _REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
 _LATER = "The damage begins past position {length}, up to which heads are held in range: none is named."
 
@@ -45,15 +46,25 @@ class StateWatch:
         train_length: T.
         seed: random seed of projections, permutations and noise.
         first: which of all texts is the first one read here: measures of a few texts take the first ones.
+        compares: whether states past T are compared with those of training (`compare`), which stops the
+            reading eight times more.
     """
 
-    def __init__(self, lm: RecurrentLM, length: int, train_length: int, *, seed: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        lm: RecurrentLM,
+        length: int,
+        train_length: int,
+        *,
+        seed: int,
+        first: int = 0,
+        compares: bool = True,
+    ) -> None:
         ranked = max(0, RANK_ROWS - first)
-        self.statistics = StateRecorder(lm, log_spaced(length, 3), rank_rows=ranked)
-        self.coverage = CoverageRecorder(
-            in_range_positions(train_length), far_positions(length, train_length), seed=seed
-        )
-        self.stops = [*self.statistics.positions, *self.coverage.stops]
+        self.statistics = StateRecorder(lm, log_spaced(length, _STOPS), rank_rows=ranked)
+        in_range, far = in_range_positions(train_length), far_positions(length, train_length)
+        self.coverage = CoverageRecorder(*((in_range, far) if compares else ((), ())), seed=seed)
+        self.stops = [*self.statistics.positions, train_length, *self.coverage.stops]
         self._train_length, self._seed = train_length, seed
         self._edge_rows = max(0, ROWS - first)
         self._at_edge = RecurrentState({})
@@ -90,7 +101,8 @@ class StateWatch:
         if ranks.alone():
             return
         self.statistics.over_ranks()
-        self.coverage.over_ranks()
+        if self.coverage.stops:
+            self.coverage.over_ranks()
         self.has_attention = any(ranks.gather(self.has_attention))
         parts = [part for part in ranks.gather(self._at_edge) if part.batch_size]
         self._at_edge = RecurrentState({key: torch.cat([part[key] for part in parts]) for key in parts[0]})

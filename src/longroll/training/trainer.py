@@ -22,6 +22,7 @@ from longroll.training._batch import Rows, aligned, read_batch
 from longroll.training._collate import Collator
 from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
+from longroll.training.lora import lean
 from longroll.training.loss import hidden_loss, next_token_loss
 from longroll.training.sharding import full_state
 from longroll.training.weights import DECAYS, hold_weights, precision
@@ -93,6 +94,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         source = model.checkpoint if isinstance(model, RecurrentLM) else None
         if isinstance(model, RecurrentLM):
             model = model.adapted or model.model
+        lean(model)
         self._saved_dtype = None if model is None else hold_weights(model, args, weights)
         if source is not None and source.dtype in (torch.bfloat16, torch.float16):
             self._saved_dtype = source.dtype
