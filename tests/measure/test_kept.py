@@ -139,7 +139,8 @@ def test_a_folder_of_ones_own_keeps_what_is_not_a_piece(whole, tmp_path, caplog)
     (folder / ".excess.piece.x1").write_bytes(b"half")
     (folder / "model.pt").write_bytes(b"mine")
     kept = Kept(folder)
-    kept.begin(planted_lm(), texts_of_twin()[:4, :81], train_length=TRAIN_LENGTH, chunk_size=16, seed=0)
+    settings = {"train_length": TRAIN_LENGTH, "chunk_size": 16, "seed": 0, "explain": True}
+    kept.begin(planted_lm(), texts_of_twin()[:4, :81], **settings)
     assert "A reading of 2 processes is kept, and starts again on 1." in caplog.text
     assert not (folder / ".excess.piece.x1").exists() and (folder / "excess.piece").exists()
     kept.remove()
