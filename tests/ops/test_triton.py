@@ -107,7 +107,19 @@ def test_ssd_takes_wide_states_in_parts(size, monkeypatch):
     from longroll.ops.gpu import ssd as kernels
 
     monkeypatch.setattr(kernels, "WIDEST_AT_ONCE", 16 * 16)
+    monkeypatch.setattr(kernels, "AT_ONCE", 0)
     arguments, options = drawn(test_ssd, size, (True,) * 4, True)
+    found = run(ssd, arguments, options, dtype=torch.float32)
+    assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ssd_with_states_kept_and_gradients_in_two_kernels(kept, monkeypatch):
+    from longroll.ops.gpu import ssd as kernels
+
+    monkeypatch.setattr(kernels, "KEEP_STATES", kept)
+    monkeypatch.setattr(kernels, "AT_ONCE", kernels.AT_ONCE if kept else 0)
+    arguments, options = drawn(test_ssd, (1, 70, 2, 2, 5, 17), (True,) * 4, True)
     found = run(ssd, arguments, options, dtype=torch.float32)
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
 
@@ -171,6 +183,27 @@ def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
     monkeypatch.setattr(_mixers, "choose", lambda *_: SimpleNamespace(kernel=mamba2))
     for lengths in ([75], [1, 2, 71, 1]):
         assert laws.gradient_gap(laws.gradients(lm, ids, lengths), expected).size < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_residual_through_the_norm_is_the_block(name, monkeypatch):
+    from longroll.conformance import laws
+    from longroll.families import _norms
+    from longroll.ops.gpu import rms_norm
+
+    lm = RecurrentLM(build(name)).train()
+    ids = torch.randint(VOCAB, (2, 76), generator=torch.Generator().manual_seed(0))
+    expected = laws.gradients(lm, ids, [75])
+    called = []
+
+    def choose(op, *_):
+        called.append(op)
+        return SimpleNamespace(kernel=getattr(rms_norm, op))
+
+    monkeypatch.setattr(_norms, "choose", choose)
+    monkeypatch.setattr(_norms, "THROUGH", True)
+    assert laws.gradient_gap(laws.gradients(lm, ids, [1, 74]), expected).size < 1e-4
+    assert "rms_norm_and_input" in called
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

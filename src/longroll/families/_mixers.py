@@ -20,12 +20,15 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from longroll import ops
 from longroll.families._cache import StateCache
-from longroll.families._norms import is_fused
+from longroll.families._norms import hooked, is_fused
 from longroll.families._padding import limited_steps, no_step
 from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
-from longroll.ops._common import product_dtype, state_dtype, widen_float16
+from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
+
+LINEAR = False
+"""Whether the gradients of projections' weights are written in float32 under autocast."""
 
 
 def own_mixers(model: PreTrainedModel) -> None:
@@ -43,11 +46,22 @@ def _in_longroll(
     y = forward(mixer, hidden_states, cache_params)
     if not torch.is_autocast_enabled(y.device.type):
         y = y.to(hidden_states.dtype)
-    return mixer.out_proj(y)  # type: ignore[operator]
+    return _projected(mixer.out_proj, y)  # type: ignore[arg-type]
+
+
+def _projected(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return `layer(x)`; under autocast a weight's gradient is made in the weight's precision."""
+    if LINEAR and type(layer) is nn.Linear and needs_graph(layer.weight) and not hooked(layer):
+        dtype = product_dtype(layer.weight, x)
+        if dtype.itemsize == 2 and layer.weight.dtype == torch.float32:
+            kernel = choose("linear", x.device, dtype).kernel
+            if kernel is not None:
+                return cast(Tensor, kernel(x, layer.weight, layer.bias, dtype))
+    return cast(Tensor, layer(x))
 
 
 def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
-    x, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
+    x, gate = _projected(mixer.in_proj, hidden).chunk(2, dim=-1)
     x = _conv(mixer, x, cache)
     sizes = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
     dt, B, C = mixer.x_proj(x).split(sizes, dim=-1)
@@ -62,7 +76,7 @@ def _mamba(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
 
 
 def _mamba2(mixer: Any, hidden: Tensor, cache: StateCache) -> Tensor:
-    projected = mixer.in_proj(hidden)
+    projected = _projected(mixer.in_proj, hidden)
     wide = state_dtype(projected, mixer.A_log) == torch.float64
     sizes = (mixer.head_dim, mixer.ssm_state_size)
     kernel = choose("mamba2", projected.device, torch.float64 if wide else projected.dtype, sizes).kernel

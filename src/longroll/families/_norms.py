@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm, MambaRMSNormGated
+from transformers.models.mamba.modeling_mamba import MambaBlock
+from transformers.models.mamba2.modeling_mamba2 import (
+    Mamba2Block,
+    Mamba2RMSNorm,
+    MambaRMSNormGated,
+)
 
+from longroll.families._cache import StateCache
 from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
-from longroll.ops._common import product_dtype, state_dtype
+from longroll.ops._common import needs_graph, product_dtype, state_dtype
 
+THROUGH = False
+"""Whether a block's residual goes through its norm, whose backward adds the gradients of both."""
 _WIDEST = 8192  # numbers that share a mean, which one program of the kernel holds
 
 
@@ -25,6 +35,8 @@ def fuse_norms(model: PreTrainedModel) -> None:
     for module in model.modules():
         if _code(type(module)) in _KNOWN:
             replace_forward(module, functools.partial(_forward, module))
+        if type(module) in (MambaBlock, Mamba2Block):
+            replace_forward(module, functools.partial(_block, module))
 
 
 def _code(kind: type[nn.Module]) -> tuple:
@@ -43,6 +55,29 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
     if kernel is None or size > _WIDEST:
         return original(x) if gate is None else original(x, gate)
     return kernel(x, weight, module.variance_epsilon, gate, size, product_dtype(weight, x))
+
+
+def _block(block: Any, original: Callable, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Add what the mixer makes of the norm to its input; the norm's backward adds both gradients."""
+    norm, x = block.norm, hidden_states
+    kernel = choose("rms_norm_and_input", x.device, state_dtype(x, norm.weight)).kernel
+    wide = x.dtype == norm.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
+    wide = wide and isinstance(options.get("cache_params"), StateCache)
+    fits = _code(type(norm)) in _KNOWN and x.shape[-1] <= _WIDEST and not hooked(norm)
+    if not THROUGH or kernel is None or not fits or not wide or not needs_graph(x):
+        return cast(Tensor, original(hidden_states, *args, **options))
+    normed, residual = kernel(
+        x, norm.weight, norm.variance_epsilon, x.shape[-1], product_dtype(norm.weight, x)
+    )
+    return residual + cast(Tensor, block.mixer(normed, *args, **options))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        or module._backward_pre_hooks or hasattr(module, "_hf_hook")
+    )  # fmt: skip
 
 
 def is_fused(module: nn.Module) -> bool:

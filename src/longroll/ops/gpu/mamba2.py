@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._common import NO_LIMIT, no_autocast
+from longroll.ops._common import no_autocast
 from longroll.ops.gpu import rms_norm, short_conv, ssd
+
+KEEP_CONVOLVED = False
+"""Whether forward keeps the convolution's output for backward, which convolves again otherwise."""
 
 
 class Shape(NamedTuple):
@@ -113,50 +115,45 @@ class _Mamba2(torch.autograd.Function):
             gate, convolves, dt = shape.split(projected)
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
             x, B, C = shape.split_convolved(convolved)
-            steps = ssd.step_sizes(dt, dt_bias, True, shape.dt_limit)
-            if out is not None:
-                steps = steps.masked_fill(out, 0)
+            steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
             start = ssd.zero_state(x, B) if state is None else state
-            y, final = ssd.forward(x, steps, A, B, C, D, start)
+            y, final, kept = ssd.forward(x, steps, A, B, C, D, start)
             normed, rstd = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(
-            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd, out
-        )
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, y, rstd, out,
+            convolved if KEEP_CONVOLVED else None, *kept,
+        )  # fmt: skip
         ctx.shape, ctx.stateless = shape, state is None
         return normed, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnormed: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, steps, y, rstd, out = (
-            ctx.saved_tensors
-        )
+        (
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, y, rstd, out,
+            convolved, *kept,
+        ) = ctx.saved_tensors  # fmt: skip
         shape: Shape = ctx.shape
         with no_autocast(projected):
             gate, convolves, dt = shape.split(projected)
             dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
             dgate, dconvolves, ddt = shape.split(dprojected)
             dy, dnorm_weight = rms_norm.backward(dnormed, y.flatten(-2), norm_weight, gate, rstd, dgate)
-            convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
+            if convolved is None:
+                convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
             x, B, C = shape.split_convolved(convolved)
             dconvolved = torch.empty_like(convolved)
-            dsteps, dA, dD, dstate = ssd.backward(
-                dy.view_as(y), dfinal, (x, steps, A, B, C, D), start, shape.split_convolved(dconvolved)
+            dx, dB, dC = shape.split_convolved(dconvolved)
+            steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
+            ddt_bias, dA, dD, dstate = ssd.backward(
+                dy.view_as(y), dfinal, (x, A, B, C, D), steps, start, tuple(kept), (dx, ddt, dB, dC)
             )
             dweight, dbias, dpast = short_conv.backward(
                 dconvolved, convolves, conv_weight, conv_bias, past, True, dconvolves
             )
-            raw = dt.float() + dt_bias
-            draw = dsteps * raw.sigmoid()
-            if shape.dt_limit != NO_LIMIT:
-                size, (low, high) = F.softplus(raw), shape.dt_limit
-                draw = draw * ((size >= low) & (size <= high))
-            if out is not None:
-                draw = draw.masked_fill(out, 0)
-            ddt.copy_(draw)
         return (
-            dprojected, dweight, dbias, draw.sum((0, 1)), dA, dD, dnorm_weight, dpast,
+            dprojected, dweight, dbias, ddt_bias, dA, dD, dnorm_weight, dpast,
             None if ctx.stateless else dstate, None, None,
         )  # fmt: skip

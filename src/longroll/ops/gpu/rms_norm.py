@@ -43,11 +43,13 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, dx_ptr, dgate_ptr, dweight_ptr,
+    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, more_ptr, dx_ptr, dgate_ptr, dweight_ptr,
     ROWS, GROUPS, SIZE, xr, gr, dgr,
-    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MORE: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each program by itself."""
+    """dx, to which `more` is added, and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each
+    program by itself.
+    """
     group, i = tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -70,6 +72,8 @@ def _norm_backward(
             dgate = (dh * x * slope).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + row * dgr + at, dgate, mask=inside)
             dh *= opened
+        if HAS_MORE:
+            dh += tl.load(more_ptr + to, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + to, dh.to(dx_ptr.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)
     tl.store(dweight_ptr + tl.program_id(0) * GROUPS * SIZE + at, dweight, mask=inside)
@@ -121,20 +125,30 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, dgate: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    rstd: Tensor,
+    dgate: Tensor | None,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight; that of the gate is written into `dgate`, of any strides that rows can have."""
+    """dx, plus `more`, and dweight; that of the gate is written into `dgate`, of any strides that rows can
+    have.
+    """
     rows, gates = _rows(x), None if gate is None else _rows(gate)
     groups, dy = rstd.shape[1], dy.contiguous()
     size = rows.shape[1] // groups
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    more = None if more is None else more.contiguous()
     dgates = _rows(dx) if dgate is None else dgate.view(-1, dgate.shape[-1])
     programs = min(len(rows), _PROGRAMS)
     dweight = rstd.new_empty(programs, weight.numel())
     _norm_backward[(programs, groups)](
-        rows, rows if gates is None else gates, weight, rstd, dy, dx, dgates, dweight,
+        rows, rows if gates is None else gates, weight, rstd,
+        dy, dy if more is None else more, dx, dgates, dweight,
         len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
-        **_options(gate, size),
+        HAS_MORE=more is not None, **_options(gate, size),
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -161,6 +175,34 @@ class _RMSNorm(torch.autograd.Function):
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dx, dweight = backward(dy, x, weight, gate, rstd, dgate)
         return dx, dweight, dgate, None, None, None
+
+
+def rms_norm_and_input(
+    x: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm`, and x for what else is computed of it, whose gradient the norm's backward adds."""
+    found: tuple[Tensor, Tensor] = _RMSNormAndInput.apply(x, weight, eps, size, dtype)
+    return found
+
+
+class _RMSNormAndInput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y, rstd = forward(x, weight, None, eps, size, dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        return y, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return more, None, None, None, None
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = backward(dy, x, weight, None, rstd, None, more)
+        return dx, dweight, None, None, None
 
 
 def _options(gate: Tensor | None, size: int) -> dict[str, Any]:

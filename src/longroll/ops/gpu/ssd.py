@@ -11,7 +11,7 @@ The chunked form is that of Mamba-2's paper (Dao and Gu 2024, section 6).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,87 @@ from torch.autograd.function import once_differentiable
 
 from longroll.ops._backend import WIDEST_AT_ONCE
 from longroll.ops._common import NO_LIMIT, no_autocast
+from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
+CHUNK_OF_OUTPUTS = 64  # forward's; with another one, backward gets no states or step sizes from it
 WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
+STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
+OF_ALL = {"HEADS": 32, "N": 1 << 16, "num_warps": 8, "num_stages": 2}
+AT_ONCE = 64 * 128 * 2
+"""Bytes of a head's state up to which one kernel makes all gradients, which reads everything once."""
+KEEP_STATES = False
+"""Whether forward keeps the states that chunks meet for backward, which walks again otherwise."""
 FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
 
 
 @triton.jit
-def _ssd_steps(
-    dt_ptr, A_ptr, sizes_ptr, levels_ptr, T, H, CHUNKS, db, dt_stride, dh, CHUNK: tl.constexpr
+def _step_sizes(
+    dt_ptr, bias_ptr, out_ptr, row, t, h, T, H, db, dt_stride, dh, low, high,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Turn dt (B, T, H) into (B, H, CHUNKS CHUNK), 0 past the end, and sum dt A up within each chunk."""
-    row, chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    t = chunk * CHUNK + tl.arange(0, CHUNK)
-    dt = tl.load(dt_ptr + row * db + t * dt_stride + head * dh, mask=t < T, other=0.0)
-    to = (row * H + head) * CHUNKS * CHUNK + t
-    tl.store(sizes_ptr + to, dt)
-    tl.store(levels_ptr + to, tl.cumsum(dt * tl.load(A_ptr + head), axis=0))
+    """Step sizes (t, h), and their derivatives by what is stored; both are 0 at padding and past the end."""
+    within = (t < T)[:, None] & (h < H)[None, :]
+    raw = tl.load(dt_ptr + row * db + t[:, None] * dt_stride + h[None, :] * dh, mask=within, other=0.0)
+    raw = raw.to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + h, mask=h < H, other=0.0)[None, :]
+    size, slope = _step_size(raw, SOFTPLUS)
+    if LIMITED:
+        slope = tl.where((size >= low) & (size <= high), slope, 0.0)
+        size = tl.minimum(tl.maximum(size, low), high)
+    if HAS_OUT:
+        within = within & (tl.load(out_ptr + row * T + t, mask=t < T, other=1) == 0)[:, None]
+    return tl.where(within, size, 0.0), tl.where(within, slope, 0.0)
+
+
+@triton.jit
+def _ssd_steps(
+    dt_ptr, bias_ptr, out_ptr, A_ptr, sizes_ptr, levels_ptr, T, H, CHUNKS, db, dt_stride, dh, low, high,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_OUT: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Step sizes (B, H, CHUNKS CHUNK) of dt (B, T, H), and their products with A, summed up within chunks."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    sizes, _slopes = _step_sizes(
+        dt_ptr, bias_ptr, out_ptr, row, t, h, T, H, db, dt_stride, dh, low, high,
+        HAS_BIAS, SOFTPLUS, LIMITED, HAS_OUT,
+    )  # fmt: skip
+    to = (row * H + h[None, :]) * CHUNKS * CHUNK + t[:, None]
+    mask = (h < H)[None, :] & (t >= 0)[:, None]
+    tl.store(sizes_ptr + to, sizes, mask=mask)
+    rates = sizes * tl.load(A_ptr + h, mask=h < H, other=0.0)[None, :]
+    tl.store(levels_ptr + to, tl.cumsum(rates, axis=0), mask=mask)
+
+
+@triton.jit
+def _ssd_steps_backward(
+    dt_ptr, bias_ptr, out_ptr, dsizes_ptr, ddt_ptr, dbias_ptr, T, H, CHUNKS, db, dt_stride, dh, low, high,
+    ddb, ddt, ddh,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_OUT: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """ddt, of any strides, and the sum of each chunk's (B, CHUNKS, H)."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    _sizes, slopes = _step_sizes(
+        dt_ptr, bias_ptr, out_ptr, row, t, h, T, H, db, dt_stride, dh, low, high,
+        HAS_BIAS, SOFTPLUS, LIMITED, HAS_OUT,
+    )  # fmt: skip
+    within = (t < T)[:, None] & (h < H)[None, :]
+    at = (row * H + h[None, :]) * CHUNKS * CHUNK + t[:, None]
+    raw = tl.load(dsizes_ptr + at, mask=within, other=0.0) * slopes
+    to = ddt_ptr + row * ddb + t[:, None] * ddt + h[None, :] * ddh
+    tl.store(to, raw.to(ddt_ptr.dtype.element_ty), mask=within)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + (row * CHUNKS + chunk) * H + h, tl.sum(raw, axis=0), mask=h < H)
 
 
 @triton.jit
@@ -283,6 +341,85 @@ def _ssd_gradients_of_B_and_C(
     tl.store(dC_at, dC.to(dC_ptr.dtype.element_ty), mask=in_tn)
 
 
+@triton.jit
+def _ssd_gradients(
+    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
+    dx_ptr, dsizes_ptr, dA_ptr, dD_ptr, dB_ptr, dC_ptr,
+    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
+    dBb, dBt, dBh, dCb, dCt, dCh,
+    HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What the two kernels above compute, for states that fit: x, dy and both states are read once.
+
+    B and C of all heads are the same, so that the gradients of their products are summed before they are
+    multiplied.
+    """
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    heads, first = tl.program_id(2), chunk * CHUNK
+    group = heads * HEADS // RATIO
+    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
+    in_t, in_p = step < T - first, p < P_SIZE
+    in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & (n < N_SIZE)[None, :]
+    B_ptr += row * Bb + group * Bg + first * Bt
+    C_ptr += row * Cb + group * Cg + first * Ct
+    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+    products = tl.dot(C, tl.trans(B), input_precision="ieee")
+    causal = step[:, None] >= step[None, :]
+    dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
+    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
+    for i in range(0, HEADS):
+        head = heads * HEADS + i
+        times = ((row * H + head) * CHUNKS + chunk) * CHUNK
+        dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
+        x_at = x_ptr + row * xb + first * xt + head * xh
+        x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
+        dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
+        dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
+        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE)
+        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
+        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
+
+        # within the chunk
+        decay = _decays_between(a, causal)
+        scores = products * decay
+        dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * dt[None, :]
+        dproducts += dscores * decay
+        both = dscores * scores
+        da = tl.sum(both, axis=1) - tl.sum(both, axis=0)
+
+        # what the chunk's start gives to y, and its end asks of dt x
+        carried = tl.sum(tl.sum(state.to(tl.float32) * dend.to(tl.float32), axis=1), axis=0)
+        opened, left = tl.exp(a), tl.exp(total - a)
+        read = tl.dot(C, tl.trans(state), input_precision="ieee")
+        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * left[:, None]
+        written = tl.sum(dxdt * x32, axis=1) * dt
+        da += tl.sum(read * dy32, axis=1) * opened - written
+        dxdt += tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee")
+        asked = (dy32 * opened[:, None]).to(x.dtype)
+        given = (x32 * (dt * left)[:, None]).to(x.dtype)
+        dC += tl.dot(asked, state, input_precision="ieee")
+        dB += tl.dot(given, dend, input_precision="ieee")
+
+        dx = dxdt * dt[:, None]
+        if HAS_D:
+            dx += tl.load(D_ptr + head) * dy32
+            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0))
+        dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
+        drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
+        dsizes = tl.sum(dxdt * x32, axis=1) + drate * tl.load(A_ptr + head)
+        tl.store(dsizes_ptr + times + step, dsizes)
+        tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
+    rounded = dproducts.to(B.dtype)
+    dC += tl.dot(rounded, B, input_precision="ieee")
+    dB += tl.dot(tl.trans(rounded), C, input_precision="ieee")
+    dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
+    dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
+    tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
+    tl.store(dC_at, dC.to(dC_ptr.dtype.element_ty), mask=in_tn)
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -299,21 +436,59 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Return `longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
     with no_autocast(x):
-        steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
         state = zero_state(x, B) if initial_state is None else initial_state
         B, C = B.to(x.dtype), C.to(x.dtype)  # products are of one precision
         skip = None if D is None or D.dim() == 2 else D.float()
-        y, final = _SSD.apply(x, steps, A.float(), B, C, skip, state.float())
+        bias = None if dt_bias is None else dt_bias.float()
+        y, final = _SSD.apply(x, dt, A.float(), B, C, skip, state.float(), bias, dt_softplus, dt_limit)
         if D is not None and D.dim() == 2:  # the kernel takes one skip weight for each head
             y = (y.float() + D.float() * x.float()).to(x.dtype)
         return (y if z is None else y * F.silu(z)), final
 
 
-def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
-    """Return dt (B, T, H) as the recurrence takes it, float32."""
-    steps = dt.float() if bias is None else dt.float() + bias.float()
-    steps = F.softplus(steps) if softplus else steps
-    return steps if tuple(limit) == NO_LIMIT else steps.clamp(*limit)
+class Steps(NamedTuple):
+    """How step sizes are made.
+
+    Args:
+        dt: before the bias, softplus and the limit, (B, T, H).
+        bias: (H,) float32, or None.
+        softplus: whether softplus follows.
+        limit: smallest and largest step size.
+        out: (B, T), true at padding, which makes no step; None: there is none.
+    """
+
+    dt: Tensor
+    bias: Tensor | None
+    softplus: bool
+    limit: tuple[float, float]
+    out: Tensor | None = None
+
+    def run(self, kernel: Any, chunk: int, chunks: int, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
+        """Run a kernel on all chunks, with `more` strides."""
+        batch, time, heads = self.dt.shape
+        tile = min(STEPS["HEADS"], triton.next_power_of_2(heads))
+        out = None if self.out is None else self.out.contiguous().view(torch.uint8)
+        kernel[batch, chunks, triton.cdiv(heads, tile)](
+            *(self.dt if t is None else t for t in (self.dt, self.bias, out)), *tensors,
+            time, heads, chunks, *self.dt.stride(), *map(float, self.limit), *more,
+            HAS_BIAS=self.bias is not None, SOFTPLUS=self.softplus, LIMITED=tuple(self.limit) != NO_LIMIT,
+            HAS_OUT=self.out is not None, CHUNK=chunk, **STEPS | {"HEADS": tile},
+        )  # fmt: skip
+
+    def sizes(self, A: Tensor, chunk: int) -> Tensor:
+        """Return step sizes and the running sums of dt A in each chunk, (2, B, H, chunks chunk)."""
+        batch, time, heads = self.dt.shape
+        chunks = triton.cdiv(time, chunk)
+        found = A.new_empty(2, batch, heads, chunks * chunk)
+        self.run(_ssd_steps, chunk, chunks, A, found[0], found[1])
+        return found
+
+    def backward(self, dsizes: Tensor, ddt: Tensor, chunk: int) -> Tensor | None:
+        """Return the gradient of the bias; that of dt is written into `ddt`."""
+        batch, heads, time = dsizes.shape
+        dbias = dsizes.new_empty(batch, time // chunk, heads)
+        self.run(_ssd_steps_backward, chunk, time // chunk, dsizes, ddt, dbias, more=ddt.stride())
+        return None if self.bias is None else dbias.sum((0, 1))
 
 
 def zero_state(x: Tensor, B: Tensor) -> Tensor:
@@ -324,20 +499,19 @@ def zero_state(x: Tensor, B: Tensor) -> Tensor:
 class _Call:
     """Shapes, strides and grids of one call."""
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
-        self.x, self.A, self.B, self.C = x, A.contiguous(), B, C
+    def __init__(
+        self, x: Tensor, sizes: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk: int
+    ) -> None:
+        self.x, self.A, self.B, self.C, self.chunk = x, A, B, C, chunk
+        self.dt, self.levels = sizes
         self.D = None if D is None else D.contiguous()
         self.batch, self.time, self.heads, self.width = x.shape
         self.order, self.ratio = B.shape[3], x.shape[2] // B.shape[2]
-        self.chunks = triton.cdiv(self.time, CHUNK)
+        self.chunks = triton.cdiv(self.time, chunk)
         self.sizes = (self.time, self.heads, self.chunks, self.ratio)
         self.ends = (self.width, self.order)
         # tensor cores multiply tiles of at least 16
         self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
-        self.dt, self.levels = dt.new_empty(2, self.batch, self.heads, self.chunks * CHUNK)
-        _ssd_steps[(self.batch, self.chunks, self.heads)](
-            dt, self.A, self.dt, self.levels, *self.sizes[:3], *dt.stride(), CHUNK=CHUNK, num_warps=1
-        )
         self.few_warps = {"num_warps": 2} if min(self.blocks) < NARROW else {}
 
     @property
@@ -358,7 +532,7 @@ class _Call:
         _ssd_walk[(self.batch * self.heads, *parts)](
             x, self.dt, self.levels, B, first, met, last,
             *self.sizes, *x.stride(), *B.stride(), *self.ends,
-            REVERSE=reverse, CHUNK=CHUNK, **options | self.few_warps,
+            REVERSE=reverse, CHUNK=self.chunk, **options | self.few_warps,
         )  # fmt: skip
         return met, last
 
@@ -382,7 +556,7 @@ class _Call:
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
         kernel[self.batch, self.chunks, programs](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
-            HAS_D=self.D is not None, CHUNK=CHUNK, **options | self.few_warps | {"P": p, "N": n} | split,
+            HAS_D=self.D is not None, CHUNK=self.chunk, **options | self.few_warps | {"P": p, "N": n} | split,
         )  # fmt: skip
 
     def sharing(self, options: dict[str, int]) -> dict[str, int]:
@@ -395,47 +569,72 @@ class _Call:
 
 
 def forward(
-    x: Tensor, steps: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return y (B, T, H, P), contiguous, and the final state; of `step_sizes`, without a gradient."""
-    call = _Call(x, steps, A, B, C, D)
+    x: Tensor, steps: Steps, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Compute the recurrence without a gradient.
+
+    Returns:
+        y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes and the states
+        that the chunks meet, or None for what it computes again.
+    """
+    A = A.contiguous()
+    sizes = steps.sizes(A, CHUNK_OF_OUTPUTS)
+    call = _Call(x, sizes, A, B, C, D, CHUNK_OF_OUTPUTS)
     starts, final = call.walk(x, B, state, reverse=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
-    return y, final
+    same = CHUNK_OF_OUTPUTS == CHUNK
+    return y, final, (sizes if same else None, starts if KEEP_STATES and same else None)
 
 
 def backward(
-    dy: Tensor, dfinal: Tensor, inputs: tuple[Tensor, ...], state: Tensor, into: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Return gradients of steps, A, D and the state; those of x, B and C are written `into` tensors.
+    dy: Tensor,
+    dfinal: Tensor,
+    inputs: tuple[Tensor, ...],
+    steps: Steps,
+    state: Tensor,
+    kept: tuple[Tensor | None, Tensor | None],
+    into: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return gradients of the bias of dt, A, D and the state; others are written `into` tensors.
 
     Args:
         dy: gradient of y.
         dfinal: gradient of the final state.
-        inputs: the inputs of `forward`, but the state.
+        inputs: x, A, B, C and D of `forward`.
+        steps: its step sizes.
         state: the initial one.
-        into: tensors for dx, dB and dC, each with a contiguous last axis.
+        kept: what `forward` returned.
+        into: tensors for dx, ddt, dB and dC; the last axis of dx, dB and dC is contiguous.
     """
-    call, dy, (dx, dB, dC) = _Call(*inputs), dy.contiguous(), into
-    x, _, _, B, C, _ = inputs
-    starts, _ = call.walk(x, B, state, reverse=False)
+    (x, A, B, C, D), (sizes, starts), (dx, ddt, dB, dC) = inputs, kept, into
+    A, dy = A.contiguous(), dy.contiguous()
+    call = _Call(x, steps.sizes(A, CHUNK) if sizes is None else sizes, A, B, C, D, CHUNK)
+    if starts is None:
+        starts, _ = call.walk(x, B, state, reverse=False)
     dends, dstate = call.walk(dy, C, dfinal, reverse=True)
     dsizes = torch.empty_like(call.dt)
     # a sum for each chunk: programs that add to one number do so in any order
-    dA, dD = (call.A.new_zeros(call.batch, call.chunks, call.heads) for _ in range(2))
-    call.side_by_side(
-        _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsizes, dA, dD, more=dx.stride()[:3]
-    )
-    options = call.sharing(OF_B_AND_C)
+    dA, dD = (call.A.new_empty(call.batch, call.chunks, call.heads) for _ in range(2))
+    of_x, at_once = (dx, dsizes, dA, dD), math.prod(call.blocks) * x.element_size() <= AT_ONCE
+    if not at_once:
+        call.side_by_side(
+            _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, *of_x, more=dx.stride()[:3]
+        )
+    options = call.sharing(OF_ALL if at_once else OF_B_AND_C)
     programs = call.heads // options["HEADS"]
     whole = programs == B.shape[2]  # each program has all heads of its B and C
     parts = (dB, dC) if whole else tuple(call.A.new_empty(2, *x.shape[:2], programs, call.order))
     strides = (*parts[0].stride()[:3], *parts[1].stride()[:3])
-    call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
+    if at_once:
+        strides = (*dx.stride()[:3], *strides)
+        call.side_by_side(_ssd_gradients, options, starts, dends, dy, *of_x, *parts, more=strides)
+    else:
+        call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
-    return dsizes[..., : call.time].mT, dA.sum((0, 1)), dD.sum((0, 1)), dstate
+    dbias = steps.backward(dsizes, ddt, CHUNK)
+    return dbias, dA.sum((0, 1)), None if call.D is None else dD.sum((0, 1)), dstate
 
 
 class _SSD(torch.autograd.Function):
@@ -443,22 +642,28 @@ class _SSD(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        steps: Tensor,
+        dt: Tensor,
         A: Tensor,
         B: Tensor,
         C: Tensor,
         D: Tensor | None,
         state: Tensor,
+        bias: Tensor | None,
+        softplus: bool,
+        limit: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, steps, A, B, C, D, state)
-        return forward(x, steps, A, B, C, D, state)
+        y, final, kept = forward(x, Steps(dt, bias, softplus, limit), A, B, C, D, state)
+        ctx.save_for_backward(x, dt, A, B, C, D, state, bias, *kept)
+        ctx.how = softplus, limit
+        return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, state = ctx.saved_tensors
-        dx, dB, dC = (
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in map(inputs.__getitem__, (0, 3, 4))
+        x, dt, A, B, C, D, state, bias, *kept = ctx.saved_tensors
+        into = dx, ddt, dB, dC = tuple(
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C)
         )
-        dsteps, dA, dD, dstate = backward(dy, dfinal, inputs, state, (dx, dB, dC))
-        return dx, dsteps, dA, dB, dC, None if inputs[5] is None else dD, dstate
+        steps = Steps(dt, bias, *ctx.how)
+        dbias, dA, dD, dstate = backward(dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into)
+        return dx, ddt, dA, dB, dC, dD, dstate, dbias, None, None

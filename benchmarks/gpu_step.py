@@ -1,0 +1,376 @@
+"""A training step of the 370M Mamba-2 on a GPU: where its time goes, and what each change to it is worth.
+
+    python benchmarks/gpu_step.py profile --json profile.json     # of the step as a CUDA graph, by kernel
+    python benchmarks/gpu_step.py kernels --json kernels.json     # kernels alone, in other tiles
+    python benchmarks/gpu_step.py steps --json steps.json         # steps with the changes, taking turns
+
+State Passing, 4 x 2048 tokens, autocast to bfloat16, AdamW, as the row `step` of `big.py`. Variants are
+settings of modules. The graphs of all variants take turns on one model. Before that each computes the
+gradients of one batch: `apart` is their distance from the first variant's, in root mean square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from big import PEAK, Bench, weights
+from gpu_ops import both_ways, replayed, ssd_inputs
+
+import longroll
+from longroll.results import BenchmarkResult, provenance
+from longroll.training.graphs import StepGraph
+
+OPS = "longroll.ops.gpu"
+SSD, CONV, NORM, MAMBA2 = f"{OPS}.ssd", f"{OPS}.short_conv", f"{OPS}.rms_norm", f"{OPS}.mamba2"
+MIXERS, NORMS = "longroll.families._mixers", "longroll.families._norms"
+
+Settings = dict[str, Any]
+"""`module:attribute` -> value; a dict is put into the dict that is there."""
+
+BEFORE: Settings = {
+    f"{SSD}:AT_ONCE": 0, f"{SSD}:KEEP_STATES": False, f"{MAMBA2}:KEEP_CONVOLVED": False,
+    f"{MIXERS}:LINEAR": False, f"{NORMS}:THROUGH": False,
+}  # fmt: skip
+AT_ONCE: Settings = {f"{SSD}:AT_ONCE": 64 * 128 * 2}
+CHUNKS = {f"{SSD}:CHUNK_OF_OUTPUTS": 128, f"{SSD}:OUTPUTS": {"num_warps": 8, "num_stages": 2}}
+KEPT: Settings = {f"{SSD}:KEEP_STATES": True}
+CONVOLVED: Settings = {f"{MAMBA2}:KEEP_CONVOLVED": True}
+THROUGH: Settings = {f"{NORMS}:THROUGH": True}
+LINEAR: Settings = {f"{MIXERS}:LINEAR": True}
+ALL: Settings = {**AT_ONCE, **KEPT, **CONVOLVED, **THROUGH, **LINEAR}
+STEPS: dict[str, Settings] = {
+    "before": {},
+    "gradients at once": AT_ONCE,
+    "states kept": KEPT,
+    "convolution kept": CONVOLVED,
+    "residual through the norm": THROUGH,
+    "weights' gradients in float32": LINEAR,
+    "norm: 264 programs": {f"{NORM}:_PROGRAMS": 264},
+    "norm: 528 programs": {f"{NORM}:_PROGRAMS": 528},
+    "convolution: 2 warps": {f"{CONV}:BACKWARD": {"num_warps": 2}},
+    "all": ALL,
+    "all, nothing kept": {**AT_ONCE, **THROUGH, **LINEAR},
+    "all, outputs in chunks of 128": {**AT_ONCE, **CHUNKS, **CONVOLVED, **THROUGH, **LINEAR},
+}
+
+
+def _tiles(name: str, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Settings]]:
+    """Settings of one dict of options, each entry changed by itself."""
+    for key, values in choices.items():
+        for value in values:
+            yield f"{name.lower()}: {key} {value}", {f"{SSD}:{name}": {key: value}}
+
+
+SSDS: dict[str, Settings] = {
+    "two kernels": {f"{SSD}:AT_ONCE": 0},
+    "one kernel": AT_ONCE,
+    "one kernel, 8 heads": {**AT_ONCE, f"{SSD}:OF_ALL": {"HEADS": 8}},
+    "one kernel, all 32 heads": {**AT_ONCE, f"{SSD}:FEWEST": 128},
+    "one kernel, 1 stage": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_stages": 1}},
+    "one kernel, 3 stages": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_stages": 3}},
+    "one kernel, 4 warps": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_warps": 4}},
+    "one kernel, 4 warps, 1 stage, 8 heads": {
+        **AT_ONCE, f"{SSD}:OF_ALL": {"num_warps": 4, "num_stages": 1, "HEADS": 8},
+    },
+    "one kernel, chunks of 128": {
+        **AT_ONCE, f"{SSD}:CHUNK": 128, **CHUNKS, f"{SSD}:OF_ALL": {"num_stages": 1, "HEADS": 8},
+    },
+    "states kept": {**AT_ONCE, **KEPT},
+    "outputs in chunks of 128": {**AT_ONCE, **CHUNKS},
+    "outputs in chunks of 128, 4 warps": {**AT_ONCE, **CHUNKS, f"{SSD}:OUTPUTS": {"num_stages": 2}},
+    **dict(_tiles("WALK", num_warps=(4,), num_stages=(2, 4))),
+    "walk: 64 columns": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
+    "walk: 64 columns, 4 stages": {f"{SSD}:WALK": {"N": 64, "num_warps": 4, "num_stages": 4}},
+    **dict(_tiles("OUTPUTS", HEADS=(4, 16, 32), num_stages=(2, 4), num_warps=(8,))),
+    **dict(_tiles("STEPS", HEADS=(8, 16), num_warps=(1, 2, 8))),
+}  # fmt: skip
+CONVS: dict[str, Settings] = {
+    f"{name.lower()}: {steps} steps, {channels} channels, {warps} warps": {
+        f"{CONV}:{name}": {"STEPS": steps, "CHANNELS": channels, "num_warps": warps},
+        f"{CONV}:CHANNELS": channels,
+    }
+    for name in ("FORWARD", "BACKWARD")
+    for steps in (16, 32, 64, 128)
+    for channels, warps in ((128, 1), (256, 1), (256, 2), (256, 4), (512, 2), (512, 4))
+}
+NORM_TILES: dict[str, Settings] = {
+    f"{programs} programs": {f"{NORM}:_PROGRAMS": programs} for programs in (132, 264, 528, 1024, 2048)
+}
+
+
+@contextlib.contextmanager
+def settings(given: Settings) -> Iterator[None]:
+    """Put settings into modules, and back."""
+    before = {}
+    for key, value in {**BEFORE, **given}.items():
+        name, attribute = key.split(":")
+        module = importlib.import_module(name)
+        before[key] = module, attribute, getattr(module, attribute)
+        old = before[key][2]
+        setattr(module, attribute, old | value if isinstance(value, dict) else value)
+    try:
+        yield
+    finally:
+        for module, attribute, old in before.values():
+            setattr(module, attribute, old)
+
+
+class Steps:
+    """The model, its optimizer and a graph of each variant, which share their memory."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.length = bench.size(2048, 64)
+        self.lm = bench.model("mamba2-370m", torch.float32).train()
+        self.ids = bench.tokens(self.lm, 4, self.length).to(bench.device)
+        self.optimizer = torch.optim.AdamW(self.lm.parameters(), lr=1e-4, fused=bench.cuda)
+        self.passing = longroll.StatePassing()
+        self.pool = torch.cuda.graph_pool_handle() if bench.cuda else None
+
+    def graph(self, given: Settings) -> StepGraph:
+        """Capture a variant's step."""
+        with settings(given):
+            graph = StepGraph(self.lm, dtype=torch.bfloat16, pool=self.pool)
+            graph.capture(self.ids[:, :-1])
+        return graph
+
+    def gradients(self, graph: StepGraph) -> torch.Tensor:
+        """Gradients of all weights, one after another, from a state that is not zero."""
+        generator = torch.Generator(self.bench.device).manual_seed(3)
+        zero = self.lm.zero_state(4)
+        state = type(zero)(
+            {
+                key: torch.randn(t.shape, generator=generator, device=t.device, dtype=t.dtype)
+                for key, t in zero.items()
+            }
+        )
+        graph(self.ids[:, :-1], self.ids[:, 1:], state)
+        found = torch.cat([p.grad.flatten() for p in self.lm.parameters() if p.grad is not None])
+        self.optimizer.zero_grad()
+        return found
+
+    def run(self, graph: StepGraph) -> None:
+        """A step of State Passing."""
+        state = self.passing.initial_state({"input_ids": self.ids})
+        _, final = graph(self.ids[:, :-1], self.ids[:, 1:], state)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.passing.observe(final)
+
+
+CLASSES = {
+    "matrix products": ("nvjet", "gemm", "cutlass"),
+    "SSD": ("_ssd_",),
+    "convolution": ("_conv_",),
+    "norms": ("_norm_",),
+    "loss": ("_entropy_",),
+    "AdamW": ("FusedOptimizer",),
+    "memory copies and fills": ("Memcpy", "Memset", "FillFunctor", "CatArray"),
+    "casts": ("copy_kernel",),
+    "additions": ("CUDAFunctor_add",),
+    "sums": ("reduce_kernel",),
+    "embedding": ("embedding", "radix", "compute_grad_weight", "sum_and_scatter", "gather"),
+}
+
+
+def profile(bench: Bench, given: Settings) -> dict[str, Any]:
+    """Milliseconds of a step by class of kernel and by kernel."""
+    steps = Steps(bench)
+    graph = steps.graph(given)
+    for _ in range(3):
+        steps.run(graph)
+    calls = 4
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        steps.run(graph)
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - began) / calls * 1000
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA]) as profiler:
+        for _ in range(calls):
+            steps.run(graph)
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
+    table = [
+        {"kernel": name[:160], "calls": len(ms) / calls, "ms": sum(ms) / calls, "class": _class(name)}
+        for name, ms in kernels.items()
+    ]
+    table.sort(key=lambda row: -row["ms"])
+    classes: dict[str, float] = {}
+    for row in table:
+        classes[row["class"]] = classes.get(row["class"], 0) + row["ms"]
+    bench.free()
+    return {"step_ms": wall, "gpu_ms": sum(classes.values()), "classes": classes, "kernels": table[:60]}
+
+
+def _class(name: str) -> str:
+    return next((kind for kind, parts in CLASSES.items() if any(part in name for part in parts)), "other")
+
+
+def kernels(only: Iterable[str], write: Callable[[dict[str, Any]], None]) -> dict[str, dict[str, Any]]:
+    """Milliseconds of SSD, convolution and norms in other tiles, each as a CUDA graph."""
+    table: dict[str, dict[str, Any]] = {}
+    for what, variants in (("ssd", SSDS), ("conv", CONVS), ("norm", NORM_TILES)):
+        if what not in only:
+            continue
+        calls = {"ssd": _ssd_calls, "conv": _conv_calls, "norm": _norm_calls}[what]()
+        exact: dict[str, list[torch.Tensor]] = {}
+        for name, given in variants.items():
+            row: dict[str, Any] = {}
+            for call, (run, results) in calls.items():
+                if what == "conv" and call not in name:
+                    continue
+                try:
+                    with settings(given):
+                        found = [t.detach().double() for t in results()]
+                        exact.setdefault(call, found)
+                        pairs = zip(found, exact[call], strict=True)
+                        row[call] = {"ms": replayed(run)}
+                        row[call]["apart"] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+                except Exception as error:  # too little shared memory, say
+                    first = (str(error).splitlines() or [""])[0]
+                    row[call] = {"error": f"{type(error).__name__}: {first[:200]}"}
+            table[f"{what}, {name}"] = row
+            print(f"{what:5} {name:45} {row}", flush=True)
+            write(table)
+    return table
+
+
+def _ssd_calls() -> dict[str, tuple[Any, Any]]:
+    forward, leaves = ssd_inputs((4, 2048, 32, 64, 128))
+
+    def results() -> list[torch.Tensor]:
+        outputs = forward()
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+
+    return {
+        "forward": (torch.no_grad()(forward), lambda: torch.no_grad()(forward)()),
+        "forward_backward": (both_ways(forward, leaves), results),
+    }
+
+
+def _conv_calls() -> dict[str, tuple[Any, Any]]:
+    from longroll.ops.gpu import short_conv
+
+    wide = torch.randn(4, 2048, 4384, device="cuda", dtype=torch.bfloat16)
+    x, dx = wide[..., 2048:4352], torch.empty_like(wide)[..., 2048:4352]
+    weight, bias = torch.randn(2304, 4, device="cuda"), torch.randn(2304, device="cuda")
+    past, dy = torch.randn(4, 3, 2304, device="cuda"), torch.randn_like(x).contiguous()
+
+    def forward() -> Any:
+        return short_conv.forward(x, weight, bias, past, True)
+
+    def backward() -> Any:
+        return short_conv.backward(dy, x, weight, bias, past, True, dx)
+
+    return {
+        "forward": (forward, lambda: [forward()]),
+        "backward": (backward, lambda: [*backward(), dx.clone()]),
+    }
+
+
+def _norm_calls() -> dict[str, tuple[Any, Any]]:
+    from longroll.ops.gpu import rms_norm
+
+    found = {}
+    wide = torch.randn(4, 2048, 4384, device="cuda", dtype=torch.bfloat16)
+    for name, size, gate, dtype in (
+        ("gated", 2048, wide[..., :2048], torch.bfloat16),
+        ("plain", 1024, None, torch.float32),
+    ):
+        x = torch.randn(4, 2048, size, device="cuda", dtype=dtype)
+        weight, dy = torch.ones(size, device="cuda"), torch.randn_like(x).bfloat16()
+        rstd = rms_norm.forward(x, weight, gate, 1e-5, size, torch.bfloat16)[1]
+        dgate = None if gate is None else torch.empty_like(wide)[..., :2048]
+
+        def backward(x=x, weight=weight, gate=gate, rstd=rstd, dy=dy, dgate=dgate) -> Any:
+            return rms_norm.backward(dy, x, weight, gate, rstd, dgate)
+
+        found[name] = backward, backward
+    return found
+
+
+def steps(bench: Bench, names: Iterable[str], turns: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a step with each variant: medians over turns of ten steps."""
+    made = Steps(bench)
+    rows: dict[str, dict[str, Any]] = {}
+    graphs: dict[str, StepGraph] = {}
+    exact = None
+    for name in names:
+        try:
+            began = time.perf_counter()
+            graphs[name] = made.graph(STEPS[name])
+            rows[name] = {"capture_seconds": time.perf_counter() - began, "ms": []}
+            found = made.gradients(graphs[name])
+            exact = found.clone() if exact is None else exact
+            rows[name]["apart"] = ((found - exact).norm() / exact.norm()).item()
+            rows[name]["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            rows[name] = {"error": f"{type(error).__name__}: {first[:300]}"}
+            graphs.pop(name, None)
+        print(name, rows[name], flush=True)
+    del exact, found
+    tokens = 4 * made.length
+    parameters = weights(made.lm)["parameters"]
+    peak = PEAK.get(torch.cuda.get_device_name())
+    for turn in range(turns + 1):
+        for name, graph in graphs.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(10):
+                made.run(graph)
+            torch.cuda.synchronize()
+            if turn:
+                rows[name]["ms"].append((time.perf_counter() - began) * 100)
+    for name in graphs:
+        row = rows[name]
+        row["median_ms"] = statistics.median(row["ms"])
+        row["tokens_per_second"] = tokens / row["median_ms"] * 1000
+        row["mfu"] = 6 * parameters * row["tokens_per_second"] / peak if peak else None
+        print(f"{name:35} {row['median_ms']:7.2f} ms {row['tokens_per_second']:9,.0f} tokens/s {row['mfu']}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["profile", "kernels", "steps"])
+    parser.add_argument("--only", nargs="+", help="variants of steps; or ssd, conv and norm; default: all")
+    parser.add_argument("--variant", default="before", choices=STEPS, help="whose profile")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model")
+    parser.add_argument("--json", help="write the results here")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    bench = Bench(torch.device("cuda"), options.tiny, 1, None, None)  # type: ignore[arg-type]
+
+    def write(rows: dict[str, Any]) -> None:
+        if options.json:
+            made = provenance(seed=0, seconds=time.perf_counter() - began, device="cuda")
+            result = {"what": f"gpu_step_{options.what}", "options": vars(options), "rows": rows}
+            BenchmarkResult.from_json(result | {"provenance": made}).write(options.json)
+
+    torch.manual_seed(0)
+    if options.what == "profile":
+        found: dict[str, Any] = {options.variant: profile(bench, STEPS[options.variant])}
+        print(found[options.variant]["step_ms"], found[options.variant]["classes"])
+    elif options.what == "kernels":
+        found = kernels(options.only or ("ssd", "conv", "norm"), write)
+    else:
+        found = steps(bench, options.only or STEPS, options.turns)
+    write(found)
+
+
+if __name__ == "__main__":
+    main()
