@@ -89,6 +89,15 @@ SSDS: dict[str, Settings] = {
     "walk: 64 columns": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
     "walk: 64 columns, 4 stages": {f"{SSD}:WALK": {"N": 64, "num_warps": 4, "num_stages": 4}},
     **dict(_tiles("OUTPUTS", HEADS=(4, 16, 32), num_stages=(2, 4), num_warps=(8,))),
+    **dict(_tiles("OF_X", HEADS=(2, 4), num_stages=(2,), num_warps=(8,))),
+    "of_x: 2 heads, 2 stages": {f"{SSD}:OF_X": {"HEADS": 2, "num_stages": 2}},
+    "of_x: 4 heads, 2 stages": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2}},
+    **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(3,), num_warps=(8,))),
+    "of_b_and_c: all columns": {f"{SSD}:OF_B_AND_C": {"N": 128, "HEADS": 16, "num_warps": 8}},
+    "two kernels, chunks of 128": {
+        f"{SSD}:CHUNK": 128, **CHUNKS, f"{SSD}:WALK": {"num_stages": 2},
+        f"{SSD}:OF_X": {"num_warps": 8}, f"{SSD}:OF_B_AND_C": {"num_warps": 8, "HEADS": 16},
+    },
     **dict(_tiles("STEPS", HEADS=(8, 16), num_warps=(1, 2, 8))),
 }  # fmt: skip
 CONVS: dict[str, Settings] = {

@@ -33,7 +33,7 @@ OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
 OF_ALL = {"HEADS": 32, "N": 1 << 16, "num_warps": 8, "num_stages": 2}
-AT_ONCE = 64 * 128 * 2
+AT_ONCE = 0
 """Bytes of a head's state up to which one kernel makes all gradients, which reads everything once."""
 KEEP_STATES = False
 """Whether forward keeps the states that chunks meet for backward, which walks again otherwise."""
@@ -395,7 +395,7 @@ def _ssd_gradients(
         dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * left[:, None]
         written = tl.sum(dxdt * x32, axis=1) * dt
         da += tl.sum(read * dy32, axis=1) * opened - written
-        dxdt += tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee")
+        dxdt += tl.where(in_tp, tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee"), 0.0)
         asked = (dy32 * opened[:, None]).to(x.dtype)
         given = (x32 * (dt * left)[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision="ieee")
@@ -412,8 +412,8 @@ def _ssd_gradients(
         tl.store(dsizes_ptr + times + step, dsizes)
         tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
     rounded = dproducts.to(B.dtype)
-    dC += tl.dot(rounded, B, input_precision="ieee")
-    dB += tl.dot(tl.trans(rounded), C, input_precision="ieee")
+    dC += tl.where(in_tn, tl.dot(rounded, B, input_precision="ieee"), 0.0)
+    dB += tl.where(in_tn, tl.dot(tl.trans(rounded), C, input_precision="ieee"), 0.0)
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
