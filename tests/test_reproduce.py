@@ -149,6 +149,18 @@ def test_a_run_ends_in_pages_goes_on_and_refuses_other_settings(tmp_path):
         assert named in str(run(tmp_path, *flags).exception)
 
 
+def test_a_refused_start_binds_nothing_and_comes_before_the_first_model(tmp_path):
+    small_checkpoint(tmp_path / "given")
+    for flags, named in (
+        (("--models", "130m,370m"), "mamba2-370m"),
+        (("--text", str(tmp_path / "no")), "no"),
+        (("--length", "131072", "--text", str(tmp_path / "given")), "given"),
+    ):
+        refused = run(tmp_path, *flags)
+        assert isinstance(refused.exception, LongrollError) and named in str(refused.exception)
+        assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_plan_writes_nothing(tmp_path):
     found = run(tmp_path, "--plan")
     assert found.exit_code == 0, found.output

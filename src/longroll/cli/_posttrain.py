@@ -491,10 +491,13 @@ def run_posttrain(lm, corpus, intervention, options, output, **more: Any):
     import time
 
     from longroll.cli._progress import progress, training_progress
+    from longroll.interventions.recipes import NAMES
     from longroll.training import posttrain
 
     began = time.perf_counter()
     name = "zero states" if intervention is None else type(intervention).__name__
+    if isinstance(intervention, str):
+        name = NAMES.get(intervention, f"states of recipe {intervention}")
     with progress(f"training from {name}", total=options.steps) as advance:
         callbacks = [training_progress(advance, tokens=options.tokens // options.steps)]
         log = posttrain(lm, corpus, intervention, options, output, callbacks=callbacks, **more)

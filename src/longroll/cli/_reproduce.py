@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longroll.reproduce import Checkpoint, Need
     from longroll.results import DiagnosisResult
 
+_SETTINGS = "settings.json"
 _REMEMBERED_ROWS = 8  # texts of the remembrance, which reads each of them 16 times
 
 
@@ -83,8 +84,9 @@ def reproduce(
     from longroll.data import load_tokenizer
     from longroll.errors import LongrollError
     from longroll.ranks import world_size
-    from longroll.reproduce import ARMS, Machine, Work, find_checkpoints, needs
+    from longroll.reproduce import ARMS, Machine, Work, check_present, find_checkpoints, needs
     from longroll.reproduce.checkpoints import TOKENIZER, TRAIN_LENGTH
+    from longroll.results import write_json
 
     if world_size() > 1:
         raise LongrollError("reproduce runs in one process: start it without a launcher.")
@@ -107,7 +109,9 @@ def reproduce(
         "noise_std": noise_std, "length": length, "sequences": sequences, "concatenate": concatenate,
         "text_column": text_column, "tokenizer": tokenizer or TOKENIZER, "dtype": dtype, "seed": seed,
     }  # fmt: skip
-    _same_settings(output / "settings.json", settings)
+    _same_settings(output, settings)
+    if checkpoints is not None:
+        check_present(chosen, checkpoints)
     tok = load_tokenizer(tokenizer or TOKENIZER)
     tokens, bytes_per_token = o.read_sequences(
         text, tok, length=length, sequences=sequences, column=text_column, concatenate=concatenate, seed=seed
@@ -115,6 +119,7 @@ def reproduce(
     corpus = o.read_training_text(
         text, tok, column=text_column, max_tokens=steps * batch_size * TRAIN_LENGTH + 1, seed=seed
     )
+    write_json(output / _SETTINGS, settings)
     for one, need in zip(chosen, taken, strict=True):
         model = _Model(one, checkpoints, output / one.name, tokens, bytes_per_token, device, dtype, seed)
         base = model.measured("base")
@@ -133,6 +138,7 @@ def reproduce(
                 model.measured(arm, against=base, control=control)
             if not keep_models:
                 shutil.rmtree(model.folder / arm, ignore_errors=True)
+            _write_pages(output, settings)
         model.draw()
         _write_pages(output, settings)
     for table in _summary_tables(output):
@@ -240,19 +246,19 @@ def _device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a run, or refuse others than those that it was begun by."""
+def _same_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse other settings than those that the results of the folder were measured by."""
     from longroll.errors import LongrollError
-    from longroll.results import read_json, write_json
+    from longroll.results import read_json
 
-    if not path.is_file():
-        write_json(path, settings)
+    path = output / _SETTINGS
+    if not path.is_file() or not _all_results(output):
         return
     before = read_json(path)
     for name, value in settings.items():
         if before.get(name) != value:
             raise LongrollError(
-                f"`{name}` was {before.get(name)!r} when {path.parent} was begun and is {value!r} now: give "
+                f"`{name}` was {before.get(name)!r} when {output} was begun and is {value!r} now: give "
                 "the same, or another --output."
             )
 
@@ -298,6 +304,7 @@ def _write_pages(output: Path, settings: dict[str, Any]) -> None:
     pages = {
         name: [output / name / "report.html", *sorted((output / name / "figures").glob("*.pdf"))]
         for name in results
+        if (output / name / "report.html").is_file()
     }
     facts = [
         f"{settings['steps']} steps of {settings['batch_size']} x 2,048 tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from longroll.errors import LongrollError
 from longroll.interventions.recipes import NAMES
@@ -110,3 +111,17 @@ def find_checkpoints(sizes: Sequence[str], family: str = "mamba2") -> list[Check
             raise LongrollError(f"`models`: {size} is not one of 130m, 370m, 780m, 1.3b, 2.7b.")
         found |= {c.name: c for c in some}
     return sorted(found.values(), key=lambda c: (c.parameters, c.name))
+
+
+def check_present(checkpoints: Sequence[Checkpoint], folder: Path) -> None:
+    """Check that a folder holds every checkpoint, before hours are spent on the first.
+
+    Raises:
+        LongrollError: one is missing.
+    """
+    missing = [one.name for one in checkpoints if not (folder / one.name / "config.json").is_file()]
+    if missing:
+        raise LongrollError(
+            f"`checkpoints` {folder} has no {' and no '.join(missing)}: each is a folder of that name with "
+            "its config.json and weights."
+        )
