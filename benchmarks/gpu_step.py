@@ -94,6 +94,13 @@ SSDS: dict[str, Settings] = {
     "of_x: 4 heads, 2 stages": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2}},
     **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(3,), num_warps=(8,))),
     "of_b_and_c: all columns": {f"{SSD}:OF_B_AND_C": {"N": 128, "HEADS": 16, "num_warps": 8}},
+    "scores of B and C summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
+    "scores of B and C summed, 16 heads": {f"{SSD}:OF_B_AND_C": {"SUM": True, "HEADS": 16}},
+    "scores of B and C summed, 8 heads": {f"{SSD}:OF_B_AND_C": {"SUM": True, "HEADS": 8}},
+    "scores of B and C summed, 3 stages": {f"{SSD}:OF_B_AND_C": {"SUM": True, "num_stages": 3}},
+    "scores of B and C summed, all columns": {
+        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8},
+    },
     "two kernels, chunks of 128": {
         f"{SSD}:CHUNK": 128, **CHUNKS, f"{SSD}:WALK": {"num_stages": 2},
         f"{SSD}:OF_X": {"num_warps": 8}, f"{SSD}:OF_B_AND_C": {"num_warps": 8, "HEADS": 16},

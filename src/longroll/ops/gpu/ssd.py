@@ -31,7 +31,7 @@ WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
+OF_B_AND_C = {"SUM": False, "HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
 OF_ALL = {"HEADS": 32, "N": 1 << 16, "num_warps": 8, "num_stages": 2}
 AT_ONCE = 0
 """Bytes of a head's state up to which one kernel makes all gradients, which reads everything once."""
@@ -299,8 +299,12 @@ def _ssd_gradients_of_B_and_C(
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     dBb, dBt, dBh, dCb, dCt, dCh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns.
+
+    With SUM it sums the gradients of its heads' scores before it multiplies them.
+    """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(2) // blocks, chunk * CHUNK
@@ -315,6 +319,7 @@ def _ssd_gradients_of_B_and_C(
     C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
     causal = step[:, None] >= step[None, :]
     dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
+    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
     for i in range(0, HEADS):
         head = heads * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
@@ -325,16 +330,21 @@ def _ssd_gradients_of_B_and_C(
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         decay = _decays_between(a, causal)
         dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * decay * dt[None, :]
-        dscores = dscores.to(x.dtype)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
         dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
         asked = (dy.to(tl.float32) * tl.exp(a)[:, None]).to(x.dtype)
         given = (x.to(tl.float32) * (dt * tl.exp(total - a))[:, None]).to(x.dtype)
-        dC += tl.dot(dscores, B, input_precision="ieee")
         dC += tl.dot(asked, state, input_precision="ieee")
-        dB += tl.dot(tl.trans(dscores), C, input_precision="ieee")
         dB += tl.dot(given, dend, input_precision="ieee")
+        if SUM:
+            dproducts += dscores
+        else:
+            dC += tl.dot(dscores.to(x.dtype), B, input_precision="ieee")
+            dB += tl.dot(tl.trans(dscores.to(x.dtype)), C, input_precision="ieee")
+    if SUM:
+        dC += tl.dot(dproducts.to(B.dtype), B, input_precision="ieee")
+        dB += tl.dot(tl.trans(dproducts.to(B.dtype)), C, input_precision="ieee")
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
