@@ -1,5 +1,4 @@
-"""The state around a Trainer's own step: for transformers' Trainer, TRL's SFTTrainer and trainers of one's "
-"own."""
+"""The state around a Trainer's own step: for transformers' Trainer, TRL's SFTTrainer and trainers of your own."""
 
 from __future__ import annotations
 
