@@ -1,4 +1,4 @@
-"""The state around a Trainer's own step: for transformers' Trainer, TRL's SFTTrainer and trainers of your own."""
+"""The state around the own step of a Trainer: transformers' Trainer, SFTTrainer of TRL, and yours."""
 
 from __future__ import annotations
 
