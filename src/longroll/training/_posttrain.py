@@ -278,8 +278,8 @@ def _check_held_out(held_out: HeldOutData | None, options: PosttrainOptions) -> 
         raise LongrollError("`until_healthy` needs `held_out`: text that training does not read.")
     if options.fsdp:
         raise LongrollError(
-            "`until_healthy` does not go with `fsdp`, whose weights are not whole on any rank: leave one out, "
-            "and with `fsdp` run longroll diagnose on the result."
+            "`until_healthy` does not go with `fsdp`, whose weights are not whole on any rank: leave one "
+            "out, and with `fsdp` run longroll diagnose on the result."
         )
 
 
