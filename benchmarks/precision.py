@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import longroll
 from longroll.data import ByteTokenizer, Corpus, long_sequences
+from longroll.locate import SPECIMEN
 from longroll.measure.precision import Float16Watch
-from longroll.model import SPECIMEN
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,7 +8,7 @@ import torch
 import zoo
 from longroll import LongrollError, RecurrentLM
 from longroll.conformance.tiny import CONFIGS, from_config
-from longroll.dry_run import Ledger, dry_model, dry_run, sizes_of
+from longroll.dry_run import Ledger, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.outline import check_entries
 from longroll.training.loss import hidden_loss
 
@@ -56,6 +56,20 @@ def test_gradient_checkpointing_keeps_the_activations_of_one_layer(name):
             _, peak, gradients = step(lm, ledger)
             peaks.append(peak - gradients)
     assert peaks[1] < 0.4 * peaks[0]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "bamba", "gla"])
+@torch.no_grad()
+def test_a_forward_takes_what_is_planned_for_each_token(name):
+    lm = zoo.lm_of(name)
+    peaks = []
+    for length in (512, 1024):
+        with Ledger() as ledger:
+            before = ledger.start()
+            lm(torch.zeros(1, length, dtype=torch.long), logits=False)
+            peaks.append(ledger.peak - before)
+    planned = forward_bytes(lm.model.config, torch.float32, torch.device("cpu"))
+    assert planned == pytest.approx((peaks[1] - peaks[0]) / 512, rel=0.01)
 
 
 QUICK = {"mamba", "falcon_h1", "recurrent_gemma", "gla_hybrid", "lfm2_moe"}

@@ -265,3 +265,30 @@ def _windows(config: Any) -> set[int]:
             if "window" in name and isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 found.add(value)
     return found
+
+
+_LENGTHS = (512, 1024)  # of a forward whose work space is counted
+
+
+@torch.no_grad()
+def forward_bytes(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the bytes that a forward without gradient takes for each of its tokens, at its peak.
+
+    Weights, states and logits are not among them; keys and values of these tokens are.
+
+    Args:
+        config: the config of the model.
+        dtype: the dtype of its weights.
+        device: where it runs; GPU kernels are planned for on a machine that has the GPU.
+
+    Raises:
+        LongrollError: for a config that no model has.
+    """
+    peaks = []
+    with dry_run() as ledger:
+        lm = dry_model(config, dtype=dtype, device=device)
+        for tokens in _LENGTHS:
+            before = ledger.start()
+            lm(torch.zeros(1, tokens, dtype=torch.long, device=device), logits=False)
+            peaks.append(ledger.peak - before)
+    return (peaks[1] - peaks[0]) / (_LENGTHS[1] - _LENGTHS[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from longroll import ranks
 from longroll._plugins import Build, Plugin
 from longroll._self_check import check_chunks, check_gradients, check_pure, check_weights
-from longroll.checkpoint import Checkpoint, common_dtype, stored_tensors, unused_names, weight_files
+from longroll.checkpoint import Checkpoint, common_dtype, stored_tensors, unused_names
 from longroll.errors import LongrollError, first_line, named
 from longroll.families import (
     BUILT_IN,
@@ -27,14 +26,24 @@ from longroll.families import (
     family_of,
     is_original,
     is_rwkv_file,
-    known_family,
     load_original,
     load_rwkv,
     model_class,
 )
 from longroll.families._family import Restart
 from longroll.families._spread import STRATEGIES, spread
-from longroll.history import BESIDE, read_beside
+from longroll.history import read_beside
+from longroll.locate import (
+    base_of_adapter,
+    default_device,
+    device_of,
+    dtype_of,
+    entry_of,
+    load_code,
+    local_folder,
+    read_config,
+    source_of,
+)
 from longroll.state import Part, RecurrentState
 
 logger = logging.getLogger("longroll")
@@ -397,11 +406,11 @@ def read(
         )
     if device_map is not None and device_map not in STRATEGIES:
         for place in {*device_map.values()} - {"disk"} if isinstance(device_map, dict) else {device_map}:
-            _device_of(place)
+            device_of(place)
     untried = device is None and device_map is None and default_device() in UNTRIED
-    device = torch.device(default_device()) if untried else _device_of(device or default_device())
+    device = torch.device(default_device()) if untried else device_of(device or default_device())
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = _dtype_of(dtype)
+        dtype = dtype_of(dtype)
     name = str(path_or_hub_id)
     imported = None if plugin is None else Plugin(plugin)
     if imported is not None and imported.build is not None:
@@ -428,15 +437,6 @@ def read(
     return lm
 
 
-def default_device() -> str:
-    """Return the type of the device that is used where none is named: cuda, else xpu, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.xpu.is_available():
-        return "xpu"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _on_untried(lm: RecurrentLM, device: torch.device) -> RecurrentLM:
     """Return the model on a device that no test has seen, or on the CPU if it fails its check there."""
     try:
@@ -460,19 +460,18 @@ def _open(
     trust_remote_code: bool,
     device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, Checkpoint]:
-    folder = SPECIMEN if name == "specimen" else Path(name)
-    source = str(folder) if folder.exists() else name
+    source = source_of(name)
     if is_rwkv_file(source):
         model, checkpoint = load_rwkv(Path(source), dtype=dtype)
         read_beside(model.config, checkpoint.folder)
         return model, checkpoint
-    base = _base_of_adapter(source)
+    base = base_of_adapter(source)
     if base is not None:
         model, checkpoint = _open(base, dtype, trust_remote_code)
         return _with_adapter(model, source), checkpoint
-    config = _read_config(source)
+    config = read_config(source)
     if is_original(config):
-        model, checkpoint = load_original(_local_folder(source), dtype=dtype)
+        model, checkpoint = load_original(local_folder(source), dtype=dtype)
         read_beside(model.config, checkpoint.folder)
         return model, checkpoint
     model_type = config.get("model_type")
@@ -481,26 +480,17 @@ def _open(
             f"{source} holds the weights of a module that was wrapped: `plugin` names what builds it "
             f"({config.get('plugin') or 'my_module:build'})."
         )
-    if trust_remote_code:
-        _load_code(source, config)
-    elif config.get("auto_map") and known_family(model_type) is None:
-        raise LongrollError(
-            f"{source}: the model type {model_type!r} comes with its own code. Run it by `trust_remote_code`."
-        )
+    load_code(source, config, trusted=trust_remote_code)
     family_of(model_type)
     loader = model_class(model_type) or AutoModelForCausalLM
     model, unexpected = _load_transformers(loader, source, dtype, trust_remote_code, device_map)
-    folder = _local_folder(source, only_config=True)  # where transformers keeps the rest too
+    folder = local_folder(source, only_config=True)  # where transformers keeps the rest too
     stored = stored_tensors(folder)
     own = common_dtype(stored.values())
     if getattr(model, "is_quantized", False):
         model, unexpected = _dequantised(model, source, dtype), set()  # the files' scales are used
-        own = own or getattr(torch, str(_entry_of(config, "dtype", "torch_dtype")), torch.float16)
+        own = own or getattr(torch, str(entry_of(config, "dtype", "torch_dtype")), torch.float16)
     return model, Checkpoint(folder, own, unused=unused_names(stored, model, unexpected))
-
-
-def _entry_of(config: dict[str, Any], *names: str) -> Any:
-    return next((config[name] for name in names if config.get(name)), None)
 
 
 def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -523,31 +513,6 @@ def _dequantised(model: PreTrainedModel, source: str, dtype: torch.dtype | str) 
     return cast
 
 
-def _base_of_adapter(source: str) -> str | None:
-    """Return what a PEFT folder adapts; None for a folder of any other kind.
-
-    Raises:
-        LongrollError: for a folder that holds an adapter and whole weights, of which one would be ignored.
-    """
-    folder = _local_folder(source, only_config=True)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return None
-    if weight_files(folder):
-        raise LongrollError(
-            f"{source} holds whole weights and an adapter: remove {file.name} to read the weights alone, or "
-            "the weights to read the adapter on its base."
-        )
-    base = _json_object(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise LongrollError(
-            f"{file} names no base_model_name_or_path: merge the adapter, and name the result."
-        )
-    if base == source:
-        raise LongrollError(f"{file} names itself as its base_model_name_or_path: name the model it adapts.")
-    return base
-
-
 def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
     """Return `model` with the adapter of a PEFT folder merged into its weights."""
     try:
@@ -559,20 +524,6 @@ def _with_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
         return merged
     except Exception as error:  # of another model, of another kind, damaged
         raise LongrollError(f"{source} cannot be merged into its base: {first_line(error)}") from error
-
-
-def _load_code(source: str, config: dict[str, Any]) -> None:
-    """Import the class that comes with a checkpoint, whose module may register a family."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    reference = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
-    if reference is not None:
-        try:
-            get_class_from_dynamic_module(reference, source)
-        except Exception as error:
-            raise LongrollError(
-                f"{source}: its code cannot be loaded ({reference}): {named(error)}"
-            ) from error
 
 
 def _build(plugin: Plugin, name: str) -> RecurrentLM:
@@ -604,46 +555,11 @@ def _build(plugin: Plugin, name: str) -> RecurrentLM:
     return lm
 
 
-SPECIMEN = Path(__file__).parent / "assets" / "specimen"
-"""The small model inside the package that breaks past its training length."""
-
-
-def _device_of(device: str | int | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise LongrollError(f"`device` {device} cannot be used here: {first_line(error)}. Try cpu.") from None
-
-
-def _dtype_of(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise LongrollError(f"`dtype` {name} is not a torch dtype: try float32, bfloat16 or float16.")
-    return found
-
-
-def _read_config(source: str) -> dict[str, Any]:
-    path = _local_folder(source, only_config=True) / "config.json"
-    if not path.is_file():
-        raise LongrollError(f"{source} has no config.json: name a folder that holds a model.")
-    return _json_object(path)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise LongrollError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise LongrollError(f"{path} holds no model's config: it must be a JSON object.")
-    return config
-
-
 def _saved_module(name: str) -> dict[str, Any] | None:
     """Return the config beside the weights of a wrapped module, where `name` is such a folder."""
     if not (Path(name) / "config.json").is_file():
         return None
-    config = _read_config(name)
+    config = read_config(name)
     return config if config.get("model_type") == MODEL_TYPE else None
 
 
@@ -659,23 +575,6 @@ def _logits_width(module: nn.Module) -> int:
         raise LongrollError(
             f"{type(module).__name__}: forward(ids, None) gives no logits: {named(error)}"
         ) from error
-
-
-def _local_folder(source: str, *, only_config: bool = False) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise LongrollError(f"{source} is not a model folder: check the path.")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", "adapter_config.json", BESIDE] + ([] if only_config else ["pytorch_model.bin"])
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:
-        raise LongrollError(
-            f"{source} is neither a folder here nor available from the hub ({type(error).__name__}). Check "
-            "the name and the network, or name a local folder."
-        ) from None
 
 
 def _load_transformers(
@@ -700,4 +599,4 @@ def _load_transformers(
     return model, info["unexpected_keys"]
 
 
-__all__ = ["SPECIMEN", "RecurrentLM", "RecurrentLayer", "load", "wrap"]
+__all__ = ["RecurrentLM", "RecurrentLayer", "load", "wrap"]

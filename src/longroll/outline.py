@@ -10,17 +10,17 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from longroll.errors import LongrollError, named
-from longroll.families import family_of, is_original, is_rwkv_file, known_family, load_rwkv, model_class
+from longroll.families import family_of, is_original, is_rwkv_file, load_rwkv, model_class
 from longroll.families.original_mamba import original_config
-from longroll.model import (
-    SPECIMEN,
-    _base_of_adapter,
-    _device_of,
-    _dtype_of,
-    _entry_of,
-    _load_code,
-    _local_folder,
-    _read_config,
+from longroll.locate import (
+    base_of_adapter,
+    device_of,
+    dtype_of,
+    entry_of,
+    load_code,
+    local_folder,
+    read_config,
+    source_of,
 )
 
 _MANY = 1 << 40  # above it no entry of a config is a size
@@ -45,38 +45,29 @@ def outline(
     Raises:
         LongrollError: for a missing or broken config, sizes that no model has, and an unknown architecture.
     """
-    place = _device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = str(path_or_hub_id)
-    folder = SPECIMEN if name == "specimen" else Path(name)
-    source = str(folder) if folder.exists() else name
-    config = _config_of(source, trust_remote_code)
-    own = _entry_of(vars(config), "dtype", "torch_dtype")
+    place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = _config_of(source_of(path_or_hub_id), trust_remote_code)
+    own = entry_of(vars(config), "dtype", "torch_dtype")
     if dtype is not None and dtype != "auto":
-        chosen = _dtype_of(dtype)
+        chosen = dtype_of(dtype)
     elif place.type == "cpu" and dtype is None:
         chosen = torch.float32
     else:
-        chosen = own if isinstance(own, torch.dtype) else _dtype_of(str(own)) if own else torch.float32
+        chosen = own if isinstance(own, torch.dtype) else dtype_of(str(own)) if own else torch.float32
     return config, chosen, place
 
 
 def _config_of(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     if is_rwkv_file(source):
         return load_rwkv(Path(source), dtype=torch.float32)[0].config
-    if (base := _base_of_adapter(source)) is not None:
+    if (base := base_of_adapter(source)) is not None:
         return _config_of(base, trust_remote_code)
-    entries = _read_config(source)
+    entries = read_config(source)
     check_entries(entries, source)
     if is_original(entries):
-        return original_config(_local_folder(source, only_config=True))
+        return original_config(local_folder(source, only_config=True))
     model_type = entries.get("model_type")
-    if trust_remote_code:
-        _load_code(source, entries)
-    elif entries.get("auto_map") and known_family(model_type) is None:
-        raise LongrollError(
-            f"{source}: the model type {model_type!r} comes with code of its own. Run it by "
-            "`trust_remote_code`."
-        )
+    load_code(source, entries, trusted=trust_remote_code)
     family_of(model_type)
     found = model_class(model_type)
     try:

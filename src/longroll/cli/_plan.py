@@ -61,7 +61,7 @@ def plan(
     subject = Outline(config, weights_dtype, place)
     held = int(memory * GIB) if memory else memory_of(place)
     room = ROOM * held
-    chunk = chunk_size or subject.chunk(sequences, length, room)
+    chunk = chunk_size or subject.chunk(sequences, room)
     reading = subject.reading(sequences, length, chunk)
     speed = subject.tokens_per_second()
     asked = Setting(

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from longroll.errors import LongrollError
+from longroll.dry_run import forward_bytes
+from longroll.errors import LongrollError, first_line
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+
+logger = logging.getLogger("longroll")
 
 LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Numbers of logits that exist at once, by device: 64 MiB, 1 GiB."""
 
-CHUNKS = {"cpu": 4096, "cuda": 65_536}
-"""Tokens of one forward by device: 2-4k keep a CPU busiest; more gained nothing on an H200."""
-_CPU_TOKENS, _GPU_TOKENS = CHUNKS["cpu"], CHUNKS["cuda"]
+_CPU_TOKENS, _GPU_TOKENS = 4096, 65_536  # 2-4k keep a CPU busiest; more gained nothing on an H200
 _GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more
 _STATE_BYTES = 2**28  # of states that are read together, where the memory of the loss allows no more
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
 
 
 def chunk_tokens(lm: RecurrentLM) -> int:
-    """Return tokens of one forward, all rows together, that keep the device busy and fit into its memory."""
+    """Return tokens of one forward, all rows together, that keep the device busy and fit into its memory.
+
+    Where a bound does not tell that they fit, the plan does: a dry run, made once for each model.
+    """
+    most, bound = most_tokens(lm), _TOKEN_BYTES * lm.width
+    if most <= _CPU_TOKENS or most * bound <= (free := free_bytes(lm.device)) // 4:
+        return most
+    return tokens_within(most, free, planned_bytes(lm) or bound)
+
+
+def most_tokens(lm: RecurrentLM) -> int:
+    """Return tokens of one forward above which a device gains nothing, memory left aside."""
     if lm.device.type != "cuda":
         return _CPU_TOKENS
-    room = free_bytes(lm.device) // 4 // (_TOKEN_BYTES * lm.width)
-    if lm.has_attention:
-        if not lm.family.in_blocks(lm.model):  # its memory grows with tokens times keys
-            return _CPU_TOKENS
-        room = min(room // 4, _GPU_TOKENS_WITH_KEYS)  # keys and values will take the rest
-    return max(_CPU_TOKENS, min(_GPU_TOKENS, room))
+    if not lm.has_attention:
+        return _GPU_TOKENS
+    return _GPU_TOKENS_WITH_KEYS if lm.family.in_blocks(lm.model) else _CPU_TOKENS
+
+
+def tokens_within(most: int, free: float, each: float) -> int:
+    """Return how many tokens, at most `most`, a forward reads at a time; no fewer than a CPU reads.
+
+    Args:
+        most: as many as keep the device busy.
+        free: bytes of memory beside the weights, of which half are left to keys, values and logits.
+        each: bytes that a forward takes for each of its tokens.
+    """
+    while most > _CPU_TOKENS and most * each > free / 2:
+        most //= 2
+    return most
+
+
+def planned_bytes(lm: RecurrentLM) -> float | None:
+    """Return the bytes that a forward takes for each of its tokens, by a dry run; None where none can run."""
+    model = lm.model
+    if model not in _PLANNED:
+        try:
+            _PLANNED[model] = None if lm.wrapped else forward_bytes(model.config, model.dtype, lm.device)
+        except Exception as error:
+            logger.debug("no plan of a forward: %s", first_line(error))
+            _PLANNED[model] = None
+    return _PLANNED[model]
+
+
+_PLANNED: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
 
 
 def default_chunk(lm: RecurrentLM, rows: int) -> int:

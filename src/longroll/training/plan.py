@@ -16,22 +16,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from longroll import ranks
-from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, sizes_of
+from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.errors import LongrollError, first_line
 from longroll.measure._position_loss import token_losses
-from longroll.measure.roll_out import CHUNKS
+from longroll.measure.roll_out import most_tokens, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 from longroll.training.lora import with_lora
 from longroll.training.loss import LOGITS, hidden_loss
 from longroll.training.options import PosttrainOptions, autocasts
+
+T = TypeVar("T")
 
 logger = logging.getLogger("longroll")
 
@@ -132,7 +134,7 @@ class Outline:
         with dry_run() as ledger:
             yield dry_model(self.config, dtype=dtype, device=device), ledger
 
-    def _counted(self, count: Callable[..., Memory], *arguments: Any) -> Memory:
+    def _counted(self, count: Callable[..., T], *arguments: Any) -> T:
         """Return what a dry run on the device counts, or one of PyTorch's own operations on a CPU."""
         try:
             return count(*arguments, device=self.device)
@@ -144,12 +146,16 @@ class Outline:
             logger.debug("a dry run on %s failed: %s", self.device, first_line(error))
             return count(*arguments, device=torch.device("cpu"))
 
-    def chunk(self, rows: int, length: int, room: float) -> int:
+    def chunk(self, rows: int, room: float) -> int:
         """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes."""
-        tokens = CHUNKS[self.device.type if self.device.type in CHUNKS else "cpu"]
-        while tokens > 4096 and self.reading(rows, length, max(64, tokens // rows)).total > room:
-            tokens //= 2
+        tokens = self._counted(self._chunk, room - self.sizes.weights)
         return max(64, tokens // rows)
+
+    def _chunk(self, free: float, *, device: torch.device) -> int:
+        with self._model(self.dtype, device) as (lm, _):
+            most = most_tokens(lm)
+        each = forward_bytes(self.config, self.dtype, device) if device.type == "cuda" else 0.0
+        return tokens_within(most, free, each)
 
     def reading(self, rows: int, length: int, chunk: int) -> Memory:
         """Return the memory that the loss of `rows` texts takes, read `chunk` tokens of each at a time.
