@@ -36,21 +36,23 @@ Settings = dict[str, Any]
 
 BEFORE: Settings = {
     f"{SSD}:AT_ONCE": 0, f"{SSD}:KEEP_STATES": False, f"{MAMBA2}:KEEP_CONVOLVED": False,
-    f"{MIXERS}:LINEAR": False, f"{NORMS}:THROUGH": False,
+    f"{MIXERS}:LINEAR": False, f"{NORMS}:THROUGH": 0,
 }  # fmt: skip
 AT_ONCE: Settings = {f"{SSD}:AT_ONCE": 64 * 128 * 2}
 CHUNKS = {f"{SSD}:CHUNK_OF_OUTPUTS": 128, f"{SSD}:OUTPUTS": {"num_warps": 8, "num_stages": 2}}
 KEPT: Settings = {f"{SSD}:KEEP_STATES": True}
 CONVOLVED: Settings = {f"{MAMBA2}:KEEP_CONVOLVED": True}
-THROUGH: Settings = {f"{NORMS}:THROUGH": True}
+THROUGH: Settings = {f"{NORMS}:THROUGH": 1}
+SUMS: Settings = {f"{NORMS}:THROUGH": 2}
 LINEAR: Settings = {f"{MIXERS}:LINEAR": True}
-ALL: Settings = {**AT_ONCE, **KEPT, **CONVOLVED, **THROUGH, **LINEAR}
+ALL: Settings = {**AT_ONCE, **KEPT, **CONVOLVED, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
     "gradients at once": AT_ONCE,
     "states kept": KEPT,
     "convolution kept": CONVOLVED,
     "residual through the norm": THROUGH,
+    "residual added by the next norm": SUMS,
     "weights' gradients in float32": LINEAR,
     "norm: 264 programs": {f"{NORM}:_PROGRAMS": 264},
     "norm: 528 programs": {f"{NORM}:_PROGRAMS": 528},

@@ -185,8 +185,8 @@ def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
         assert laws.gradient_gap(laws.gradients(lm, ids, lengths), expected).size < 1e-4
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
-def test_a_residual_through_the_norm_is_the_block(name, monkeypatch):
+@pytest.mark.parametrize(("name", "through"), [("mamba", 1), ("mamba", 2), ("mamba2", 2)])
+def test_a_residual_through_the_norm_is_the_block(name, through, monkeypatch):
     from longroll.conformance import laws
     from longroll.families import _norms
     from longroll.ops.gpu import rms_norm
@@ -194,16 +194,19 @@ def test_a_residual_through_the_norm_is_the_block(name, monkeypatch):
     lm = RecurrentLM(build(name)).train()
     ids = torch.randint(VOCAB, (2, 76), generator=torch.Generator().manual_seed(0))
     expected = laws.gradients(lm, ids, [75])
-    called = []
+    added = []
+
+    def of_sum(x, add, *rest):
+        added.append(add is not None)
+        return rms_norm.rms_norm_of_sum(x, add, *rest)
 
     def choose(op, *_):
-        called.append(op)
-        return SimpleNamespace(kernel=getattr(rms_norm, op))
+        return SimpleNamespace(kernel=of_sum if op == "rms_norm_of_sum" else rms_norm.rms_norm)
 
     monkeypatch.setattr(_norms, "choose", choose)
-    monkeypatch.setattr(_norms, "THROUGH", True)
+    monkeypatch.setattr(_norms, "THROUGH", through)
     assert laws.gradient_gap(laws.gradients(lm, ids, [1, 74]), expected).size < 1e-4
-    assert "rms_norm_and_input" in called
+    assert added and any(added) == (through == 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

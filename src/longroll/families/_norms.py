@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.mamba.modeling_mamba import MambaBlock
+from transformers.models.mamba.modeling_mamba import MambaModel
 from transformers.models.mamba2.modeling_mamba2 import (
-    Mamba2Block,
+    Mamba2Model,
     Mamba2RMSNorm,
     MambaRMSNormGated,
 )
@@ -25,8 +25,10 @@ from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype
 
-THROUGH = False
-"""Whether a block's residual goes through its norm, whose backward adds the gradients of both."""
+THROUGH = 0
+"""1: a block's residual goes through its norm, whose backward adds the gradients of both; 2: the next norm
+also adds what the block makes to the residual.
+"""
 _WIDEST = 8192  # numbers that share a mean, which one program of the kernel holds
 
 
@@ -35,8 +37,11 @@ def fuse_norms(model: PreTrainedModel) -> None:
     for module in model.modules():
         if _code(type(module)) in _KNOWN:
             replace_forward(module, functools.partial(_forward, module))
-        if type(module) in (MambaBlock, Mamba2Block):
-            replace_forward(module, functools.partial(_block, module))
+        if type(module) in (MambaModel, Mamba2Model):
+            blocks = [*module.layers]
+            norms = [block.norm for block in blocks[1:]] + [module.norm_f]
+            for block, norm, following in zip(blocks, norms, [*blocks[1:], None], strict=True):
+                replace_forward(block, functools.partial(_block, block, norm, following))
 
 
 def _code(kind: type[nn.Module]) -> tuple:
@@ -49,6 +54,8 @@ _KNOWN = {_code(Mamba2RMSNorm), _code(MambaRMSNormGated)}
 
 
 def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | None = None) -> Tensor:
+    if gate is None and (normed := _made_before(x, module)) is not None:
+        return normed
     weight: Tensor = module.weight  # type: ignore[assignment]
     size: int = getattr(module, "group_size", x.shape[-1])
     kernel = choose("rms_norm", x.device, state_dtype(x, weight, gate)).kernel
@@ -57,19 +64,59 @@ def _forward(module: nn.Module, original: Callable, x: Tensor, gate: Tensor | No
     return kernel(x, weight, module.variance_epsilon, gate, size, product_dtype(weight, x))
 
 
-def _block(block: Any, original: Callable, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-    """Add what the mixer makes of the norm to its input; the norm's backward adds both gradients."""
-    norm, x = block.norm, hidden_states
-    kernel = choose("rms_norm_and_input", x.device, state_dtype(x, norm.weight)).kernel
-    wide = x.dtype == norm.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
-    wide = wide and isinstance(options.get("cache_params"), StateCache)
-    fits = _code(type(norm)) in _KNOWN and x.shape[-1] <= _WIDEST and not hooked(norm)
-    if not THROUGH or kernel is None or not fits or not wide or not needs_graph(x):
-        return cast(Tensor, original(hidden_states, *args, **options))
-    normed, residual = kernel(
-        x, norm.weight, norm.variance_epsilon, x.shape[-1], product_dtype(norm.weight, x)
-    )
-    return residual + cast(Tensor, block.mixer(normed, *args, **options))
+def _block(
+    block: Any,
+    norm: Any,
+    following: nn.Module | None,
+    original: Callable,
+    hidden_states: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Run a block of Mamba, its residual and norms in one kernel.
+
+    A block norms its result for the one after it, which finds it beside the result; a result that something
+    in between replaces or changes is normed again. Backward adds the gradients of both in one kernel, too.
+    """
+    x, own = hidden_states, block.norm
+    wide = x.dtype == own.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
+    given = isinstance(options.get("cache_params"), StateCache) and needs_graph(x)
+    if not THROUGH or not wide or not given or not _plain(own, x):
+        return cast(Tensor, original(hidden_states, **options))
+    if (normed := _made_before(x, own)) is None:
+        normed, x = _norm_of_sum(x, None, own)
+    y = block.mixer(normed, **options)
+    if THROUGH < 2 or block.gradient_checkpointing or not _plain(norm, x):
+        return x + cast(Tensor, y)
+    if following is not None and hooked(following):  # whose weights may lie elsewhere until it runs
+        return x + cast(Tensor, y)
+    normed, total = _norm_of_sum(x, y, norm)
+    total._normed = norm, total._version, normed  # type: ignore[attr-defined]
+    return total
+
+
+def _norm_of_sum(x: Tensor, add: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    kernel = choose("rms_norm_of_sum", x.device, x.dtype).kernel
+    assert kernel is not None
+    dtype = product_dtype(norm.weight, x)
+    return kernel(x, add, norm.weight, norm.variance_epsilon, x.shape[-1], dtype)
+
+
+def _plain(norm: nn.Module, x: Tensor) -> bool:
+    """Return whether the kernel does all that calling the norm would."""
+    known = _code(type(norm)) in _KNOWN and x.shape[-1] <= _WIDEST and not hooked(norm)
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    near = type(weight) is nn.Parameter and weight.device == x.device and weight.shape == x.shape[-1:]
+    return known and near and choose("rms_norm_of_sum", x.device, state_dtype(x, weight)).kernel is not None
+
+
+def _made_before(x: Tensor, norm: nn.Module) -> Tensor | None:
+    """Return the norm of `x` that the block before made, once."""
+    made = getattr(x, "_normed", None)
+    if made is None:
+        return None
+    del x._normed  # type: ignore[attr-defined]
+    of, version, normed = made
+    return cast(Tensor, normed) if of is norm and version == x._version else None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ KERNELS = {
     "ssd": f"{TRITON}.ssd",
     "short_conv": f"{TRITON}.short_conv",
     "rms_norm": f"{TRITON}.rms_norm",
-    "rms_norm_and_input": f"{TRITON}.rms_norm",
+    "rms_norm_of_sum": f"{TRITON}.rms_norm",
     "mamba2": f"{TRITON}.mamba2",
     "linear": f"{TRITON}.linear",
     "cross_entropy": f"{TRITON}.cross_entropy",

@@ -118,7 +118,7 @@ class _Mamba2(torch.autograd.Function):
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
             start = ssd.zero_state(x, B) if state is None else state
             y, final, kept = ssd.forward(x, steps, A, B, C, D, start)
-            normed, rstd = rms_norm.forward(
+            normed, rstd, _ = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(

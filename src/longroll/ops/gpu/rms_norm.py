@@ -25,12 +25,17 @@ def _silu(v):
 
 @triton.jit
 def _norm_forward(
-    x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr, eps, GROUPS, SIZE, xr, gr,
-    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, add_ptr, gate_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, eps, GROUPS, SIZE, xr, ar, gr,
+    HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """With `add`, the norm is that of x + add, which is written into `sum`."""
     row, group, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
     stored = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0)
+    if HAS_ADD:
+        added = tl.load(add_ptr + row * ar + at, mask=inside, other=0.0).to(tl.float32)
+        stored = (stored.to(tl.float32) + added).to(stored.dtype)
+        tl.store(sum_ptr + row * GROUPS * SIZE + at, stored, mask=inside)
     h = stored.to(tl.float32)
     if HAS_GATE:
         h *= _silu(tl.load(gate_ptr + row * gr + at, mask=inside, other=0.0).to(tl.float32))[0]
@@ -43,12 +48,12 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, more_ptr, dx_ptr, dgate_ptr, dweight_ptr,
+    x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, more_ptr, dx_ptr, dadd_ptr, dgate_ptr, dweight_ptr,
     ROWS, GROUPS, SIZE, xr, gr, dgr,
-    HAS_MORE: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MORE: tl.constexpr, HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx, to which `more` is added, and dy are contiguous; dweight (programs, GROUPS SIZE) float32, of each
-    program by itself.
+    """dx, to which `more` is added, its copy `dadd`, and dy are contiguous; dweight (programs, GROUPS SIZE)
+    float32, of each program by itself.
     """
     group, i = tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
@@ -74,6 +79,8 @@ def _norm_backward(
             dh *= opened
         if HAS_MORE:
             dh += tl.load(more_ptr + to, mask=inside, other=0.0).to(tl.float32)
+        if HAS_ADD:
+            tl.store(dadd_ptr + to, dh.to(dadd_ptr.dtype.element_ty), mask=inside)
         tl.store(dx_ptr + to, dh.to(dx_ptr.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)
     tl.store(dweight_ptr + tl.program_id(0) * GROUPS * SIZE + at, dweight, mask=inside)
@@ -110,18 +117,26 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return y, and the inverse of each mean's root (rows, groups), for `backward`."""
-    rows, gates = _rows(x), None if gate is None else _rows(gate)
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+    size: int,
+    dtype: torch.dtype,
+    add: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the inverse of each mean's root (rows, groups), for `backward`, and x, or x + `add`."""
+    rows, gates, adds = _rows(x), *(None if t is None else _rows(t) for t in (gate, add))
     groups = rows.shape[1] // size
     rstd = torch.empty(len(rows), groups, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = x if add is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _norm_forward[(len(rows), groups)](
-        rows, rows if gates is None else gates, weight, y, rstd, eps, groups, size,
-        rows.stride(0), 0 if gates is None else gates.stride(0), **_options(gate, size),
+        *(rows if t is None else t for t in (rows, adds, gates)), weight, total, y, rstd, eps, groups, size,
+        *(0 if t is None else t.stride(0) for t in (rows, adds, gates)),
+        HAS_ADD=add is not None, **_options(gate, size),
     )  # fmt: skip
-    return y, rstd
+    return y, rstd, total
 
 
 def backward(
@@ -132,9 +147,12 @@ def backward(
     rstd: Tensor,
     dgate: Tensor | None,
     more: Tensor | None = None,
+    dadd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx, plus `more`, and dweight; that of the gate is written into `dgate`, of any strides that rows can
-    have.
+    """Return dx, plus `more`, and dweight.
+
+    The gradient of the gate is written into `dgate`, of any strides that rows can have, and dx once more into
+    `dadd`, contiguous, in another precision.
     """
     rows, gates = _rows(x), None if gate is None else _rows(gate)
     groups, dy = rstd.shape[1], dy.contiguous()
@@ -146,9 +164,9 @@ def backward(
     dweight = rstd.new_empty(programs, weight.numel())
     _norm_backward[(programs, groups)](
         rows, rows if gates is None else gates, weight, rstd,
-        dy, dy if more is None else more, dx, dgates, dweight,
+        dy, dy if more is None else more, dx, dx if dadd is None else dadd, dgates, dweight,
         len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
-        HAS_MORE=more is not None, **_options(gate, size),
+        HAS_MORE=more is not None, HAS_ADD=dadd is not None, **_options(gate, size),
     )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -164,7 +182,7 @@ class _RMSNorm(torch.autograd.Function):
         size: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, rstd = forward(x, weight, gate, eps, size, dtype)
+        y, rstd, _ = forward(x, weight, gate, eps, size, dtype)
         ctx.save_for_backward(x, weight, gate, rstd)
         return y
 
@@ -177,32 +195,40 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, dgate, None, None, None
 
 
-def rms_norm_and_input(
-    x: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype
+def rms_norm_of_sum(
+    x: Tensor, add: Tensor | None, weight: Tensor, eps: float, size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm`, and x for what else is computed of it, whose gradient the norm's backward adds."""
-    found: tuple[Tensor, Tensor] = _RMSNormAndInput.apply(x, weight, eps, size, dtype)
+    """Return `rms_norm` of x + `add`, and the sum, in x's dtype; the norm's backward adds both gradients."""
+    found: tuple[Tensor, Tensor] = _RMSNormOfSum.apply(x, add, weight, eps, size, dtype)
     return found
 
 
-class _RMSNormAndInput(torch.autograd.Function):
+class _RMSNormOfSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype
+        ctx: Any, x: Tensor, add: Tensor | None, weight: Tensor, eps: float, size: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y, rstd = forward(x, weight, None, eps, size, dtype)
-        ctx.save_for_backward(x, weight, rstd)
-        return y, x.view_as(x)
+        y, rstd, total = forward(x, weight, None, eps, size, dtype, add)
+        total = total.view_as(total) if add is None else total
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.dtype = None if add is None else add.dtype
+        return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return more, None, None, None, None
         x, weight, rstd = ctx.saved_tensors
-        dx, dweight = backward(dy, x, weight, None, rstd, None, more)
-        return dx, dweight, None, None, None
+        dweight, dadd = None, None
+        if dy is None:
+            dx = more
+        else:
+            if ctx.dtype not in (None, x.dtype):
+                dadd = torch.empty(x.shape, dtype=ctx.dtype, device=x.device)
+            dx, dweight = backward(dy, x, weight, None, rstd, None, more, dadd)
+        if ctx.dtype is not None and dadd is None and dx is not None:
+            dadd = dx.to(ctx.dtype)
+        return dx, dadd, dweight, None, None, None
 
 
 def _options(gate: Tensor | None, size: int) -> dict[str, Any]:
