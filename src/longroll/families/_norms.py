@@ -38,7 +38,7 @@ def fuse_norms(model: PreTrainedModel) -> None:
         if _code(type(module)) in _KNOWN:
             replace_forward(module, functools.partial(_forward, module))
         if type(module) in (MambaModel, Mamba2Model):
-            blocks = [*module.layers]
+            blocks: list[Any] = [*module.layers]  # type: ignore[misc]
             norms = [block.norm for block in blocks[1:]] + [module.norm_f]
             for block, norm, following in zip(blocks, norms, [*blocks[1:], None], strict=True):
                 replace_forward(block, functools.partial(_block, block, norm, following))
