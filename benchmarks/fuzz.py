@@ -15,6 +15,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -104,6 +105,7 @@ class Ground:
 
         from longroll.conformance.tiny import build
         from longroll.model import RecurrentLM
+        from longroll.tasks.recall import recall_tokenizer
         from longroll.training.lora import with_lora
 
         for name, family in (("model", "mamba2"), ("hybrid", "falcon_h1")):
@@ -136,6 +138,11 @@ class Ground:
         adapted = with_lora(RecurrentLM(build("mamba2", 0, vocab_size=256)).model, 2)
         adapted.peft_config["default"].base_model_name_or_path = str(self.root / "model")
         adapted.save_pretrained(self.root / "adapter")
+        (self.root / "babi").mkdir()
+        fact = "1 Mary went to the garden.\n2 Where is Mary? \tgarden\t1\n"
+        for split in ("train", "test"):
+            (self.root / "babi" / f"qa1_x_{split}.txt").write_text(fact * 3)
+        recall_tokenizer().save_pretrained(self.root / "keys")
         (self.root / "fsdp.json").write_text(json.dumps({"reshard_after_forward": True, "min_num_params": 0}))
         (self.root / "prompts.json").write_text(json.dumps({"template": "{context} {question}"}))
 
@@ -202,7 +209,7 @@ def command_lines(ground: Ground, copy: Path) -> dict[str, list[object]]:
     """A good command line of the commands that have one here, by the last word of their names."""
     cells = [ground.root / "model", "--tokenizer", "bytes", "--samples", 4, "--device", "cpu"]
     task = {name: ["evaluate", name, *cells] for name in ("copying", "babilong", "tracking", "recall")}
-    plan = ["plan", ground.root / "model", "--text", ground.plain, "--device", "cpu"]
+    plan = ["plan", ground.root / "model", "--train-length", 16, "--device", "cpu"]
     return {
         "posttrain": ground.posttrain(f"{copy.name}/out"),
         "diagnose": ground.diagnose(),
@@ -211,9 +218,12 @@ def command_lines(ground: Ground, copy: Path) -> dict[str, list[object]]:
         "niah": ["evaluate", "niah", *ground.passkey()[2:]],
         "variables": ["evaluate", "variables", *cells, "--lengths", "1k"],
         "copying": [*task["copying"], "--lengths", "8"],
-        "babilong": [*task["babilong"], "--lengths", "1024"],
-        "tracking": [*task["tracking"], "--lengths", "16"],
-        "recall": [*task["recall"], "--lengths", "256"],
+        "babilong": [
+            *task["babilong"], "--facts", ground.root / "babi", "--qa", "qa1", "--books", "none",
+            "--no-few-shot", "--lengths", "1024",
+        ],
+        "tracking": [*task["tracking"], "--lengths", "16", "--groups", "parity"],
+        "recall": [*task["recall"], "--lengths", "256", "--tokenizer", ground.root / "keys"],
         "compare": ["evaluate", "compare", ground.root / "task.json"],
         "report": ["report", ground.root / "diagnosis.json", "--output", copy / "page"],
         "doctor": ["doctor", "--packing", ground.root / "model", "--device", "cpu"],
@@ -310,7 +320,7 @@ def model_folder(ground: Ground, copy: Path, random_: random.Random) -> tuple[li
 def checkpoint(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
     """A checkpoint to resume from with a damaged file, committed again so that its sums hold, or not."""
     from damage import damaged
-    from longroll.training.checkpoints import MANIFEST, _seal
+    from longroll.training.checkpoints import MANIFEST
 
     shutil.copytree(ground.root / "run", copy / "run")
     folder = copy / "run" / "checkpoints" / "checkpoint-2"
@@ -322,15 +332,22 @@ def checkpoint(ground: Ground, copy: Path, random_: random.Random) -> tuple[list
     whole = file.suffix == ".json" or random_.random() < 0.5
     file.write_bytes(damaged(file.read_bytes(), random_.randrange(10**6)) if whole else bomb(ground))
     again = file.name not in (MANIFEST, "run.json") and random_.random() < 0.8
-    if again:
-        entries = {f.name: _seal(f) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
-        (folder / MANIFEST).write_text(json.dumps({"files": entries}))
+    seal(folder, again=again)
     return [
         *ground.posttrain(f"{copy.name}/run"),
         "--save-steps",
         1,
         "--resume",
     ], f"{file.name} damaged{', committed' * again}"
+
+
+def seal(folder: Path, *, again: bool) -> None:
+    """Commit a checkpoint that was changed, where `again`."""
+    from longroll.training.checkpoints import MANIFEST, _seal
+
+    if again:
+        entries = {f.name: _seal(f) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
+        (folder / MANIFEST).write_text(json.dumps({"files": entries}))
 
 
 def result_file(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
@@ -419,6 +436,58 @@ def settings_file(ground: Ground, copy: Path, random_: random.Random) -> tuple[l
     return [*ground.posttrain(f"{copy.name}/out"), "--fsdp", option, file], f"{source} damaged"
 
 
+def number_in_file(ground: Ground, copy: Path, random_: random.Random) -> tuple[list[object], str]:
+    """A JSON file of any kind with one number that is absurd, or no number."""
+    model = [copy / "model" if part == ground.root / "model" else part for part in ground.diagnose()]
+    loss = [copy / "adapter" if part == ground.root / "model" else part for part in ground.loss(ground.plain)]
+    training = [copy / "model" if part == ground.root / "model" else part for part in ground.posttrain("out")]
+    fsdp = [*training, "--fsdp", "--fsdp-config", copy / "fsdp.json"]
+    resumed = [*ground.posttrain(f"{copy.name}/run"), "--save-steps", 1, "--resume"]
+    last = "run/checkpoints/checkpoint-2"
+    uses: dict[str, list[list[object]]] = {
+        "model/config.json": [model, training],
+        "model/generation_config.json": [model],
+        "adapter/adapter_config.json": [loss],
+        "fsdp.json": [fsdp],
+        "run/checkpoints/run.json": [resumed],
+        f"{last}/manifest.json": [resumed],
+        f"{last}/trainer_state.json": [resumed],
+        "diagnosis.json": [
+            ["report", copy / "diagnosis.json", "--output", copy / "page", "--figures", copy / "figures"],
+            [*ground.diagnose(), "--against", copy / "diagnosis.json"],
+        ],
+        "task.json": [
+            ["report", copy / "task.json", "--output", copy / "page"],
+            ["evaluate", "compare", copy / "task.json", "--output", copy / "figures"],
+            [*ground.passkey(), "--json", copy / "task.json"],
+        ],
+    }
+    name = random_.choice(list(uses))
+    top = name.partition("/")[0]
+    if (ground.root / top).is_dir():
+        shutil.copytree(ground.root / top, copy / top)
+    else:
+        shutil.copy(ground.root / top, copy / top)
+    file = copy / name
+    data = json.loads(file.read_text())
+    holder, key = random_.choice(numbers_of(data))
+    holder[key] = random_.choice([*map(int, ABSURD[:4]), -1, 0, 10**400, 1e300, math.inf, math.nan])
+    file.write_text(json.dumps(data))
+    if top == "run":
+        seal(copy / last, again=name.endswith("trainer_state.json"))
+    return random_.choice(uses[name]), f"{name}: {key} = {str(holder[key])[:30]}"
+
+
+def numbers_of(data: Any) -> list[tuple[Any, Any]]:
+    """Each number within JSON data, as what holds it and its key."""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    found = []
+    for key, value in pairs:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        found += [(data, key)] if number else numbers_of(value)
+    return found
+
+
 def bomb(ground: Ground) -> bytes:
     """A file as torch.save makes it, whose pickle writes a file."""
     import torch
@@ -440,6 +509,7 @@ KINDS: dict[str, tuple[Callable[..., tuple[list[object], str]], int]] = {
     "pickle": (pickled, 2),
     "settings": (settings_file, 1),
     "sizes": (sizes, 4),
+    "numbers": (number_in_file, 3),
 }
 """Kind -> what draws a trial, and how often of 30."""
 

@@ -1,10 +1,12 @@
 """Kill runs at random, resume them, and compare what they leave with what an undisturbed run leaves.
 
-A trial draws a configuration. Most train (intervention, LoRA, accumulation, bfloat16, task, an evaluation
-every third step); the others run `diagnose` or `evaluate loss`. They have 1, 2 or 4 processes over gloo,
-forked or started by torchrun. A run is ended up to three times: all processes by SIGKILL or SIGTERM after a
-random time, or one process by SIGKILL at a random step, batch of an evaluation, report of progress of a
-measurement, or file operation of a save or of a clean-up. A run may go on on another number of processes.
+A trial draws a configuration. Most train (intervention, LoRA, accumulation, bfloat16, gradient checkpointing,
+task, an evaluation by Trainer every third step or by `until_healthy` every second); the others run
+`diagnose`, `evaluate loss` or a task. They have 1, 2 or 4 processes over gloo, forked or started by torchrun.
+A run is ended up to three times: all processes by SIGKILL or SIGTERM after a random time, torchrun alone by
+SIGKILL, or one process by SIGKILL at a random step, forward of an evaluation, report of progress of a
+measurement, or file operation of a save, of a clean-up or of the result. A run may go on on another number of
+processes. `landed` counts the ends by what the process was in.
 
 A trial is exact if its weights, or the result of its measurement, are bit-identical to those of the same
 configuration undisturbed, its log is the same, evaluations included, and its ledger is whole: after each
@@ -45,10 +47,11 @@ from longroll.conformance.tiny import VOCAB, build
 from longroll.data import ByteTokenizer, Corpus, Windows
 from longroll.interventions import INTERVENTIONS
 from longroll.measure import Kept
+from longroll.measure.held_out import HeldOut
 from longroll.model import RecurrentLM
 from longroll.results import BenchmarkResult, provenance, write_json
-from longroll.tasks import Copying, CopyRows
-from longroll.training import InitialStateTrainer, PosttrainOptions, posttrain
+from longroll.tasks import Copying, CopyRows, Row, run_task
+from longroll.training import InitialStateTrainer, PosttrainOptions, checkpoints, posttrain
 
 STEPS, LENGTH, ROWS = 8, 16, 4
 EVALUATED = 3  # steps from one evaluation to the next, where a run evaluates; a save comes every second step
@@ -57,9 +60,9 @@ KILLS = 3  # of a trial at most; the run after the last is left alone
 TRAINS = "train"
 
 
-def corpus() -> Corpus:
+def corpus(seed: int = 1) -> Corpus:
     sizes = np.random.default_rng(0).integers(8, 200, 40)
-    ids = np.random.default_rng(1).integers(0, VOCAB, sizes.sum()).astype(np.int32)
+    ids = np.random.default_rng(seed).integers(0, VOCAB, sizes.sum()).astype(np.int32)
     return Corpus(ids, np.cumsum([0, *sizes]).astype(np.int64), len(ids))
 
 
@@ -93,16 +96,50 @@ def at_call(last: int, function):
     return call
 
 
-def kill_at_operation(last: int) -> None:
-    """SIGKILL at the `last`-th operation on files from now on."""
+class Phase:
+    """What this process is in, also in a file that outlives it."""
+
+    file, now = Path(), "start"
+
+    @classmethod
+    def enter(cls, name: str) -> str:
+        """Begin a phase; what it was before."""
+        before, cls.now = cls.now, name
+        if name != before:
+            cls.file.write_text(name)
+        return before
+
+    @classmethod
+    def within(cls, name: str, owner: object, function: str) -> None:
+        """Have calls of a function be a phase."""
+        original = getattr(owner, function)
+
+        def call(*args, **kwargs):
+            before = cls.enter(name)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                cls.enter(before)
+
+        setattr(owner, function, call)
+
+
+def kill_within(phase: str | None, last: int) -> None:
+    """SIGKILL at the `last`-th operation on files, or forward of an evaluation, of a phase from now on."""
     count = at_call(last, lambda: None)
 
     def counted(function):
         def call(*args, **kwargs):
-            count()
+            if phase in (None, Phase.now):
+                count()
             return function(*args, **kwargs)
 
         return call
+
+    if phase == "evaluation":
+        RecurrentLM.forward = counted(RecurrentLM.forward)
+        Ledger.prediction_step = counted(Ledger.prediction_step)
+        return
 
     for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (Path, "rename"), (torch, "save")):
         setattr(owner, name, counted(getattr(owner, name)))
@@ -115,10 +152,10 @@ def digest(row: torch.Tensor) -> str:
 class Ledger(InitialStateTrainer):
     """Notes the rows of every micro-batch, and evaluates."""
 
-    file, evaluates = Path(), False
+    file, evaluates = Path(), ""
 
     def __init__(self, model, args, **more):
-        if self.evaluates:
+        if self.evaluates == "trainer":
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, EVALUATED
             args.per_device_eval_batch_size = 1
             more["eval_dataset"] = Windows(corpus(), LENGTH, seed=1, num_items=8)
@@ -126,6 +163,7 @@ class Ledger(InitialStateTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         """Trainer's own."""
+        Phase.enter("step")
         with self.file.open("a") as file:
             file.write(f"{self.state.global_step} {','.join(map(digest, inputs['input_ids']))}\n")
         return super().training_step(model, inputs, *args, **kwargs)
@@ -149,6 +187,10 @@ def options_of(config: dict, rows: int, length: int) -> PosttrainOptions:
         accumulation=config["accumulation"],
         bf16=config["bf16"],
         lora_rank=config["lora"],
+        gradient_checkpointing=config["checkpointing"],
+        until_healthy=config["evaluates"] == "healthy",
+        measure_steps=2,
+        price=1e6,
     )
 
 
@@ -162,8 +204,12 @@ def train(config: dict, output: Path, ledger: Path, kill: dict) -> None:
     Ledger.file, Ledger.evaluates, _posttrain.InitialStateTrainer = ledger, config["evaluates"], Ledger
     lm = RecurrentLM(build("mamba2", 0, vocab_size=256 if config["task"] else VOCAB))
     data, length = data_of(config, ROWS)
-    if kill.get("how") == "evaluation":
-        Ledger.prediction_step = at_call(kill["batch"], Ledger.prediction_step)
+    Phase.within("save", Ledger, "_save_checkpoint")
+    Phase.within("clean-up", checkpoints, "rotate")
+    Phase.within("clean-up", checkpoints, "remove")
+    Phase.within("result", _posttrain, "save_checkpoint")
+    Phase.within("evaluation", Ledger, "evaluate")
+    Phase.within("evaluation", HeldOut, "read")
     posttrain(
         lm,
         data,
@@ -171,13 +217,29 @@ def train(config: dict, output: Path, ledger: Path, kill: dict) -> None:
         options_of(config, ROWS // ranks.world_size(), length),
         output,
         resume=output.exists(),
-        callbacks=[Kill(kill["step"], kill["phase"])] if kill.get("how") == "step" else [],
+        callbacks=[Kill(kill["step"], kill["at"])] if kill.get("how") == "step" else [],
+        held_out=HeldOut.from_corpus(corpus(2), LENGTH) if config["evaluates"] == "healthy" else None,
+        force=True,
         finish=lambda log: (output / "log.json").write_text(json.dumps(log)),
     )
 
 
 def measure(config: dict, output: Path, kill: dict) -> None:
     ranks.join()
+    Phase.enter("evaluation")
+    report = at_call(kill["report"] if kill.get("how") == "report" else 10**9, lambda *_: None)
+    if config["what"] == "task":
+        lm = RecurrentLM(build("mamba2", 0, vocab_size=256)).eval()
+        rows, file = [Row(None, Copying(ByteTokenizer()))], output / "found.json"
+        told = {"samples": 6, "batch_size": 2, "file": file, "progress": report}
+        found = run_task(lm, rows, [4, 6, 9, 12], **told).to_json()
+        for cell in found["cells"]:
+            cell.pop("seconds")
+        found.pop("provenance")
+        if ranks.rank() == 0:
+            write_json(output / "compared.json", found)
+        ranks.wait()
+        return
     lm, generator = RecurrentLM(build("mamba2", 0)).eval(), torch.Generator().manual_seed(0)
     with torch.no_grad():
         lm.model.get_output_embeddings().weight.mul_(3)  # a text has a likely next token
@@ -189,7 +251,6 @@ def measure(config: dict, output: Path, kill: dict) -> None:
         mixer.A_log[2], mixer.dt_bias[2] = -14.0, 0.0
     tokens = torch.cat(text, dim=1)
     kept = Kept(output / "found.json.kept", every=config["every"])
-    report = at_call(kill["report"] if kill.get("how") == "report" else 10**9, lambda *_: None)
     told = {"chunk_size": 8, "dealt": True, "kept": kept, "progress": report}
     if config["what"] == "loss":
         kept.begin(lm, tokens)
@@ -198,7 +259,7 @@ def measure(config: dict, output: Path, kill: dict) -> None:
         found = diagnose(lm, tokens, train_length=16, **told).to_json()
         del found["provenance"], found["advice"]  # which hold seconds
     if ranks.rank() == 0:
-        write_json(output / "found.json", found)
+        write_json(output / "compared.json", found)
     ranks.wait()
     kept.remove()
 
@@ -206,8 +267,10 @@ def measure(config: dict, output: Path, kill: dict) -> None:
 def work(config: dict, output: Path, ledger: Path, kill: dict) -> None:
     """One process of a run."""
     torch.set_num_threads(1)
-    if kill.get("how") == "file":
-        kill_at_operation(kill["operation"])
+    if config["what"] != TRAINS:
+        output.mkdir(exist_ok=True)
+    if kill.get("how") == "within":
+        kill_within(kill["phase"], kill["call"])
     if config["what"] == TRAINS:
         train(config, output, ledger, kill)
     else:
@@ -218,6 +281,7 @@ def as_process(config: dict, output: Path, ledgers: Path, attempt: int, kill: di
     """Be a process of a run, by its rank, and end."""
     rank = ranks.rank()
     mine = kill if kill and kill.get("rank") == rank else {}
+    Phase.file = ledgers / f"{attempt}.{rank}.phase"
     try:
         work(config, output, ledgers / f"{attempt}.{rank}", mine)
         status = 0
@@ -268,6 +332,18 @@ def end(process: int, number: int) -> None:
             one.send_signal(number)
 
 
+def end_launcher(process: int) -> None:
+    """SIGKILL torchrun, and wait for what it started, which must end by itself."""
+    found = psutil.Process(process)
+    started = found.children(recursive=True)
+    found.kill()
+    alive = psutil.wait_procs(started, timeout=PATIENCE)[1]
+    for one in alive:
+        one.kill()
+    if alive:
+        raise SystemExit(f"{len(alive)} processes of a killed torchrun lived on")
+
+
 def finish(children: list[int], kill: dict) -> tuple[bool, float]:
     """Wait for the processes, or end all at the time to; whether all ended well, and the longest wait."""
     began, first, left, good, late = time.monotonic(), None, set(children), True, 0.0
@@ -284,7 +360,10 @@ def finish(children: list[int], kill: dict) -> tuple[bool, float]:
         if now - began > seconds and not asked:
             asked = True
             for child in left:
-                end(child, signal.SIGTERM if kill["how"] == "term" else signal.SIGKILL)
+                if kill["how"] == "launcher":
+                    end_launcher(child)
+                else:
+                    end(child, signal.SIGTERM if kill["how"] == "term" else signal.SIGKILL)
         if first and now - first > PATIENCE:
             for child in left:
                 end(child, signal.SIGKILL)
@@ -307,11 +386,12 @@ def ledger_of(folder: Path, attempt: int, processes: int) -> dict[tuple[int, int
     return found
 
 
-def ledgers_agree(folder: Path, config: dict, sizes: list[int], kills: list[dict]) -> bool:
+def ledgers_agree(folder: Path, reference: Path, config: dict, sizes: list[int], kills: list[dict]) -> bool:
     """Whether each lane read the rows of the data set from a saved step on, at each start, to the last step.
 
     Args:
         folder: of the ledgers.
+        reference: folder of the undisturbed run.
         config: of the trial.
         sizes: how many processes each start had.
         kills: what ended each start but the last; a run that SIGTERM ends saves the step that it is in.
@@ -330,7 +410,7 @@ def ledgers_agree(folder: Path, config: dict, sizes: list[int], kills: list[dict
         in_order = steps == list(range(steps[0], steps[-1] + 1))
         if not in_order or steps[0] not in saved or steps[0] > max(read, default=-1) + 1:
             return False
-        if attempt < len(kills) and kills[attempt]["how"] == "term":
+        if attempt < len(kills) and kills[attempt]["how"] in ("term", "launcher"):
             saved.add(steps[-1] + 1)
         for step in steps:
             for micro in range(micro_batches):
@@ -344,14 +424,14 @@ def ledgers_agree(folder: Path, config: dict, sizes: list[int], kills: list[dict
             if (step, micro_batches) in ledger:
                 return False  # read twice
         read |= set(steps)
-    return read == set(range(STEPS))
+    return read == {step for step, _ in ledger_of(reference, 0, config["processes"])}
 
 
 def draw_config(random_: random.Random, torchrun: float) -> dict:
     launcher = "torchrun" if random_.random() < torchrun else "fork"
     processes = random_.choice([1, 2, 2, 4] if launcher == "fork" else [1, 2, 2])
     if random_.random() < 0.3:
-        what, every = random_.choice(["loss", "diagnose"]), random_.choice([0.0, 0.02])
+        what, every = random_.choice(["loss", "diagnose", "task"]), random_.choice([0.0, 0.02])
         return {"what": what, "launcher": launcher, "processes": processes, "every": every}
     task = random_.random() < 0.15
     kinds = ["none", "sp", "fitted", "random"] + ([] if task else ["tbptt"])
@@ -364,32 +444,58 @@ def draw_config(random_: random.Random, torchrun: float) -> dict:
         "bf16": random_.random() < 0.3,
         "lora": 2 if random_.random() < 0.3 else 0,
         "task": task,
-        "evaluates": not task and random_.random() < 0.5,
+        "checkpointing": random_.random() < 0.2,
+        "evaluates": "" if task else random_.choice(["", "trainer", "trainer", "healthy"]),
     }
 
 
 def draw_kill(random_: random.Random, config: dict, duration: float) -> dict:
     rank = random_.randrange(config["processes"])
-    hows = ["time", "file", "report", "report"]
+    hows = ["time", "within", "report", "report"]
     if config["what"] == TRAINS:
-        hows = ["time", "term", "step", "file", "file", *(["evaluation"] * 2 if config["evaluates"] else [])]
+        hows = ["time", "term", "step", "within", "within", "within"]
+    if config["launcher"] == "torchrun":
+        hows.append("launcher")
     how = random_.choice(hows)
-    if how in ("time", "term"):
+    if how in ("time", "term", "launcher"):
         launched = 8.0 if config["launcher"] == "torchrun" else 0.0  # seconds that its imports take
         return {"how": how, "seconds": launched + random_.uniform(0.2, 1) * duration}
     if how == "step":
         phase = random_.choice(["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save"])
-        return {"how": how, "rank": rank, "step": random_.randrange(1, STEPS), "phase": phase}
-    if how == "evaluation":
-        return {"how": how, "rank": rank, "batch": random_.randrange(1, 2 * 8 // config["processes"] + 1)}
+        return {"how": how, "rank": rank, "step": random_.randrange(1, STEPS), "at": phase}
     if how == "report":
+        most = {"loss": 14, "diagnose": 30, "task": 16}[config["what"]]
+        return {"how": how, "rank": rank, "report": random_.randrange(1, most)}
+    if config["what"] != TRAINS:
         return {
             "how": how,
-            "rank": rank,
-            "report": random_.randrange(1, 14 if config["what"] == "loss" else 30),
+            "rank": random_.choice([0, rank]),
+            "phase": None,
+            "call": random_.randrange(1, 40),
         }
-    most = 90 if config["what"] == TRAINS else 40
-    return {"how": how, "rank": random_.choice([0, rank]), "operation": random_.randrange(1, most)}
+    phase = random_.choice(
+        ["save", "clean-up", "result", *(["evaluation"] * 3 if config["evaluates"] else [])]
+    )
+    most = {"save": 60, "clean-up": 40, "result": 8, "evaluation": 12}[phase]
+    if phase in ("clean-up", "result"):
+        rank = 0
+    elif phase == "save" and rank > 0:
+        most = 8
+    return {"how": how, "rank": rank, "phase": phase, "call": random_.randrange(1, most)}
+
+
+def landed(folder: Path, attempt: int, kill: dict) -> str:
+    """What a process was in when it was killed, or process 0 when all were ended."""
+    file = folder / f"{attempt}.{kill.get('rank', 0)}.phase"
+    return file.read_text() if file.exists() else "start"
+
+
+def place_of(trial: dict, kill: dict) -> str:
+    """What the end of a trial is counted as: the phase, and whose evaluation it was."""
+    if kill["landed"] != "evaluation":
+        return kill["landed"]
+    whose = {"trainer": "of Trainer", "healthy": "of until_healthy"}.get(trial.get("evaluates", ""))
+    return f"evaluation {whose or trial['what']}"
 
 
 def weights(output: Path) -> dict:
@@ -408,7 +514,7 @@ def same(found: Path, reference: Path, config: dict, moved: bool) -> dict[str, b
     """What agrees of a trial and its undisturbed run."""
     try:
         if config["what"] != TRAINS:
-            one, other = ((folder / "out" / "found.json").read_bytes() for folder in (found, reference))
+            one, other = ((folder / "out" / "compared.json").read_bytes() for folder in (found, reference))
             return {"result": one == other, "cleared": not (found / "out" / "found.json.kept").exists()}
         one, other = weights(found / "out"), weights(reference / "out")
         logs = losses(found / "out"), losses(reference / "out")
@@ -453,7 +559,7 @@ def run_trial(number: int, root: Path, seed: int, torchrun: float, references: d
             break
         if not kill:
             break  # it failed by itself
-        kills.append(kill)
+        kills.append(kill | {"landed": landed(folder, len(sizes) - 1, kill)})
         if moves:
             processes = random_.choice([n for n in (1, 2, 4) if n != processes])
     moved = len(set(sizes)) > 1
@@ -466,7 +572,7 @@ def run_trial(number: int, root: Path, seed: int, torchrun: float, references: d
     }
     agree = same(folder, reference, config, moved)
     if config["what"] == TRAINS:
-        agree["ledger"] = ledgers_agree(folder, config, sizes, kills)
+        agree["ledger"] = ledgers_agree(folder, reference, config, sizes, kills)
     found |= agree | {"exact": all(agree.values())}
     if found["exact"]:
         shutil.rmtree(folder)
@@ -498,6 +604,7 @@ def main() -> None:
             "kills": sum(len(trial["kills"]) for trial in trials),
             "exact": sum(trial["exact"] for trial in trials),
             "ended_by": dict(Counter(kill["how"] for trial in trials for kill in trial["kills"])),
+            "landed": dict(Counter(place_of(trial, kill) for trial in trials for kill in trial["kills"])),
             "trials": trials,
             "provenance": provenance(seed=options.seed, seconds=time.perf_counter() - began),
         }

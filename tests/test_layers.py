@@ -11,7 +11,7 @@ import longroll
 SOURCE = Path(longroll.__file__).parent
 LAYERS = (
     ("errors", "launcher", "printable", "blocks", "stacks", "heads", "checkpoint"),
-    ("files", "ops", "ranks"),
+    ("files", "ops", "ranks", "sizes"),
     ("state", "results", "history"),
     ("families", "interventions", "data"),
     ("locate",),

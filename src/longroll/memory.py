@@ -9,11 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from longroll.errors import LongrollError
 from longroll.model import RecurrentLM
+from longroll.sizes import GIB as GIB
+from longroll.sizes import check_bytes
 from longroll.state import Part, RecurrentState
 
-GIB = 2**30
 MOMENTS = 2
 """Numbers that AdamW keeps for each trained one, in the precision in which it is held."""
 
@@ -131,13 +131,9 @@ def check_micro_batch(lm: RecurrentLM, rows: int, length: int, device: torch.dev
     Raises:
         LongrollError: with the bytes of both.
     """
-    held = memory_of(device or lm.device)
     least = rows * (length * (8 + lm.width * 2) + state_bytes(lm.zero_state(1)))
-    if least > held:
-        raise LongrollError(
-            f"`batch_size` {rows} x `length` {length} takes at least {least / GIB:,.0f} GiB, and there are "
-            f"{held / GIB:,.0f}: take fewer rows (`batch_size`), and more `accumulation`."
-        )
+    mend = "take fewer rows (`batch_size`), and more `accumulation`"
+    check_bytes(f"`batch_size` {rows} x `length` {length}", least, mend, held=memory_of(device or lm.device))
 
 
 def _read(lm: RecurrentLM, tokens: int) -> RecurrentState:

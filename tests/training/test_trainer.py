@@ -619,7 +619,7 @@ def test_a_text_shorter_than_a_window(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ddp_adds_in_one_order_from_the_first_step_on(checkpointing, tmp_path):
-    """It sorts its buckets anew after one step unless it looks for weights without a gradient."""
+    """DDP reorders its buckets after one step unless it looks for weights without a gradient."""
     told = arguments(tmp_path, gradient_checkpointing=checkpointing)
     trainer = InitialStateTrainer(build("mamba2"), told, train_dataset=data_for("sp"))
     assert trainer.accelerator.ddp_handler.find_unused_parameters

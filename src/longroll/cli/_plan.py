@@ -48,6 +48,7 @@ def plan(
     from longroll.memory import GIB, memory_of
     from longroll.outline import outline
     from longroll.results import PlanResult, provenance
+    from longroll.sizes import check_bytes, check_tokens
     from longroll.training.plan import ROOM, Outline, Setting, in_words, settings_for
 
     hush_libraries()
@@ -61,6 +62,15 @@ def plan(
     subject = Outline(config, weights_dtype, place)
     held = int(memory * GIB) if memory else memory_of(place)
     room = ROOM * held
+    token = 8 + 2 * getattr(config.get_text_config(), "hidden_size", 0)  # its id, one layer's hidden state
+    micro_batch = f"`batch_size` {batch_size} x `train_length` {trained}"
+    check_bytes(micro_batch, batch_size * trained * token, "take fewer or shorter rows", held=held)
+    if chunk_size is not None:
+        piece = sequences * min(chunk_size, length) * token
+        check_bytes(f"`sequences` {sequences} x `chunk_size` {chunk_size}", piece, "take less", held=held)
+    run = f"`steps` {steps} x `accumulation` {accumulation} x {micro_batch}"
+    check_tokens(run, steps * accumulation * batch_size * trained, "ask for fewer")
+    check_tokens(f"`sequences` {sequences} x `length` {length}", sequences * length, "ask for fewer")
     chunk = chunk_size or subject.chunk(sequences, room)
     reading = subject.reading(sequences, length, chunk)
     speed = subject.tokens_per_second()

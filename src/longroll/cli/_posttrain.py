@@ -288,6 +288,7 @@ def posttrain(
     from longroll.results import PosttrainResult, provenance
     from longroll.training import Declined, PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
+    from longroll.training.options import check_sizes
     from longroll.training.plan import setting_of, training_line
 
     asked = recipe_of(recipe)
@@ -334,6 +335,7 @@ def posttrain(
         price=price,
         measure_steps=measure_steps,
     )
+    check_sizes(lm, options)
     if task is not None and text_column is not None:
         raise LongrollError(f"--text-column {text_column}: --task {task.value} reads no rows of text.")
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)

@@ -41,13 +41,13 @@ def quickstart(
     began = time.perf_counter()
     lm = o.open_model("specimen", device=device, dtype=None)
     tok = o.open_tokenizer(lm, "specimen", None)
+    assert lm.train_length is not None
+    options = PosttrainOptions(length=lm.train_length, steps=steps, seed=seed)
     tokens, bytes_per_token = o.read_sequences("stdlib", tok, length=length, sequences=sequences, seed=seed)
     measured = {"bytes_per_token": bytes_per_token, "seed": seed}
     before = run_diagnosis(lm, tokens, label="base", **measured)
     before.write(output / "base.json")
 
-    assert lm.train_length is not None
-    options = PosttrainOptions(length=lm.train_length, steps=steps, seed=seed)
     corpus = o.read_corpus(
         "stdlib", tok, split="train", column=None, max_tokens=options.tokens + 1, seed=seed
     )

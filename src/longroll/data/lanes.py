@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import LongrollError
+from ..sizes import check_bytes
 from .corpus import Corpus
 from .windows import Item, _positive
 
@@ -50,6 +51,8 @@ class Lanes(Dataset[Item]):
         """
         if lanes < 1 or (steps is not None and steps < 1):
             raise LongrollError(f"{lanes} lanes, {steps} steps: there must be at least one of each")
+        if steps is not None:
+            check_bytes(f"`steps` {steps} of {lanes} lanes", 64 * steps * lanes, "ask for fewer steps")
         self.length, self.lanes = _positive(length), lanes
         self.ids, pieces = _pieces(corpus, self.length, lanes)
         if not len(pieces):

@@ -114,10 +114,10 @@ def calibrate(
     before = search.losses
     for exponent in COMMON:
         search.try_(dict.fromkeys(units, exponent), absolute=True)
-    for step in _STEPS * sweeps:
-        for one in units:
-            if not search.try_({one: step}):
-                search.try_({one: -step})
+    for _ in range(sweeps):
+        moved = [search.try_({one: step}) or search.try_({one: -step}) for step in _STEPS for one in units]
+        if not any(moved):
+            break  # further sweeps would try the same scales
     if not math.isfinite(search.best):
         raise LongrollError(f"{lm.name}: the loss of these texts is not finite at any scale of {what}.")
     scales = {decay.name: [2.0**exponent for exponent in decay.exponents.tolist()] for decay in decays}

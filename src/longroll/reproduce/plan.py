@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from longroll.measure.roll_out import free_bytes
 from longroll.reproduce.checkpoints import TRAIN_LENGTH, Checkpoint
+from longroll.sizes import check_tokens
 from longroll.training.plan import matrix_rate
 
 _STATIC = 16  # bytes a parameter: float32 weights, gradients and AdamW's two moments
@@ -32,6 +34,12 @@ class Work:
     sequences: int
     arms: int
     """How often a model is post-trained."""
+
+    def __post_init__(self) -> None:
+        trained, read = self.steps * self.batch_size * TRAIN_LENGTH, self.sequences * self.length
+        run = f"`steps` {self.steps} x `batch_size` {self.batch_size} x {TRAIN_LENGTH}"
+        check_tokens(run, trained, "ask for fewer")
+        check_tokens(f"`sequences` {self.sequences} x `length` {self.length}", read, "ask for fewer")
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,18 @@ def fit(checkpoint: Checkpoint, batch_size: int, memory: float) -> tuple[int, bo
 
     The rows divide `batch_size`. Where nothing fits `memory`, one row with recomputed activations is planned.
     """
-    divisors = [rows for rows in range(batch_size, 0, -1) if batch_size % rows == 0]
     for checkpointing in (False, True):
-        for rows in divisors:
+        for rows in _divisors(batch_size):
             taken = training_bytes(checkpoint, rows, checkpointing=checkpointing)
             if taken <= _ROOM * memory:
                 return rows, checkpointing, taken
     return 1, True, training_bytes(checkpoint, 1, checkpointing=True)
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of a number, the largest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)}, reverse=True)
 
 
 def training_bytes(checkpoint: Checkpoint, rows: int, *, checkpointing: bool) -> float:

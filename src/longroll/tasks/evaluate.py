@@ -15,6 +15,7 @@ from longroll.measure.bootstrap import bootstrap_mean
 from longroll.model import RecurrentLM
 from longroll.results import TaskResult, provenance
 from longroll.results import fingerprint as fingerprint  # used beside `evaluate_grid`
+from longroll.sizes import check_bytes, check_tokens
 from longroll.tasks._task import EVALUATION, Task, random_of
 from longroll.tasks.generate import Reading, answer, prefill_samples
 
@@ -77,6 +78,7 @@ def evaluate_grid(
         raise LongrollError(f"`samples` {samples}, `batch_size` {batch_size}: both are at least 1.")
     rank, world_size = (ranks.rank(), ranks.world_size()) if dealt else (0, 1)
     together = min(batch_size, -(-samples // world_size))  # so that no rank waits for want of a batch
+    _check_sizes(samples, together, len(rows), lengths, world_size)
     cells = list(finished)
     known = {(cell["length"], cell["row"]) for cell in cells}
     done = 0
@@ -102,6 +104,15 @@ def evaluate_grid(
             if progress is not None:
                 progress(done)
     return cells
+
+
+def _check_sizes(samples: int, together: int, rows: int, lengths: Sequence[int], processes: int) -> None:
+    check_bytes(f"`samples` {samples}", 400 * samples, "ask for fewer")  # their answers and scores
+    longest = max(lengths, default=0)
+    prompts = 12 * together * longest  # ids, in 4 and in 8 bytes
+    check_bytes(f"`batch_size` {together} x `lengths` {longest}", prompts, "take fewer or shorter samples")
+    tokens = samples * rows * sum(lengths)
+    check_tokens(f"`samples` {samples} of each length", tokens // processes, "ask for fewer, or shorter ones")
 
 
 class _Answered(NamedTuple):

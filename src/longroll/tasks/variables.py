@@ -59,6 +59,7 @@ class Variables(Task):
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """Scatter the chain over lines; `length` counts prompt and `new_tokens`, and is met from below."""
+        self._room(length, self.hops + 1)  # before so many names are drawn
         value = str(rng.integers(10_000, 100_000))
         chain = ["".join(rng.choice(list(string.ascii_uppercase), size=5)) for _ in range(self.hops + 1)]
         told = [FIRST.format(name=chain[0], value=value)]

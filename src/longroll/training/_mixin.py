@@ -377,7 +377,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
         """The host's, with FSDP2 by the rules of `longroll.training.sharding`, and DDP of one order."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self.accelerator.ddp_handler is not None and self.args.ddp_find_unused_parameters is None:
-            # else DDP sorts its buckets again after one step, and a resumed run adds in another order
+            # else DDP reorders its buckets after one step, and a resumed run adds in another order
             self.accelerator.ddp_handler.find_unused_parameters = True
         self.is_fsdp_enabled = sharding.set_up(self.accelerator, self.args)
 

@@ -37,7 +37,6 @@ from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES
 from longroll.measure.held_out import HeldOutData
-from longroll.memory import check_micro_batch
 from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints, sharding
@@ -46,7 +45,7 @@ from longroll.training.faults import faults_are_said
 from longroll.training.guard import check_weights
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.lora import check_adapters, with_lora
-from longroll.training.options import PosttrainOptions, settled, trainer_arguments
+from longroll.training.options import PosttrainOptions, check_sizes, settled, trainer_arguments
 from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
     batch_loss,
@@ -141,7 +140,7 @@ def posttrain(
         return []
     goes_on = ranks.on_first(lambda: resume and checkpoints.any_in(folder))
     _check_held_out(held_out, options)
-    check_micro_batch(lm, options.batch_size, options.length, arguments.device)
+    check_sizes(lm, options, arguments.device)
     if held_out is not None and intervention is not None and not (force or goes_on or options.fsdp):
         look(lm, held_out, tell)
     if isinstance(corpus, Corpus):

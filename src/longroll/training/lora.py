@@ -40,6 +40,16 @@ def with_lora(model: Any, rank: int) -> Any:
     return lean(get_peft_model(model, config))
 
 
+def adapter_bytes(model: nn.Module, rank: int) -> int:
+    """Return the bytes of the weights of adapters of a rank."""
+    linear = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith(tuple(_READ_BARE))
+    ]
+    return 4 * rank * sum(m.in_features + m.out_features for m in linear)
+
+
 def check_adapters(lm: RecurrentLM, rank: int) -> None:
     """Refuse adapters that a saved model would lack, and adapters of a rank on top of others."""
     if getattr(lm.model, "_hf_peft_config_loaded", False) and lm.adapted is None:

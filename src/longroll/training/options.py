@@ -16,8 +16,11 @@ from longroll.errors import LongrollError
 from longroll.families._rope import RopeScaling
 from longroll.interventions.recipes import Settings
 from longroll.measure.advice import WORTH_SAVING
+from longroll.memory import check_micro_batch, memory_of
 from longroll.model import RecurrentLM
+from longroll.sizes import check_bytes, check_tokens
 from longroll.training.guard import Guard, OnNotFinite
+from longroll.training.lora import adapter_bytes
 from longroll.training.saving import FORMATS
 from longroll.training.weights import TRAINABLE, WEIGHTS, has_bf16, in_16_bits
 
@@ -125,11 +128,8 @@ class PosttrainOptions:
             raise LongrollError(
                 "`weights` bf16 does not go with `fsdp`, which wants weights of one precision: leave one out."
             )
-        if self.tokens >= 2**62:
-            raise LongrollError(
-                "`steps` x `accumulation` x `batch_size` x `length` is more than can be counted: "
-                f"{self.tokens:,} tokens."
-            )
+        run = f"`steps` {self.steps} x `accumulation` {self.accumulation} x `batch_size` {self.batch_size}"
+        check_tokens(f"{run} x `length` {self.length}", self.tokens, "ask for fewer")
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 
@@ -144,6 +144,22 @@ def _check_reporter(name: str) -> None:
         raise LongrollError(f"`report_to` {name} is not one of {', '.join(REPORTERS)}.")
     if name != "none" and find_spec(name) is None:
         raise LongrollError(f"`report_to` {name} needs a package that is not here: pip install {name}.")
+
+
+def check_sizes(lm: RecurrentLM, options: PosttrainOptions, device: torch.device | None = None) -> None:
+    """Refuse a run whose smallest part exceeds the memory of the device, or of the machine.
+
+    Raises:
+        LongrollError: with the arguments, and the bytes of both.
+    """
+    rows, length, accumulation = options.batch_size, options.length, options.accumulation
+    check_micro_batch(lm, rows, length, device)
+    items = accumulation * rows * length * 16  # ids and labels of a step, which Trainer holds at once
+    step = f"`accumulation` {accumulation} x `batch_size` {rows} x `length` {length}"
+    check_bytes(step, items, "take fewer rows a step")
+    adapters = adapter_bytes(lm.model, options.lora_rank)
+    held = memory_of(device or lm.device)
+    check_bytes(f"`lora_rank` {options.lora_rank}", adapters, "take a smaller rank", held=held)
 
 
 def settled(options: PosttrainOptions) -> PosttrainOptions:

@@ -1,0 +1,60 @@
+"""Counts and sizes that no machine holds or no run ends with: refused before anything is taken."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import psutil
+
+from longroll.errors import LongrollError
+
+GIB = 2**30
+SPEED = 1_000_000
+"""Tokens a second that one device reads at best: a small model on a fast GPU."""
+YEAR = 365 * 24 * 3600  # seconds
+MOST_TOKENS = SPEED * YEAR
+"""Tokens that one process can be asked to read."""
+
+
+def check_bytes(what: str, least: float, mend: str, *, held: int | None = None) -> None:
+    """Refuse what takes more memory than there is.
+
+    Args:
+        what: the arguments and their values.
+        least: bytes that it takes at least.
+        mend: the change to make.
+        held: bytes of the device; None: of the machine.
+
+    Raises:
+        LongrollError: with the bytes of both.
+    """
+    held = psutil.virtual_memory().total if held is None else held
+    if least > held:
+        gib = _short(Decimal(least) / GIB)
+        raise LongrollError(f"{what} takes at least {gib} GiB, and there are {held / GIB:,.0f}: {mend}.")
+
+
+def check_tokens(what: str, tokens: int, mend: str) -> None:
+    """Refuse work that takes more than a year on any device.
+
+    Args:
+        what: the arguments and their values.
+        tokens: tokens that one process reads.
+        mend: the change to make.
+
+    Raises:
+        LongrollError: with the tokens and the years.
+    """
+    if tokens > MOST_TOKENS:
+        years = _short(Decimal(tokens) / MOST_TOKENS)
+        raise LongrollError(
+            f"{what} is {_short(tokens)} tokens, {years} years at {SPEED:,} tokens a second: {mend}."
+        )
+
+
+def _short(number: float | int | Decimal) -> str:
+    """Return a number to three digits, a whole one in full below a million."""
+    exact = Decimal(number)
+    if exact < 100:
+        return f"{exact:.3g}"
+    return f"{exact:,.0f}" if exact < 10**6 else f"{exact:.2e}"
