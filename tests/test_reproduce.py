@@ -62,12 +62,14 @@ def test_a_micro_batch_divides_the_batch_and_is_the_largest_that_fits(memory):
 def test_more_work_takes_more_time_and_kept_models_more_disk():
     chosen, machine = find_checkpoints(["130m", "2.7b"]), Machine(80e9, 8e14)
     small, large = (
-        needs(chosen, Work(steps, 16, 131_072, 16, 6), machine, keep=keep)
+        needs(chosen, Work(steps, 16, 131_072, 16, 6, 7), machine, keep=keep)
         for steps, keep in ((50, False), (500, True))
     )
     assert all(a.seconds < b.seconds and a.disk < b.disk for a, b in zip(small, large, strict=True))
     assert small[0].seconds < small[1].seconds
-    assert not needs(chosen, Work(1, 1, 8192, 4, 1), Machine(1e9, 1e12), keep=False)[1].fits
+    (done,) = needs(chosen[:1], Work(50, 16, 131_072, 16, 0, 0), machine, keep=False)
+    assert done.seconds == 0 and done.rows == small[0].rows
+    assert not needs(chosen, Work(1, 1, 8192, 4, 1, 2), Machine(1e9, 1e12), keep=False)[1].fits
 
 
 def test_rows_hold_the_octave_to_32k_and_the_paper_beside():
@@ -138,7 +140,9 @@ def test_a_run_ends_in_pages_goes_on_and_refuses_other_settings(tmp_path):
     found = run(tmp_path, "--interventions", "sp,longroll")
     assert found.exit_code == 0, found.output
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
-    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    rows = summary["rows"]
+    assert summary["provenance"]["seconds"] > 0
     assert [row["arm"] for row in rows] == ["base", "sp", "longroll"]
     assert "default recipe" in (tmp_path / "out/index.html").read_text()
 

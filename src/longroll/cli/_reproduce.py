@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +89,7 @@ def reproduce(
     from longroll.reproduce.checkpoints import TOKENIZER, TRAIN_LENGTH
     from longroll.results import write_json
 
+    began = time.perf_counter()
     if world_size() > 1:
         raise LongrollError("reproduce runs in one process: start it without a launcher.")
     chosen = find_checkpoints(models.split(","), family.value)
@@ -96,8 +98,11 @@ def reproduce(
     if unknown is not None:
         raise LongrollError(f"`interventions`: {unknown} is not one of {', '.join(ARMS)}.")
     device = _device(device)
-    work = Work(steps, batch_size, length, sequences, len(arms))
-    taken = needs(chosen, work, Machine.of(device), keep=keep_models, saves=2 * (0 < save_steps < steps))
+    machine, taken = Machine.of(device), []
+    for one in chosen:
+        left, measured = _left(output / one.name, arms)
+        work = Work(steps, batch_size, length, sequences, len(left), len(left) + (not measured))
+        taken += needs([one], work, machine, keep=keep_models, saves=2 * (0 < save_steps < steps))
     out.print(_plan_table(chosen, taken))
     if plan:
         return
@@ -138,9 +143,9 @@ def reproduce(
                 model.measured(arm, against=base, control=control)
             if not keep_models:
                 shutil.rmtree(model.folder / arm, ignore_errors=True)
-            _write_pages(output, settings)
+            _write_pages(output, settings, time.perf_counter() - began)
         model.draw()
-        _write_pages(output, settings)
+        _write_pages(output, settings, time.perf_counter() - began)
     for table in _summary_tables(output):
         out.print(table)
     out.print(f"{output / 'index.html'}", soft_wrap=True)
@@ -240,6 +245,11 @@ class _Model:
         write_figures(runs, self.folder / "figures")
 
 
+def _left(folder: Path, arms: list[str]) -> tuple[list[str], bool]:
+    """Return the arms of a model that are not measured yet, and whether its base is."""
+    return [arm for arm in arms if not (folder / f"{arm}.json").is_file()], (folder / "base.json").is_file()
+
+
 def _device(device: str | None) -> str:
     import torch
 
@@ -284,14 +294,14 @@ def _all_results(output: Path) -> dict[str, dict[str, DiagnosisResult]]:
     return {name: arms for name, arms in found.items() if arms}
 
 
-def _write_pages(output: Path, settings: dict[str, Any]) -> None:
+def _write_pages(output: Path, settings: dict[str, Any], seconds: float) -> None:
     """Write `index.html` and `summary.json` over all models measured so far."""
     from longroll.reproduce import rows_of, write_index
     from longroll.results import provenance, write_json
 
     results = _all_results(output)
     rows = rows_of(results)
-    made = provenance(seed=settings["seed"], seconds=0)
+    made = provenance(seed=settings["seed"], seconds=seconds)
     write_json(
         output / "summary.json",
         {
@@ -318,7 +328,9 @@ def _plan_table(chosen: Sequence[Checkpoint], taken: Sequence[Need]) -> Table:
 
     from longroll.cli._progress import clock
 
-    table = Table(title="Plan: estimates, before anything is read")
+    table = Table(
+        title="Plan of what is left: estimates" if begun else "Plan: estimates, before anything is read"
+    )
     for head in ("model", "rows at a time", "memory, GiB", "time", "disk, GiB"):
         table.add_column(head, justify="left" if head == "model" else "right")
     for one, need in zip(chosen, taken, strict=True):

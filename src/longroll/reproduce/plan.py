@@ -34,6 +34,8 @@ class Work:
     sequences: int
     arms: int
     """How often a model is post-trained."""
+    readings: int
+    """How often a model is measured."""
 
     def __post_init__(self) -> None:
         trained, read = self.steps * self.batch_size * TRAIN_LENGTH, self.sequences * self.length
@@ -124,7 +126,7 @@ def needs(
         trained = work.steps * work.batch_size * TRAIN_LENGTH
         read = work.sequences * work.length + 8 * 16 * 2 * TRAIN_LENGTH  # remembrance to 4 T, 16 starts
         a_step, a_read = (8 if checkpointing else 6) * one.parameters, 2 * one.parameters
-        seconds = work.arms * trained * a_step / speed + (work.arms + 1) * read * a_read / speed
+        seconds = work.arms * trained * a_step / speed + work.readings * read * a_read / speed
         copies = (work.arms if keep else 1) + 1  # of 32 bits, the download one of them
         disk = 4 * one.parameters * copies + 12 * one.parameters * saves
         found.append(Need(rows, checkpointing, memory, seconds, disk, memory <= _ROOM * machine.memory))
