@@ -328,9 +328,7 @@ def _plan_table(chosen: Sequence[Checkpoint], taken: Sequence[Need]) -> Table:
 
     from longroll.cli._progress import clock
 
-    table = Table(
-        title="Plan of what is left: estimates" if begun else "Plan: estimates, before anything is read"
-    )
+    table = Table(title="Plan: estimates of what is left to do")
     for head in ("model", "rows at a time", "memory, GiB", "time", "disk, GiB"):
         table.add_column(head, justify="left" if head == "model" else "right")
     for one, need in zip(chosen, taken, strict=True):
