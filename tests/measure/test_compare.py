@@ -132,6 +132,12 @@ def test_a_price_is_decided_by_its_interval(mean, half, said):
     assert said in after_repair("m", "sp", difference(mean, half)).sentence
 
 
+@pytest.mark.parametrize(("rival", "named"), [(None, False), (-0.1, False), (0.04, False), (0.06, True)])
+def test_a_reading_that_beats_a_repair_is_named(rival, named):
+    found = after_repair("m", "sp", difference(0.01, 0.005), rival).sentence
+    assert "keep it" in found and ("0.06 nats lower still" in found) == named
+
+
 @pytest.mark.parametrize("entry", [None, "sp", {"posttrain": "sp"}, {"posttrain": [3, {"steps": 1}]}, [1]])
 def test_an_entry_of_another_form_tells_nothing(entry):
     config = type("Config", (), {"longroll": entry})()

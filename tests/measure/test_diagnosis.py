@@ -143,4 +143,6 @@ def test_advice_follows_the_evidence(iid, ends, intervention, reason):
     assert ("--intervention fitted" in found.command) == (intervention == "fitted")
     assert found.tokens == 500 * 16 * 256
     assert found.seconds == pytest.approx(found.tokens * 3.5 / 1e4)
-    assert "12 minutes" in found.sentence
+    assert "12 minutes" in found.sentence and "reset" not in found.sentence
+    severe = advise("m", 256, iid=iid, ends=ends, tokens_per_second=1e4, severity=4.474).sentence
+    assert "4.47 nats lower from the last T tokens alone (`reading` reset)" in severe

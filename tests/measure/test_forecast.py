@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import longroll
+from longroll.cli import app
 from longroll.conformance import tiny
 from longroll.data import Corpus, long_sequences
 from longroll.errors import LongrollError
 from longroll.measure import forecast
 from longroll.model import RecurrentLM
+from longroll.results import ForecastResult, read_result
 from zoo import tokens
 
 T = 24
@@ -54,8 +57,21 @@ def test_the_specimen_is_forecast_to_break_and_one_that_forgets_is_not():
 
 def test_refusals():
     lm = RecurrentLM(tiny.build("mamba2"))
-    for texts, length in ((tokens(3, 20), 16), (tokens(4, 16), 16)):
-        with pytest.raises(LongrollError, match="A forecast reads at least 4 texts of 16"):
-            forecast(lm, texts, length)
+    with pytest.raises(LongrollError, match="3 texts are too few"):
+        forecast(lm, tokens(3, 20), 16)
+    with pytest.raises(
+        LongrollError, match="`train_length` 16 tokens and one more, at least 3: `tokens` have 16"
+    ):
+        forecast(lm, tokens(4, 16), 16)
     with pytest.raises(LongrollError, match="no recurrent state"):
         forecast(RecurrentLM(tiny.build("llama")), tokens(4, 20), 16)
+
+
+def test_the_command_reads_short_texts_only_and_says_what_it_does_not_read(tmp_path):
+    told = ["diagnose", "specimen", "--no-long", "--length", "1k", "--sequences", "4"]
+    ran = CliRunner().invoke(app, [*told, "--json", str(tmp_path / "f.json")])
+    assert ran.exit_code == 0 and "Forecast from texts of 128 tokens" in ran.stdout
+    found = read_result(tmp_path / "f.json")
+    assert isinstance(found, ForecastResult) and found.times == [1, 2, 4, 8] and found.sequences == 4
+    refused = CliRunner().invoke(app, [*told, "--output", str(tmp_path / "page")])
+    assert "needs long texts" in f"{refused.stderr} {refused.exception}"

@@ -30,6 +30,12 @@ def diagnose(
     explain: Annotated[
         bool, typer.Option(help="Measure the causes as well, which takes about three times as long.")
     ] = True,
+    long: Annotated[
+        bool,
+        typer.Option(
+            help="Read texts up to --length; --no-long forecasts the loss there from texts of T tokens."
+        ),
+    ] = True,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -70,6 +76,9 @@ def diagnose(
     from longroll.training.card import with_diagnosis
     from longroll.training.plan import reading_line
 
+    if not long:
+        given = {"against": against, "control": control, "card": card, "output": output}
+        _refuse_for_forecast(given | {"chunk_size": chunk_size})
     card_file = _card_of(model) if card else None
     before, plain = (path and _read(path) for path in (against, control))
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
@@ -78,12 +87,15 @@ def diagnose(
     tokens, bytes_per_token = o.read_sequences(
         text,
         own_tokenizer,
-        length=length,
+        length=length if long else train_length,
         sequences=sequences,
         column=text_column,
         concatenate=concatenate,
         seed=seed,
     )
+    if not long:
+        run_forecast(lm, tokens, train_length, length, label=label, seed=seed, json=json)
+        return
 
     join()
     if lm.flags is not None:  # the repair that is advised reads the same text
@@ -162,6 +174,53 @@ def _read(path: Path) -> DiagnosisResult:
     if len(runs) > 1:
         raise LongrollError(f"{path} holds {len(runs)} diagnoses: give a file of one.")
     return runs[0]
+
+
+def _refuse_for_forecast(options: dict[str, Any]) -> None:
+    """Refuse options that a forecast does not read."""
+    from longroll.errors import LongrollError
+
+    for name, value in options.items():
+        if value:
+            raise LongrollError(f"`{name}` needs long texts to be read: leave it out, or --no-long.")
+
+
+def run_forecast(
+    lm: RecurrentLM,
+    tokens: Tensor,
+    train_length: int,
+    length: int,
+    *,
+    label: str | None,
+    seed: int,
+    json: Path | None,
+) -> None:
+    """Forecast the break of a model from texts of T tokens, print it, and write it to `json`."""
+    import time
+
+    from longroll.cli._console import out
+    from longroll.cli._progress import progress
+    from longroll.measure import forecast
+    from longroll.measure._forecast import readings_of
+    from longroll.ranks import rank
+    from longroll.results import ForecastResult, provenance
+
+    if rank() > 0:
+        return  # not dealt: rank 0 reads
+    began, times = time.perf_counter(), max(1, length // train_length)
+    with progress("forecasting", total=readings_of(times)) as advance:
+        found = forecast(lm, tokens, train_length, times=times, seed=seed, progress=advance)
+    if json:
+        ForecastResult.from_json(
+            found.to_json()
+            | {
+                "label": label,
+                "model": lm.name,
+                "sequences": len(tokens),
+                "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
+            }
+        ).write(json)
+    out.print(found.sentence, soft_wrap=True)
 
 
 def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **options: Any) -> DiagnosisResult:

@@ -12,7 +12,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "models", "family", "checkpoints", "seed", "trust_remote_code", "plugin",
     ),
     "Measurement": (
-        "explain", "families", "packing", "against", "control", "reading", "window", "what", "unit",
+        "explain", "long", "families", "packing", "against", "control", "reading", "window", "what", "unit",
         "sweeps",
     ),
     "Intervention": (

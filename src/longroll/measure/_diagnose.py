@@ -252,6 +252,7 @@ def _diagnose(
                 iid=iid,
                 ends=drift,
                 tokens_per_second=speed,
+                severity=judged.severity,
             )
         details |= {"iid": iid.to_json(), "stationarity": drift.to_json()}
         if explain:
@@ -285,7 +286,8 @@ def _diagnose(
     if precision.suspect:
         advice = of_dtype(lm.name, precision.dtype, told=precision.blamed)
     elif not suffers and (repair or runs):
-        advice = after_repair(lm.name, repair, comparisons.get("control") or comparisons.get("against"))
+        price = comparisons.get("control") or comparisons.get("against")
+        advice = after_repair(lm.name, repair, price, _rival(levels["far"], length, runs.get("against")))
     elif breaks and repair:
         advice = replace(
             advice, sentence=f"It still breaks after {NAMES.get(repair, repair)}. {advice.sentence}"
@@ -301,6 +303,13 @@ def _result(run: Diagnosis | DiagnosisResult | Mapping[str, Any], source: str) -
     if isinstance(run, Diagnosis):
         return run.result()
     return run if isinstance(run, DiagnosisResult) else DiagnosisResult.from_json(run, source=source)
+
+
+def _rival(far: float | None, length: int, before: DiagnosisResult | None) -> float | None:
+    """Return nats by which a fresh start of the model before a repair reads lower than a far loss."""
+    if far is None or before is None or before.max_position != length or before.severity is None:
+        return None
+    return far - (before.level("far") - before.severity)
 
 
 def _levels(carried: PositionLoss, train_length: int) -> dict[str, float | None]:

@@ -88,6 +88,11 @@ class Forecast:
         return vars(self) | {"edge": self.edge, "sentence": self.sentence}
 
 
+def readings_of(times: int) -> int:
+    """Return how many readings of the texts a forecast to `times` training lengths takes."""
+    return max(1, times).bit_length() + 1
+
+
 @torch.no_grad()
 def forecast(
     lm: RecurrentLM,
@@ -96,7 +101,7 @@ def forecast(
     *,
     times: int = TIMES,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Forecast:
     """Forecast where the loss of a model leaves its level, from texts of T tokens.
 
@@ -109,7 +114,7 @@ def forecast(
         train_length: T; default: what the model's config says.
         times: the longest roll-out that is forecast, in training lengths.
         seed: random seed of the bootstrap.
-        progress: called with how many readings are done, and how many there are.
+        progress: called with how many readings are done, of `readings_of(times)`.
 
     Raises:
         LongrollError: for a model without recurrent layers, an unknown training length, fewer than 4 texts,
@@ -119,20 +124,23 @@ def forecast(
     if not lm.layers:
         raise LongrollError(f"{lm.name} has no recurrent state: there is nothing to forecast.")
     rows, length = tokens.shape[0], tokens.shape[1] - 1
-    if rows < TEXTS or length < train_length or train_length < 2:
+    if rows < TEXTS:
         raise LongrollError(
-            f"A forecast reads at least {TEXTS} texts of {train_length} tokens (`train_length`) and one "
-            f"more: these are {rows} of {length + 1} (`tokens`)."
+            f"{rows} texts are too few for an interval: give at least {TEXTS} (`tokens.shape[0]`)."
+        )
+    if train_length < 2 or length < train_length:
+        raise LongrollError(
+            f"A forecast reads texts of `train_length` {train_length} tokens and one more, at least 3: "
+            f"`tokens` have {length + 1}."
         )
     check_ids(lm, tokens)
     ids = tokens[:, : train_length + 1].to(lm.device)
-    counts = [2**k for k in range(max(0, times).bit_length())]
-    readings = len(counts) + 1
+    counts = [2**k for k in range(readings_of(times) - 1)]
 
     def read(state: RecurrentState | None, done: int) -> tuple[Tensor, RecurrentState]:
         hidden, final = lm(ids[:, :-1], state, logits=False)
         if progress is not None:
-            progress(done, readings)
+            progress(done)
         return token_losses(lm, hidden, ids[:, 1:]).double().cpu(), final.part("recurrent", "conv")
 
     losses, state = read(None, 1)

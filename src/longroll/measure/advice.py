@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,14 @@ from longroll.interventions.recipes import DEFAULT, NAMES, NON_STATIONARY, WINDO
 from longroll.measure._blame import Blame
 from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
+from longroll.measure.judge import TOLERANCE
 from longroll.measure.stationarity import EndDrift
 
 STEPS, BATCH_SIZE = 500, 16
 """Steps of the paper (section 4) and rows of our default batch."""
 WORTH_SAVING = 0.05
 """Nats in range: a repair that costs more is worth another try."""
+_RESET = "from the last T tokens alone (`reading` reset), which forgets what lies before them"
 _TRAINING = 3.5  # forward passes that a training step takes: the backward is two, the rest is the optimizer
 
 
@@ -65,14 +68,27 @@ def of_dtype(model: str, dtype: str, *, told: bool) -> Advice:
     return Advice(None, f"Read it in {other} before any repair: {why}.", command)
 
 
-def after_repair(model: str, repair: str | None, price: Comparison | None) -> Advice:
+def after_repair(
+    model: str, repair: str | None, price: Comparison | None, rival: float | None = None
+) -> Advice:
     """Return what to do with a model that was repaired and holds.
 
     Args:
         model: its name, for the command.
         repair: the intervention by its short name, where the config tells of one.
         price: against the control, else the model before; None where neither was given.
+        rival: nats by which a fresh start of the model before reads lower far out; None where not known.
     """
+    found = _of_price(model, repair, price)
+    if rival is None or rival <= TOLERANCE:
+        return found
+    return replace(
+        found,
+        sentence=f"{found.sentence} The model before reads far text {rival:.2f} nats lower still {_RESET}.",
+    )
+
+
+def _of_price(model: str, repair: str | None, price: Comparison | None) -> Advice:
     holds = f"It holds after {NAMES.get(repair, repair)}" if repair else "It holds"
     if price is None:
         command = shlex.join(["longroll", "diagnose", model, "--against", "BASE.json"])
@@ -108,6 +124,7 @@ def advise(
     iid: IIDTest,
     ends: EndDrift,
     tokens_per_second: float,
+    severity: float = math.nan,
 ) -> Advice:
     """Choose an intervention for a model that reads worse past T than from a fresh start.
 
@@ -124,6 +141,7 @@ def advise(
         iid: the test of its states at T.
         ends: how the ends of the texts differ.
         tokens_per_second: speed of a forward on this device.
+        severity: nats above a fresh start over the last octave of positions.
     """
     tokens = STEPS * BATCH_SIZE * train_length
     seconds = tokens * _TRAINING / tokens_per_second
@@ -162,6 +180,8 @@ def advise(
         f"Repair it by {name}: {why}. {REPAIRS} {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take "
         f"about {_duration(seconds)} on this device; fewer often do."
     )
+    if severity > TOLERANCE and math.isfinite(severity):
+        sentence += f" Untrained, the model reads far text {severity:.2f} nats lower {_RESET}."
     return Advice(choice, sentence, command, STEPS, tokens, seconds)
 
 

@@ -103,7 +103,7 @@ def calibrate(
     length = tokens.shape[1] - 1
     if length <= train_length:
         raise LongrollError(
-            f"{length} positions do not go past `train_length` {train_length}: read longer ones."
+            f"{length} positions do not go past `train_length` {train_length}: raise `tokens.shape[1]`."
         )
     decays = _decays(lm, what, unit)
     edges = [0, train_length]

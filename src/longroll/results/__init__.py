@@ -28,6 +28,7 @@ from longroll.results.diagnosis import (
     Texts,
 )
 from longroll.results.doctor import DoctorResult, PackingResult
+from longroll.results.forecast import ForecastResult
 from longroll.results.loss import LossResult
 from longroll.results.plan import PlanResult
 from longroll.results.posttrain import PosttrainResult
@@ -53,6 +54,7 @@ __all__ = [
     "Difference",
     "DoctorResult",
     "Excess",
+    "ForecastResult",
     "Grid",
     "LayerStates",
     "LossResult",

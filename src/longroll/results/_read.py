@@ -16,6 +16,7 @@ from longroll.results.benchmark import BenchmarkResult
 from longroll.results.calibration import CalibrationResult
 from longroll.results.diagnosis import DiagnosisResult
 from longroll.results.doctor import DoctorResult, PackingResult
+from longroll.results.forecast import ForecastResult
 from longroll.results.loss import LossResult
 from longroll.results.plan import PlanResult
 from longroll.results.posttrain import PosttrainResult
@@ -54,6 +55,7 @@ KINDS: dict[str, type[Result]] = {
     "quickstart": QuickstartResult,
     "benchmark": BenchmarkResult,
     "calibration": CalibrationResult,
+    "forecast": ForecastResult,
     "doctor": DoctorResult,
     "packing": PackingResult,
 }
