@@ -204,6 +204,63 @@ def grid_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+COMPARED = {
+    "base": "before",
+    "none": "plain steps",
+    "default": "default recipe",
+    "default-sp": "default recipe, `--intervention sp`",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: TBPTT",
+    "sp zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: State Passing",
+    "tbptt zero=0.1 speed=30 rate=0.001 train=scales keep=1": "TBPTT, KL",
+    "tbptt-depths speed=30 rate=0.001 train=scales": "TBPTT, ladder",
+    "tbptt-depths speed=30 rate=0.001 train=scales keep=1": "TBPTT, ladder, KL",
+    "tbptt-depths speed=30 keep=1": "TBPTT, ladder, KL, all weights",
+    "tbptt zero=0.1 speed=30 rate=0.0001": "TBPTT, all weights",
+    "sp": "State Passing, the paper's",
+    "tbptt": "TBPTT, the paper's",
+    "fitted": "Fitted Noise",
+    "random": "Random Noise",
+}
+"""Arms that are compared over models, by their first seed; `none` is the control."""
+
+
+def compared_table(models: Mapping[str, Model], arms: Sequence[str] = tuple(COMPARED)) -> str:
+    """A table of the mean over seeds of some arms of some models: price (%), nats above a fresh start, gap.
+
+    Args:
+        models: by the name that is shown.
+        arms: keys of `COMPARED`; an arm that a model lacks is left out.
+    """
+    heads = ["model", "arm", "runs", "in range", "price, %", "above a fresh start at 64 T", "gap at 64 T"]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for name, model in models.items():
+        for arm in arms:
+            runs = [model.control] if arm == "none" else _seeds(model, arm)
+            if not runs:
+                continue
+            values = [
+                ([_mean(r["in_range"]) for r in runs], ".3f"),
+                ([model.price(r)[0] for r in runs], "+.2f"),
+                ([model.excess(r)[0] for r in runs], "+.3f"),
+                ([model.gap(r)[0] for r in runs], "+.3f"),
+            ]
+            cells = [_over_seeds(numbers, form) for numbers, form in values]
+            lines.append([name, COMPARED[arm], str(len(runs)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _seeds(model: Model, arm: str) -> list[Result]:
+    names = (arm, *(f"{arm} seed={seed}" for seed in (1, 2))) if arm != "base" else (arm,)
+    return [model.found[name] for name in names if name in model.found]
+
+
+def _over_seeds(numbers: Sequence[float], form: str) -> str:
+    mean = format(_mean(list(numbers)), form)
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} [{min(numbers):{form}}, {max(numbers):{form}}]"
+
+
 def _standard(arm: Result) -> bool:
     return (arm["steps"], arm["rows"], arm["seed"], arm["train"], arm["keep"]) == (500, 32, 0, "all", 0)
 

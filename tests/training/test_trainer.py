@@ -494,6 +494,18 @@ def test_posttrain_goes_on_where_it_was_killed(kind, tmp_path):
         run(output, resume=True)
 
 
+def test_a_callback_that_ends_the_run_leaves_a_model(tmp_path):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 3
+
+    lm, options = lm_of("mamba2"), PosttrainOptions(**OPTIONS)
+    log = posttrain(lm, corpus_of(), StatePassing(), options, tmp_path / "out", callbacks=[Enough()])
+    assert options.steps > 3 and log[-1]["step"] == 3
+    assert_same_weights(longroll.load(tmp_path / "out", device="cpu").model, lm.model)
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
 def test_a_model_trained_in_bfloat16_goes_on_in_its_own_dtype(tmp_path):
     lm, ids = lm_of("mamba2"), torch.arange(30)[None]
     posttrain(lm, corpus_of(), StatePassing(), PosttrainOptions(**OPTIONS, bf16=True), tmp_path / "out")

@@ -302,7 +302,7 @@ def _train(
                 return
     trainer.train(resume_from_checkpoint=goes_on)
     ended = watch is not None and watch.decision().stop is not None
-    if trainer.state.global_step < options.steps and not ended:  # a signal stopped it
+    if trainer._guard.stop and trainer.state.global_step < options.steps and not ended:
         if asked() == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
