@@ -133,8 +133,8 @@ def run(*argv: object, arm: Arm | None = None, work: Callable[[], None] | None =
         return Ran(named(status), told(said.read()))
 
 
-def torchrun(processes: int, *argv: object, kill: int | None = None) -> Ran:
-    """Run `longroll` on several processes; rank `kill` is ended by SIGKILL in its fourth step."""
+def torchrun(processes: int, *argv: object, kill: int | str | None = None) -> Ran:
+    """Run `longroll` on several processes; rank `kill`, or the "launcher", is ended by SIGKILL in step 4."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(Path(__file__).resolve())]
     environment = os.environ | {"FAULTS_KILL": "" if kill is None else str(kill), "OMP_NUM_THREADS": "1"}
@@ -145,7 +145,9 @@ def torchrun(processes: int, *argv: object, kill: int | None = None) -> Ran:
     lines = told(
         re.split(r"^[EW]\d{4} ", done.stderr, maxsplit=1, flags=re.MULTILINE)[0]
     )  # torchrun's begin so
-    if kill is not None:
+    if kill == "launcher":
+        lines = [re.sub(r"Process \d+ ends", "Process 12345 ends", line) for line in lines]
+    elif kill is not None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("longroll:")]
         dead = re.search(
             r"rank +: (\d+).*?Signal 9 \(SIGKILL\)", done.stderr.partition("Root Cause")[2], re.S
@@ -413,6 +415,14 @@ def ranks_die(place: Place) -> Iterator[Fault]:
         end = "the weights of one process, to 2e-6" if same else say(again, same)
         yield Fault(f"rank {rank} of 2 dies", "SIGKILL in step 4, torchrun over gloo", ran, kept, end, None)
     name = place.new()
+    argv = place.posttrain(name, "--batch-size", 1)
+    ran = torchrun(2, *argv, kill="launcher")
+    kept = place.kept(name)
+    again = torchrun(2, *argv, "--resume")
+    same = again.status == "0" and close(place, name)
+    end = "the weights of one process, to 2e-6" if same else say(again, same)
+    yield Fault("torchrun dies", "SIGKILL to torchrun, in step 4 of 2 processes", ran, kept, end, None)
+    name = place.new()
     run(
         *place.posttrain(name),
         arm=at(BEFORE_STEP, 4, signalled(signal.SIGKILL)),
@@ -530,15 +540,18 @@ def damage(place: Place) -> Iterator[Fault]:
         "a flipped bit in the states": ("one bit", "intervention_0.pt", flip),
         "no optimizer": ("removed", "optimizer.pt", Path.unlink),
         "no manifest": ("removed", "manifest.json", Path.unlink),
+        "a damaged description of the run": ("cut in half", "../run.json", cut),
         "every checkpoint damaged": ("one bit in each checkpoint", ".", flip_all),
     }
     for fault, (how, file, harm) in cases.items():
         name = place.new()
         run(*place.posttrain(name), arm=kill)
         harm(place.root / name / "checkpoints" / "checkpoint-4" / file)
-        how = f"{file} of checkpoint-4: {how}" if file != "." else how
+        of = "of the run" if "run.json" in file else "of checkpoint-4"
+        how = f"{Path(file).name} {of}: {how}" if file != "." else how
         again, same = place.resumed(name)
-        newest = "checkpoint-2" if "every" not in fault else "nothing: the run starts from the beginning"
+        newest = "checkpoint-4" if "description" in fault else "checkpoint-2"
+        newest = "nothing: the run starts from the beginning" if "every" in fault else newest
         yield Fault(fault, how, again, newest, say(again, same), same)
 
 
@@ -566,14 +579,25 @@ def another_run(place: Place) -> Iterator[Fault]:
         yield Fault(f"{fault} on --resume", how, ran, place.kept(name), say(ran, None), None)
     ran = run(*place.posttrain(name))
     yield Fault("no --resume", "the command again", ran, place.kept(name), say(ran, None), None)
-    note = place.root / name / "checkpoints" / "run.json"
-    told_of = json.loads(note.read_text())
-    told_of["versions"] |= {"torch": "2.0.0", "transformers": "5.0.0"}
-    note.write_text(json.dumps(told_of))
+    name = place.new()
+    run(*place.posttrain(name), arm=with_other_versions(kill))
     kept = place.kept(name)
     ran, same = place.resumed(name)
-    how = "run.json names torch 2.0.0 and transformers 5.0.0"
+    how = "the run was started with torch 2.0.0 and transformers 5.0.0"
     yield Fault("other versions", how, ran, kept, say(ran, same), same)
+
+
+def with_other_versions(then: Arm) -> Arm:
+    """Have a run note that other versions began it."""
+
+    def arm() -> None:
+        from longroll.training import identity
+
+        before = identity.package_versions() | {"torch": "2.0.0", "transformers": "5.0.0"}
+        identity.package_versions = lambda: before
+        then()
+
+    return arm
 
 
 def not_finite(place: Place) -> Iterator[Fault]:
@@ -638,6 +662,14 @@ def child() -> None:
     torch.set_num_threads(1)
     if os.environ["FAULTS_KILL"] == os.environ["RANK"]:
         at(BEFORE_STEP, 4, signalled(signal.SIGKILL))()
+    if os.environ["FAULTS_KILL"] == "launcher":  # and wait until that is seen
+
+        def end_launcher() -> None:
+            if os.environ["RANK"] == "0":
+                os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(2)
+
+        at(BEFORE_STEP, 4, end_launcher)()
     sys.argv = ["longroll", *sys.argv[sys.argv.index("--child") + 1 :]]
     cli.main()
 

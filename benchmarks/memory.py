@@ -22,6 +22,7 @@ from longroll.memory import GIB, training_memory
 from longroll.results import BenchmarkResult, provenance
 
 RESULTS = Path(__file__).parent / "results"
+FILE = "ranks_h200-x4_2026-11-26"
 PIECES = 1 << 30
 """Bytes of logits in bfloat16 that exist at a time (`longroll.training.loss`)."""
 
@@ -40,27 +41,23 @@ def mamba2_state(width: int, layers: int, state: int = 128) -> int:
 
 
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "370M, 16 rows, one GPU": (
-        "ranks_h200-x2_2026-11-26",
-        ("parts", "ddp 1", "peak_gib"),
-        {"shape": "370m", "rows": 16},
-    ),
-    "370M, 16 rows, two GPUs, DDP": (
-        "ranks_h200-x2_2026-11-26",
-        ("parts", "ddp 2", "peak_gib"),
+    "370M, 16 rows, one GPU": (FILE, ("parts", "ddp 1", "peak_gib"), {"shape": "370m", "rows": 16}),
+    "370M, 16 rows, four GPUs, DDP": (
+        FILE,
+        ("parts", "ddp 4", "peak_gib"),
         {"shape": "370m", "rows": 16, "buckets": True},
     ),
-    "2.7B, 4 rows, two GPUs, FSDP2": (
-        "ranks_h200-x2_2026-11-26",
+    "2.7B, 6 rows, four GPUs, FSDP2": (
+        FILE,
         ("parts", "fsdp", "peak_gib"),
-        {"shape": "2.7b", "rows": 4, "shards": 2, "graphs": 2},
+        {"shape": "2.7b", "rows": 6, "shards": 4},
     ),
 }
-"""Case -> the file, where in it the peak stands, and the shape. Two graphs: see docs/scaling.md."""
+"""Case -> the file, where in it the peak stands, and the shape."""
 
 
 def arithmetic(
-    shape: str, rows: int, *, shards: int = 1, graphs: int = 1, buckets: bool = False, length: int = 2048
+    shape: str, rows: int, *, shards: int = 1, buckets: bool = False, length: int = 2048
 ) -> dict[str, float]:
     """Gibibytes of each part, and their sum."""
     model = model_of(shape, "meta")
@@ -71,13 +68,11 @@ def arithmetic(
         rows=rows,
         length=length,
         state=mamba2_state(width, layers),
-        activations=graphs * mamba2_activations(width, layers),
-        logits=2 * model.config.vocab_size if shards > 1 else 0,
+        activations=mamba2_activations(width, layers),
         shards=shards,
     )
     parts = {name: getattr(found, name) for name in vars(found)}
-    if shards == 1:
-        parts["logits"] = PIECES
+    parts["logits"] = PIECES
     parts["copies in bfloat16"] = matrices
     parts["buckets of DDP"] = parts["gradients"] if buckets else 0
     held = {name: size / GIB for name, size in parts.items()}

@@ -511,15 +511,16 @@ def hybrid_repair() -> str:
 
 
 def several_gpus(name: str) -> str:
-    """Return training on one and on two GPUs, by DDP and FSDP2: speed, MFU, memory, overheads."""
+    """Return training on one GPU and on several, by DDP and FSDP2: speed, MFU, memory, overheads."""
     data = result(name)
     parts, linear = data["parts"], data["of_linear"]
     names = {"fsdp": "FSDP2, 2.7B, all weights", "lora": "FSDP2, 2.7B, LoRA of rank 16"}
+    names |= {"settings plain": "DDP, 370M, again", "settings known": "`ddp_find_unused_parameters` False"}
     lines = []
     for part, found in parts.items():
         kind, _, ranks = part.partition(" ")
         for way, row in found.get("rows", {}).items():
-            label = names.get(kind) or f"{'DDP' if ranks != '1' else 'one process'}, 370M"
+            label = names.get(part) or f"{'DDP' if ranks != '1' else 'one process'}, 370M"
             share = f"{linear[ranks]:.3f}" if way == "zero" and kind == "ddp" else ""
             over = f"{100 * row['overhead']:+.1f} %" if kind == "ddp" and way != "zero" else ""
             lines.append([
@@ -569,7 +570,7 @@ def faults(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "faults": partial(faults, "faults_cpu_2026-11-26"),
-    "ranks": partial(several_gpus, "ranks_h200-x2_2026-11-26"),
+    "ranks": partial(several_gpus, "ranks_h200-x4_2026-11-26"),
     "memory": memory_by_arithmetic,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),

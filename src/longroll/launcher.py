@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,33 +27,56 @@ def end_with_launcher() -> None:
     no launcher started is left alone.
     """
     global _watching
-    if _watching or (found := _launcher()) is None:
-        return
-    _watching = True
-    threading.Thread(target=_watch, args=(found,), name="launcher", daemon=True).start()
-
-
-def _launcher() -> psutil.Process | None:
-    """Return the process that launched this one, as the environment says that one did."""
     elastic = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's, and accelerate's for several processes
-    if not elastic and not any(name.startswith("ACCELERATE_") for name in os.environ):
-        return None
+    if _watching or not (elastic or any(name.startswith("ACCELERATE_") for name in os.environ)):
+        return
+    found = _launcher(elastic)
+    if found is not None or (elastic and _store_is_gone()):
+        _watching = True
+        threading.Thread(target=_watch, args=(found,), name="launcher", daemon=True).start()
+
+
+def _launcher(elastic: bool) -> psutil.Process | None:
+    """Return the process that launched this one: by its command, or a program that calls torch's launcher."""
+    above: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        above: list[psutil.Process] = psutil.Process().parents()
-        for process in above:
-            with contextlib.suppress(psutil.Error):
-                if any(Path(word).name.removesuffix(".exe") in _NAMES for word in process.cmdline()):
-                    return process
-        return above[0] if elastic and above else None
-    return None
+        above = psutil.Process().parents()
+    commands = [
+        (process, [Path(word).name.removesuffix(".exe") for word in _command(process)]) for process in above
+    ]
+    named = (process for process, words in commands if any(word in _NAMES for word in words))
+    programs = (process for process, words in commands if elastic and words and "python" in words[0].lower())
+    return next(named, None) or next(programs, None)
 
 
-def _watch(launcher: psutil.Process) -> None:
+def _store_is_gone() -> bool:
+    """Return whether nobody serves the store of torchrun, by which its processes meet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, KeyError, ValueError):
+        pass
+    return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        words: list[str] = process.cmdline()
+        return words
+    return []
+
+
+def _watch(launcher: psutil.Process | None) -> None:
+    """Wait for the end of the launcher; None: it has ended before this process looked."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
+        while launcher and launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
             time.sleep(_EVERY)
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"Process {os.getpid()} ends: process {launcher.pid}, which launched it, is gone.\n")
+        sys.stderr.write(f"Process {os.getpid()} ends: the launcher that started it is gone.\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -16,13 +16,13 @@ MOST_TOKENS = SPEED * YEAR
 """Tokens that one process can be asked to read."""
 
 
-def check_bytes(what: str, least: float, mend: str, *, held: int | None = None) -> None:
+def check_bytes(what: str, least: float, advice: str, *, held: int | None = None) -> None:
     """Refuse what takes more memory than there is.
 
     Args:
         what: the arguments and their values.
         least: bytes that it takes at least.
-        mend: the change to make.
+        advice: what to ask for instead.
         held: bytes of the device; None: of the machine.
 
     Raises:
@@ -31,16 +31,16 @@ def check_bytes(what: str, least: float, mend: str, *, held: int | None = None) 
     held = psutil.virtual_memory().total if held is None else held
     if least > held:
         gib = _short(Decimal(least) / GIB)
-        raise LongrollError(f"{what} takes at least {gib} GiB, and there are {held / GIB:,.0f}: {mend}.")
+        raise LongrollError(f"{what} takes at least {gib} GiB, and there are {held / GIB:,.0f}: {advice}.")
 
 
-def check_tokens(what: str, tokens: int, mend: str) -> None:
+def check_tokens(what: str, tokens: int, advice: str) -> None:
     """Refuse work that takes more than a year on any device.
 
     Args:
         what: the arguments and their values.
         tokens: tokens that one process reads.
-        mend: the change to make.
+        advice: what to ask for instead.
 
     Raises:
         LongrollError: with the tokens and the years.
@@ -48,7 +48,7 @@ def check_tokens(what: str, tokens: int, mend: str) -> None:
     if tokens > MOST_TOKENS:
         years = _short(Decimal(tokens) / MOST_TOKENS)
         raise LongrollError(
-            f"{what} is {_short(tokens)} tokens, {years} years at {SPEED:,} tokens a second: {mend}."
+            f"{what} is {_short(tokens)} tokens, {years} years at {SPEED:,} tokens a second: {advice}."
         )
 
 

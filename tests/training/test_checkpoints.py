@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from ranked import run
 from safetensors.torch import load_file
 
 from longroll import LongrollError
-from longroll.training import checkpoints
+from longroll.training import checkpoints, identity
 
 OPTIONS = {"length": 8, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
 
@@ -220,16 +221,36 @@ def test_another_run_is_refused_by_name(what, tmp_path, monkeypatch, caplog, und
     elif what == "learning_rate":
         options = OPTIONS | {what: 2e-2}
     else:
-        file = output / "checkpoints" / "run.json"
-        run_ = json.loads(file.read_text())
-        run_["versions"]["torch"] = "1.0"
-        file.write_text(json.dumps(run_))
+        now = identity.package_versions() | {"torch": "99.0"}
+        monkeypatch.setattr(identity, "package_versions", lambda: now)
         run(kind, str(output), options=options, resume=True)
-        assert "started with torch 1.0, not" in caplog.text
+        assert f"started with torch {torch.__version__}, not 99.0" in caplog.text
         assert_same(weights(output), undisturbed)
         return
     with pytest.raises(LongrollError, match=f"`resume`.*{what}"):
         run(kind, str(output), options=options, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "flipped", "longer"])
+def test_a_damaged_description_of_a_run_is_put_back(damage, tmp_path, caplog, undisturbed):
+    """Another run is refused all the same."""
+    output = tmp_path / "out"
+    killed_at(5, output)
+    DAMAGES[damage](output / "checkpoints" / checkpoints.RUN)
+    with pytest.raises(LongrollError, match=r"`resume`.*learning_rate"):
+        run("sp", str(output), options=OPTIONS | {"learning_rate": 2e-2}, resume=True)
+    assert "the copy in checkpoint-4 is used" in caplog.text
+    run("sp", str(output), options=OPTIONS, resume=True)
+    assert_same(weights(output), undisturbed)
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
+    output = tmp_path / "out"
+    killed_at(5, output)
+    for file in output.rglob(checkpoints.RUN):
+        file.unlink()
+    with pytest.raises(LongrollError, match=r"run\.json is missing"):
+        run("sp", str(output), options=OPTIONS, resume=True)
 
 
 def ranked_corpus(corpus):

@@ -36,6 +36,7 @@ from longroll.files import try_folder
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES
+from longroll.launcher import end_with_launcher
 from longroll.measure.held_out import HeldOutData
 from longroll.model import RecurrentLM
 from longroll.results import write_json
@@ -61,8 +62,6 @@ from longroll.training.until_healthy import Tell, UntilHealthy, keep_best, look
 from longroll.training.weights import train_only, trained_parameters, widen
 
 logger = logging.getLogger("longroll")
-
-_STARTED = "run.json"
 
 
 def posttrain(
@@ -117,6 +116,8 @@ def posttrain(
             model whose attention reads no RoPE config.
         Declined: for a model that holds on `held_out`, and where no checkpoint is better within `price`.
     """
+    end_with_launcher()
+    end_with_launcher()
     check_adapters(lm, options.lora_rank)
     if sharding.asked():
         options = replace(options, fsdp=True)
@@ -263,9 +264,9 @@ def _is_done(output: Path, place: Path, resume: bool) -> bool:
 
 def _start(folder: Path, started: dict[str, Any], resume: bool) -> None:
     """Note what the run is, or check that it is the one that goes on."""
-    file = folder / _STARTED
-    if resume and file.is_file():
-        check_same_run(file, started)
+    file = folder / checkpoints.RUN
+    if resume and checkpoints.any_in(folder):
+        check_same_run(checkpoints.described_by(folder), started)
     else:
         write_json(file, started)
 

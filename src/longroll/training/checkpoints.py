@@ -25,6 +25,8 @@ from longroll.errors import LongrollError, named
 from longroll.files import write_whole
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
+"""What a run is, beside its checkpoints and in each of them."""
 PARTIAL = ".partial"
 """Where checkpoints are written before they are committed."""
 _REMOVED = ".removed-"
@@ -66,6 +68,8 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing: it was not written to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    if not expected:
+        return f"{MANIFEST} names no file"
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _damage_of(folder / name, *expected[name]), expected)
         return next((what for what in found if what), None)
@@ -110,6 +114,27 @@ def checkpoint_to_resume(folder: Path, asked: str | os.PathLike[str] | bool | No
     if what is not None:
         raise LongrollError(f"{asked} is no whole checkpoint: {what}. Resume from another one.")
     return str(asked)
+
+
+def described_by(folder: Path) -> Path:
+    """Return the description of the run whose checkpoints lie in `folder`, put back where it was damaged.
+
+    Raises:
+        LongrollError: where there is neither one nor a copy of it in a checkpoint.
+    """
+    file = folder / RUN
+    copy = next(filter(_is_sealed, (checkpoint / RUN for checkpoint in _newest_first(folder))), None)
+    if copy is None:
+        if not file.is_file():
+            raise LongrollError(
+                f"{file} is missing, so that nothing says which run goes on: put it back, or name another "
+                "`output`."
+            )
+    elif not (file.is_file() and file.read_bytes() == copy.read_bytes()):
+        logger.warning("%s is damaged: the copy in %s is used.", file, copy.parent.name)
+        remove(file) if file.is_dir() else file.unlink(missing_ok=True)
+        write_whole(file, copy.read_bytes())
+    return file
 
 
 def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
@@ -197,6 +222,15 @@ def _newest_first(folder: Path) -> list[Path]:
 def _seal(file: Path) -> dict[str, Any]:
     sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _is_sealed(file: Path) -> bool:
+    """Return whether a file is as its checkpoint's manifest says."""
+    try:
+        entry = json.loads((file.parent / MANIFEST).read_bytes())["files"][file.name]
+        return _damage_of(file, entry["bytes"], entry["sha256"]) is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _damage_of(file: Path, size: int, digest: str) -> str | None:

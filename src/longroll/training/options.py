@@ -129,7 +129,8 @@ class PosttrainOptions:
                 "`weights` bf16 does not go with `fsdp`, which wants weights of one precision: leave one out."
             )
         run = f"`steps` {self.steps} x `accumulation` {self.accumulation} x `batch_size` {self.batch_size}"
-        check_tokens(f"{run} x `length` {self.length}", self.tokens, "ask for fewer")
+        row = f"`length` {self.length}" if self.length > 2**20 else f"{self.length} tokens"
+        check_tokens(f"{run} x {row}", self.tokens, "ask for fewer")
         if not 0 <= self.warmup <= 1:
             raise LongrollError(f"`warmup` {self.warmup} is a share of the steps: 0 to 1.")
 

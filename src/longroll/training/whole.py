@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ class WholeCheckpointsMixin:
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if (folder / checkpoints.RUN).is_file():
+                shutil.copy(folder / checkpoints.RUN, partial)
             checkpoints.commit(partial, whole)
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
