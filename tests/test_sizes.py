@@ -36,9 +36,9 @@ REFUSED = {
     "batch size": (lambda n: sizes(batch_size=n), "`batch_size` N x "),
     "accumulation": (lambda n: sizes(accumulation=n // 1000), "`accumulation` "),
     "lora rank": (lambda n: sizes(lora_rank=n), "`lora_rank` N"),
-    "steps of a reproduction": (lambda n: Work(n, 16, 8192, 16, 4), "`steps` N x "),
-    "rows of a reproduction": (lambda n: Work(500, n, 8192, 16, 4), "`batch_size` N x "),
-    "texts of a reproduction": (lambda n: Work(500, 16, 8192, n, 4), "`sequences` N x "),
+    "steps of a reproduction": (lambda n: Work(n, 16, 8192, 16, 4, 5), "`steps` N x "),
+    "rows of a reproduction": (lambda n: Work(500, n, 8192, 16, 4, 5), "`batch_size` N x "),
+    "texts of a reproduction": (lambda n: Work(500, 16, 8192, n, 4, 5), "`sequences` N x "),
 }
 
 
