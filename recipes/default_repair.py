@@ -44,6 +44,20 @@ WAYS: dict[str, dict[str, Any]] = {
         for windows in (32, 16, 8, 4, 2, 1)
         for name in ("tbptt", "sp")
     },
+    **{
+        f"{name}, documents of {windows} windows, seed {seed}": {
+            "intervention": name,
+            "windows": windows,
+            "seed": seed,
+        }
+        for windows in (8, 4, 2)
+        for seed in (1, 2)
+        for name in ("tbptt", "sp")
+    },
+    **{
+        f"State Passing, zero probability {zero}": {"intervention": "sp", "zero_probability": zero}
+        for zero in (0.25, 0.5)
+    },
 }
 """Arguments of `by_recipe`; `steps`; `windows` of a document."""
 
@@ -61,14 +75,14 @@ def cut(corpus: Corpus, size: int) -> Corpus:
 
 
 def repair(
-    name: str, folder: Path, *, steps: int = 500, windows: int | None = None, **how: Any
+    name: str, folder: Path, *, seed: int = 0, steps: int = 500, windows: int | None = None, **how: Any
 ) -> dict[str, Any]:
     """Train by one way, and read the held-out texts."""
     began, lm = time.perf_counter(), longroll.load("specimen", device="cpu")
     assert lm.train_length is not None
     told: dict[str, Any] = {}
     if name != "before":
-        options = PosttrainOptions(length=lm.train_length, steps=steps)
+        options = PosttrainOptions(length=lm.train_length, steps=steps, seed=seed)
         most = options.tokens * (2 if windows else 1) + 1
         corpus = Corpus.from_source("stdlib", ByteTokenizer(), max_tokens=most, seed=0)
         if windows:
@@ -92,7 +106,7 @@ def repair(
         "above_fresh": judged.severity,
         "verdict": judged.verdict,
         "suffers": judged.suffers,
-        "provenance": provenance(lm, seed=0, seconds=time.perf_counter() - began),
+        "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
     }
 
 

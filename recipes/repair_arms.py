@@ -48,6 +48,8 @@ class Arm:
     """Weight of KL(base || model) on the rows that start from zero."""
     steps: int = 500
     rows: int = 32
+    windows: int = 0
+    """Of T in a document, which then ends, for TBPTT; 0: whole books."""
     seed: int = 0
 
     @property
@@ -61,7 +63,7 @@ class Arm:
         row = np.arange(self.rows)
         ladder = 2 ** (row % DEPTHS)
         if self.kind == "tbptt":
-            return np.zeros_like(row), None
+            return np.full_like(row, self.windows), None
         if self.kind == "tbptt-depths":
             return ladder, None
         if self.kind == "mixed":
@@ -212,7 +214,20 @@ def brief() -> Iterator[Arm]:
     yield from (Arm("default", seed=1), Arm("sp"), Arm("default", seed=2), Arm("tbptt"))
 
 
-SCREENS = {"few": few, "short": short, "full": full, "last": last, "brief": brief}
+def rules() -> Iterator[Arm]:
+    """What the default recipe's rules rest on: the share of zero rows, and how long a document must be."""
+    best = {"rows": 16, "rate": 1e-3, "speed": 30.0, "train": "scales"}
+    yield Arm("none", rate=1e-4)
+    yield from (Arm("sp", zero=zero, **best) for zero in (0.5, 0.25, 0.1))
+    yield from (Arm("tbptt", zero=0.1, windows=windows, **best) for windows in (2, 4, 8))
+    yield from (Arm("sp", zero=0.5, seed=1, **best), Arm("tbptt", zero=0.1, windows=2, seed=1, **best))
+    yield from (Arm("tbptt", zero=0.1, **best), Arm("tbptt", zero=0.1, windows=16, **best))
+    yield from (Arm("sp", zero=0.75, **best), Arm("sp", zero=0.25, seed=1, **best))
+    yield from (Arm("tbptt", zero=0.1, windows=4, seed=1, **best), Arm("tbptt", zero=0.0, **best))
+    yield from (Arm("tbptt", zero=0.1, windows=8, seed=1, **best), Arm("sp", zero=0.5, seed=2, **best))
+
+
+SCREENS = {"few": few, "short": short, "full": full, "last": last, "brief": brief, "rules": rules}
 
 
 def design(name: str) -> list[Arm]:
