@@ -102,7 +102,14 @@ class Steps:
             self._made[key] = _Graph(self, arm.keep, zero)
         graph = self._made[key]
         graph.zero.copy_(zero)
-        return graph(ids.contiguous(), targets.contiguous(), state)
+        try:
+            return graph(ids.contiguous(), targets.contiguous(), state)
+        except LongrollError as error:  # which a step after the first cannot raise
+            print(f"plain steps: {error}", flush=True)
+            self.graphs = False
+            self.forget()
+            self.lm.model.zero_grad()
+            return self(ids, targets, state, arm, zero)
 
     def _loss(
         self, ids: Tensor, targets: Tensor, state: Any, items: Any, zero: Tensor, keep: float

@@ -100,10 +100,12 @@ def _run(result: Result, label: str, base: Result) -> Result:
 def summary(found: Result) -> Result:
     """The figures of the tables: price (%), gap and loss above a fresh start (nats), with 95 % intervals."""
     models: Result = {}
+    over_seeds: Result = {}
     for name, results in found["models"].items():
         if "base" not in results:
             continue
         model = Model(results)
+        over_seeds[name] = compared(model)
         models[name] = {
             arm: {
                 "in_range": _mean(result["in_range"]),
@@ -122,7 +124,12 @@ def summary(found: Result) -> Result:
             for arm, result in results.items()
         }
     bases = [results["base"] for results in found["models"].values() if "base" in results]
-    return {"kind": "repair-summary", "models": models, "provenance": bases[0]["provenance"]}
+    return {
+        "kind": "repair-summary",
+        "models": models,
+        "over_seeds": over_seeds,
+        "provenance": bases[0]["provenance"],
+    }
 
 
 def _state(result: Result, length: int) -> Result:
@@ -224,8 +231,26 @@ COMPARED = {
 """Arms that are compared over models, by their first seed; `none` is the control."""
 
 
+def compared(model: Model) -> Result:
+    """The arms of `COMPARED` that a model has: runs, and mean, least and most over them of each figure."""
+    found = {}
+    for arm in COMPARED:
+        runs = [model.control] if arm == "none" else _seeds(model, arm)
+        if runs:
+            figures = {
+                "in_range": [_mean(r["in_range"]) for r in runs],
+                "price_percent": [model.price(r)[0] for r in runs],
+                "price": [_mean(r["in_range"]) - _mean(model.control["in_range"]) for r in runs],
+                "above_fresh_start": [model.excess(r)[0] for r in runs],
+                "gap": [model.gap(r)[0] for r in runs],
+            }
+            spread = {name: [_mean(v), min(v), max(v)] for name, v in figures.items()}
+            found[arm] = {"runs": len(runs), **spread}
+    return found
+
+
 def compared_table(models: Mapping[str, Model], arms: Sequence[str] = tuple(COMPARED)) -> str:
-    """A table of the mean over seeds of some arms of some models: price (%), nats above a fresh start, gap.
+    """A table of the mean over seeds, the least and the most, of some arms of some models.
 
     Args:
         models: by the name that is shown.
@@ -233,19 +258,12 @@ def compared_table(models: Mapping[str, Model], arms: Sequence[str] = tuple(COMP
     """
     heads = ["model", "arm", "runs", "in range", "price, %", "above a fresh start at 64 T", "gap at 64 T"]
     lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    forms = {"in_range": ".3f", "price_percent": "+.2f", "above_fresh_start": "+.3f", "gap": "+.3f"}
     for name, model in models.items():
-        for arm in arms:
-            runs = [model.control] if arm == "none" else _seeds(model, arm)
-            if not runs:
-                continue
-            values = [
-                ([_mean(r["in_range"]) for r in runs], ".3f"),
-                ([model.price(r)[0] for r in runs], "+.2f"),
-                ([model.excess(r)[0] for r in runs], "+.3f"),
-                ([model.gap(r)[0] for r in runs], "+.3f"),
-            ]
-            cells = [_over_seeds(numbers, form) for numbers, form in values]
-            lines.append([name, COMPARED[arm], str(len(runs)), *cells])
+        for arm, figures in compared(model).items():
+            if arm in arms:
+                cells = [_over_seeds(figures[key], form, figures["runs"]) for key, form in forms.items()]
+                lines.append([name, COMPARED[arm], str(figures["runs"]), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -254,11 +272,9 @@ def _seeds(model: Model, arm: str) -> list[Result]:
     return [model.found[name] for name in names if name in model.found]
 
 
-def _over_seeds(numbers: Sequence[float], form: str) -> str:
-    mean = format(_mean(list(numbers)), form)
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} [{min(numbers):{form}}, {max(numbers):{form}}]"
+def _over_seeds(figures: Sequence[float], form: str, runs: int) -> str:
+    mean, least, most = (format(value, form) for value in figures)
+    return mean if runs == 1 else f"{mean} [{least}, {most}]"
 
 
 def _standard(arm: Result) -> bool:

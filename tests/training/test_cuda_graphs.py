@@ -125,3 +125,22 @@ def test_trainer_learns_the_same(name, checkpointing, tmp_path):
     plain, graphed = weights(False), weights(True)
     for key, expected in plain.items():
         assert_close(graphed[key], expected, 1e-3, key)
+
+
+@on_a_gpu
+def test_a_run_goes_on_where_a_graph_by_default_cannot_be_captured(tmp_path):
+    lm, batch = lm_of("mamba2").to("cuda").train(), tokens(2, 13).cuda()
+    alive = next_token_loss(lm(batch[:, :-1])[0], batch[:, 1:])  # ties the parameters to the default stream
+    before = [p.detach().clone() for p in lm.parameters()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
+        report_to=[], save_strategy="no",
+    )  # fmt: skip
+    arguments._n_gpu = 1  # of several
+    data = Windows(corpus_of(vocab=VOCAB), 8, num_items=4)
+    trainer = InitialStateTrainer(
+        lm, arguments, intervention=StatePassing(), cuda_graphs=None, train_dataset=data
+    )
+    trainer.train()
+    assert alive.grad_fn is not None and trainer.state.global_step == 2
+    assert any(not torch.equal(p, q) for p, q in zip(lm.parameters(), before, strict=True))

@@ -27,6 +27,7 @@ from longroll.families import _dispatch
 from longroll.training import PosttrainOptions, posttrain
 from longroll.training.lora import with_lora
 from longroll.training.loss import next_token_loss
+from longroll.training.trainer import _replaces_forward
 from zoo import VOCAB, assert_close, assert_same_state, build, lm_of, tokens
 
 T, ROWS = 8, 2
@@ -510,6 +511,17 @@ def test_a_model_trained_in_bfloat16_goes_on_in_its_own_dtype(tmp_path):
     lm, ids = lm_of("mamba2"), torch.arange(30)[None]
     posttrain(lm, corpus_of(), StatePassing(), PosttrainOptions(**OPTIONS, bf16=True), tmp_path / "out")
     assert torch.equal(lm(ids)[0], longroll.load(tmp_path / "out", device="cpu")(ids)[0])
+    assert "forward" not in vars(lm.model)  # nor is anything of accelerate's left to a second run
+
+
+def test_a_forward_of_the_users_own_is_told_from_that_of_accelerate():
+    model = build("mamba2")
+    assert not _replaces_forward(model)
+    kept = model.forward
+    model._original_forward, model.forward = kept, lambda *a, **k: kept(*a, **k)
+    assert not _replaces_forward(model)
+    del model._original_forward
+    assert _replaces_forward(model)
 
 
 def test_plain_training_is_the_control(tmp_path):

@@ -154,7 +154,7 @@ def posttrain(
     ranks.on_first(lambda: _start(folder, started, resume))
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
-    adapted = model is not lm.model
+    adapted, replaced = model is not lm.model, "forward" in vars(model)
     frozen = train_only(model, options.trainable or "all")
     tell(trained_parameters(model, options.trainable or "all"))
     if options.bf16 is False:
@@ -185,6 +185,8 @@ def posttrain(
             parameter.requires_grad_()
         check_weights(model)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
+        if not replaced:  # accelerate leaves the forward of the class there, without its decorators
+            vars(model).pop("forward", None)
         lm.eval()
         batch = next(iter(trainer.get_train_dataloader()))
         mixed = options.weights == "bf16"  # which only autocast reads

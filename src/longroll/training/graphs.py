@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class StepGraph:
         self._initial = self._stacks.copy(self._zero)
         self._ids, self._targets = input_ids.clone(), input_ids.clone()
         self._num_items = torch.ones((), device=input_ids.device)
+        gc.collect()  # a dead graph of autograd ties the parameters to the stream that it was made on
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

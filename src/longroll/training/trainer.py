@@ -99,8 +99,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if source is not None and source.dtype in (torch.bfloat16, torch.float16):
             self._saved_dtype = source.dtype
         self.decay_speed = decay_speed
-        # accelerate replaces the forward later, for autocast
-        self._replaced_forward = model is not None and "forward" in vars(unwrapped(model))
+        self._replaced_forward = model is not None and _replaces_forward(unwrapped(model))
         super().__init__(model, args, data_collator, *arguments, intervention=intervention, **kwargs)
         drop = self.args.remove_unused_columns
         self.data_collator: Any = Collator(self.processing_class, data_collator, drop=drop)
@@ -194,16 +193,15 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         return self._guard.see_loss(loss)
 
     def _captured(self, input_ids: Tensor) -> bool:
-        """Return whether there is a graph now; one by default is given up where memory does not hold it."""
+        """Return whether there is a graph now; one by default is given up where it cannot be captured."""
         assert self._graph is not None
         try:
             self._graph.capture(input_ids)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, LongrollError) as error:
             if not self._by_default:
                 raise
-            logger.warning(
-                "There is no memory for steps as CUDA graphs, which reserve their own: plain steps."
-            )
+            why = "there is no memory for it" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            logger.warning("Steps are not replayed as a CUDA graph, and run one by one: %s", why)
             self._graph = None
             self.base.zero_grad()
             torch.cuda.empty_cache()
@@ -365,6 +363,12 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 def _drops(module: torch.nn.Module) -> bool:
     rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout"))
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _replaces_forward(model: torch.nn.Module) -> bool:
+    """Return whether a model has another forward than its class, not counting accelerate's for autocast."""
+    forward = vars(model).get("_original_forward", vars(model).get("forward"))
+    return forward is not None and getattr(forward, "__func__", None) is not type(model).forward
 
 
 def _hooked(model: torch.nn.Module) -> bool:
