@@ -51,7 +51,7 @@ from longroll.measure.held_out import HeldOut
 from longroll.model import RecurrentLM
 from longroll.results import BenchmarkResult, provenance, write_json
 from longroll.tasks import Copying, CopyRows, Row, run_task
-from longroll.training import InitialStateTrainer, PosttrainOptions, checkpoints, posttrain
+from longroll.training import Declined, InitialStateTrainer, PosttrainOptions, checkpoints, posttrain
 
 STEPS, LENGTH, ROWS = 8, 16, 4
 EVALUATED = 3  # steps from one evaluation to the next, where a run evaluates; a save comes every second step
@@ -210,18 +210,23 @@ def train(config: dict, output: Path, ledger: Path, kill: dict) -> None:
     Phase.within("result", _posttrain, "save_checkpoint")
     Phase.within("evaluation", Ledger, "evaluate")
     Phase.within("evaluation", HeldOut, "read")
-    posttrain(
-        lm,
-        data,
-        intervention_of(config),
-        options_of(config, ROWS // ranks.world_size(), length),
-        output,
-        resume=output.exists(),
-        callbacks=[Kill(kill["step"], kill["at"])] if kill.get("how") == "step" else [],
-        held_out=HeldOut.from_corpus(corpus(2), LENGTH) if config["evaluates"] == "healthy" else None,
-        force=True,
-        finish=lambda log: (output / "log.json").write_text(json.dumps(log)),
-    )
+    try:
+        posttrain(
+            lm,
+            data,
+            intervention_of(config),
+            options_of(config, ROWS // ranks.world_size(), length),
+            output,
+            resume=output.exists(),
+            callbacks=[Kill(kill["step"], kill["at"])] if kill.get("how") == "step" else [],
+            held_out=HeldOut.from_corpus(corpus(2), LENGTH) if config["evaluates"] == "healthy" else None,
+            force=True,
+            finish=lambda log: (output / "log.json").write_text(json.dumps(log)),
+        )
+    except Declined as declined:  # by `until_healthy`: nothing is saved
+        if ranks.rank() == 0:
+            (output / "log.json").write_text(json.dumps(declined.log))
+            (output / "declined").write_text(str(declined))
 
 
 def measure(config: dict, output: Path, kill: dict) -> None:
@@ -503,11 +508,10 @@ def weights(output: Path) -> dict:
 
 
 def losses(output: Path) -> list[dict]:
-    kept = ("loss", "eval_loss", "grad_norm", "learning_rate", "step")
+    seen = {"loss", "eval_loss", "held_out_far"}
+    kept = (*sorted(seen), "held_out_in_range", "grad_norm", "learning_rate", "step")
     log = json.loads((output / "log.json").read_text())
-    return [
-        {key: entry[key] for key in kept if key in entry} for entry in log if {"loss", "eval_loss"} & {*entry}
-    ]
+    return [{key: entry[key] for key in kept if key in entry} for entry in log if seen & {*entry}]
 
 
 def same(found: Path, reference: Path, config: dict, moved: bool) -> dict[str, bool]:
@@ -516,6 +520,10 @@ def same(found: Path, reference: Path, config: dict, moved: bool) -> dict[str, b
         if config["what"] != TRAINS:
             one, other = ((folder / "out" / "compared.json").read_bytes() for folder in (found, reference))
             return {"result": one == other, "cleared": not (found / "out" / "found.json.kept").exists()}
+        saved = [not (folder / "out" / "declined").exists() for folder in (found, reference)]
+        if not all(saved):
+            logs = losses(found / "out"), losses(reference / "out")
+            return {"declined": not any(saved), "log": moved or logs[0] == logs[1]}
         one, other = weights(found / "out"), weights(reference / "out")
         logs = losses(found / "out"), losses(reference / "out")
         if not moved:

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from longroll import LongrollError, PosttrainOptions
+from longroll.cli._flags import too_little_memory
 from longroll.data import ByteTokenizer, Corpus, Lanes
+from longroll.errors import out_of_memory
 from longroll.measure.calibration import calibrate, readings_of
+from longroll.measure.roll_out import check_rows
 from longroll.reproduce import Work
 from longroll.reproduce.plan import _divisors
 from longroll.sizes import MOST_TOKENS, check_bytes, check_tokens
@@ -50,6 +54,25 @@ def test_an_absurd_count_is_refused_with_the_number(name, count):
         count *= 100
     with pytest.raises(LongrollError, match=words.replace("N", str(count))):
         call(count)
+
+
+def test_rows_that_no_machine_holds_are_refused():
+    many = tokens(1, 3).expand(10**10, 3)
+    with pytest.raises(LongrollError, match=rf"`tokens.shape\[0\]` {10**10} of which 2 tokens .* GiB"):
+        check_rows(lm_of("mamba2"), len(many), 2, None)
+
+
+@pytest.mark.parametrize("library", ["python", "cuda", "torch", "numpy"])
+def test_too_little_memory_is_known_by_any_library(library):
+    takes = {"torch": lambda: torch.empty(2**50), "numpy": lambda: np.empty(2**50)}
+    error = MemoryError() if library == "python" else torch.OutOfMemoryError("CUDA out of memory")
+    if library in takes:
+        with pytest.raises((RuntimeError, MemoryError)) as found:
+            takes[library]()
+        error = found.value
+    assert out_of_memory(error) and not out_of_memory(ValueError("can't allocate memory"))
+    said = too_little_memory(error, {"sequences": "--sequences", "model": "MODEL", "dtype": "--dtype"})
+    assert said.startswith("Out of memory: take a smaller --sequences, or --dtype bfloat16.")
 
 
 def test_what_can_be_is_not_refused():

@@ -16,6 +16,16 @@ class LongrollError(Exception):
         return " ".join(line.strip() for line in super().__str__().splitlines() if line.strip())
 
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that a device or the machine has too little memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, as cuda's
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
 def first_line(error: BaseException) -> str:
     """Return what an exception of another library says, short enough to stand inside one line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

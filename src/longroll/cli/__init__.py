@@ -15,14 +15,14 @@ from longroll.cli._calibrate import calibrate
 from longroll.cli._diagnose import diagnose
 from longroll.cli._doctor import doctor
 from longroll.cli._evaluate import app as evaluate
-from longroll.cli._flags import Command, UsageError, in_one_line
+from longroll.cli._flags import Command, UsageError, in_one_line, running, too_little_memory
 from longroll.cli._lm_eval import lm_eval
 from longroll.cli._plan import plan
 from longroll.cli._posttrain import posttrain
 from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
 from longroll.cli._reproduce import reproduce
-from longroll.errors import LongrollError, named
+from longroll.errors import LongrollError, named, out_of_memory
 from longroll.launcher import end_with_launcher
 from longroll.printable import printable
 
@@ -102,6 +102,8 @@ def _run() -> None:
             raise SystemExit(2) from None
         _fail(in_one_line(error))
     except Exception as error:
+        if out_of_memory(error):
+            _fail(too_little_memory(error, running))
         if not _several():
             raise
         from longroll.ranks import loss_of_another, tell

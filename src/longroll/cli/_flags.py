@@ -52,6 +52,24 @@ def in_one_line(error: Any) -> str:
     return f"{said} (see {error.ctx.command_path} --help)" if error.ctx else said
 
 
+_SIZES = ("batch_size", "sequences", "samples", "chunk_size", "length", "lengths")
+"""Parameters whose smaller values take less memory."""
+
+
+def too_little_memory(error: BaseException, flags: Mapping[str, str]) -> str:
+    """Return one line for a lack of memory: what was asked for, and the flags that take less.
+
+    Args:
+        error: what `longroll.errors.out_of_memory` is true of.
+        flags: the flags of the command, by parameter.
+    """
+    smaller = [flags[name] for name in _SIZES if name in flags]
+    advice = f"take a smaller {', '.join(smaller)}" if smaller else "take smaller files"
+    advice += ", or --dtype bfloat16" if "dtype" in flags else ""
+    asked = " ".join(str(error).split())[:200]
+    return f"Out of memory: {advice}." + (f" ({asked})" if asked else "")
+
+
 def unread(
     context: typer.Context, chosen: str, value: str | None, readers: Mapping[str, Collection[str | None]]
 ) -> list[str]:

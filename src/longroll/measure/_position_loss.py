@@ -16,9 +16,11 @@ from longroll.errors import LongrollError
 from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.kept import Kept
-from longroll.measure.roll_out import LOGITS, check_ids, roll_out
+from longroll.measure.roll_out import LOGITS, check_ids, check_rows, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
+
+_MANY = 64  # rows from which their memory is looked at
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def _read(
     kept: Kept,
 ) -> Tensor:
     """Return the losses (B, L) of whole rows."""
+    if len(tokens) > _MANY:
+        check_rows(lm, len(tokens), tokens.shape[1] - 1, chunk_size)
     tokens = tokens.to(lm.device)
     losses = torch.empty(tokens[:, 1:].shape, device=lm.device)  # nothing waits for the GPU
     first, state = kept.go_on(losses)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from longroll.dry_run import forward_bytes
 from longroll.errors import LongrollError, first_line
+from longroll.memory import memory_of
 from longroll.model import RecurrentLM
+from longroll.sizes import check_bytes
 from longroll.state import RecurrentState
 
 logger = logging.getLogger("longroll")
@@ -147,6 +149,19 @@ def roll_out(
         hidden, state = lm(input_ids[:, start:stop], state, logits=False)
         yield Chunk(start, hidden, state)
         del hidden  # else two chunks exist while the next is computed
+
+
+def check_rows(lm: RecurrentLM, rows: int, length: int, chunk_size: int | None) -> None:
+    """Refuse rows whose states, before and after a chunk, and last hidden states exceed the memory.
+
+    Raises:
+        LongrollError: with the rows, and the bytes of both.
+    """
+    tokens = min(chunk_size or default_chunk(lm, rows), length)
+    row = 2 * sum(t.nbytes for t in lm.zero_state(1).values()) if lm.family.recurrent else 0
+    row += tokens * lm.width * lm.model.dtype.itemsize
+    what = f"`tokens.shape[0]` {rows} of which {tokens} tokens are read at a time"
+    check_bytes(what, rows * row, "read fewer", held=memory_of(lm.device))
 
 
 def check_ids(lm: RecurrentLM, input_ids: Tensor) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 
 from longroll.data import Tokenizer
 from longroll.errors import LongrollError
+from longroll.sizes import check_bytes
 
 TRAINING, EVALUATION = 1, 2
 """Streams of random numbers that never meet."""
+_LONG = 2**28  # tokens from which the memory of a prompt is looked at
 
 
 def random_of(stream: int, *numbers: int) -> np.random.Generator:
@@ -153,6 +155,8 @@ class Task:
 
     def _room(self, length: int, fixed: int) -> int:
         """Return tokens left for the haystack."""
+        if length > _LONG:
+            check_bytes(f"`length` {length}", 4 * length, "ask for a shorter one")
         if length < fixed:
             raise LongrollError(
                 f"length {length}: a {self.name} prompt of this tokenizer ({self.tokenizer.name}) takes at "

@@ -6,16 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from longroll import ranks
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, out_of_memory
 from longroll.model import RecurrentLM
 from longroll.training.options import PosttrainOptions
 from longroll.training.plan import fitting_line
 
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -25,7 +23,7 @@ def faults_are_said(output: Path, lm: RecurrentLM, options: PosttrainOptions) ->
     try:
         yield
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+        if out_of_memory(error):
             raise LongrollError(_what_would_fit(options) + fitting_line(lm, options)) from error
         if lost := ranks.loss_of_another(error):
             raise LongrollError(f"{lost} Go on by `resume`.") from error
