@@ -143,9 +143,9 @@ def reproduce(
                 model.measured(arm, against=base, control=control)
             if not keep_models:
                 shutil.rmtree(model.folder / arm, ignore_errors=True)
-            _write_pages(output, settings, time.perf_counter() - began)
+            _write_pages(output, settings, device, time.perf_counter() - began)
         model.draw()
-        _write_pages(output, settings, time.perf_counter() - began)
+        _write_pages(output, settings, device, time.perf_counter() - began)
     for table in _summary_tables(output):
         out.print(table)
     out.print(f"{output / 'index.html'}", soft_wrap=True)
@@ -294,14 +294,14 @@ def _all_results(output: Path) -> dict[str, dict[str, DiagnosisResult]]:
     return {name: arms for name, arms in found.items() if arms}
 
 
-def _write_pages(output: Path, settings: dict[str, Any], seconds: float) -> None:
+def _write_pages(output: Path, settings: dict[str, Any], device: str, seconds: float) -> None:
     """Write `index.html` and `summary.json` over all models measured so far."""
     from longroll.reproduce import rows_of, write_index
     from longroll.results import provenance, write_json
 
     results = _all_results(output)
     rows = rows_of(results)
-    made = provenance(seed=settings["seed"], seconds=seconds)
+    made = provenance(seed=settings["seed"], seconds=seconds, device=device)
     write_json(
         output / "summary.json",
         {

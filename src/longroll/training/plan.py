@@ -333,15 +333,26 @@ def what_fits(outline: Outline, setting: Setting, room: float, gpus: int = 1) ->
 
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of a large matrix product on a device, measured."""
+    """Return the floating-point operations a second of a large matrix product on a device, measured.
+
+    Raises:
+        LongrollError: the device has no memory for the matrices.
+    """
     size = _SQUARE.get(device.type, 1024)
-    numbers = torch.Generator(device).manual_seed(0)  # random ones: a GPU multiplies equal ones faster
-    a = torch.randn(size, size, dtype=dtype, device=device, generator=numbers)
     best = math.inf
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
+    try:
+        numbers = torch.Generator(device).manual_seed(0)  # random ones: a GPU multiplies equal ones faster
+        a = torch.randn(size, size, dtype=dtype, device=device, generator=numbers)
+        for _ in range(4):
+            began = time.perf_counter()
+            (a @ a)[0, 0].item()
+            best = min(best, time.perf_counter() - began)
+    except RuntimeError as error:  # a GPU that another process fills raises another class than its own limit
+        if "out of memory" not in str(error):
+            raise
+        raise LongrollError(
+            f"`device` {device} has no free memory: end the programs that fill it, or name another device."
+        ) from error
     return 2 * size**3 / best
 
 
