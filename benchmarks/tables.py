@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -77,21 +77,54 @@ def repaired(model: str, arms: Sequence[str] | None = None) -> str:
     return arms_table(Model(result(REPAIR)["models"][model]), arms)
 
 
-def repair_aim() -> str:
-    """Return the arms with the least price and gap of each model that breaks."""
-    from repair_table import Model
+def repair_default() -> str:
+    """Return the default recipe beside plain steps and the paper's, on each model that was repaired."""
+    return _over_models(DEFAULTS, ["base", "none", "default", "default-sp", "sp", "tbptt"])
 
-    rows = []
-    for name, arms in AIM.items():
-        model = Model(result(REPAIR)["models"][name])
-        for arm in arms:
-            found = model.found[arm]
-            cells = [f"{model.price(found)[0]:+.2f}"]
-            for values in (model.gap(found), model.excess(found)):
-                mean, low, high = (f"{value:+.3f}" for value in values)
-                cells.append(f"{mean} [{low}, {high}]")
-            rows.append([name, arm, *cells])
-    return markdown(["model", "arm", "price, %", "gap at 64 T", "above a fresh start at 64 T"], rows)
+
+def repair_ladder() -> str:
+    """Return the default recipe with a ladder of depths and KL to the base."""
+    best = "tbptt{} zero=0.1 speed=30 rate=0.001 train=scales{}"
+    ladder = ["tbptt-depths speed=30 rate=0.001 train=scales", "tbptt-depths speed=30 keep=1"]
+    arms = [best.format("", ""), best.format("", " keep=1"), ladder[0], f"{ladder[0]} keep=1", ladder[1]]
+    chosen = ("mamba2-22m", "mamba2-103m-30m", "granite-33m-slow", "gla-36m", "mamba2-22m-holds")
+    return _over_models({name: label for name, label in DEFAULTS.items() if name in chosen}, arms)
+
+
+def _over_models(names: Mapping[str, str], arms: Sequence[str]) -> str:
+    from repair_table import Model, compared_table
+
+    found = result(REPAIR_DEFAULT)["models"]
+    return compared_table({label: Model(found[name]) for name, label in names.items()}, arms)
+
+
+def repair_settings() -> str:
+    """Return the default recipe on 32 rows with one setting changed."""
+    from repair_table import Model, arms_table
+
+    best = "tbptt zero=0.1 speed=30{} train={}"
+    arms = [best.format(" rate=0.001", what) for what in ("scales", "norms", "decays")]
+    arms += [best.format(rate, "scales") for rate in ("", " rate=0.003")]
+    arms += [f"tbptt zero=0.1 speed={speed} rate=0.001 train=scales" for speed in (10, 100)]
+    arms += [f"{arms[0]} steps={steps}" for steps in (125, 250, 1000)]
+    arms += ["tbptt zero=0.25 speed=30 rate=0.001 train=scales"]
+    arms += [f"sp zero={zero} speed=30 rate=0.001 train=scales" for zero in (0.1, 0.25)]
+    return arms_table(Model(result(REPAIR_DEFAULT)["models"]["mamba2-22m"]), arms)
+
+
+def repair_documents() -> str:
+    """Return TBPTT and State Passing on documents of so many windows, on the specimen."""
+    ways, rows = result("default-repair_cpu_2026-11-26")["ways"], []
+    for windows in (32, 16, 8, 4, 2, 1):
+        cells = [str(windows)]
+        for name in ("tbptt", "sp"):
+            way = ways[f"{name}, documents of {windows} windows"]
+            cells += [f"{way['in_range']:.3f}", f"{way['far']:.3f}", f"{way['above_fresh']:+.3f}"]
+        rows.append(cells)
+    heads = [
+        f"{name}, {of}" for name in ("TBPTT", "State Passing") for of in ("in range", "8k to 16k", "above")
+    ]
+    return markdown(["windows of T in a document", *heads], rows)
 
 
 def repair_rates() -> str:
@@ -405,22 +438,15 @@ def fla_speed() -> str:
 H200, H100 = "_h200_2026-11-25", "_h100_2026-11-25"
 REPAIR = "repair_h100_2026-11-26"
 FAST = {"sp": "State Passing", "tbptt": "TBPTT"}
-AIM = {
-    "mamba2-22m": [
-        "tbptt zero=0.1 speed=30 rate=0.001 train=norms",
-        "tbptt zero=0.1 speed=30 rate=0.001 train=decays",
-        "tbptt-depths speed=30 keep=1",
-        "tbptt zero=0.1 speed=30",
-        "sp zero=0.1 speed=30 rate=0.001 train=norms",
-        "sp zero=0.1 speed=30",
-        "sp",
-    ],
-    "mamba2-103m": [
-        "tbptt zero=0.1 speed=30 rate=0.0001",
-        "sp zero=0.1 speed=30 rate=0.0001",
-        "sp zero=0.1 speed=30",
-        "sp",
-    ],
+REPAIR_DEFAULT = "repair-default_h200_2026-11-26"
+DEFAULTS = {
+    "mamba2-22m": "Mamba-2 22M",
+    "mamba2-22m-t128": "the same, T = 128",
+    "mamba2-22m-n256": "the same, state 256",
+    "mamba2-103m-30m": "Mamba-2 103M",
+    "granite-33m-slow": "hybrid 33M, T = 128",
+    "gla-36m": "GLA 36M",
+    "mamba2-22m-holds": "Mamba-2 22M that holds",
 }
 PAPERS = ["random", "fitted", "sp", "tbptt"]
 SOURCES = [
@@ -613,7 +639,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "repair-paper": partial(repaired, "mamba2-22m", ["base", "none rate=0.0001", "none", *PAPERS]),
     "repair-paper-103m": partial(repaired, "mamba2-103m", ["base", "none rate=0.0001", "none", *PAPERS]),
     "repair-rates": repair_rates,
-    "repair-aim": repair_aim,
+    "repair-default": repair_default,
+    "repair-ladder": repair_ladder,
+    "repair-settings": repair_settings,
+    "repair-documents": repair_documents,
     "repair-zero": repair_zero,
     "repair-trained": repair_trained,
     "repair-source": partial(repaired, "mamba2-22m", SOURCES),
