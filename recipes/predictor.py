@@ -48,6 +48,7 @@ from transformers import (
 
 from longroll import RecurrentLM, diagnose
 from longroll.data import long_sequences
+from longroll.errors import first_line
 from longroll.families.fla_models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from longroll.families.fla_models.gla import GLAConfig, GLAForCausalLM
 from longroll.families.fla_models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
@@ -155,7 +156,16 @@ def _rank(state: RecurrentState) -> torch.Tensor:
     return torch.cat(ranks)
 
 
-def make(job: tuple[str, int, float, int, int]) -> dict[str, Any]:
+def make(job: tuple[str, int, float, int, int]) -> dict[str, Any] | None:
+    """Make a model; None, with the reason printed, where a shared GPU has no room for it."""
+    try:
+        return try_one(job)
+    except RuntimeError as error:
+        print(*job, first_line(error), flush=True)
+        return None
+
+
+def try_one(job: tuple[str, int, float, int, int]) -> dict[str, Any]:
     """Train a model, measure it inside T, find its edge."""
     family, length, slow, steps, seed = job
     options, began = _options, time.perf_counter()
@@ -295,7 +305,7 @@ def main() -> None:
                 break
             jobs = [(*cell, options.seed + again) for cell in cells if not again or cell in broken]
             for model in pool.imap_unordered(make, jobs):
-                models.append(model)
+                models += [model] if model else []
                 settings = {n: v for n, v in vars(options).items() if n not in ("output", "analyse")}
                 result = {
                     "settings": settings, "models": models,
