@@ -30,31 +30,36 @@ from longroll.training.graphs import StepGraph
 
 SLOW, ORDINARY = (0.001, 0.1), (1.0, 16.0)
 """Decay rates A of heads that hardly forget, and Mamba-2's own."""
-_TOKENS = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def bamba(size: int, length: int) -> PreTrainedModel:
+def bamba(size: int, length: int, vocabulary: int) -> PreTrainedModel:
     """Mamba-2, attention with rotary positions, Mamba-2."""
     config = BambaConfig(
-        **_TOKENS, **_mamba2(size, length), attn_layer_indices=[1], max_position_embeddings=length
+        **_TOKENS,
+        vocab_size=vocabulary,
+        **_mamba2(size, length),
+        attn_layer_indices=[1],
+        max_position_embeddings=length,
     )
     return BambaForCausalLM(config)
 
 
-def granite(size: int, length: int) -> PreTrainedModel:
+def granite(size: int, length: int, vocabulary: int) -> PreTrainedModel:
     """Mamba-2, attention without positions, Mamba-2 (Granite 4)."""
     config = GraniteMoeHybridConfig(
-        **_TOKENS, **_mamba2(size, length), layer_types=["mamba", "attention", "mamba"],
+        **_TOKENS, **_mamba2(size, length), vocab_size=vocabulary,
+        layer_types=["mamba", "attention", "mamba"],
         position_embedding_type="nope", shared_intermediate_size=2 * size, num_local_experts=0,
         num_experts_per_tok=0, max_position_embeddings=length,
     )  # fmt: skip
     return GraniteMoeHybridForCausalLM(config)
 
 
-def qwen3_next(size: int, length: int) -> PreTrainedModel:
+def qwen3_next(size: int, length: int, vocabulary: int) -> PreTrainedModel:
     """Gated DeltaNet, gated attention with rotary positions on a quarter of each head, Gated DeltaNet."""
     config = Qwen3NextConfig(
-        **_TOKENS, hidden_size=size, num_hidden_layers=3, tie_word_embeddings=True,
+        **_TOKENS, vocab_size=vocabulary, hidden_size=size, num_hidden_layers=3, tie_word_embeddings=True,
         layer_types=["linear_attention", "full_attention", "linear_attention"], intermediate_size=2 * size,
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, linear_num_key_heads=2,
         linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32, num_experts=0,
@@ -72,17 +77,24 @@ def _mamba2(size: int, length: int) -> dict:
     }  # fmt: skip
 
 
-SHAPES: dict[str, Callable[[int, int], PreTrainedModel]] = {
+SHAPES: dict[str, Callable[[int, int, int], PreTrainedModel]] = {
     "bamba": bamba, "granite": granite, "qwen3_next": qwen3_next,
 }  # fmt: skip
 
 
 def build(
-    shape: str, *, size: int, length: int, slow: float, seed: int, rates: tuple[float, float] = SLOW
+    shape: str,
+    *,
+    size: int,
+    length: int,
+    slow: float,
+    seed: int,
+    rates: tuple[float, float] = SLOW,
+    vocabulary: int = 256,
 ) -> RecurrentLM:
     """A fresh model, a share `slow` of whose heads decays by rates A drawn from `rates`; none are trained."""
     torch.manual_seed(seed)
-    model = SHAPES[shape](size, length)
+    model = SHAPES[shape](size, length, vocabulary)
     model.config.train_length = length
     random = np.random.default_rng(seed)
     for name, weight in model.named_parameters():

@@ -183,7 +183,8 @@ def try_one(job: tuple[str, int, float, int, int]) -> dict[str, Any]:
     result = {
         "family": family, "train_length": length, "slow": slow, "steps": steps, "seed": seed,
         "training": told, **measures, "edge": found.edge, "verdict": found.verdict,
-        "severity": found.severity, "levels": found.levels, "seconds": time.perf_counter() - began,
+        "severity": found.severity, "levels": found.levels, "excess": found.details["excess"],
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
     print(
         *job, found.verdict, found.edge, {n: round(v, 2) for n, v in measures["measures"].items()}, flush=True

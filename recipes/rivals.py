@@ -44,7 +44,7 @@ from longroll.tasks import Passkey, Recall, Row, TaskRows, TextHaystack, evaluat
 from longroll.tasks._task import TRAINING, random_of
 from longroll.tasks.baselines import make_reading
 
-BASES = ("specimen", "passkey-mamba2", "passkey-bamba", "recall-mamba2")
+BASES = ("specimen", "passkey-mamba2", "passkey-bamba", "recall-mamba2", "recall-bamba")
 TIMES = 64
 """Positions measured, in training lengths."""
 TRAINED = {"none": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT, "longer": None}
@@ -64,7 +64,7 @@ class Base:
         self.length = options.length or (256 if self.kind == "passkey" else 128)
         if self.kind == "recall":
             self.tokenizer: Any = HFTokenizer(recall_tokenizer(), "recall")
-            self.task: Any = Recall(self.tokenizer, 8)
+            self.task: Any = Recall(self.tokenizer, options.pairs)
             return
         self.tokenizer = ByteTokenizer()
         sides = []
@@ -84,8 +84,9 @@ class Base:
         torch.manual_seed(options.seed)
         if self.shape == "bamba":
             lm = hybrids.build(
-                "bamba", size=options.size, length=self.length, slow=0.5, seed=options.seed, rates=SLOW
-            )
+                "bamba", size=options.size, length=self.length, slow=0.5, seed=options.seed, rates=SLOW,
+                vocabulary=self.tokenizer.vocab_size,
+            )  # fmt: skip
         else:
             heads = 2 * options.size // 32
             config = Mamba2Config(
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of Mamba-2")
     parser.add_argument("--state", type=int, default=128, help="numbers of a channel's state")
     parser.add_argument("--length", type=int, help="T")
+    parser.add_argument("--pairs", type=int, default=8, help="of recall")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--seconds", type=float, help="of training the base, from the start of the script")

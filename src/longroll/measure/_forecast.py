@@ -50,7 +50,7 @@ class Forecast:
     high: list[float]
     """Upper ends (K,)."""
     rise: list[float]
-    """Nats of the same tokens above the level in range, the mean over texts from the zero state (K,)."""
+    """`mean` plus the loss of the same tokens from the zero state, above the level in range (K,)."""
     low_rise: list[float]
     """Lower ends of their 95 % intervals (K,)."""
 
@@ -144,7 +144,8 @@ def forecast(
         return token_losses(lm, hidden, ids[:, 1:]).double().cpu(), final.part("recurrent", "conv")
 
     losses, state = read(None, 1)
-    level = losses.mean(dim=1, keepdim=True)
+    late = losses[:, train_length // 2 :].mean(dim=1, keepdim=True)
+    level = losses.mean(dim=1, keepdim=True)  # in range
     foreign = _turned(state, 1)
     far, left = [], {}
     for i, n in enumerate(counts):
@@ -155,8 +156,9 @@ def forecast(
         earlier = _turned(state, n)
         state = state.changed({key: t + d**n * earlier[key] for key, d in left.items() for t in [state[key]]})
     read_far = torch.stack(far, dim=1)  # (B, K)
-    mean, low, high = (end.tolist() for end in bootstrap_mean(read_far - read_far[:, :1], seed=seed))
-    rise, low_rise, _ = (end.tolist() for end in bootstrap_mean(read_far - level, seed=seed))
+    cost = read_far - read_far[:, :1]
+    mean, low, high = (end.tolist() for end in bootstrap_mean(cost, seed=seed))
+    rise, low_rise, _ = (end.tolist() for end in bootstrap_mean(cost + late - level, seed=seed))
     return Forecast(train_length, counts, mean, low, high, rise, low_rise)
 
 

@@ -34,7 +34,7 @@ class ForecastResult(Result):
     low: list[Number]
     high: list[Number]
     rise: list[Number]
-    """Nats above the level in range."""
+    """`mean` plus the loss from the zero state, above the level in range."""
     low_rise: list[Number]
     edge: Count | None
     """Position where the loss is forecast to leave its level."""
