@@ -459,15 +459,29 @@ SOURCES = [
 
 def blame() -> str:
     """Faults planted in the weights of small hybrids: how often they are named, and the part of each side."""
-    runs = [("state", "blame-state_cpu_2026-11-26"), ("attention", "blame_cpu_2026-11-26")]
+    whole, again = "blame_cpu_2026-11-26", "blame-state_cpu_2026-11-26"
+    return _blame([("state", again), ("attention", whole), ("both", whole)])
+
+
+def blame_trained() -> str:
+    """The same for small hybrids, sides of which were trained to T and the others to 16 T."""
+    return _blame(
+        [(kind, "blame-trained_h200_2026-11-26") for kind in ("state", "attention", "both", "sound")]
+    )
+
+
+def _blame(kinds: Sequence[tuple[str, str]]) -> str:
     rows = []
-    for kind, name in [*runs, ("both", "blame_cpu_2026-11-26")]:
+    for kind, name in kinds:
         data = result(name)
         models = [model for model in data["models"] if model["planted"] == kind]
         damages = [model["blame"]["damage"] for model in models]
         cells = [f"{min(damages):.2f} to {max(damages):.2f}"]
         for side in ("state", "attention"):
             parts = [p["recovered"] for m in models for p in m["blame"]["parts"] if p["what"] == side]
+            if not parts:
+                cells.append("")
+                continue
             low, mean, high = (round(100 * x) for x in (min(parts), statistics.mean(parts), max(parts)))
             cells.append(f"{mean} % ({low} to {high})")
         rows.append([kind, data["right"][kind], *cells])
@@ -613,6 +627,7 @@ TABLES: dict[str, Callable[[], str]] = {
         (f"train-mamba-370m{H100}", "mamba-370m, 4 rows, H100"),
     ]),
     "blame": blame,
+    "blame-trained": blame_trained,
     "predictor": predictor,
     "rivals": rivals,
     "hybrid-repair": hybrid_repair,

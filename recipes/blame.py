@@ -35,7 +35,7 @@ from longroll.data import ByteTokenizer, Corpus, long_sequences, read_documents
 from longroll.measure import coverage, position_loss
 from longroll.measure._attention_readings import Window
 from longroll.measure._blame import split_blame
-from longroll.results import provenance, write_json
+from longroll.results import provenance, read_json, write_json
 
 CARRIED = {
     "attention": ("recurrent", "conv"), "state": ("attention",), "both": (),
@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", type=Path, help="an earlier blame.json, whose models are kept")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -204,8 +205,13 @@ def main() -> None:
     settings = [(slow, *rate) for slow, rate in product(options.slow, options.rates)]
     lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=1.0, seed=0)
     lm = lm.to(options.device)
-    written = {name: value for name, value in vars(options).items() if name != "output"}
+    written = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
     whole: dict[str, Any] = {"right": {}, "settings": written, "pilot": [], "models": []}
+    if options.resume:
+        before = read_json(options.resume)
+        whole |= {name: before[name] for name in ("right", "pilot", "models")}
+        whole["earlier"] = [*before.get("earlier", []), before["provenance"]]
+        settings = [tuple(whole["models"][0]["setting"])]
 
     def save() -> None:
         whole["provenance"] = provenance(lm, seed=options.first, seconds=time.perf_counter() - began)
@@ -221,7 +227,9 @@ def main() -> None:
             settings = [max(settings, key=lambda setting: _worth(whole["pilot"], setting))]
             print("chosen", settings[0], flush=True)
         seeds = range(options.first, options.first + options.seeds)
-        jobs = [(kind, seed, settings[0]) for seed, kind in product(seeds, options.kinds)]
+        done = {(model["planted"], model["seed"]) for model in whole["models"]}
+        cells = [(kind, seed) for seed, kind in product(seeds, options.kinds)]
+        jobs = [(*cell, settings[0]) for cell in cells if cell not in done]
         for result in pool.imap_unordered(_job, jobs):
             whole["models"] = sorted([*whole["models"], result], key=lambda r: (r["planted"], r["seed"]))
             for kind in options.kinds:
