@@ -40,6 +40,26 @@ ENDINGS = {
 }
 """How `kill_resume.py` ends runs, in words."""
 
+BIG = "_h100_2026-11-26"
+REAL_SIZES = {
+    "loss": "loss, 9.8B hybrid, 1 x 131,072",
+    "diagnose": "`diagnose --no-explain`, 9.8B hybrid, 4 x 16,384",
+    "diagnose-causes": "`diagnose`, 9.8B hybrid, 4 x 16,384",
+    "lora": "LoRA 16, 9.8B hybrid, 2 x 4,096",
+    "all-weights": "all weights, 2.7B Mamba-2, 4 x 2,048",
+    "all-weights-graphs": "the same as a CUDA graph, 3 x 2,048",
+    "all-weights-accumulated": "the same without a graph, 4 micro-batches of 3 x 2,048",
+    "million": "loss, 1.1B hybrid, 1 x 1,048,576",
+    "nemotron-h-loss": "loss, Nemotron-H of 8B, 1 x 65,536",
+    "nemotron-h-lora": "LoRA 16, Nemotron-H of 8B, 2 x 4,096",
+    "falcon-h1-loss": "loss, Falcon-H1 of 7.6B, 1 x 65,536",
+    "falcon-h1-lora": "LoRA 16, Falcon-H1 of 7.6B, 2 x 4,096",
+    "qwen3-next-loss": "loss, Qwen3-Next of 6B, 1 x 65,536",
+    "qwen3-next-lora": "LoRA 16, Qwen3-Next of 6B, 2 x 4,096",
+    "two-gpus": "loss, 29.8B hybrid over two GPUs, 1 x 131,072",
+}
+"""Row of big.py -> what it is."""
+
 OPS = ("gla", "rwkv6", "rwkv7", "retention", "delta_rule", "gated_delta_rule", "kda")
 
 
@@ -577,17 +597,44 @@ def several_gpus(name: str) -> str:
     return markdown(head, lines)
 
 
-def memory_by_arithmetic() -> str:
-    """Return bytes by arithmetic beside those measured."""
-    names = {"weights": "weights", "gradients": "gradients", "optimizer": "AdamW", "gathered": "whole layers"}
-    names |= {"states": "states", "activations": "activations", "logits": "logits"}
-    names |= {"copies in bfloat16": "copies in bfloat16", "buckets of DDP": "buckets of DDP"}
+def planned_memory() -> str:
+    """Return the memory that `longroll plan` counts beside that which was measured."""
     lines = []
-    for row in result("memory_cpu_2026-11-26")["rows"]:
-        held = row["arithmetic_gib"]
-        parts = ", ".join(f"{name} {held[key]:.1f}" for key, name in names.items() if held[key])
-        lines.append([row["case"], parts, f"{held['total']:.1f}", f"{row['measured_gib']:.1f}"])
-    return markdown(["GiB of one process", "parts", "sum", "measured"], lines)
+    for case, row in result(f"plan-memory{BIG}")["rows"].items():
+        if "error" not in row:
+            sizes = [f"{row[name]:.1f}" for name in ("planned_gib", "measured_gib")]
+            lines.append([case, *sizes, f"{row['ratio']:.2f}"])
+    return markdown(["case", "planned, GiB", "measured, GiB", "planned over measured"], lines)
+
+
+def real_sizes() -> str:
+    """Return readings, diagnoses and training of models of 1 to 30 billion parameters."""
+    lines = []
+    for name, what in REAL_SIZES.items():
+        row = _real_size(name)
+        peak = row["peak_gib"]
+        speed = row.get("tokens_per_second")
+        mfu = row.get("mfu")
+        lines.append([
+            what,
+            digits(row["median_seconds"]),
+            digits(speed) if speed else "",
+            f"{mfu:.3f}" if mfu else "",
+            " + ".join(f"{one:.1f}" for one in (peak if isinstance(peak, list) else [peak])),
+        ])  # fmt: skip
+    return markdown(["", "seconds", "tokens/s", "MFU", "peak GiB"], lines)
+
+
+def _real_size(name: str) -> dict[str, Any]:
+    """Return the row of big.py of that name in the newest file that has it without an error."""
+    files = sorted((ROOT / "benchmarks/results").glob("big-*.json"))
+    rows = [
+        (data["provenance"]["date"], data["rows"][name])
+        for data in (json.loads(file.read_text()) for file in files)
+        if "error" not in data["rows"].get(name, {"error": "not there"})
+    ]
+    found: dict[str, Any] = max(rows, key=lambda pair: pair[0])[1]
+    return found
 
 
 def faults(name: str) -> str:
@@ -611,7 +658,8 @@ def faults(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "faults": partial(faults, "faults_cpu_2026-11-26"),
     "ranks": partial(several_gpus, "ranks_h200-x4_2026-11-26"),
-    "memory": memory_by_arithmetic,
+    "plan-memory": planned_memory,
+    "real-sizes": real_sizes,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
     "train-mamba-370m": partial(training, f"train-mamba-370m{H200}", "mamba-ssm"),

@@ -32,7 +32,7 @@ def local_folder(source: str, *, only_config: bool = False) -> Path:
         only_config: leave pickled weights out of the download.
 
     Raises:
-        LongrollError: for a path that is no folder, and a name that the hub does not give.
+        LongrollError: for a path that is not a folder, and a name that the hub does not give.
     """
     if Path(source).is_dir():
         return Path(source)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_ranks import ALONE, BASE, assert_same_result, spec, torchrun
 
 import longroll
-from longroll.memory import training_memory
 from longroll.training import sharding
+from longroll.training.plan import Setting, outline_of
 from zoo import lm_of, tokens
 
 FSDP = BASE | {"fsdp": True, "steps": 4, "weight_decay": 0.1, "clip": 0.5, "learning_rate": 1e-3}
@@ -100,10 +100,10 @@ def test_a_trainer_of_ones_own_shards_evaluates_and_saves(root):
 
 
 def test_each_process_holds_its_share_of_weights_and_moments(root):
-    """The formulas of docs/scaling.md; a dimension that does not divide leaves a row more to one."""
+    """As planned; a dimension that does not divide leaves a row more to one."""
     held = [json.loads((root / f"trainer.bytes.{rank}").read_text()) for rank in (0, 1)]
-    model = lm_of("mamba2").model
-    expected = training_memory(model, rows=2, length=8, state=0, activations=0.0, shards=2)
+    setting = Setting(rows=2, length=8, shards=2, autocast=False)
+    expected = outline_of(lm_of("mamba2")).training(setting)
     for name in ("weights", "optimizer"):
         assert sum(sizes[name] for sizes in held) == 2 * getattr(expected, name), name
         assert max(sizes[name] for sizes in held) <= 1.1 * getattr(expected, name), name
