@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --json memory.json
 
-Each case is a run of a result file; its shape is built without numbers, and `longroll.memory` gives bytes.
+Each case is a run of a result file; its shape is built without numbers, and its parts are counted.
 `activations` are what Mamba-2's blocks keep for backward in bfloat16, bytes of a token and layer: the
 residual stream in float32, the inputs of both projections, what the first gives, and the recurrence's output.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from ranks_gpu import SHAPES, model_of
 
-from longroll.memory import GIB, training_memory
+from longroll.memory import GIB, MOMENTS, gathered_bytes, parameter_bytes
 from longroll.results import BenchmarkResult, provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,20 +63,16 @@ def arithmetic(
     model = model_of(shape, "meta")
     width, layers = SHAPES[shape]
     matrices = 2 * sum(p.numel() for p in model.parameters())
-    found = training_memory(
-        model,
-        rows=rows,
-        length=length,
-        state=mamba2_state(width, layers),
-        activations=mamba2_activations(width, layers),
-        shards=shards,
-    )
-    parts = {name: getattr(found, name) for name in vars(found)}
+    held = parameter_bytes(model) // shards
+    parts = {"weights": held, "gradients": held, "optimizer": MOMENTS * held}
+    parts["gathered"] = gathered_bytes(model) if shards > 1 else 0
+    parts["states"] = rows * mamba2_state(width, layers)
+    parts["activations"] = rows * length * mamba2_activations(width, layers)
     parts["logits"] = PIECES
     parts["copies in bfloat16"] = matrices
     parts["buckets of DDP"] = parts["gradients"] if buckets else 0
-    held = {name: size / GIB for name, size in parts.items()}
-    return held | {"total": sum(held.values())}
+    found = {name: size / GIB for name, size in parts.items()}
+    return found | {"total": sum(found.values())}
 
 
 def main() -> None:

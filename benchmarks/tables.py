@@ -40,7 +40,7 @@ ENDINGS = {
 }
 """How `kill_resume.py` ends runs, in words."""
 
-BIG = "_h100_2026-11-26"
+BIG = "_h200_2026-11-26"
 REAL_SIZES = {
     "loss": "loss, 9.8B hybrid, 1 x 131,072",
     "diagnose": "`diagnose --no-explain`, 9.8B hybrid, 4 x 16,384",
@@ -597,6 +597,19 @@ def several_gpus(name: str) -> str:
     return markdown(head, lines)
 
 
+def memory_by_arithmetic() -> str:
+    """Return bytes by arithmetic beside those measured."""
+    names = {"weights": "weights", "gradients": "gradients", "optimizer": "AdamW", "gathered": "whole layers"}
+    names |= {"states": "states", "activations": "activations", "logits": "logits"}
+    names |= {"copies in bfloat16": "copies in bfloat16", "buckets of DDP": "buckets of DDP"}
+    lines = []
+    for row in result("memory_cpu_2026-11-26")["rows"]:
+        held = row["arithmetic_gib"]
+        parts = ", ".join(f"{name} {held[key]:.1f}" for key, name in names.items() if held[key])
+        lines.append([row["case"], parts, f"{held['total']:.1f}", f"{row['measured_gib']:.1f}"])
+    return markdown(["GiB of one process", "parts", "sum", "measured"], lines)
+
+
 def planned_memory() -> str:
     """Return the memory that `longroll plan` counts beside that which was measured."""
     lines = []
@@ -611,30 +624,31 @@ def real_sizes() -> str:
     """Return readings, diagnoses and training of models of 1 to 30 billion parameters."""
     lines = []
     for name, what in REAL_SIZES.items():
-        row = _real_size(name)
+        device, row = _real_size(name)
         peak = row["peak_gib"]
         speed = row.get("tokens_per_second")
         mfu = row.get("mfu")
         lines.append([
             what,
+            device,
             digits(row["median_seconds"]),
             digits(speed) if speed else "",
             f"{mfu:.3f}" if mfu else "",
             " + ".join(f"{one:.1f}" for one in (peak if isinstance(peak, list) else [peak])),
         ])  # fmt: skip
-    return markdown(["", "seconds", "tokens/s", "MFU", "peak GiB"], lines)
+    return markdown(["", "GPU", "seconds", "tokens/s", "MFU", "peak GiB"], lines)
 
 
-def _real_size(name: str) -> dict[str, Any]:
-    """Return the row of big.py of that name in the newest file that has it without an error."""
-    files = sorted((ROOT / "benchmarks/results").glob("big-*.json"))
-    rows = [
-        (data["provenance"]["date"], data["rows"][name])
-        for data in (json.loads(file.read_text()) for file in files)
-        if "error" not in data["rows"].get(name, {"error": "not there"})
-    ]
-    found: dict[str, Any] = max(rows, key=lambda pair: pair[0])[1]
-    return found
+def _real_size(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the GPU and the row of big.py of that name in the newest file that has it without an error."""
+    found = []
+    for file in (ROOT / "benchmarks/results").glob("big-*.json"):
+        data = json.loads(file.read_text())
+        if "error" not in data["rows"].get(name, {"error": "not there"}):
+            made = data["provenance"]
+            found.append((made["date"], made["device"].split()[1], data["rows"][name]))
+    _, device, row = max(found, key=lambda one: one[0])
+    return device, row
 
 
 def faults(name: str) -> str:
@@ -658,6 +672,7 @@ def faults(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "faults": partial(faults, "faults_cpu_2026-11-26"),
     "ranks": partial(several_gpus, "ranks_h200-x4_2026-11-26"),
+    "memory": memory_by_arithmetic,
     "plan-memory": planned_memory,
     "real-sizes": real_sizes,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),

@@ -17,6 +17,7 @@ from longroll import (
     StateKey,
     StatePassing,
 )
+from longroll.dry_run import Ledger
 from longroll.families._cache import StateCache
 from longroll.training._live_check import LiveCheck, _foreign
 from zoo import build
@@ -118,17 +119,35 @@ def test_a_sound_run_is_neither_stopped_nor_changed(name, options, tmp_path, mon
         return model
 
     checked = run()
-    monkeypatch.setattr(LiveCheck, "read", lambda self, read, state: read(state))
+    monkeypatch.setattr(LiveCheck, "check", lambda self, read, state: None)
     assert_same_weights(run(), checked)
 
 
-def test_it_costs_one_forward_a_run(tmp_path):
+def test_it_costs_two_forwards_of_a_part_of_one_row(tmp_path):
     model, calls = build("mamba2"), []
-    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    model.base_model.register_forward_hook(lambda *given: calls.append(given[2].last_hidden_state.shape[:2]))
     trainer = train(model, StatePassing(), data_for("sp"), tmp_path)
-    assert len(calls) == 4 + 1
+    assert len(calls) == 4 + 2
+    whole = max(calls)
+    assert calls.count(whole) == 4 and [shape for shape in calls if shape != whole] == [(1, whole[1])] * 2
     trainer.train()
-    assert len(calls) == 8 + 2
+    assert len(calls) == 8 + 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_it_takes_less_memory_than_a_step(checkpointing, tmp_path, monkeypatch):
+    """Gradient checkpointing keeps what a gradient of the states alone leaves unread."""
+    options = {"activation_checkpointing": checkpointing, "max_steps": 3}
+    peaks = []
+    for check in (LiveCheck.check, lambda self, read, state: None):
+        monkeypatch.setattr(LiveCheck, "check", check)
+        with Ledger() as ledger:
+            model = build("mamba2", num_hidden_layers=8)
+            ledger.start()
+            train(model, StatePassing(), data_for("sp"), tmp_path / str(len(peaks)), **options)
+            peaks.append(ledger.peak)
+    assert peaks[0] == peaks[1]
 
 
 def test_a_partial_is_suspected_where_its_function_is():
@@ -164,7 +183,7 @@ def test_all_ranks_check_and_stop_where_one_must(answer, monkeypatch):
     zero, one = (RecurrentState({key: torch.full((2, 3, 4), value)}) for value in (0.0, 1.0))
     assert check.due(zero) == bool(answer) and check.due(one)
     if not answer:
-        check.read(lambda state: state[key] * 2, one)
+        check.check(lambda state: state[key] * 2, one)
         return
     with pytest.raises(LongrollError, match="seen on another rank"):
-        check.read(lambda state: state[key] * 2, zero)
+        check.check(lambda state: state[key] * 2, zero)

@@ -287,13 +287,14 @@ class _Samples:
     def add(self, tensor: Tensor, *, far: bool) -> None:
         heads = torch.nan_to_num(heads_of(tensor.double()).flatten(2), _LARGEST, _LARGEST, -_LARGEST)
         log_norm = heads.norm(dim=2, keepdim=True).clamp_min(1 / _LARGEST).log()
-        self.features[far].append(torch.cat([log_norm, heads @ self.directions.T], dim=2).cpu())
+        self.features[far].append(torch.cat([log_norm, heads @ self.directions.T], dim=2))
         self.moments[far].add(heads)
 
     def compare(self, key: StateKey, generator: torch.Generator) -> LayerCoverage:
         if not self.features[False] or not self.features[True]:
             raise LongrollError("Both in-range and far states must be seen: positions past the text?")
-        near, far = (torch.stack(self.features[which], dim=2) for which in (False, True))  # (B, H, k, F)
+        # (B, H, k, F); what was seen lies where the states are, since nothing may wait for a GPU
+        near, far = (torch.stack(self.features[which], dim=2).cpu() for which in (False, True))
         if near.shape[0] < 4:
             raise LongrollError(f"{near.shape[0]} texts are too few to compare states: give at least 4.")
         near, far = near.transpose(0, 1).contiguous(), far.transpose(0, 1).contiguous()  # (H, B, k, F)

@@ -16,7 +16,7 @@ from longroll.errors import LongrollError
 from longroll.families._documents import Documents
 from longroll.measure.bootstrap import bootstrap_mean
 from longroll.measure.kept import Kept
-from longroll.measure.roll_out import LOGITS, check_ids, check_rows, roll_out
+from longroll.measure.roll_out import LEAST, LOGITS, check_ids, check_rows, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
@@ -203,8 +203,9 @@ def token_losses(lm: RecurrentLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return cross-entropy (B, T) of `targets` (B, T) from hidden states; the logits exist a slice at a
     time.
     """
-    at_once = LOGITS.get(hidden.device.type, LOGITS["cpu"])
-    slice_size = max(1, at_once // (hidden.shape[0] * lm.vocab_size))
+    kind = hidden.device.type if hidden.device.type in LOGITS else "cpu"
+    rows = hidden.shape[0]
+    slice_size = max(1, LOGITS[kind] // (rows * lm.vocab_size), LEAST[kind] // rows)
     pieces = []
     for h, y in zip(hidden.split(slice_size, dim=1), targets.split(slice_size, dim=1), strict=True):
         logits = lm.head(h).flatten(0, 1)

@@ -27,7 +27,6 @@ Progress = Callable[[str, int, int | None], None]
 Restarted = tuple[list[int], Tensor]
 """Where probes end, and the loss carried minus the loss restarted there (`excess_loss`)."""
 
-_STOPS = 2  # statistics of states to a doubling: a GPU waits for Python in each forward of a few tokens
 _REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
 _LATER = "The damage begins past position {length}, up to which heads are held in range: none is named."
 
@@ -35,6 +34,14 @@ _LATER = "The damage begins past position {length}, up to which heads are held i
 def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[..., None] | None:
     """Return progress on one stage, for a measure that says how much is done, and may say of how much."""
     return None if progress is None else lambda done, of=total: progress(what, done, of)
+
+
+def watched_positions(length: int, train_length: int) -> list[int]:
+    """Return positions whose states are described: two to a doubling, and one below an eighth of T.
+
+    A GPU waits for Python in each forward of a few tokens, and what matters are states about T and past it.
+    """
+    return [p for p in log_spaced(length, 2) if 8 * p >= train_length or p.bit_count() == 1]
 
 
 class StateWatch:
@@ -61,7 +68,7 @@ class StateWatch:
         compares: bool = True,
     ) -> None:
         ranked = max(0, RANK_ROWS - first)
-        self.statistics = StateRecorder(lm, log_spaced(length, _STOPS), rank_rows=ranked)
+        self.statistics = StateRecorder(lm, watched_positions(length, train_length), rank_rows=ranked)
         in_range, far = in_range_positions(train_length), far_positions(length, train_length)
         self.coverage = CoverageRecorder(*((in_range, far) if compares else ((), ())), seed=seed)
         self.stops = [*self.statistics.positions, train_length, *self.coverage.stops]

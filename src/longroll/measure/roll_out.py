@@ -21,8 +21,10 @@ from longroll.state import RecurrentState
 
 logger = logging.getLogger("longroll")
 
-LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Numbers of logits that exist at once, by device: 64 MiB, 1 GiB."""
+LOGITS = {"cpu": 2**24, "cuda": 2**26}
+"""Numbers of logits that exist at once, by device; with the softmax they take 10 bytes each in bfloat16."""
+LEAST = {"cpu": 1, "cuda": 1024}
+"""Tokens whose logits exist at once whatever they take, by device: fewer keep no GPU busy."""
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 65_536  # 2-4k keep a CPU busiest; more gained nothing on an H200
 _GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more

@@ -15,17 +15,17 @@ from longroll.state import RecurrentState
 
 _KNOWN = ("transformers", "torch", "longroll", "fla", "peft", "accelerate", "trl")
 
-Read = Callable[[RecurrentState | None], Tensor]
-"""Reads a batch from a state and gives the hidden states (B, T, D) that the loss is made of."""
+Read = Callable[[RecurrentState], Tensor]
+"""Reads a part of a batch from a state and gives the hidden states (B, T, D) that the loss is made of."""
 
 
 class LiveCheck:
     """Makes sure, once a run, that the initial state reaches the hidden states that the loss is made of.
 
-    At the first state that is not zero on some rank, the batch is read once more from another state, with the
-    same random numbers. All ranks stop if on one of them no gradient reaches that state, or if both states
-    give the same hidden states. Neither the gradients of parameters nor the random state change. FSDP's
-    modules are compared without the gradient, which their hooks would take for that of a step.
+    At the first state that is not zero on some rank, a part of the batch is read from another state and from
+    this one, with the same random numbers. All ranks stop if on one of them no gradient reaches that state,
+    or if both states give the same hidden states. Neither the gradients of parameters nor the random state
+    change. FSDP's modules are compared without the gradient, which their hooks would take for that of a step.
 
     Args:
         model: the model, for the message.
@@ -41,25 +41,22 @@ class LiveCheck:
             return False
         return _any_rank(_is_nonzero(state))
 
-    def read(self, read: Read, state: RecurrentState | None) -> Tensor:
-        """Return `read(state)`, checked where the check is due.
+    def check(self, read: Read, state: RecurrentState) -> None:
+        """Check that `state`, which is due, reaches what `read` gives.
 
         Raises:
-            LongrollError: when the state does not reach the hidden states.
+            LongrollError: when it does not.
         """
-        if not self.due(state):
-            return read(state)
-        assert state is not None
         self.done = True
         device = next(iter(state.values())).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             fault, other = self._probe(read, state)
-        hidden = read(state)
-        if fault is None and torch.equal(hidden.detach(), other):
-            fault = "another state gives the same hidden states"
+        with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(not is_sharded(self.model)):
+            if fault is None and torch.equal(read(state).detach(), other):
+                fault = "another state gives the same hidden states"
         if _any_rank(fault is not None, device):
             self.stop(fault or "seen on another rank")
-        return hidden
 
     def stop(self, fault: str) -> NoReturn:
         """Stop the run.

@@ -39,6 +39,7 @@ _SEVERAL_TEXTS = ("DPO", "GRPO", "RLOO", "KTO", "ORPO", "CPO", "PPO", "Reward", 
 """How the names of TRL's trainers begin that read several texts for one loss."""
 
 _WRAPPERS = re.compile(r"\b(_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+_CHECKED = 256  # tokens of a row that the live check reads
 _REPLACED = KNOWN | {"past_key_values", "cache_params", "state", "use_cache", "cache_position"}
 
 
@@ -300,24 +301,40 @@ class InitialStateMixin(WholeCheckpointsMixin):
         """Return the output of the body (with `logits`: of `model`) on a batch from a state, and the final
         state.
         """
-        found: dict[str, Any] = {}
+        self._check_state(model, rows, state, logits=logits)
+        return self._run(model, rows, state, logits=logits)
 
-        def read(state: RecurrentState | None) -> Tensor:
-            found["output"], found["final"] = self.family.run(
-                model if logits else self.base,
-                rows.input_ids,
-                state,
-                attention_mask=rows.attention_mask,
-                starts=rows.starts,
-                restart=self.restart if self.model.training else "zero",
-                logits=logits,
-            )
-            output = found["output"]
+    def _run(
+        self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None, *, logits: bool
+    ) -> tuple[Any, RecurrentState]:
+        return self.family.run(
+            model if logits else self.base,
+            rows.input_ids,
+            state,
+            attention_mask=rows.attention_mask,
+            starts=rows.starts,
+            restart=self.restart if self.model.training else "zero",
+            logits=logits,
+        )
+
+    def _check_state(
+        self, model: torch.nn.Module, rows: Rows, state: RecurrentState | None, *, logits: bool = False
+    ) -> None:
+        """Check, where that is due, that a state reaches the hidden states of one row; of all rows where some
+        are padded or packed.
+        """
+        if state is None or not self._live_check.due(state):
+            return
+        if rows.attention_mask is None and rows.starts is None:
+            rows = rows._replace(input_ids=rows.input_ids[:1, :_CHECKED])
+            state = state.rows([0])
+
+        def read(state: RecurrentState) -> Tensor:
+            output, _ = self._run(model, rows, state, logits=logits)
             numbers: Tensor = output.logits if logits else output.last_hidden_state
             return numbers
 
-        self._live_check.read(read, state)
-        return found["output"], found["final"]
+        self._live_check.check(read, state)
 
     @contextlib.contextmanager
     def _from_state(

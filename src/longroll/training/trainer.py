@@ -29,8 +29,6 @@ from longroll.training.weights import DECAYS, hold_weights, precision
 
 logger = logging.getLogger("longroll")
 
-_CHECKED = 256  # tokens that the live check reads of a step that is a graph
-
 
 class InitialStateTrainer(InitialStateMixin, Trainer):
     """A `transformers.Trainer` whose sequences start from the state that an intervention chooses.
@@ -185,9 +183,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         if not self._captured(rows.input_ids):
             return super().training_step(model, inputs, num_items_in_batch)
         state = self._choose(model, inputs)
-        if state is not None and self._live_check.due(state):  # by an eager forward: a graph cannot be asked
-            with self.accelerator.autocast():
-                self._read(model, rows._replace(input_ids=rows.input_ids[:1, :_CHECKED]), state.rows([0]))
+        with self.accelerator.autocast():
+            self._check_state(model, rows, state)  # by eager forwards: a graph cannot be asked
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
         self._observe(model, final)
         return self._guard.see_loss(loss)
