@@ -359,7 +359,7 @@ def _ssd_gradients(
     dBb, dBt, dBh, dCb, dCt, dCh,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """What the two kernels above compute, for states that fit: x, dy and both states are read once.
+    """Compute what the two kernels above do, for states that fit: x, dy and both states are read once.
 
     B and C of all heads are the same, so that the gradients of their products are summed before they are
     multiplied.
