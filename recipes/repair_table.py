@@ -67,7 +67,8 @@ DRAWN = {
     "fitted": "Fitted Noise",
     "sp": "State Passing",
     "tbptt": "TBPTT",
-    "tbptt zero=0.1 speed=30 rate=0.001 train=scales": "TBPTT, all but matrices",
+    "default": "default recipe",
+    "default-sp": "default recipe, State Passing",
     "tbptt zero=0.1 speed=30 rate=0.001 train=norms": "TBPTT, norms and decays",
 }
 """Arms that the figures show, with their labels."""
