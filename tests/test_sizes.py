@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from longroll import LongrollError, PosttrainOptions
+from longroll import sizes as sizes_module
 from longroll.cli._flags import too_little_memory
-from longroll.data import ByteTokenizer, Corpus, Lanes
+from longroll.data import ByteTokenizer, Corpus, Lanes, long_sequences
 from longroll.errors import out_of_memory
 from longroll.measure.calibration import calibrate, readings_of
 from longroll.measure.roll_out import check_rows
@@ -31,7 +32,12 @@ def sizes(**told):
     check_sizes(lm_of("mamba2"), PosttrainOptions(**{"length": 16, "batch_size": 2, "steps": 3} | told))
 
 
+def texts(length):
+    long_sequences(Corpus(np.zeros(9, np.int32), np.array([0, 9]), 0), length, 2)
+
+
 REFUSED = {
+    "length of texts": (texts, "not enough text: asked for 2 sequences of N tokens"),
     "samples": (lambda n: cells(samples=n), "`samples` N"),
     "batch size of samples": (lambda n: cells(samples=n // 10**4, batch_size=n, lengths=[10**9]), "GiB"),
     "lengths": (lambda n: cells(lengths=[n]), "`lengths` N"),
@@ -73,6 +79,14 @@ def test_too_little_memory_is_known_by_any_library(library):
     assert out_of_memory(error) and not out_of_memory(ValueError("can't allocate memory"))
     said = too_little_memory(error, {"sequences": "--sequences", "model": "MODEL", "dtype": "--dtype"})
     assert said.startswith("Out of memory: take a smaller --sequences, or --dtype bfloat16.")
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    whole = sizes_module.machine_bytes()
+    for text, expected in (("max", whole), (str(2**30), 2**30), (str(2**62), whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(sizes_module, "_LIMITS", (str(tmp_path / "memory.max"), "/nowhere"))
+        assert sizes_module.machine_bytes() == expected
 
 
 def test_what_can_be_is_not_refused():

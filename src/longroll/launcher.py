@@ -15,7 +15,7 @@ import psutil
 
 _NAMES = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
 _EVERY = 0.5  # seconds between two looks
-_GRACE = 30.0  # seconds from SIGTERM to SIGKILL, as torchrun's
+_GRACE = 120.0  # seconds from SIGTERM to SIGKILL: a large checkpoint takes a minute
 
 _watching = False
 
@@ -23,8 +23,8 @@ _watching = False
 def end_with_launcher() -> None:
     """End this process when the launcher that started it has ended without ending it, as by SIGKILL.
 
-    SIGTERM comes first, so that training saves a checkpoint; SIGKILL follows after 30 seconds. A process that
-    no launcher started is left alone.
+    SIGTERM comes first, so that training saves a checkpoint; SIGKILL follows after two minutes. A process
+    that no launcher started is left alone.
     """
     global _watching
     elastic = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun's, and accelerate's for several processes

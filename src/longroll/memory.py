@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from longroll.model import RecurrentLM
 from longroll.sizes import GIB as GIB
-from longroll.sizes import check_bytes
+from longroll.sizes import check_bytes, machine_bytes
 
 MOMENTS = 2
 """Numbers that AdamW keeps for each trained one, in the precision in which it is held."""
@@ -31,7 +30,7 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of a GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_bytes()
 
 
 def check_micro_batch(lm: RecurrentLM, rows: int, length: int, device: torch.device | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from decimal import Decimal
+from pathlib import Path
 
 import psutil
 
@@ -14,6 +16,18 @@ SPEED = 1_000_000
 YEAR = 365 * 24 * 3600  # seconds
 MOST_TOKENS = SPEED * YEAR
 """Tokens that one process can be asked to read."""
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def machine_bytes() -> int:
+    """Return the bytes of main memory that there are: the machine's, or its container's."""
+    held: int = psutil.virtual_memory().total
+    for file in _LIMITS:
+        with suppress(OSError, ValueError):  # no container; "max"
+            held = min(held, int(Path(file).read_text()))
+    return held
 
 
 def check_bytes(what: str, least: float, advice: str, *, held: int | None = None) -> None:
@@ -28,7 +42,7 @@ def check_bytes(what: str, least: float, advice: str, *, held: int | None = None
     Raises:
         LongrollError: with the bytes of both.
     """
-    held = psutil.virtual_memory().total if held is None else held
+    held = machine_bytes() if held is None else held
     if least > held:
         gib = _short(Decimal(least) / GIB)
         raise LongrollError(f"{what} takes at least {gib} GiB, and there are {held / GIB:,.0f}: {advice}.")

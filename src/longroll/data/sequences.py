@@ -43,7 +43,9 @@ def long_sequences(
         raise LongrollError(
             f"`length` {length}: a document begins with {len(corpus.prefix_ids)} tokens of its own"
         )
-    if concatenate:
+    if size > corpus.tokens + corpus.documents:  # with separators; more than numpy counts, perhaps
+        found: list[np.ndarray] = []
+    elif concatenate:
         found = _cut(corpus, corpus.joined(order), size, count)
     else:
         found = _pieces(corpus, order, size, count)
