@@ -10,7 +10,7 @@ import longroll
 import zoo
 from longroll import LongrollError, ops
 from longroll.measure import position_loss
-from longroll.measure.calibration import _decays, calibrate, readings_of
+from longroll.measure.calibration import Calibration, _decays, calibrate, readings_of
 from longroll.model import RecurrentLM
 
 
@@ -84,6 +84,13 @@ def test_a_scale_of_a_is_one_of_the_log_decay(name):
     for n, weight in lm.model.named_parameters():
         expected = before[n] + math.log(2) if n.endswith("A_log") else before[n]
         assert torch.allclose(weight, expected)
+
+
+def test_scales_of_one_are_said_to_leave_the_model_as_it_was():
+    found = Calibration(
+        "A", "layer", {"a": [1.0], "b": [1.0]}, [(0, 8), (8, 32)], [2.0, 3.0], [2.0, 3.0], 4, 64
+    )
+    assert found.sentence.startswith("4 readings of 16 tokens: no scale of A reads these texts of 32 tokens")
 
 
 def test_refusals():

@@ -56,6 +56,11 @@ class Calibration:
         """The finding in words."""
         scales = [scale for some in self.scales.values() for scale in some]
         start, stop = self.octaves[-1]
+        if all(scale == 1 for scale in scales):
+            return (
+                f"{self.passes} readings of {self.tokens // self.passes:,} tokens: no scale of {self.what} "
+                f"reads these texts of {stop} tokens better, so the model is as it was."
+            )
         return (
             f"{self.passes} readings of {self.tokens // self.passes:,} tokens: scales of {self.what} from "
             f"{min(scales):.3g} to {max(scales):.3g}; at {start}-{stop} {self.before[-1]:.3f} -> "
