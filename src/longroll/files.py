@@ -3,8 +3,11 @@
 import errno
 import os
 import re
+import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from longroll.errors import LongrollError
 
@@ -48,6 +51,53 @@ def _replace(place: Path, data: bytes) -> None:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class Lock:
+    """Keeps a folder for one process at a time, until this object or the process ends, however it ends.
+
+    File systems and platforms without locks of records (POSIX) keep nothing. Processes that this one starts
+    do not inherit the lock.
+
+    Args:
+        folder: must be there when the lock is taken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: TextIO | None = None
+
+    def take(self) -> None:
+        """Take the lock, if this object has not.
+
+        Raises:
+            LongrollError: where another process has it.
+        """
+        if self._held is not None:
+            return
+        try:
+            import fcntl
+
+            file = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held open)
+        except (ImportError, OSError):  # Windows; a folder that cannot be written, which is said elsewhere
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise LongrollError(
+                f"{self.folder} is in use by {owner}: wait until it ends, or name another folder."
+            ) from None
+        self._held = file
+        with suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -285,3 +287,23 @@ def test_a_file_that_is_committed_and_cannot_be_read_is_one_line(name, tmp_path)
     checkpoints.commit(partial, newest)
     with pytest.raises(LongrollError, match=f"{newest.name} cannot be read: .*Remove it"):
         run("sp", str(output), options=OPTIONS, resume=True)
+
+
+def test_an_output_that_a_living_process_writes_is_refused(tmp_path, undisturbed):
+    """Until that process ends, by SIGKILL too."""
+    output = tmp_path / "out"
+    killed_at(5, output)
+    code = "import sys, time; from pathlib import Path; from longroll.files import Lock\n"
+    code += "lock = Lock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(output / "checkpoints")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "taken\n"
+    try:
+        with pytest.raises(LongrollError, match=rf"checkpoints is in use by process {other.pid} on "):
+            run("sp", str(output), options=OPTIONS, resume=True)
+    finally:
+        other.kill()
+        other.wait()
+    run("sp", str(output), options=OPTIONS, resume=True)
+    assert_same(weights(output), undisturbed)

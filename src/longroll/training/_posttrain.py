@@ -32,7 +32,7 @@ from longroll.data import (
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.families._rope import RopeScaling, check_scalable, scale_rope
-from longroll.files import try_folder
+from longroll.files import Lock, try_folder
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES
@@ -117,7 +117,6 @@ def posttrain(
         Declined: for a model that holds on `held_out`, and where no checkpoint is better within `price`.
     """
     end_with_launcher()
-    end_with_launcher()
     check_adapters(lm, options.lora_rank)
     if sharding.asked():
         options = replace(options, fsdp=True)
@@ -137,7 +136,8 @@ def posttrain(
     place = opened_as(output, source, options.format)
     folder = output / "checkpoints"
     arguments = trainer_arguments(lm, options, folder)  # the processes meet here
-    if ranks.on_first(lambda: _is_done(output, place, resume)):
+    lock = Lock(folder)
+    if ranks.on_first(lambda: _is_done(output, place, resume, lock)):
         return []
     goes_on = ranks.on_first(lambda: resume and checkpoints.any_in(folder))
     _check_held_out(held_out, options)
@@ -151,7 +151,7 @@ def posttrain(
         scale_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length)
     watched = held_out if options.until_healthy else None
     started = describe_run(lm, corpus, options, intervention, ranks.world_size(), held_out=watched)
-    ranks.on_first(lambda: _start(folder, started, resume))
+    ranks.on_first(lambda: _start(folder, started, resume, lock))
     set_seed(options.seed)  # of the adapters
     model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
     adapted, replaced = model is not lm.model, "forward" in vars(model)
@@ -243,9 +243,11 @@ def _rows_of(corpus: Corpus, intervention: Intervention | None, options: Posttra
     return dealt
 
 
-def _is_done(output: Path, place: Path, resume: bool) -> bool:
+def _is_done(output: Path, place: Path, resume: bool, lock: Lock) -> bool:
     """Check that the run may begin, or go on; True where all that is left of it is to clean up."""
     folder = output / "checkpoints"
+    if folder.is_dir():
+        lock.take()
     interrupted, removing = folder.exists(), checkpoints.removal_of(folder).exists()
     if resume and removing and not interrupted:
         checkpoints.clear_partial(output)
@@ -264,8 +266,10 @@ def _is_done(output: Path, place: Path, resume: bool) -> bool:
     return False
 
 
-def _start(folder: Path, started: dict[str, Any], resume: bool) -> None:
+def _start(folder: Path, started: dict[str, Any], resume: bool, lock: Lock) -> None:
     """Note what the run is, or check that it is the one that goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     file = folder / checkpoints.RUN
     if resume and checkpoints.any_in(folder):
         check_same_run(checkpoints.described_by(folder), started)
