@@ -29,7 +29,8 @@ class Arm:
       states of all depths, evenly in their logarithm, and 22 % zero states.
     - tbptt-depths: the same depths; the row's text goes to another place where the state starts anew.
     - mixed: the first half of the rows is TBPTT, the second half State Passing.
-    - default, default-sp: `longroll posttrain` by its default recipe, without and with `--intervention sp`;
+    - default, default-sp: `longroll posttrain` by its default recipe, without and with `--intervention sp`,
+      which had a tenth of zero rows when results/repair-default_h200_2026-11-26.json was made;
       its own batch, 16 rows, and no row that holds a span twice; of what is below, only the seed counts.
     """
 

@@ -68,7 +68,7 @@ DRAWN = {
     "sp": "State Passing",
     "tbptt": "TBPTT",
     "default": "default recipe",
-    "default-sp": "default recipe, State Passing",
+    "default-sp": "State Passing, zero .1",
     "tbptt zero=0.1 speed=30 rate=0.001 train=norms": "TBPTT, norms and decays",
 }
 """Arms that the figures show, with their labels."""
@@ -216,7 +216,7 @@ COMPARED = {
     "base": "before",
     "none": "plain steps",
     "default": "default recipe",
-    "default-sp": "default recipe, `--intervention sp`",
+    "default-sp": "`--intervention sp`, zero .1",
     "tbptt zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: TBPTT",
     "sp zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: State Passing",
     "tbptt zero=0.1 speed=30 rate=0.001 train=scales keep=1": "TBPTT, KL",

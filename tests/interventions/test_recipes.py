@@ -90,6 +90,10 @@ def test_matrices_are_trained_where_they_have_to_be(family, options, why):
     assert told.trainable != "all" and told.decay_speed != 1
     assert found.options.trainable == "all" and found.options.learning_rate == told.whole_rate
     assert (found.options.decay_speed == 1) == ("rope_scaling" not in options)
+    slow = found.options.decay_speed == 1
+    assert found.name == "sp" and told.zero_probability != told.frozen_zero_probability
+    zero = told.frozen_zero_probability if slow else told.zero_probability
+    assert found.intervention.zero_probability == zero
     assert why in found.sentence
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Settings:
     """Peak of the schedule."""
     trainable: str = "all"
     """Which parameters are trained: `longroll.training.PosttrainOptions`."""
+    frozen_zero_probability: float | None = None
+    """Share of zero rows where no decays are trained; None: as elsewhere."""
     whole_rate: float = 5e-4
     """Peak of the schedule where all weights, or adapters of them, are trained after all."""
 
@@ -63,12 +65,13 @@ NON_STATIONARY = "fitted"
 _SCALES = Settings(
     zero_probability=0.1, decay_speed=30.0, learning_rate=1e-3, trainable="scales", whole_rate=3e-4
 )
+_PASSED = replace(_SCALES, zero_probability=0.5, frozen_zero_probability=0.1)
 _ALL = Settings(zero_probability=0.1)
 RECIPES = {
     "longroll": Recipe(
         long="tbptt",
         short="sp",
-        text={"tbptt": _SCALES, "sp": _SCALES},
+        text={"tbptt": _SCALES, "sp": _PASSED},
         task={"tbptt": _ALL, "sp": Settings(zero_probability=0.1, decay_speed=30.0)},
     ),
     "paper": Recipe(long="sp", short="sp"),

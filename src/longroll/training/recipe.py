@@ -82,6 +82,8 @@ def by_recipe(
         why = f"{why}; {whole}"
     if not _trains_decays(lm, options):
         settings = replace(settings, decay_speed=1.0)
+        if settings.frozen_zero_probability is not None:
+            settings = replace(settings, zero_probability=settings.frozen_zero_probability)
     trainable = settings.trainable if options.trainable is None else options.trainable
     rate = settings.whole_rate if trainable == "all" else settings.learning_rate
     chosen = replace(
