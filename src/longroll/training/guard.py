@@ -232,7 +232,9 @@ def _sizes(stack: Tensor) -> Tensor:
 
 def _first_bad(sizes: list[RecurrentState]) -> str | None:
     for state in sizes:
-        for key, heads in state.items():
+        for key, heads in sorted(
+            state.items(), key=lambda item: (item[0].layer, item[0].part != "recurrent")
+        ):
             bad = heads.isfinite().logical_not().nonzero()
             if len(bad):
                 return _place(key, int(bad[0]))
