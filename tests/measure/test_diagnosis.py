@@ -131,7 +131,7 @@ LOW_RANK = IIDTest({KEY: torch.tensor([3.0, 9.5])}, {KEY: torch.tensor([10.0, 10
     ("iid", "ends", "intervention", "reason"),
     [
         (LOW_RANK, EndDrift(0.0, 0.5), "sp", "50 % of its heads have states that are not IID"),
-        (IID, EndDrift(0.0, 0.5), "sp", "Fitted Noise may do as well"),
+        (IID, EndDrift(0.0, 0.5), "sp", "Fitted Noise repaired the loss less"),
         (IID, EndDrift(0.4, 0.001), "fitted", "State Passing is the wrong tool"),
         (LOW_RANK, EndDrift(0.4, 0.001), "fitted", "check the result"),
     ],
