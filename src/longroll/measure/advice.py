@@ -169,7 +169,7 @@ def advise(
                 "the larger the model"
             )
         else:
-            why += f"its states could be IID ({ranks}), yet Fitted Noise repaired the loss less wherever measured"
+            why += f"its states could be IID ({ranks}), yet Fitted Noise repaired the loss less where tried"
     name = NAMES[choice]
     arguments = [*named, "--train-length", str(train_length), "--output", "repaired"]
     command = model and shlex.join(["longroll", "posttrain", model, *flags, *arguments])
