@@ -56,7 +56,8 @@ class Recipe:
 
 
 WINDOWS = 8
-"""A document is long where it fills this many windows of the training length."""
+"""A document is long where it fills this many windows of the training length. On shorter ones State Passing
+does as well (docs/ablation.md)."""
 LONG_SHARE = 0.5
 """The documents of a text are long where long ones hold at least this share of its tokens."""
 NON_STATIONARY = "fitted"
