@@ -113,12 +113,10 @@ def test_ssd_takes_wide_states_in_parts(size, monkeypatch):
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_ssd_with_states_kept_and_gradients_in_two_kernels(kept, monkeypatch):
+def test_ssd_with_gradients_in_one_kernel_or_two(monkeypatch):
     from longroll.ops.gpu import ssd as kernels
 
-    monkeypatch.setattr(kernels, "KEEP_STATES", kept)
-    monkeypatch.setattr(kernels, "AT_ONCE", kernels.AT_ONCE if kept else 0)
+    monkeypatch.setattr(kernels, "AT_ONCE", 0 if kernels.AT_ONCE else 1 << 20)
     arguments, options = drawn(test_ssd, (1, 70, 2, 2, 5, 17), (True,) * 4, True)
     found = run(ssd, arguments, options, dtype=torch.float32)
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
@@ -168,12 +166,15 @@ def test_norm_agrees_with_transformers(size, gated):
     assert_close(run(kernel, arguments, options, dtype=torch.float32), expected, 3e-6)
 
 
-@pytest.mark.parametrize("limit", [(0.0, float("inf")), [0.0, float("inf")], (0.05, 0.3)])
-def test_a_mamba2_block_at_once_is_the_block(limit, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "keep"), [((0.0, float("inf")), True), ([0.0, float("inf")], False), ((0.05, 0.3), True)]
+)
+def test_a_mamba2_block_at_once_is_the_block(limit, keep, monkeypatch):
     from longroll.conformance import laws
     from longroll.families import _mixers
     from longroll.ops.gpu.mamba2 import mamba2
 
+    monkeypatch.setattr(_mixers, "_has_room", lambda *_: keep)
     lm = RecurrentLM(build("mamba2")).train()
     for block in lm.model.modules():
         if hasattr(block, "time_step_limit"):

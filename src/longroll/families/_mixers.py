@@ -27,6 +27,8 @@ from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
 
+KEPT = 0.0
+"""Share of a GPU's memory that may hold what backward would compute again."""
 LINEAR = False
 """Whether the gradients of projections' weights are written in float32 under autocast."""
 
@@ -106,6 +108,7 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
         norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
+    shape = shape._replace(keep=_has_room(projected, (layer + 1) * shape.kept_bytes(projected)))
     bias = None if conv.bias is None else conv.bias.float()
     y, final_state = kernel(
         projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), -mixer.A_log.float().exp(),
@@ -117,6 +120,14 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     cache.keep(layer, "conv", _tail(convolved, conv.weight.shape[-1], past, cache))
     cache.keep(layer, "recurrent", final_state)
     return y
+
+
+def _has_room(tensor: Tensor, size: int) -> bool:
+    """Return whether all layers so far may keep `size` bytes for a faster backward.
+
+    The answer depends on the layer alone: gradient checkpointing asks a second time.
+    """
+    return size <= KEPT * torch.cuda.get_device_properties(tensor.device).total_memory
 
 
 def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:

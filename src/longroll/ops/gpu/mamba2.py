@@ -2,8 +2,8 @@
 
 Convolution, recurrence and gated norm by the kernels beside this file, as in mamba-ssm's
 `mamba_split_conv1d_scan_combined`, but with states. The gradients of gate, x, B, C and dt are written where
-the projection's backward wants them, side by side, instead of being joined by copies; the convolution is done
-again in backward instead of being kept.
+the projection's backward wants them, side by side, instead of being joined by copies. The convolution and the
+states of the chunks are computed again in backward unless there is room to keep them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import no_autocast
 from longroll.ops.gpu import rms_norm, short_conv, ssd
-
-KEEP_CONVOLVED = False
-"""Whether forward keeps the convolution's output for backward, which convolves again otherwise."""
 
 
 class Shape(NamedTuple):
@@ -33,6 +30,7 @@ class Shape(NamedTuple):
         eps: epsilon of the norm.
         group_size: channels that share a mean in the norm.
         dtype: the dtype of the result.
+        keep: whether forward keeps `kept_bytes` for backward, which computes them again otherwise.
     """
 
     heads: int
@@ -43,6 +41,15 @@ class Shape(NamedTuple):
     eps: float
     group_size: int
     dtype: torch.dtype
+    keep: bool = False
+
+    def kept_bytes(self, projected: Tensor) -> int:
+        """Return the bytes of the convolution's outputs and of the states that the chunks of time meet."""
+        batch, time, _ = projected.shape
+        channels = self.heads * self.headdim
+        states = -(-time // ssd.CHUNK) * channels * self.d_state
+        convolved = time * (channels + 2 * self.groups * self.d_state)
+        return batch * (states + convolved) * projected.element_size()
 
     def split(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Return gate (B, T, H P), what is convolved (B, T, H P + 2 G N), and dt (B, T, H)."""
@@ -117,13 +124,13 @@ class _Mamba2(torch.autograd.Function):
             x, B, C = shape.split_convolved(convolved)
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
             start = ssd.zero_state(x, B) if state is None else state
-            y, final, kept = ssd.forward(x, steps, A, B, C, D, start)
+            y, final, kept = ssd.forward(x, steps, A, B, C, D, start, keep=shape.keep)
             normed, rstd, _ = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(
             projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, y, rstd, out,
-            convolved if KEEP_CONVOLVED else None, *kept,
+            convolved if shape.keep else None, *kept,
         )  # fmt: skip
         ctx.shape, ctx.stateless = shape, state is None
         return normed, final

@@ -14,12 +14,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longroll.ops.gpu._math import sigmoid
+
 _PROGRAMS = 1024  # of backward, each of which sums the weight's gradient over its rows
 
 
 @triton.jit
 def _silu(v):
-    gate = 1.0 / (1.0 + tl.exp(-v))
+    gate = sigmoid(v)
     return v * gate, gate * (1.0 + v * (1.0 - gate))
 
 

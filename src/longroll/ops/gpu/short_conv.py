@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import strides
+from longroll.ops.gpu._math import sigmoid
 
 TILE, CHANNELS = 8, 256
 FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
@@ -70,7 +71,7 @@ def _conv_forward(
                 y += weight[w] * x[w]
             x = x[1:]
             if SILU:
-                y = y / (1.0 + tl.exp(-y))
+                y *= sigmoid(y)
             tl.store(y_ptr + step * D_SIZE + d, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -115,7 +116,7 @@ def _conv_backward(
                 y = bias
                 for w in tl.static_range(W):
                     y += weight[w] * x[w]
-                gate = 1.0 / (1.0 + tl.exp(-y))
+                gate = sigmoid(y)
                 ds *= gate * (1.0 + y * (1.0 - gate))
             dsum = dsum + (ds,)  # type: ignore  # noqa: RUF005
             owned = tl.where(t < first + own, ds, 0.0)

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longroll.ops._backend import WIDEST_AT_ONCE
+from longroll.ops._common import LOG2_E as _LOG2_E
 from longroll.ops._common import NO_LIMIT, no_autocast
+from longroll.ops.gpu._math import exp2
 from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
@@ -35,11 +37,11 @@ OF_B_AND_C = {"SUM": False, "HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 
 OF_ALL = {"HEADS": 32, "N": 1 << 16, "num_warps": 8, "num_stages": 2}
 AT_ONCE = 0
 """Bytes of a head's state up to which one kernel makes all gradients, which reads everything once."""
-KEEP_STATES = False
-"""Whether forward keeps the states that chunks meet for backward, which walks again otherwise."""
 FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
+
+LOG2_E = tl.constexpr(_LOG2_E)
 
 
 @triton.jit
@@ -68,7 +70,7 @@ def _ssd_steps(
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_OUT: tl.constexpr,
     CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Step sizes (B, H, CHUNKS CHUNK) of dt (B, T, H), and their products with A, summed up within chunks."""
+    """Step sizes (B, H, CHUNKS CHUNK) of dt (B, T, H), and sums of dt A within chunks, in powers of 2."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     sizes, _slopes = _step_sizes(
@@ -78,7 +80,7 @@ def _ssd_steps(
     to = (row * H + h[None, :]) * CHUNKS * CHUNK + t[:, None]
     mask = (h < H)[None, :] & (t >= 0)[:, None]
     tl.store(sizes_ptr + to, sizes, mask=mask)
-    rates = sizes * tl.load(A_ptr + h, mask=h < H, other=0.0)[None, :]
+    rates = sizes * tl.load(A_ptr + h, mask=h < H, other=0.0)[None, :] * LOG2_E
     tl.store(levels_ptr + to, tl.cumsum(rates, axis=0), mask=mask)
 
 
@@ -107,7 +109,7 @@ def _ssd_steps_backward(
 
 @triton.jit
 def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
-    """Load the chunk at `at`: step sizes (CHUNK,), the running sum of dt A, and its last."""
+    """Load the chunk at `at`: step sizes (CHUNK,), the running sum of dt A / ln 2, and its last."""
     return (
         tl.load(sizes_ptr + at + step),
         tl.load(levels_ptr + at + step),
@@ -118,7 +120,13 @@ def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
 @triton.jit
 def _decays_between(a, causal):
     """(CHUNK, CHUNK): what is left at each step of each one before it."""
-    return tl.where(causal, tl.exp(tl.where(causal, a[:, None] - a[None, :], 0.0)), 0.0)
+    return exp2(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
+
+
+@triton.jit
+def _trace(products, i):
+    """Sum of a square's diagonal: of sums of products, by tensor cores and without their operands in registers."""
+    return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), axis=1), axis=0)
 
 
 @triton.jit
@@ -167,13 +175,13 @@ def _ssd_walk(
         first = chunk * CHUNK
         in_t = step < T - first
         dt, a, total = _decays(sizes_ptr, levels_ptr, first, step, CHUNK)
-        weight = tl.exp(a) if REVERSE else dt * tl.exp(total - a)
+        weight = exp2(a) if REVERSE else dt * exp2(total - a)
         x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
         x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
         B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
         B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
         weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = state * tl.exp(total) + tl.dot(tl.trans(weighted), B, input_precision="ieee")
+        state = state * exp2(total) + tl.dot(tl.trans(weighted), B, input_precision="ieee")
     tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
 
 
@@ -213,7 +221,7 @@ def _ssd_outputs(
             _B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
             state2 = _state(starts_at, p, part * N + n, P_SIZE, N_SIZE)
             y += tl.dot(C2, tl.trans(state2), input_precision="ieee")
-        y = y * tl.exp(a)[:, None]
+        y = y * exp2(a)[:, None]
         y += tl.dot(scores.to(x.dtype), x, input_precision="ieee")
         if HAS_D:
             y += tl.load(D_ptr + head) * x.to(tl.float32)
@@ -241,10 +249,6 @@ def _ssd_gradients_of_x(
     B_ptr += row * Bb + group * Bg + first * Bt
     C_ptr += row * Cb + group * Cg + first * Ct
     B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-    products = tl.dot(C, tl.trans(B), input_precision="ieee")
-    for part in range(1, PARTS):
-        B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-        products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
@@ -254,41 +258,47 @@ def _ssd_gradients_of_x(
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
-        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
-
-        # what the chunk's start gives to y, and its end asks of dt x
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE)
         dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
-        carried = tl.sum(tl.sum(state.to(tl.float32) * dend.to(tl.float32), axis=1), axis=0)
+        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)  # all that is loaded is on its way by now
+        products = tl.dot(C, tl.trans(B), input_precision="ieee")
+        for part in range(1, PARTS):
+            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+            products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
+
+        # what the chunk's start gives to y, and its end asks of dt x
+        carried = _trace(tl.dot(state, tl.trans(dend), input_precision="ieee"), p)
         read = tl.dot(C, tl.trans(state), input_precision="ieee")
         dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee")
         for part in range(1, PARTS):
             B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
             state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
             dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
-            carried += tl.sum(tl.sum(state2.to(tl.float32) * dend2.to(tl.float32), axis=1), axis=0)
+            carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision="ieee"), p)
             read += tl.dot(C2, tl.trans(state2), input_precision="ieee")
             dxdt += tl.dot(B2, tl.trans(dend2), input_precision="ieee")
-        da = tl.sum(read * dy32, axis=1) * tl.exp(a)
-        dxdt = dxdt * tl.exp(total - a)[:, None]
-        written = tl.sum(dxdt * x32, axis=1) * dt
+        da = tl.sum(read * dy32, axis=1) * exp2(a)
+        dxdt = dxdt * exp2(total - a)[:, None]
+        written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
 
-        # within the chunk
-        scores = products * _decays_between(a, causal)
-        both = tl.dot(dy, tl.trans(x), input_precision="ieee") * scores * dt[None, :]
-        da += tl.sum(both, axis=1) - tl.sum(both, axis=0) - written
-        dxdt += tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee")
+        # within the chunk, by scores as they are multiplied: what cancels then cancels exactly
+        scores = (products * _decays_between(a, causal)).to(x.dtype)
+        pairs = tl.dot(dy, tl.trans(x), input_precision="ieee")
+        both = pairs * scores.to(tl.float32) * dt[None, :]
+        dxdt += tl.dot(tl.trans(scores), dy, input_precision="ieee")
+        given = tl.sum(dxdt * x32, axis=1)  # to all later steps and the chunk's end
+        da += tl.sum(both, axis=1) - given * dt
 
         dx = dxdt * dt[:, None]
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy32
-            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0))
+            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
         dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
-        drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
-        dsizes = tl.sum(dxdt * x32, axis=1) + drate * tl.load(A_ptr + head)
+        drate = tl.cumsum(da, axis=0, reverse=True) + written + exp2(total) * carried
+        dsizes = given + drate * tl.load(A_ptr + head)
         tl.store(dsizes_ptr + times + step, dsizes)
         tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
 
@@ -333,8 +343,8 @@ def _ssd_gradients_of_B_and_C(
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
         dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
-        asked = (dy.to(tl.float32) * tl.exp(a)[:, None]).to(x.dtype)
-        given = (x.to(tl.float32) * (dt * tl.exp(total - a))[:, None]).to(x.dtype)
+        asked = (dy.to(tl.float32) * exp2(a)[:, None]).to(x.dtype)
+        given = (x.to(tl.float32) * (dt * exp2(total - a))[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision="ieee")
         dB += tl.dot(given, dend, input_precision="ieee")
         if SUM:
@@ -390,35 +400,35 @@ def _ssd_gradients(
         dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
         x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
 
-        # within the chunk
-        decay = _decays_between(a, causal)
-        scores = products * decay
-        dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * dt[None, :]
-        dproducts += dscores * decay
-        both = dscores * scores
-        da = tl.sum(both, axis=1) - tl.sum(both, axis=0)
-
         # what the chunk's start gives to y, and its end asks of dt x
-        carried = tl.sum(tl.sum(state.to(tl.float32) * dend.to(tl.float32), axis=1), axis=0)
-        opened, left = tl.exp(a), tl.exp(total - a)
-        read = tl.dot(C, tl.trans(state), input_precision="ieee")
+        opened, left = exp2(a), exp2(total - a)
+        carried = _trace(tl.dot(state, tl.trans(dend), input_precision="ieee"), p)
+        da = tl.sum(tl.dot(C, tl.trans(state), input_precision="ieee") * dy32, axis=1) * opened
         dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * left[:, None]
-        written = tl.sum(dxdt * x32, axis=1) * dt
-        da += tl.sum(read * dy32, axis=1) * opened - written
-        dxdt += tl.where(in_tp, tl.dot(tl.trans(scores.to(x.dtype)), dy, input_precision="ieee"), 0.0)
+        written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
         asked = (dy32 * opened[:, None]).to(x.dtype)
-        given = (x32 * (dt * left)[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision="ieee")
-        dB += tl.dot(given, dend, input_precision="ieee")
+        filled = (x32 * (dt * left)[:, None]).to(x.dtype)
+        dB += tl.dot(filled, dend, input_precision="ieee")
+
+        # within the chunk, by scores as they are multiplied
+        decay = _decays_between(a, causal)
+        scores = (products * decay).to(x.dtype)
+        pairs = tl.dot(dy, tl.trans(x), input_precision="ieee")
+        dscores = pairs * dt[None, :]
+        dproducts += dscores * decay
+        dxdt += tl.where(in_tp, tl.dot(tl.trans(scores), dy, input_precision="ieee"), 0.0)
+        given = tl.sum(dxdt * x32, axis=1)
+        da += tl.sum(dscores * scores.to(tl.float32), axis=1) - given * dt
 
         dx = dxdt * dt[:, None]
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy32
-            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(tl.sum(dy32 * x32, axis=1), axis=0))
+            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
         dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
-        drate = tl.cumsum(da, axis=0, reverse=True) + tl.sum(written, axis=0) + tl.exp(total) * carried
-        dsizes = tl.sum(dxdt * x32, axis=1) + drate * tl.load(A_ptr + head)
+        drate = tl.cumsum(da, axis=0, reverse=True) + written + exp2(total) * carried
+        dsizes = given + drate * tl.load(A_ptr + head)
         tl.store(dsizes_ptr + times + step, dsizes)
         tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
     rounded = dproducts.to(B.dtype)
@@ -579,13 +589,21 @@ class _Call:
 
 
 def forward(
-    x: Tensor, steps: Steps, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
+    x: Tensor,
+    steps: Steps,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    *,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Compute the recurrence without a gradient.
 
     Returns:
-        y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes and the states
-        that the chunks meet, or None for what it computes again.
+        y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes, and the states
+        that the chunks meet, which it computes again unless asked to `keep` them.
     """
     A = A.contiguous()
     sizes = steps.sizes(A, CHUNK_OF_OUTPUTS)
@@ -594,7 +612,7 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
     same = CHUNK_OF_OUTPUTS == CHUNK
-    return y, final, (sizes if same else None, starts if KEEP_STATES and same else None)
+    return y, final, (sizes if same else None, starts if keep and same else None)
 
 
 def backward(
