@@ -1,7 +1,7 @@
-"""Exponentials and reciprocals in one instruction each: Triton's own spend several on subnormal numbers.
+"""Exponentials and reciprocals in one instruction: Triton's own treat subnormal numbers by several.
 
-On an NVIDIA GPU both are to 2 units in the last place, and what would be subnormal is 0. Elsewhere, and in the
-interpreter, they are Triton's.
+On an NVIDIA GPU both are to 2 units in the last place, and what would be subnormal is 0. Elsewhere, and in
+the interpreter, they are Triton's.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _decays_between(a, causal):
 
 @triton.jit
 def _trace(products, i):
-    """Sum of a square's diagonal: of sums of products, by tensor cores and without their operands in registers."""
+    """Sum of the diagonal of a product, whose factors need not be in registers."""
     return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), axis=1), axis=0)
 
 
@@ -503,12 +503,9 @@ class Steps(NamedTuple):
         self.run(_ssd_steps, chunk, chunks, A, found[0], found[1])
         return found
 
-    def backward(self, dsizes: Tensor, ddt: Tensor, chunk: int) -> Tensor | None:
-        """Return the gradient of the bias; that of dt is written into `ddt`."""
-        batch, heads, time = dsizes.shape
-        dbias = dsizes.new_empty(batch, time // chunk, heads)
-        self.run(_ssd_steps_backward, chunk, time // chunk, dsizes, ddt, dbias, more=ddt.stride())
-        return None if self.bias is None else dbias.sum((0, 1))
+    def backward(self, dsizes: Tensor, ddt: Tensor, dbias: Tensor, chunk: int) -> None:
+        """Write the gradient of dt into `ddt`, and that of the bias, of each chunk, into (B, chunks, H)."""
+        self.run(_ssd_steps_backward, chunk, dsizes.shape[2] // chunk, dsizes, ddt, dbias, more=ddt.stride())
 
 
 def zero_state(x: Tensor, B: Tensor) -> Tensor:
@@ -643,7 +640,7 @@ def backward(
     dends, dstate = call.walk(dy, C, dfinal, reverse=True)
     dsizes = torch.empty_like(call.dt)
     # a sum for each chunk: programs that add to one number do so in any order
-    dA, dD = (call.A.new_empty(call.batch, call.chunks, call.heads) for _ in range(2))
+    dA, dD, dbias = sums = A.new_empty(3, call.batch, call.chunks, call.heads)
     of_x, at_once = (dx, dsizes, dA, dD), math.prod(call.blocks) * x.element_size() <= AT_ONCE
     if not at_once:
         call.side_by_side(
@@ -661,8 +658,9 @@ def backward(
         call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
-    dbias = steps.backward(dsizes, ddt, CHUNK)
-    return dbias, dA.sum((0, 1)), None if call.D is None else dD.sum((0, 1)), dstate
+    steps.backward(dsizes, ddt, dbias, CHUNK)
+    dA, dD, dbias = sums.sum((1, 2))
+    return None if steps.bias is None else dbias, dA, None if D is None else dD, dstate
 
 
 class _SSD(torch.autograd.Function):
