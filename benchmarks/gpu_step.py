@@ -37,30 +37,25 @@ MIXERS, NORMS = "longroll.families._mixers", "longroll.families._norms"
 Settings = dict[str, Any]
 """`module:attribute` -> value; a dict is put into the dict that is there."""
 
-BEFORE: Settings = {
-    f"{SSD}:AT_ONCE": 0, f"{MIXERS}:KEPT": 0.0,
-    f"{MIXERS}:LINEAR": False, f"{NORMS}:THROUGH": 0,
-}  # fmt: skip
-AT_ONCE: Settings = {f"{SSD}:AT_ONCE": 64 * 128 * 2}
-CHUNKS = {f"{SSD}:CHUNK_OF_OUTPUTS": 128, f"{SSD}:OUTPUTS": {"num_warps": 8, "num_stages": 2}}
+BEFORE: Settings = {f"{MIXERS}:KEPT": 0.0, f"{MIXERS}:LINEAR": False, f"{NORMS}:ADDS": False}
 KEPT: Settings = {f"{MIXERS}:KEPT": 1 / 16}
-THROUGH: Settings = {f"{NORMS}:THROUGH": 1}
-SUMS: Settings = {f"{NORMS}:THROUGH": 2}
+SUMS: Settings = {f"{NORMS}:ADDS": True}
 LINEAR: Settings = {f"{MIXERS}:LINEAR": True}
-ALL: Settings = {**AT_ONCE, **KEPT, **SUMS, **LINEAR}
+COLUMNS: Settings = {f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8}}
+ALL: Settings = {**KEPT, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
-    "gradients at once": AT_ONCE,
+    "all": ALL,
     "states and convolutions kept": KEPT,
-    "residual through the norm": THROUGH,
     "residual added by the next norm": SUMS,
     "weights' gradients in float32": LINEAR,
-    "norm: 264 programs": {f"{NORM}:_PROGRAMS": 264},
-    "norm: 528 programs": {f"{NORM}:_PROGRAMS": 528},
-    "convolution: 2 warps": {f"{CONV}:BACKWARD": {"num_warps": 2}},
-    "all": ALL,
-    "all, nothing kept": {**AT_ONCE, **THROUGH, **LINEAR},
-    "all, outputs in chunks of 128": {**AT_ONCE, **CHUNKS, **THROUGH, **LINEAR},
+    "all, B and C by 128 columns": {**ALL, **COLUMNS},
+    "all, walk in 4 stages": {**ALL, f"{SSD}:WALK": {"num_stages": 4}},
+    "all, norm by 256 programs": {**ALL, f"{NORM}:_PROGRAMS": 256},
+    "all, norm by 512 programs": {**ALL, f"{NORM}:_PROGRAMS": 512},
+    "all, convolution in 128 steps": {**ALL, f"{CONV}:BACKWARD": {"STEPS": 128}},
+    "all, nothing kept": {**SUMS, **LINEAR},
+    "all, B and C in 2 stages": {**ALL, f"{SSD}:OF_B_AND_C": {"num_stages": 2}},
 }
 
 
@@ -72,42 +67,24 @@ def _tiles(name: str, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Setting
 
 
 SSDS: dict[str, Settings] = {
-    "two kernels": {f"{SSD}:AT_ONCE": 0},
-    "one kernel": AT_ONCE,
-    "one kernel, 8 heads": {**AT_ONCE, f"{SSD}:OF_ALL": {"HEADS": 8}},
-    "one kernel, all 32 heads": {**AT_ONCE, f"{SSD}:FEWEST": 128},
-    "one kernel, 1 stage": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_stages": 1}},
-    "one kernel, 3 stages": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_stages": 3}},
-    "one kernel, 4 warps": {**AT_ONCE, f"{SSD}:OF_ALL": {"num_warps": 4}},
-    "one kernel, 4 warps, 1 stage, 8 heads": {
-        **AT_ONCE, f"{SSD}:OF_ALL": {"num_warps": 4, "num_stages": 1, "HEADS": 8},
-    },
-    "one kernel, chunks of 128": {
-        **AT_ONCE, f"{SSD}:CHUNK": 128, **CHUNKS, f"{SSD}:OF_ALL": {"num_stages": 1, "HEADS": 8},
-    },
-    "outputs in chunks of 128": {**AT_ONCE, **CHUNKS},
-    "outputs in chunks of 128, 4 warps": {**AT_ONCE, **CHUNKS, f"{SSD}:OUTPUTS": {"num_stages": 2}},
+    "as it is": {},
     **dict(_tiles("WALK", num_warps=(4,), num_stages=(2, 4))),
     "walk: 64 columns": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
-    "walk: 64 columns, 4 stages": {f"{SSD}:WALK": {"N": 64, "num_warps": 4, "num_stages": 4}},
     **dict(_tiles("OUTPUTS", HEADS=(4, 16, 32), num_stages=(2, 4), num_warps=(8,))),
     **dict(_tiles("OF_X", HEADS=(2, 4), num_stages=(2,), num_warps=(8,))),
-    "of_x: 2 heads, 2 stages": {f"{SSD}:OF_X": {"HEADS": 2, "num_stages": 2}},
-    "of_x: 4 heads, 2 stages": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2}},
-    **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(3,), num_warps=(8,))),
-    "of_b_and_c: all columns": {f"{SSD}:OF_B_AND_C": {"N": 128, "HEADS": 16, "num_warps": 8}},
-    "scores of B and C summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
-    "scores of B and C summed, 16 heads": {f"{SSD}:OF_B_AND_C": {"SUM": True, "HEADS": 16}},
-    "scores of B and C summed, 8 heads": {f"{SSD}:OF_B_AND_C": {"SUM": True, "HEADS": 8}},
-    "scores of B and C summed, 3 stages": {f"{SSD}:OF_B_AND_C": {"SUM": True, "num_stages": 3}},
-    "scores of B and C summed, all columns": {
-        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8},
+    "of_x: 4 heads, 2 stages, 8 warps": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2, "num_warps": 8}},
+    **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(2, 4), num_warps=(8,))),
+    "B and C: scores summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
+    "B and C: scores summed, 128 columns, 2 stages": {
+        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8, "num_stages": 2},
     },
-    "two kernels, chunks of 128": {
-        f"{SSD}:CHUNK": 128, **CHUNKS, f"{SSD}:WALK": {"num_stages": 2},
-        f"{SSD}:OF_X": {"num_warps": 8}, f"{SSD}:OF_B_AND_C": {"num_warps": 8, "HEADS": 16},
+    "B and C: scores summed, 128 columns": COLUMNS,
+    "B and C: scores summed, 128 columns, 32 heads": {
+        f"{SSD}:FEWEST": 128, f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "num_warps": 8},
     },
-    **dict(_tiles("STEPS", HEADS=(8, 16), num_warps=(1, 2, 8))),
+    "B and C: scores summed, 128 columns, 8 heads": {
+        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 8, "num_warps": 8},
+    },
 }  # fmt: skip
 CONVS: dict[str, Settings] = {
     f"{name.lower()}: {steps} steps, {channels} channels, {warps} warps": {
@@ -116,10 +93,10 @@ CONVS: dict[str, Settings] = {
     }
     for name in ("FORWARD", "BACKWARD")
     for steps in (16, 32, 64, 128)
-    for channels, warps in ((128, 1), (256, 1), (256, 2), (256, 4), (512, 2), (512, 4))
+    for channels, warps in ((256, 2), (256, 4))
 }
 NORM_TILES: dict[str, Settings] = {
-    f"{programs} programs": {f"{NORM}:_PROGRAMS": programs} for programs in (132, 264, 528, 1024, 2048)
+    f"{programs} programs": {f"{NORM}:_PROGRAMS": programs} for programs in (256, 512, 1024, 2048)
 }
 
 

@@ -53,7 +53,6 @@ def test_a_slower_path_says_why(op, device, dtype, sizes, reason, installed):
         (torch.bfloat16, (128, 64), 99 << 10, None),
         (torch.bfloat16, (256, 64), 227 << 10, None),
         (torch.bfloat16, (256, 64), 99 << 10, "99 are there"),  # an RTX 4090, an L4
-        (torch.float16, (128, 64), 227 << 10, "float16"),
         (torch.float32, (64, 64), 227 << 10, None),
         (torch.float32, (128, 64), 227 << 10, "compile"),
     ],
@@ -64,6 +63,18 @@ def test_heads_that_a_gpu_has_no_room_for_run_in_pytorch(op, dtype, sizes, room,
     gpu = SimpleNamespace(shared_memory_per_block_optin=room)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     refusal = _backend._refusal(op, CUDA, dtype, sizes)
+    assert refusal is None if reason is None else reason in refusal
+
+
+@pytest.mark.parametrize(
+    ("op", "room", "reason"),
+    [("ssd", 227, None), ("ssd", 163, "want 176 KiB"), ("mamba2", 227, "float16 holds no output")],
+)
+def test_float16_takes_the_room_of_float32(op, room, reason, monkeypatch):
+    monkeypatch.setattr(_backend, "_installed", lambda package: True)
+    gpu = SimpleNamespace(shared_memory_per_block_optin=room << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    refusal = _backend._refusal(op, CUDA, torch.float16, (64, 128))
     assert refusal is None if reason is None else reason in refusal
 
 

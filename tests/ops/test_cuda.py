@@ -240,3 +240,53 @@ def test_block_attention_is_attention_to_all_blocks(groups, size, dtype):
     limit = {torch.float64: 1e-12, torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     assert found.dtype == dtype
     assert (found.double() - expected).norm() / expected.norm() < limit
+
+
+def test_a_linear_layer_sums_its_weights_gradient_in_float32():
+    from longroll.ops.gpu.linear import linear
+
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(3, 700, n, generator=generator).bfloat16() for n in (96, 160))
+    weight, bias = (torch.randn(*shape, generator=generator) for shape in ((160, 96), (160,)))
+    exact = [t.double().requires_grad_() for t in (x, weight.bfloat16(), bias.bfloat16())]
+    expected = torch.autograd.grad(torch.nn.functional.linear(*exact), exact, dy.double())
+    leaves = [t.cuda().requires_grad_() for t in (x.float(), weight, bias)]
+    y = linear(*leaves, torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    found = torch.autograd.grad(y, leaves, dy.cuda())
+    for one, other, tolerance in zip(found, expected, (5e-3, 1e-5, 5e-3), strict=True):
+        assert one.dtype == torch.float32
+        assert (one.cpu().double() - other).norm() < tolerance * other.norm()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_blocks_on_a_gpu_under_autocast_are_near_float64(name, monkeypatch):
+    """All that is fused in training, beside PyTorch in the same precision."""
+    ids = torch.randint(VOCAB, (2, 200), generator=torch.Generator().manual_seed(0))
+
+    def gradients(kernels, dtype=None):
+        monkeypatch.setenv(SWITCH, kernels)
+        lm = RecurrentLM(build(name).to(dtype) if dtype else build(name).cuda()).train()
+        batch = ids.to(lm.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+            loss_and_state(lm, batch[:, :-1], batch[:, 1:])[0].backward()
+        return torch.cat([p.grad.flatten().double().cpu() for p in lm.parameters()])
+
+    exact = gradients("torch", torch.float64)
+    errors = [((gradients(kind) - exact).norm() / exact.norm()).item() for kind in ("triton", "torch")]
+    assert errors[0] < max(1.5 * errors[1], 1e-2), errors
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 64, 128), (2, 2, 32, 64)])
+@pytest.mark.parametrize("time", [63, 130])
+def test_float16_states_beyond_its_range(sizes, time, monkeypatch):
+    """Products in tf32."""
+    arguments = test_ssd.inputs((2, time, *sizes))
+    arguments = {k: v.half().double() for k, v in arguments.items() if k != "z"}
+    arguments["initial_state"] *= 1e6
+    exact = test_ssd.fast(**arguments, dt_softplus=True)
+    half = {k: v.float().cuda() for k, v in arguments.items()}
+    half |= {name: half[name].half() for name in ("dt", "B", "C")}
+    monkeypatch.setenv(SWITCH, "triton")
+    for one, other in zip(test_ssd.fast(**half, dt_softplus=True), exact, strict=True):
+        assert (one.cpu().double() - other).norm() < 2e-3 * other.norm()

@@ -27,9 +27,9 @@ from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
 
-KEPT = 0.0
+KEPT = 1 / 16
 """Share of a GPU's memory that may hold what backward would compute again."""
-LINEAR = False
+LINEAR = True
 """Whether the gradients of projections' weights are written in float32 under autocast."""
 
 

@@ -25,10 +25,8 @@ from longroll.families._replace import replace_forward
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype
 
-THROUGH = 0
-"""1: a block's residual goes through its norm, whose backward adds the gradients of both; 2: the next norm
-also adds what the block makes to the residual.
-"""
+ADDS = True
+"""Whether the norm of a block also adds what the block before it made to the residual."""
 _WIDEST = 8192  # numbers that share a mean, which one program of the kernel holds
 
 
@@ -80,12 +78,12 @@ def _block(
     x, own = hidden_states, block.norm
     wide = x.dtype == own.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
     given = isinstance(options.get("cache_params"), StateCache) and needs_graph(x)
-    if not THROUGH or not wide or not given or not _plain(own, x):
+    if not ADDS or not wide or not given or not _plain(own, x):
         return cast(Tensor, original(hidden_states, **options))
     if (normed := _made_before(x, own)) is None:
         normed, x = _norm_of_sum(x, None, own)
     y = block.mixer(normed, **options)
-    if THROUGH < 2 or block.gradient_checkpointing or not _plain(norm, x):
+    if block.gradient_checkpointing or not _plain(norm, x):
         return x + cast(Tensor, y)
     if following is not None and hooked(following):  # whose weights may lie elsewhere until it runs
         return x + cast(Tensor, y)

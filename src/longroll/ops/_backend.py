@@ -95,7 +95,8 @@ def kernel_for(op: str, q: Tensor, v: Tensor, *others: Tensor | None) -> Kernel 
     """
     wide = any(t is not None and t.dtype == torch.float64 for t in (q, v, *others))
     sizes = (q.shape[-1], v.shape[-1])
-    return choose(op, v.device, torch.float64 if wide else q.dtype, sizes).kernel
+    dtype = v.dtype if op == "ssd" and v.dtype == torch.float16 else q.dtype  # x may be widened
+    return choose(op, v.device, torch.float64 if wide else dtype, sizes).kernel
 
 
 def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:
@@ -114,23 +115,30 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
         return "the kernel computes in float32"
     if fla:
         return _refusal_of_fla(op, dtype, sizes)
+    if op == "mamba2" and dtype == torch.float16:
+        return "float16 holds no output above 65,504"
     return _refusal_of_ssd(device, dtype, *sizes) if op in ("ssd", "mamba2") and sizes else None
 
 
 def _refusal_of_ssd(device: torch.device, dtype: torch.dtype, width: int, order: int) -> str | None:
-    if dtype == torch.float16:
-        return "float16 holds no state above 65,504"
     if dtype == torch.float32 and width * order > WIDEST_FLOAT32:
         return "products of float32 in heads this wide compile for a minute or more"
     part = min(order, max(16, WIDEST_AT_ONCE // width))  # columns of a state
     # the most shared memory that a kernel needs: B and C, x and dy, a state and its gradient, and scores of a
     # chunk
-    at_hand = dtype.itemsize * (128 * (width + part) + 2 * width * part + 64 * 64)
-    gpu: Any = torch.cuda.get_device_properties(device)
-    room = getattr(gpu, "shared_memory_per_block_optin", None) or gpu.shared_memory_per_block
+    itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # whose products are made in tf32
+    at_hand = itemsize * (128 * (width + part) + 2 * width * part + 64 * 64)
+    room = shared_memory(device)
     if at_hand > room:
         return f"heads of {width} x {order} want {at_hand >> 10} KiB of shared memory, {room >> 10} are there"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have."""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    found: int = getattr(gpu, "shared_memory_per_block_optin", None) or gpu.shared_memory_per_block
+    return found
 
 
 def _refusal_of_fla(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str | None:

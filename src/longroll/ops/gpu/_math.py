@@ -1,8 +1,4 @@
-"""Exponentials and reciprocals in one instruction: Triton's own treat subnormal numbers by several.
-
-On an NVIDIA GPU both are to 2 units in the last place, and what would be subnormal is 0. Elsewhere, and in
-the interpreter, they are Triton's.
-"""
+"""What Triton spends more instructions on than these kernels need."""
 
 from __future__ import annotations
 
@@ -13,25 +9,13 @@ import triton.language as tl
 if torch.version.cuda is not None and not triton.knobs.runtime.interpret:
 
     @triton.jit
-    def exp2(x):
-        """2^x of float32."""
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-    @triton.jit
     def reciprocal(x):
-        """1 / x of float32."""
+        """1 / x of float32 in one instruction, to 2 units in the last place; 0 beyond 2^126."""
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 else:
-
-    @triton.jit
-    def exp2(x):
-        """2^x of float32."""
-        return tl.exp2(x)
 
     @triton.jit
     def reciprocal(x):
@@ -42,4 +26,4 @@ else:
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x) of float32."""
-    return reciprocal(1.0 + exp2(x * -1.4426950408889634))
+    return reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))

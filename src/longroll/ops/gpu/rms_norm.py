@@ -49,6 +49,19 @@ def _norm_forward(
 
 
 @triton.jit
+def _norm_inputs(
+    x_ptr, gate_ptr, dy_ptr, row, at, inside, WIDTH, xr, gr, HAS_GATE: tl.constexpr
+):  # fmt: skip
+    """Load what backward reads of a row; without a gate x stands for it."""
+    x = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + row * WIDTH + at, mask=inside, other=0.0)
+    gate = x
+    if HAS_GATE:
+        gate = tl.load(gate_ptr + row * gr + at, mask=inside, other=0.0)
+    return x, dy, gate
+
+
+@triton.jit
 def _norm_backward(
     x_ptr, gate_ptr, weight_ptr, rstd_ptr, dy_ptr, more_ptr, dx_ptr, dadd_ptr, dgate_ptr, dweight_ptr,
     ROWS, GROUPS, SIZE, xr, gr, dgr,
@@ -61,30 +74,35 @@ def _norm_backward(
     inside, at = i < SIZE, group * SIZE + i
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    row = tl.program_id(0).to(tl.int64)
-    for _ in range(tl.program_id(0), ROWS, tl.num_programs(0)):
-        x = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * GROUPS * SIZE + at, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row * GROUPS + group)
+    row, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    x, dy, gate = _norm_inputs(x_ptr, gate_ptr, dy_ptr, row, at, inside, GROUPS * SIZE, xr, gr, HAS_GATE)
+    for _ in range(tl.program_id(0), ROWS, step):
+        ahead = inside & (row + step + 0 * i < ROWS)  # the next row is read before this one is written
+        next_x, next_dy, next_gate = _norm_inputs(
+            x_ptr, gate_ptr, dy_ptr, row + step, at, ahead, GROUPS * SIZE, xr, gr, HAS_GATE
+        )
+        x, dy = x.to(tl.float32), dy.to(tl.float32)
+        rstd, to, more = tl.load(rstd_ptr + row * GROUPS + group), row * GROUPS * SIZE + at, 0.0
+        if HAS_MORE:
+            more = tl.load(more_ptr + to, mask=inside, other=0.0).to(tl.float32)
         h = x
         if HAS_GATE:
-            opened, slope = _silu(tl.load(gate_ptr + row * gr + at, mask=inside, other=0.0).to(tl.float32))
+            opened, slope = _silu(gate.to(tl.float32))
             h = x * opened
         unit = h * rstd
         dweight += dy * unit
         dy *= weight
         dh = rstd * (dy - unit * (tl.sum(dy * unit, axis=0) / SIZE))
-        to = row * GROUPS * SIZE + at
         if HAS_GATE:
             dgate = (dh * x * slope).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + row * dgr + at, dgate, mask=inside)
             dh *= opened
-        if HAS_MORE:
-            dh += tl.load(more_ptr + to, mask=inside, other=0.0).to(tl.float32)
+        dh += more
         if HAS_ADD:
             tl.store(dadd_ptr + to, dh.to(dadd_ptr.dtype.element_ty), mask=inside)
         tl.store(dx_ptr + to, dh.to(dx_ptr.dtype.element_ty), mask=inside)
-        row += tl.num_programs(0)
+        row += step
+        x, dy, gate = next_x, next_dy, next_gate
     tl.store(dweight_ptr + tl.program_id(0) * GROUPS * SIZE + at, dweight, mask=inside)
 
 

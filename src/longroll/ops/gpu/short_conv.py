@@ -45,6 +45,16 @@ def _conv_tail(x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, xt, xd, pt
 
 
 @triton.jit
+def _read(ptr, first, step, T, stride_t, stride_d, d, in_d, TILE: tl.constexpr):
+    """TILE steps, read together: a load that follows a store waits for it."""
+    found = ()
+    for j in tl.static_range(TILE):
+        at = ptr + (step + j) * stride_t + d * stride_d
+        found = found + (tl.load(at, mask=in_d & (first + step + j + 0 * d < T), other=0.0),)  # type: ignore  # noqa: RUF005
+    return found
+
+
+@triton.jit
 def _conv_forward(
     x_ptr, past_ptr, weight_ptr, bias_ptr, y_ptr, T, D_SIZE, xb, xt, xd, pb, pt, pd,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
@@ -61,11 +71,12 @@ def _conv_forward(
         x_ptr, past_ptr, weight_ptr, bias_ptr, first, d, in_d, xt, xd, pt, pd, W, HAS_BIAS, HAS_PAST
     )
     for i in range(0, STEPS // TILE):
+        read = _read(x_ptr, first, i * TILE, T, xt, xd, d, in_d, TILE)
         for j in tl.static_range(TILE):
             step = i * TILE + j
             t = first + step
             inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + step * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
+            x = x + (read[j].to(tl.float32),)  # noqa: RUF005
             y = bias
             for w in tl.static_range(W):
                 y += weight[w] * x[w]
@@ -106,12 +117,13 @@ def _conv_backward(
         if w > 0:
             dsum = dsum + (zero,)  # type: ignore  # noqa: RUF005
     for i in range(0, STEPS // TILE):
+        read = _read(x_ptr, first, i * TILE, T, xt, xd, d, in_d, TILE)
+        asked = _read(dy_ptr, first, i * TILE, T, yt, yd, d, in_d, TILE)
         for j in tl.static_range(TILE):
             step = i * TILE + j
             t = first + step
-            inside = in_d & (t + 0 * d < T)
-            x = x + (tl.load(x_ptr + step * xt + d * xd, mask=inside, other=0.0).to(tl.float32),)  # noqa: RUF005
-            ds = tl.load(dy_ptr + step * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+            x = x + (read[j].to(tl.float32),)  # noqa: RUF005
+            ds = asked[j].to(tl.float32)
             if SILU:
                 y = bias
                 for w in tl.static_range(W):

@@ -20,23 +20,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops._backend import WIDEST_AT_ONCE
+from longroll.ops._backend import WIDEST_AT_ONCE, shared_memory
 from longroll.ops._common import LOG2_E as _LOG2_E
 from longroll.ops._common import NO_LIMIT, no_autocast
-from longroll.ops.gpu._math import exp2
 from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
-CHUNK_OF_OUTPUTS = 64  # forward's; with another one, backward gets no states or step sizes from it
 WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
 STEPS = {"HEADS": 32, "num_warps": 4}
-OUTPUTS = {"HEADS": 8, "num_warps": 4, "num_stages": 3}
+OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"SUM": False, "HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 2}
-OF_ALL = {"HEADS": 32, "N": 1 << 16, "num_warps": 8, "num_stages": 2}
-AT_ONCE = 0
-"""Bytes of a head's state up to which one kernel makes all gradients, which reads everything once."""
+OF_B_AND_C = {"SUM": False, "HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
 FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
@@ -120,7 +115,7 @@ def _decays(sizes_ptr, levels_ptr, at, step, CHUNK: tl.constexpr):
 @triton.jit
 def _decays_between(a, causal):
     """(CHUNK, CHUNK): what is left at each step of each one before it."""
-    return exp2(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
+    return tl.exp2(tl.where(causal, a[:, None] - a[None, :], float("-inf")))
 
 
 @triton.jit
@@ -130,25 +125,36 @@ def _trace(products, i):
 
 
 @triton.jit
-def _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE):
+def _inside(i, SIZE, WHOLE: tl.constexpr):
+    """i < SIZE; WHOLE says that it is so for all i, which spares the masks."""
+    if WHOLE:
+        inside = tl.full(i.shape, True, tl.int1)
+    else:
+        inside = i < SIZE
+    return inside
+
+
+@triton.jit
+def _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE: tl.constexpr):
     """Load columns n of a chunk's B and C."""
-    within = in_t[:, None] & (n < N_SIZE)[None, :]
+    within = in_t[:, None] & _inside(n, N_SIZE, WHOLE)[None, :]
     B = tl.load(B_ptr + step[:, None] * Bt + n[None, :] * Bn, mask=within, other=0.0)
     C = tl.load(C_ptr + step[:, None] * Ct + n[None, :] * Cn, mask=within, other=0.0)
     return B, C
 
 
 @triton.jit
-def _state(at, p, n, P_SIZE, N_SIZE):
+def _state(at, p, n, P_SIZE, N_SIZE, WHOLE: tl.constexpr):
     """Load columns n of the state (P, N) at `at`."""
-    within = (p < P_SIZE)[:, None] & (n < N_SIZE)[None, :]
+    within = _inside(p, P_SIZE, WHOLE)[:, None] & _inside(n, N_SIZE, WHOLE)[None, :]
     return tl.load(at + p[:, None] * N_SIZE + n[None, :], mask=within, other=0.0)
 
 
 @triton.jit
 def _ssd_walk(
     x_ptr, sizes_ptr, levels_ptr, B_ptr, first_ptr, met_ptr, last_ptr,
-    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
+    T, H, CHUNKS, RATIO, fb, fh, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     REVERSE: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Carry a state (P, N) over the chunks: `met` (B, CHUNKS, H, P, N) is what each meets.
@@ -157,7 +163,7 @@ def _ssd_walk(
     """
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * P + tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
-    in_p, in_n = p < P_SIZE, n < N_SIZE
+    in_p, in_n = _inside(p, P_SIZE, WHOLE), _inside(n, N_SIZE, WHOLE)
     in_pn = in_p[:, None] & in_n[None, :]
     pn = p[:, None] * N_SIZE + n[None, :]
     step = tl.arange(0, CHUNK)
@@ -165,7 +171,7 @@ def _ssd_walk(
     B_ptr += row * Bb + (head // RATIO) * Bg
     sizes_ptr += (row * H + head) * CHUNKS * CHUNK
     levels_ptr += (row * H + head) * CHUNKS * CHUNK
-    state = tl.load(first_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, mask=in_pn, other=0.0)
+    state = tl.load(first_ptr + row * fb + head * fh + pn, mask=in_pn, other=0.0)
     for i in range(0, CHUNKS):
         chunk = row * 0 + i  # in 64 bits
         if REVERSE:
@@ -173,15 +179,15 @@ def _ssd_walk(
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         tl.store(met_ptr + at + pn, state.to(met_ptr.dtype.element_ty), mask=in_pn)
         first = chunk * CHUNK
-        in_t = step < T - first
+        in_t = _inside(step, T - first, WHOLE_T)
         dt, a, total = _decays(sizes_ptr, levels_ptr, first, step, CHUNK)
-        weight = exp2(a) if REVERSE else dt * exp2(total - a)
+        weight = tl.exp2(a) if REVERSE else dt * tl.exp2(total - a)
         x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
         x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
         B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
         B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
         weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = state * exp2(total) + tl.dot(tl.trans(weighted), B, input_precision="ieee")
+        state = state * tl.exp2(total) + tl.dot(tl.trans(weighted), B, input_precision=PRECISION)
     tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
 
 
@@ -189,6 +195,7 @@ def _ssd_walk(
 def _ssd_outputs(
     x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, y_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -196,15 +203,15 @@ def _ssd_outputs(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p = step < T - first, p < P_SIZE
+    in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
     in_tp = in_t[:, None] & in_p[None, :]
     B_ptr += row * Bb + group * Bg + first * Bt
     C_ptr += row * Cb + group * Cg + first * Ct
-    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-    products = tl.dot(C, tl.trans(B), input_precision="ieee")
+    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+    products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
     for part in range(1, PARTS):
-        B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-        products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
+        B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+        products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
@@ -215,14 +222,14 @@ def _ssd_outputs(
         starts_at = starts_ptr + ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         decay = _decays_between(a, causal)
         scores = products * decay * dt[None, :]
-        state = _state(starts_at, p, n, P_SIZE, N_SIZE)
-        y = tl.dot(C, tl.trans(state), input_precision="ieee")
+        state = _state(starts_at, p, n, P_SIZE, N_SIZE, WHOLE)
+        y = tl.dot(C, tl.trans(state), input_precision=PRECISION)
         for part in range(1, PARTS):
-            _B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-            state2 = _state(starts_at, p, part * N + n, P_SIZE, N_SIZE)
-            y += tl.dot(C2, tl.trans(state2), input_precision="ieee")
-        y = y * exp2(a)[:, None]
-        y += tl.dot(scores.to(x.dtype), x, input_precision="ieee")
+            _B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+            state2 = _state(starts_at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
+            y += tl.dot(C2, tl.trans(state2), input_precision=PRECISION)
+        y = y * tl.exp2(a)[:, None]
+        y += tl.dot(scores.to(x.dtype), x, input_precision=PRECISION)
         if HAS_D:
             y += tl.load(D_ptr + head) * x.to(tl.float32)
         y_at = y_ptr + ((row * T + first) * H + head) * P_SIZE
@@ -234,6 +241,7 @@ def _ssd_gradients_of_x(
     x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
     dx_ptr, dsizes_ptr, dA_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -244,11 +252,11 @@ def _ssd_gradients_of_x(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p = step < T - first, p < P_SIZE
+    in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
     in_tp = in_t[:, None] & in_p[None, :]
     B_ptr += row * Bb + group * Bg + first * Bt
     C_ptr += row * Cb + group * Cg + first * Ct
-    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
+    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
@@ -259,34 +267,34 @@ def _ssd_gradients_of_x(
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE)
-        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
+        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
+        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
         x32, dy32 = x.to(tl.float32), dy.to(tl.float32)  # all that is loaded is on its way by now
-        products = tl.dot(C, tl.trans(B), input_precision="ieee")
+        products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         for part in range(1, PARTS):
-            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-            products += tl.dot(C2, tl.trans(B2), input_precision="ieee")
+            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+            products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
 
         # what the chunk's start gives to y, and its end asks of dt x
-        carried = _trace(tl.dot(state, tl.trans(dend), input_precision="ieee"), p)
-        read = tl.dot(C, tl.trans(state), input_precision="ieee")
-        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee")
+        carried = _trace(tl.dot(state, tl.trans(dend), input_precision=PRECISION), p)
+        read = tl.dot(C, tl.trans(state), input_precision=PRECISION)
+        dxdt = tl.dot(B, tl.trans(dend), input_precision=PRECISION)
         for part in range(1, PARTS):
-            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-            state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
-            dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE)
-            carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision="ieee"), p)
-            read += tl.dot(C2, tl.trans(state2), input_precision="ieee")
-            dxdt += tl.dot(B2, tl.trans(dend2), input_precision="ieee")
-        da = tl.sum(read * dy32, axis=1) * exp2(a)
-        dxdt = dxdt * exp2(total - a)[:, None]
+            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+            state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
+            dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
+            carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision=PRECISION), p)
+            read += tl.dot(C2, tl.trans(state2), input_precision=PRECISION)
+            dxdt += tl.dot(B2, tl.trans(dend2), input_precision=PRECISION)
+        da = tl.sum(read * dy32, axis=1) * tl.exp2(a)
+        dxdt = dxdt * tl.exp2(total - a)[:, None]
         written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
 
         # within the chunk, by scores as they are multiplied: what cancels then cancels exactly
         scores = (products * _decays_between(a, causal)).to(x.dtype)
-        pairs = tl.dot(dy, tl.trans(x), input_precision="ieee")
+        pairs = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
         both = pairs * scores.to(tl.float32) * dt[None, :]
-        dxdt += tl.dot(tl.trans(scores), dy, input_precision="ieee")
+        dxdt += tl.dot(tl.trans(scores), dy, input_precision=PRECISION)
         given = tl.sum(dxdt * x32, axis=1)  # to all later steps and the chunk's end
         da += tl.sum(both, axis=1) - given * dt
 
@@ -297,7 +305,7 @@ def _ssd_gradients_of_x(
         dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
-        drate = tl.cumsum(da, axis=0, reverse=True) + written + exp2(total) * carried
+        drate = tl.cumsum(da, axis=0, reverse=True) + written + tl.exp2(total) * carried
         dsizes = given + drate * tl.load(A_ptr + head)
         tl.store(dsizes_ptr + times + step, dsizes)
         tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
@@ -308,6 +316,7 @@ def _ssd_gradients_of_B_and_C(
     x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dB_ptr, dC_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     dBb, dBt, dBh, dCb, dCt, dCh,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
@@ -319,7 +328,8 @@ def _ssd_gradients_of_B_and_C(
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(2) // blocks, chunk * CHUNK
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.program_id(2) % blocks * N + tl.arange(0, N)
-    in_t, in_p, in_n = step < T - first, p < P_SIZE, n < N_SIZE
+    in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
+    in_n = _inside(n, N_SIZE, WHOLE)
     in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
     in_pn, pn = in_p[:, None] & in_n[None, :], p[:, None] * N_SIZE + n[None, :]
     group = heads * HEADS // RATIO
@@ -339,101 +349,22 @@ def _ssd_gradients_of_B_and_C(
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         decay = _decays_between(a, causal)
-        dscores = tl.dot(dy, tl.trans(x), input_precision="ieee") * decay * dt[None, :]
+        dscores = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay * dt[None, :]
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
         dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
-        asked = (dy.to(tl.float32) * exp2(a)[:, None]).to(x.dtype)
-        given = (x.to(tl.float32) * (dt * exp2(total - a))[:, None]).to(x.dtype)
-        dC += tl.dot(asked, state, input_precision="ieee")
-        dB += tl.dot(given, dend, input_precision="ieee")
+        asked = (dy.to(tl.float32) * tl.exp2(a)[:, None]).to(x.dtype)
+        given = (x.to(tl.float32) * (dt * tl.exp2(total - a))[:, None]).to(x.dtype)
+        dC += tl.dot(asked, state, input_precision=PRECISION)
+        dB += tl.dot(given, dend, input_precision=PRECISION)
         if SUM:
             dproducts += dscores
         else:
-            dC += tl.dot(dscores.to(x.dtype), B, input_precision="ieee")
-            dB += tl.dot(tl.trans(dscores.to(x.dtype)), C, input_precision="ieee")
+            dC += tl.dot(dscores.to(x.dtype), B, input_precision=PRECISION)
+            dB += tl.dot(tl.trans(dscores.to(x.dtype)), C, input_precision=PRECISION)
     if SUM:
-        dC += tl.dot(dproducts.to(B.dtype), B, input_precision="ieee")
-        dB += tl.dot(tl.trans(dproducts.to(B.dtype)), C, input_precision="ieee")
-    dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
-    dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
-    tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
-    tl.store(dC_at, dC.to(dC_ptr.dtype.element_ty), mask=in_tn)
-
-
-@triton.jit
-def _ssd_gradients(
-    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
-    dx_ptr, dsizes_ptr, dA_ptr, dD_ptr, dB_ptr, dC_ptr,
-    T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
-    dBb, dBt, dBh, dCb, dCt, dCh,
-    HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Compute what the two kernels above do, for states that fit: x, dy and both states are read once.
-
-    B and C of all heads are the same, so that the gradients of their products are summed before they are
-    multiplied.
-    """
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    heads, first = tl.program_id(2), chunk * CHUNK
-    group = heads * HEADS // RATIO
-    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
-    in_t, in_p = step < T - first, p < P_SIZE
-    in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & (n < N_SIZE)[None, :]
-    B_ptr += row * Bb + group * Bg + first * Bt
-    C_ptr += row * Cb + group * Cg + first * Ct
-    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE)
-    products = tl.dot(C, tl.trans(B), input_precision="ieee")
-    causal = step[:, None] >= step[None, :]
-    dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
-    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for i in range(0, HEADS):
-        head = heads * HEADS + i
-        times = ((row * H + head) * CHUNKS + chunk) * CHUNK
-        dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
-        x_at = x_ptr + row * xb + first * xt + head * xh
-        x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
-        dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
-        dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
-        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE)
-        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE)
-        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
-
-        # what the chunk's start gives to y, and its end asks of dt x
-        opened, left = exp2(a), exp2(total - a)
-        carried = _trace(tl.dot(state, tl.trans(dend), input_precision="ieee"), p)
-        da = tl.sum(tl.dot(C, tl.trans(state), input_precision="ieee") * dy32, axis=1) * opened
-        dxdt = tl.dot(B, tl.trans(dend), input_precision="ieee") * left[:, None]
-        written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
-        asked = (dy32 * opened[:, None]).to(x.dtype)
-        dC += tl.dot(asked, state, input_precision="ieee")
-        filled = (x32 * (dt * left)[:, None]).to(x.dtype)
-        dB += tl.dot(filled, dend, input_precision="ieee")
-
-        # within the chunk, by scores as they are multiplied
-        decay = _decays_between(a, causal)
-        scores = (products * decay).to(x.dtype)
-        pairs = tl.dot(dy, tl.trans(x), input_precision="ieee")
-        dscores = pairs * dt[None, :]
-        dproducts += dscores * decay
-        dxdt += tl.where(in_tp, tl.dot(tl.trans(scores), dy, input_precision="ieee"), 0.0)
-        given = tl.sum(dxdt * x32, axis=1)
-        da += tl.sum(dscores * scores.to(tl.float32), axis=1) - given * dt
-
-        dx = dxdt * dt[:, None]
-        if HAS_D:
-            dx += tl.load(D_ptr + head) * dy32
-            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
-        dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
-        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
-        drate = tl.cumsum(da, axis=0, reverse=True) + written + exp2(total) * carried
-        dsizes = given + drate * tl.load(A_ptr + head)
-        tl.store(dsizes_ptr + times + step, dsizes)
-        tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
-    rounded = dproducts.to(B.dtype)
-    dC += tl.where(in_tn, tl.dot(rounded, B, input_precision="ieee"), 0.0)
-    dB += tl.where(in_tn, tl.dot(tl.trans(rounded), C, input_precision="ieee"), 0.0)
+        dC += tl.dot(dproducts.to(B.dtype), B, input_precision=PRECISION)
+        dB += tl.dot(tl.trans(dproducts.to(B.dtype)), C, input_precision=PRECISION)
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
@@ -457,12 +388,16 @@ def ssd(
     """Return `longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
     with no_autocast(x):
         state = zero_state(x, B) if initial_state is None else initial_state
+        dtype, tf32 = x.dtype, torch.float16 in (x.dtype, B.dtype)
+        if tf32:  # as many digits as float16, whose states would overflow
+            x = x.float()
         B, C = B.to(x.dtype), C.to(x.dtype)  # products are of one precision
         skip = None if D is None or D.dim() == 2 else D.float()
         bias = None if dt_bias is None else dt_bias.float()
-        y, final = _SSD.apply(x, dt, A.float(), B, C, skip, state.float(), bias, dt_softplus, dt_limit)
+        y, final = _SSD.apply(x, dt, A.float(), B, C, skip, state.float(), bias, dt_softplus, dt_limit, tf32)
+        y = y.to(dtype)
         if D is not None and D.dim() == 2:  # the kernel takes one skip weight for each head
-            y = (y.float() + D.float() * x.float()).to(x.dtype)
+            y = (y.float() + D.float() * x.float()).to(dtype)
         return (y if z is None else y * F.silu(z)), final
 
 
@@ -483,7 +418,7 @@ class Steps(NamedTuple):
     limit: tuple[float, float]
     out: Tensor | None = None
 
-    def run(self, kernel: Any, chunk: int, chunks: int, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
+    def run(self, kernel: Any, chunks: int, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
         """Run a kernel on all chunks, with `more` strides."""
         batch, time, heads = self.dt.shape
         tile = min(STEPS["HEADS"], triton.next_power_of_2(heads))
@@ -492,20 +427,20 @@ class Steps(NamedTuple):
             *(self.dt if t is None else t for t in (self.dt, self.bias, out)), *tensors,
             time, heads, chunks, *self.dt.stride(), *map(float, self.limit), *more,
             HAS_BIAS=self.bias is not None, SOFTPLUS=self.softplus, LIMITED=tuple(self.limit) != NO_LIMIT,
-            HAS_OUT=self.out is not None, CHUNK=chunk, **STEPS | {"HEADS": tile},
+            HAS_OUT=self.out is not None, CHUNK=CHUNK, **STEPS | {"HEADS": tile},
         )  # fmt: skip
 
-    def sizes(self, A: Tensor, chunk: int) -> Tensor:
-        """Return step sizes and the running sums of dt A in each chunk, (2, B, H, chunks chunk)."""
+    def sizes(self, A: Tensor) -> Tensor:
+        """Return step sizes and the running sums of dt A in each chunk, (2, B, H, chunks CHUNK)."""
         batch, time, heads = self.dt.shape
-        chunks = triton.cdiv(time, chunk)
-        found = A.new_empty(2, batch, heads, chunks * chunk)
-        self.run(_ssd_steps, chunk, chunks, A, found[0], found[1])
+        chunks = triton.cdiv(time, CHUNK)
+        found = A.new_empty(2, batch, heads, chunks * CHUNK)
+        self.run(_ssd_steps, chunks, A, found[0], found[1])
         return found
 
-    def backward(self, dsizes: Tensor, ddt: Tensor, dbias: Tensor, chunk: int) -> None:
+    def backward(self, dsizes: Tensor, ddt: Tensor, dbias: Tensor) -> None:
         """Write the gradient of dt into `ddt`, and that of the bias, of each chunk, into (B, chunks, H)."""
-        self.run(_ssd_steps_backward, chunk, dsizes.shape[2] // chunk, dsizes, ddt, dbias, more=ddt.stride())
+        self.run(_ssd_steps_backward, dsizes.shape[2] // CHUNK, dsizes, ddt, dbias, more=ddt.stride())
 
 
 def zero_state(x: Tensor, B: Tensor) -> Tensor:
@@ -517,19 +452,28 @@ class _Call:
     """Shapes, strides and grids of one call."""
 
     def __init__(
-        self, x: Tensor, sizes: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk: int
+        self,
+        x: Tensor,
+        sizes: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        *,
+        tf32: bool,
     ) -> None:
-        self.x, self.A, self.B, self.C, self.chunk = x, A, B, C, chunk
+        self.x, self.A, self.B, self.C = x, A, B, C
         self.dt, self.levels = sizes
         self.D = None if D is None else D.contiguous()
         self.batch, self.time, self.heads, self.width = x.shape
         self.order, self.ratio = B.shape[3], x.shape[2] // B.shape[2]
-        self.chunks = triton.cdiv(self.time, chunk)
+        self.chunks = triton.cdiv(self.time, CHUNK)
         self.sizes = (self.time, self.heads, self.chunks, self.ratio)
         self.ends = (self.width, self.order)
         # tensor cores multiply tiles of at least 16
         self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
         self.few_warps = {"num_warps": 2} if min(self.blocks) < NARROW else {}
+        self.precision = "tf32" if tf32 else "ieee"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -542,14 +486,16 @@ class _Call:
         last.
         """
         met = x.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
-        first = first.contiguous()
-        last = torch.empty_like(first)
+        if first.stride()[2:] != (self.order, 1):
+            first = first.contiguous()
+        last = torch.empty(first.shape, dtype=first.dtype, device=first.device)
         options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
         _ssd_walk[(self.batch * self.heads, *parts)](
             x, self.dt, self.levels, B, first, met, last,
-            *self.sizes, *x.stride(), *B.stride(), *self.ends,
-            REVERSE=reverse, CHUNK=self.chunk, **options | self.few_warps,
+            *self.sizes, *first.stride()[:2], *x.stride(), *B.stride(), *self.ends,
+            REVERSE=reverse, CHUNK=CHUNK, **self.sureties(options["P"], options["N"]),
+            **options | self.few_warps,
         )  # fmt: skip
         return met, last
 
@@ -565,6 +511,7 @@ class _Call:
         if "N" in options:
             n = min(n, options["N"])
             programs *= triton.cdiv(self.order, n)
+            split = self.stages(options["num_stages"], p, n)
         else:
             if p * n > WIDEST_AT_ONCE:  # neither registers nor shared memory hold it and loads ahead
                 n = max(16, WIDEST_AT_ONCE // 2 // p)
@@ -573,8 +520,22 @@ class _Call:
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
         kernel[self.batch, self.chunks, programs](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
-            HAS_D=self.D is not None, CHUNK=self.chunk, **options | self.few_warps | {"P": p, "N": n} | split,
+            HAS_D=self.D is not None, CHUNK=CHUNK, **self.sureties(p, n),
+            **options | self.few_warps | {"P": p, "N": n} | split,
         )  # fmt: skip
+
+    def stages(self, most: int, p: int, n: int) -> dict[str, int]:
+        """Return how many heads' x, dy and states, p x n, are on their way at once, up to `most`."""
+        if not self.x.is_cuda:  # the interpreter
+            return {}
+        size, room = self.x.element_size(), shared_memory(self.x.device)
+        held, each = CHUNK * (2 * n + CHUNK) * size, 2 * (CHUNK + n) * p * size
+        return {"num_stages": max(1, min(most, (room - held) // each))}
+
+    def sureties(self, p: int, n: int) -> dict[str, Any]:
+        """Return the precision of products, and whether blocks of p x n and chunks of time come out even."""
+        whole = self.width % p == 0 and self.order % n == 0
+        return {"PRECISION": self.precision, "WHOLE": whole, "WHOLE_T": self.time % CHUNK == 0}
 
     def sharing(self, options: dict[str, int]) -> dict[str, int]:
         """Return `options` for as many heads a program as B and C serve, unless that leaves the GPU idle."""
@@ -595,7 +556,8 @@ def forward(
     state: Tensor,
     *,
     keep: bool = False,
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
     """Compute the recurrence without a gradient.
 
     Returns:
@@ -603,13 +565,12 @@ def forward(
         that the chunks meet, which it computes again unless asked to `keep` them.
     """
     A = A.contiguous()
-    sizes = steps.sizes(A, CHUNK_OF_OUTPUTS)
-    call = _Call(x, sizes, A, B, C, D, CHUNK_OF_OUTPUTS)
+    sizes = steps.sizes(A)
+    call = _Call(x, sizes, A, B, C, D, tf32=tf32)
     starts, final = call.walk(x, B, state, reverse=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
-    same = CHUNK_OF_OUTPUTS == CHUNK
-    return y, final, (sizes if same else None, starts if keep and same else None)
+    return y, final, (sizes, starts if keep else None)
 
 
 def backward(
@@ -618,8 +579,10 @@ def backward(
     inputs: tuple[Tensor, ...],
     steps: Steps,
     state: Tensor,
-    kept: tuple[Tensor | None, Tensor | None],
+    kept: tuple[Tensor, Tensor | None],
     into: tuple[Tensor, ...],
+    *,
+    tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of the bias of dt, A, D and the state; others are written `into` tensors.
 
@@ -631,34 +594,29 @@ def backward(
         state: the initial one.
         kept: what `forward` returned.
         into: tensors for dx, ddt, dB and dC; the last axis of dx, dB and dC is contiguous.
+        tf32: multiply float32 in tf32.
     """
     (x, A, B, C, D), (sizes, starts), (dx, ddt, dB, dC) = inputs, kept, into
     A, dy = A.contiguous(), dy.contiguous()
-    call = _Call(x, steps.sizes(A, CHUNK) if sizes is None else sizes, A, B, C, D, CHUNK)
+    call = _Call(x, sizes, A, B, C, D, tf32=tf32)
     if starts is None:
         starts, _ = call.walk(x, B, state, reverse=False)
     dends, dstate = call.walk(dy, C, dfinal, reverse=True)
     dsizes = torch.empty_like(call.dt)
     # a sum for each chunk: programs that add to one number do so in any order
     dA, dD, dbias = sums = A.new_empty(3, call.batch, call.chunks, call.heads)
-    of_x, at_once = (dx, dsizes, dA, dD), math.prod(call.blocks) * x.element_size() <= AT_ONCE
-    if not at_once:
-        call.side_by_side(
-            _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, *of_x, more=dx.stride()[:3]
-        )
-    options = call.sharing(OF_ALL if at_once else OF_B_AND_C)
+    call.side_by_side(
+        _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsizes, dA, dD, more=dx.stride()[:3]
+    )
+    options = call.sharing(OF_B_AND_C)
     programs = call.heads // options["HEADS"]
     whole = programs == B.shape[2]  # each program has all heads of its B and C
-    parts = (dB, dC) if whole else tuple(call.A.new_empty(2, *x.shape[:2], programs, call.order))
+    parts = (dB, dC) if whole else tuple(A.new_empty(2, *x.shape[:2], programs, call.order))
     strides = (*parts[0].stride()[:3], *parts[1].stride()[:3])
-    if at_once:
-        strides = (*dx.stride()[:3], *strides)
-        call.side_by_side(_ssd_gradients, options, starts, dends, dy, *of_x, *parts, more=strides)
-    else:
-        call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
+    call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
-    steps.backward(dsizes, ddt, dbias, CHUNK)
+    steps.backward(dsizes, ddt, dbias)
     dA, dD, dbias = sums.sum((1, 2))
     return None if steps.bias is None else dbias, dA, None if D is None else dD, dstate
 
@@ -677,10 +635,11 @@ class _SSD(torch.autograd.Function):
         bias: Tensor | None,
         softplus: bool,
         limit: tuple[float, float],
+        tf32: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, final, kept = forward(x, Steps(dt, bias, softplus, limit), A, B, C, D, state)
+        y, final, kept = forward(x, Steps(dt, bias, softplus, limit), A, B, C, D, state, tf32=tf32)
         ctx.save_for_backward(x, dt, A, B, C, D, state, bias, *kept)
-        ctx.how = softplus, limit
+        ctx.how, ctx.tf32 = (softplus, limit), tf32
         return y, final
 
     @staticmethod
@@ -691,5 +650,7 @@ class _SSD(torch.autograd.Function):
             torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C)
         )
         steps = Steps(dt, bias, *ctx.how)
-        dbias, dA, dD, dstate = backward(dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into)
-        return dx, ddt, dA, dB, dC, dD, dstate, dbias, None, None
+        dbias, dA, dD, dstate = backward(
+            dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into, tf32=ctx.tf32
+        )
+        return dx, ddt, dA, dB, dC, dD, dstate, dbias, None, None, None
