@@ -71,10 +71,9 @@ def test_a_replay_is_the_step(name):
     ids = [tokens(2, 13, seed=i).cuda() for i in range(4)]
     state = state_of_plain = None
     for i, batch in enumerate(ids):
-        if state_of_plain is not None:  # as interventions give it: without keys and values
-            state_of_plain = state_of_plain.part("recurrent", "conv")
-        if i == 2:
-            state, state_of_plain = state.part("recurrent"), state_of_plain.part("recurrent")
+        if i > 0:  # as interventions give it: without keys and values
+            kept = ("recurrent",) if i == 2 else ("recurrent", "conv")
+            state, state_of_plain = state.part(*kept), state_of_plain.part(*kept)
         loss, state = graph(batch[:, :-1], batch[:, 1:], state)
         logits, state_of_plain = plain(batch[:, :-1], state_of_plain)
         expected = next_token_loss(logits, batch[:, 1:])
