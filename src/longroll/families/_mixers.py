@@ -48,12 +48,13 @@ def _in_longroll(
     y = forward(mixer, hidden_states, cache_params)
     if not torch.is_autocast_enabled(y.device.type):
         y = y.to(hidden_states.dtype)
-    return _projected(mixer.out_proj, y)  # type: ignore[arg-type]
+    return _projected(mixer.out_proj, y)
 
 
-def _projected(layer: nn.Module, x: Tensor) -> Tensor:
+def _projected(layer: Any, x: Tensor) -> Tensor:
     """Return `layer(x)`; under autocast a weight's gradient is made in the weight's precision."""
-    if LINEAR and type(layer) is nn.Linear and needs_graph(layer.weight) and not hooked(layer):
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked(layer)
+    if LINEAR and plain and needs_graph(layer.weight):
         dtype = product_dtype(layer.weight, x)
         if dtype.itemsize == 2 and layer.weight.dtype == torch.float32:
             kernel = choose("linear", x.device, dtype).kernel

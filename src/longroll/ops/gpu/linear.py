@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_WIDE = torch.version.cuda is not None and "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this PyTorch writes products of 16 bits in float32."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return `x @ weight.T + bias` as autocast to `dtype` (16 bits) computes it.
@@ -42,5 +45,8 @@ class _Linear(torch.autograd.Function):
                 dx = (dy @ weight).to(ctx.dtype)
             if ctx.needs_input_grad[1]:
                 rows, drows = x.flatten(0, -2), dy.flatten(0, -2)
-                dweight = torch.mm(drows.T, rows, out_dtype=torch.float32)
+                if _WIDE:
+                    dweight = torch.mm(drows.T, rows, out_dtype=torch.float32)
+                else:
+                    dweight = (drows.T @ rows).float()
         return dx, dweight, None
