@@ -136,10 +136,10 @@ class Steps:
             graph.capture(self.ids[:, :-1])
         return graph
 
-    def gradients(self, given: Settings | None) -> torch.Tensor:
+    def gradients(self, given: Settings, kernels: str = "triton", *, low: bool = True) -> torch.Tensor:
         """Gradients of all weights, one after another, of a short row from a state that is not zero.
 
-        With `given` under autocast to bfloat16; None: in float32 in PyTorch.
+        Under autocast to bfloat16 if `low`, else in float32.
         """
         ids = self.ids[:1, : self.length // 4 + 1]
         generator = torch.Generator(self.bench.device).manual_seed(3)
@@ -150,8 +150,8 @@ class Steps:
                 for key, t in zero.items()
             }
         )
-        os.environ[SWITCH] = "torch" if given is None else "triton"
-        with settings(given or {}), torch.autocast("cuda", torch.bfloat16, enabled=given is not None):
+        os.environ[SWITCH] = kernels
+        with settings(given), torch.autocast("cuda", torch.bfloat16, enabled=low):
             loss_and_state(self.lm, ids[:, :-1], ids[:, 1:], state)[0].backward()
         os.environ[SWITCH] = "triton"
         found = torch.cat([p.grad.flatten() for p in self.lm.parameters() if p.grad is not None])
@@ -303,24 +303,34 @@ def _norm_calls() -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def _tried(call: Callable[[], None]) -> dict[str, Any]:
+    """Call, and return what went wrong."""
+    try:
+        call()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+    return {}
+
+
 def steps(bench: Bench, names: Iterable[str], turns: int) -> dict[str, dict[str, Any]]:
     """Milliseconds of a step with each variant: medians over turns of ten steps."""
     made = Steps(bench)
     rows: dict[str, dict[str, Any]] = {}
     graphs: dict[str, StepGraph] = {}
-    exact = made.gradients(None)
     for name in names:
-        try:
-            began = time.perf_counter()
-            graphs[name] = made.graph(STEPS[name])
-            rows[name] = {"capture_seconds": time.perf_counter() - began, "ms": []}
-            found = made.gradients(STEPS[name])
-            rows[name]["apart"] = ((found - exact).norm() / exact.norm()).item()
-            rows[name]["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            rows[name] = {"error": f"{type(error).__name__}: {first[:300]}"}
-            graphs.pop(name, None)
+        began = time.perf_counter()
+        rows[name] = _tried(lambda name=name: graphs.update({name: made.graph(STEPS[name])}))
+        rows[name] |= {"capture_seconds": time.perf_counter() - began, "ms": []}
+    # after all captures, which want no backward on another stream
+    exact = made.gradients({}, "torch", low=False)
+    usual = ((made.gradients({}, "torch") - exact).norm() / exact.norm()).item()
+    print(f"PyTorch in bfloat16: {usual:.4f} apart from float32", flush=True)
+    for name in graphs:
+        rows[name]["apart_in_pytorch"] = usual
+        found: list[torch.Tensor] = []
+        rows[name] |= _tried(lambda name=name, found=found: found.append(made.gradients(STEPS[name])))
+        if found:
+            rows[name]["apart"] = ((found[0] - exact).norm() / exact.norm()).item()
         print(name, rows[name], flush=True)
     del exact, found
     tokens = 4 * made.length
