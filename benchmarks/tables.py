@@ -61,6 +61,8 @@ REAL_SIZES = {
 """Row of big.py -> what it is."""
 
 OPS = ("gla", "rwkv6", "rwkv7", "retention", "delta_rule", "gated_delta_rule", "kda")
+STEP_CHANGES = "step-changes_h200_2026-11-27"
+STEP_PROFILES = ("step-profile-before_h200_2026-11-27", "step-profile-all_h200_2026-11-27")
 
 
 @cache
@@ -620,6 +622,29 @@ def planned_memory() -> str:
     return markdown(["case", "planned, GiB", "measured, GiB", "planned over measured"], lines)
 
 
+def step_changes() -> str:
+    """Return the step with each change and with all, and how far its gradients are from float32."""
+    data = result(STEP_CHANGES)
+    lines = []
+    for name, row in data["rows"].items():
+        if "median_ms" in row:
+            low, high = min(row["ms"]), max(row["ms"])
+            spread = f"{digits(low, 4)} to {digits(high, 4)}"
+            speed = [digits(row["tokens_per_second"]), f"{row['mfu']:.3f}"]
+            lines.append([name, digits(row["median_ms"], 4), spread, *speed, tiny(row["apart"])])
+    return markdown(["", "median step (ms)", "range (ms)", "tokens/s", "MFU", "gradients"], lines)
+
+
+def step_kernels() -> str:
+    """Return the time of a step by class of kernel, before the changes and with them."""
+    before, after = (result(name)["rows"] for name in STEP_PROFILES)
+    classes = [next(iter(rows.values()))["classes"] for rows in (before, after)]
+    names = sorted(classes[0], key=lambda name: -classes[0][name])
+    lines = [[name, *(f"{found.get(name, 0):.1f}" for found in classes)] for name in names]
+    lines.append(["all", *(f"{sum(found.values()):.1f}" for found in classes)])
+    return markdown(["kernels", "before (ms)", "with all (ms)"], lines)
+
+
 def real_sizes() -> str:
     """Return readings, diagnoses and training of models of 1 to 30 billion parameters."""
     lines = []
@@ -675,6 +700,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_by_arithmetic,
     "plan-memory": planned_memory,
     "real-sizes": real_sizes,
+    "step-changes": step_changes,
+    "step-kernels": step_kernels,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
     "train-mamba-370m": partial(training, f"train-mamba-370m{H200}", "mamba-ssm"),
