@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from big import PEAK, Bench, weights
 from gpu_ops import both_ways, replayed, ssd_inputs
+from kernel_classes import by_class
 
 import longroll
 from longroll.ops._backend import SWITCH
@@ -41,7 +42,6 @@ BEFORE: Settings = {f"{MIXERS}:KEPT": 0.0, f"{MIXERS}:LINEAR": False, f"{NORMS}:
 KEPT: Settings = {f"{MIXERS}:KEPT": 1 / 16}
 SUMS: Settings = {f"{NORMS}:ADDS": True}
 LINEAR: Settings = {f"{MIXERS}:LINEAR": True}
-COLUMNS: Settings = {f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8}}
 ALL: Settings = {**KEPT, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
@@ -49,7 +49,6 @@ STEPS: dict[str, Settings] = {
     "states and convolutions kept": KEPT,
     "residual added by the next norm": SUMS,
     "weights' gradients in float32": LINEAR,
-    "all, B and C by 128 columns": {**ALL, **COLUMNS},
     "all, walk in 4 stages": {**ALL, f"{SSD}:WALK": {"num_stages": 4}},
     "all, norm by 256 programs": {**ALL, f"{NORM}:_PROGRAMS": 256},
     "all, norm by 512 programs": {**ALL, f"{NORM}:_PROGRAMS": 512},
@@ -74,17 +73,6 @@ SSDS: dict[str, Settings] = {
     **dict(_tiles("OF_X", HEADS=(2, 4), num_stages=(2,), num_warps=(8,))),
     "of_x: 4 heads, 2 stages, 8 warps": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2, "num_warps": 8}},
     **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(2, 4), num_warps=(8,))),
-    "B and C: scores summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
-    "B and C: scores summed, 128 columns, 2 stages": {
-        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 16, "num_warps": 8, "num_stages": 2},
-    },
-    "B and C: scores summed, 128 columns": COLUMNS,
-    "B and C: scores summed, 128 columns, 32 heads": {
-        f"{SSD}:FEWEST": 128, f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "num_warps": 8},
-    },
-    "B and C: scores summed, 128 columns, 8 heads": {
-        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "HEADS": 8, "num_warps": 8},
-    },
 }  # fmt: skip
 CONVS: dict[str, Settings] = {
     f"{name.lower()}: {steps} steps, {channels} channels, {warps} warps": {
@@ -167,21 +155,6 @@ class Steps:
         self.passing.observe(final)
 
 
-CLASSES = {
-    "matrix products": ("nvjet", "gemm", "cutlass"),
-    "SSD": ("_ssd_",),
-    "convolution": ("_conv_",),
-    "norms": ("_norm_",),
-    "loss": ("_entropy_",),
-    "AdamW": ("FusedOptimizer",),
-    "memory copies and fills": ("Memcpy", "Memset", "FillFunctor", "CatArray"),
-    "casts": ("copy_kernel",),
-    "additions": ("CUDAFunctor_add",),
-    "sums": ("reduce_kernel",),
-    "embedding": ("embedding", "radix", "compute_grad_weight", "sum_and_scatter", "gather"),
-}
-
-
 def profile(bench: Bench, given: Settings) -> dict[str, Any]:
     """Milliseconds of a step by class of kernel and by kernel."""
     steps = Steps(bench)
@@ -205,19 +178,13 @@ def profile(bench: Bench, given: Settings) -> dict[str, Any]:
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer."):
             kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
     table = [
-        {"kernel": name[:160], "calls": len(ms) / calls, "ms": sum(ms) / calls, "class": _class(name)}
+        {"kernel": name[:160], "calls": len(ms) / calls, "ms": sum(ms) / calls}
         for name, ms in kernels.items()
     ]
     table.sort(key=lambda row: -row["ms"])
-    classes: dict[str, float] = {}
-    for row in table:
-        classes[row["class"]] = classes.get(row["class"], 0) + row["ms"]
+    classes = by_class(table)
     bench.free()
     return {"step_ms": wall, "gpu_ms": sum(classes.values()), "classes": classes, "kernels": table[:60]}
-
-
-def _class(name: str) -> str:
-    return next((kind for kind, parts in CLASSES.items() if any(part in name for part in parts)), "other")
 
 
 def kernels(only: Iterable[str], write: Callable[[dict[str, Any]], None]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from kernel_classes import by_class
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "recipes"))
 GLOBS = ("README.md", "docs/**/*.md", "benchmarks/*.md", "recipes/*.md")
@@ -61,8 +63,6 @@ REAL_SIZES = {
 """Row of big.py -> what it is."""
 
 OPS = ("gla", "rwkv6", "rwkv7", "retention", "delta_rule", "gated_delta_rule", "kda")
-STEP_CHANGES = "step-changes_h200_2026-11-27"
-STEP_PROFILES = ("step-profile-before_h200_2026-11-27", "step-profile-all_h200_2026-11-27")
 
 
 @cache
@@ -622,27 +622,35 @@ def planned_memory() -> str:
     return markdown(["case", "planned, GiB", "measured, GiB", "planned over measured"], lines)
 
 
-def step_changes() -> str:
-    """Return the step with each change and with all, and how far its gradients are from float32."""
-    data = result(STEP_CHANGES)
-    lines = []
-    for name, row in data["rows"].items():
-        if "median_ms" in row:
-            low, high = min(row["ms"]), max(row["ms"])
-            spread = f"{digits(low, 4)} to {digits(high, 4)}"
-            speed = [digits(row["tokens_per_second"]), f"{row['mfu']:.3f}"]
-            lines.append([name, digits(row["median_ms"], 4), spread, *speed, tiny(row["apart"])])
-    return markdown(["", "median step (ms)", "range (ms)", "tokens/s", "MFU", "gradients"], lines)
-
-
 def step_kernels() -> str:
-    """Return the time of a step by class of kernel, before the changes and with them."""
-    before, after = (result(name)["rows"] for name in STEP_PROFILES)
-    classes = [next(iter(rows.values()))["classes"] for rows in (before, after)]
-    names = sorted(classes[0], key=lambda name: -classes[0][name])
-    lines = [[name, *(f"{found.get(name, 0):.1f}" for found in classes)] for name in names]
-    lines.append(["all", *(f"{sum(found.values()):.1f}" for found in classes)])
-    return markdown(["kernels", "before (ms)", "with all (ms)"], lines)
+    """Return the time of a step by class of kernel."""
+    row = result("big-steps-first_h100_2026-11-26")["rows"]["profile-step"]
+    classes = by_class(row["kernels"])
+    total = sum(classes.values())
+    lines = [[name, f"{ms:.1f}", f"{ms / total:.0%}"] for name, ms in classes.items()]
+    return markdown(["kernels", "ms a step", "share"], [*lines, ["all", f"{total:.1f}", ""]])
+
+
+def step_changes() -> str:
+    """Return the time of a step with one change each."""
+    rows = result("step-changes_h200_2026-11-26")["rows"]
+    lines = []
+    for name, row in rows.items():
+        speed = f"{row['tokens_per_second']:,.0f}"
+        spread = f"{digits(min(row['ms']), 4)} to {digits(max(row['ms']), 4)}"
+        if not name.startswith("all"):
+            lines.append([name, digits(row["median_ms"], 4), spread, speed, f"{row['mfu']:.3f}"])
+    return markdown(["change", "median step (ms)", "range (ms)", "tokens/s", "MFU"], lines)
+
+
+def ssd_graph() -> str:
+    """Return the time of the SSD of the 370M Mamba-2 as one CUDA graph."""
+    lines = []
+    for name, file in (("before", "ssd-tiles-first"), ("now", "ssd-tiles")):
+        found = result(f"{file}_h200_2026-11-26")["rows"]
+        row = found["ssd, as it is" if name == "now" else "ssd, two kernels"]
+        lines.append([name, *(digits(row[way]["ms"], 3) for way in ("forward", "forward_backward"))])
+    return markdown(["SSD", "forward (ms)", "forward and backward (ms)"], lines)
 
 
 def real_sizes() -> str:
@@ -700,8 +708,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_by_arithmetic,
     "plan-memory": planned_memory,
     "real-sizes": real_sizes,
-    "step-changes": step_changes,
     "step-kernels": step_kernels,
+    "step-changes": step_changes,
+    "ssd-graph": ssd_graph,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),
     "train-mamba-370m": partial(training, f"train-mamba-370m{H200}", "mamba-ssm"),

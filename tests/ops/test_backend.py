@@ -68,12 +68,14 @@ def test_heads_that_a_gpu_has_no_room_for_run_in_pytorch(op, dtype, sizes, room,
 
 @pytest.mark.parametrize(
     ("op", "room", "reason"),
-    [("ssd", 227, None), ("ssd", 163, "want 176 KiB"), ("mamba2", 227, "float16 holds no output")],
+    [("ssd", 227, None), ("ssd", 163, "want 176 KiB"), ("mamba2", 227, "float16 holds no state")],
 )
 def test_float16_takes_the_room_of_float32(op, room, reason, monkeypatch):
     monkeypatch.setattr(_backend, "_installed", lambda package: True)
     gpu = SimpleNamespace(shared_memory_per_block_optin=room << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert "float16 holds no state" in str(_backend._refusal(op, CUDA, torch.float16, (64, 128)))
+    monkeypatch.setattr(_backend, "TF32_FOR_FLOAT16", True)
     refusal = _backend._refusal(op, CUDA, torch.float16, (64, 128))
     assert refusal is None if reason is None else reason in refusal
 

@@ -42,6 +42,9 @@ WIDEST_FLOAT32 = 64 * 64
 WIDEST_AT_ONCE = 64 * 256
 """Numbers of a head's state that the SSD's kernels take at once; wider ones go in parts."""
 
+TF32_FOR_FLOAT16 = False
+"""Whether the SSD of float16 models runs in kernels that multiply in tf32; no GPU has run them yet."""
+
 SWITCH = "LONGROLL_KERNELS"
 """Environment variable: with `torch` the ops run in plain PyTorch; otherwise GPU kernels run where they
 fit.
@@ -115,8 +118,8 @@ def _refusal(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
         return "the kernel computes in float32"
     if fla:
         return _refusal_of_fla(op, dtype, sizes)
-    if op == "mamba2" and dtype == torch.float16:
-        return "float16 holds no output above 65,504"
+    if dtype == torch.float16 and op in (("mamba2",) if TF32_FOR_FLOAT16 else ("mamba2", "ssd")):
+        return "float16 holds no state above 65,504"
     return _refusal_of_ssd(device, dtype, *sizes) if op in ("ssd", "mamba2") and sizes else None
 
 

@@ -31,7 +31,7 @@ WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"SUM": False, "HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
+OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
 FEWEST = 256  # programs that keep a GPU busy
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
@@ -318,12 +318,8 @@ def _ssd_gradients_of_B_and_C(
     dBb, dBt, dBh, dCb, dCt, dCh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    SUM: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns.
-
-    With SUM it sums the gradients of its heads' scores before it multiplies them.
-    """
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(2) // blocks, chunk * CHUNK
@@ -339,7 +335,6 @@ def _ssd_gradients_of_B_and_C(
     C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
     causal = step[:, None] >= step[None, :]
     dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
-    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
     for i in range(0, HEADS):
         head = heads * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
@@ -357,14 +352,9 @@ def _ssd_gradients_of_B_and_C(
         given = (x.to(tl.float32) * (dt * tl.exp2(total - a))[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision=PRECISION)
         dB += tl.dot(given, dend, input_precision=PRECISION)
-        if SUM:
-            dproducts += dscores
-        else:
-            dC += tl.dot(dscores.to(x.dtype), B, input_precision=PRECISION)
-            dB += tl.dot(tl.trans(dscores.to(x.dtype)), C, input_precision=PRECISION)
-    if SUM:
-        dC += tl.dot(dproducts.to(B.dtype), B, input_precision=PRECISION)
-        dB += tl.dot(tl.trans(dproducts.to(B.dtype)), C, input_precision=PRECISION)
+        dscores = dscores.to(x.dtype)
+        dC += tl.dot(dscores, B, input_precision=PRECISION)
+        dB += tl.dot(tl.trans(dscores), C, input_precision=PRECISION)
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
