@@ -33,12 +33,12 @@ WAYS = {
     "random": "Random Noise",
 }
 ENDINGS = {
-    "time": "at a time",
-    "term": "by SIGTERM",
-    "step": "at a step",
-    "evaluation": "in an evaluation",
-    "report": "in a measurement",
-    "file": "at a file operation",
+    "time": "SIGKILL to all, at a time",
+    "term": "SIGTERM to all, at a time",
+    "launcher": "SIGKILL to torchrun",
+    "step": "SIGKILL to one, at a step",
+    "report": "SIGKILL to one, at a report of progress",
+    "within": "SIGKILL to one, at a file operation or a forward",
 }
 """How `kill_resume.py` ends runs, in words."""
 
@@ -388,17 +388,38 @@ def kills() -> str:
     return markdown(["processes", "runs", "kills", "bit-identical to the undisturbed run"], lines)
 
 
+def landing(trial: dict[str, Any], phase: str) -> str:
+    """Return what an end of a trial fell into."""
+    if phase == "start":
+        return "the start: imports, the model, the meeting of processes"
+    if phase != "evaluation":
+        return {"step": "training steps", "save": "a save", "result": "the save of the result"}.get(
+            phase, phase
+        )
+    names = {"loss": "`evaluate loss`", "task": "`evaluate` of a task", "diagnose": "`diagnose`"}
+    if trial["what"] in names:
+        return names[trial["what"]]
+    return f"an evaluation by {'Trainer' if trial['evaluates'] == 'trainer' else '`until_healthy`'}"
+
+
 def endings() -> str:
-    """Return the runs and measurements that were ended at random, by what they did and what started them."""
+    """Return the runs and measurements that were ended at random, by what each end fell into."""
     trials = result("kill-resume-all_cpu_2026-11-26")["trials"]
+    ends = [
+        (landing(trial, kill["landed"]), processes, ENDINGS[kill["how"]])
+        for trial in trials
+        for kill, processes in zip(trial["kills"], trial["started_on"], strict=False)
+    ]
     lines = []
-    for what, launcher in sorted({(trial["what"], trial["launcher"]) for trial in trials}):
-        some = [trial for trial in trials if (trial["what"], trial["launcher"]) == (what, launcher)]
-        ends = Counter(kill["how"] for trial in some for kill in trial["kills"])
-        told = ", ".join(f"{ends[how]} {name}" for how, name in ENDINGS.items() if ends[how])
-        counts = str(len(some)), str(sum(ends.values())), told, str(sum(trial["exact"] for trial in some))
-        lines.append([what, launcher, *counts])
-    return markdown(["what", "started by", "runs", "ends", "by", "exact"], lines)
+    for place in sorted({place for place, *_ in ends}):
+        here = [end for end in ends if end[0] == place]
+        counts = [str(sum(processes == n for _, processes, _ in here)) for n in (1, 2, 4)]
+        by = ", ".join(f"{count} {how}" for how, count in Counter(how for *_, how in here).most_common())
+        lines.append([place, *counts, by])
+    exact = sum(trial["exact"] for trial in trials)
+    totals = [str(sum(processes == n for _, processes, _ in ends)) for n in (1, 2, 4)]
+    lines.append([f"all: {exact} of {len(trials)} runs exact", *totals, f"{len(ends)} ends"])
+    return markdown(["ended in", "1 process", "2 processes", "4 processes", "by"], lines)
 
 
 def fla_ops() -> str:

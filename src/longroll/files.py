@@ -99,6 +99,12 @@ class Lock:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
 
+    def release(self) -> None:
+        """Give the lock back, if this object has it."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
     """Return whether bytes go into `path` one after the other: a device, a pipe, a socket, an open

@@ -220,6 +220,7 @@ def posttrain(
             trainer.state.log_history[-1].update(kept)
             if finish is not None:
                 finish(list(trainer.state.log_history))
+            lock.release()  # a network file system keeps a file that is open
             checkpoints.remove(folder)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
     return list(trainer.state.log_history)
