@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import socket
 import tempfile
 from contextlib import suppress
@@ -131,6 +132,15 @@ def descriptor(path: str | os.PathLike[str]) -> int | None:
 def _unwritable(path: Path, error: OSError) -> LongrollError:
     reason = error.strerror or type(error).__name__
     return LongrollError(f"Cannot write {path}: {reason}. Name another place.")
+
+
+def delete(path: Path) -> None:
+    """Remove a file, a folder with all it holds, or a link and not what it points to; what is busy stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def check_writable(path: Path, *, folder: bool = False) -> Path:

@@ -1,6 +1,7 @@
 """A measurement that was killed goes on from what it kept, and finds what one that was not killed finds."""
 
 import json
+import os
 import random
 import shutil
 from functools import partial
@@ -113,6 +114,27 @@ def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
     again = {"reading-0-of-1.piece": ["reading on"]}
     again["coverage.piece"] = ["comparing states", "holding heads in range"]
     assert name not in again or list(dict.fromkeys(stages)) == again[name]
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe", "link", "versions"])
+def test_whatever_lies_where_a_piece_is_kept(what, tmp_path, caplog):
+    lm, tokens, folder = planted_lm(), texts_of_twin()[:1, :9], tmp_path / "kept"
+    for name in ("pieces.json", "two.piece"):
+        Kept(folder).begin(lm, tokens)
+        file = folder / name
+        if what == "versions":
+            held = json.loads((folder / "pieces.json").read_text())
+            (folder / "pieces.json").write_text(json.dumps(held | {"versions": [1]}))
+        else:
+            file.unlink(missing_ok=True)
+            makes = {"folder": file.mkdir, "pipe": partial(os.mkfifo, file)}
+            makes.get(what, partial(file.symlink_to, file.name))()
+        kept = Kept(folder)
+        kept.begin(lm, tokens)
+        assert kept.once("two", lambda: 2) == 2 == kept.read("two")
+        assert what != "versions" or "pieces.json is damaged" in caplog.text
+        kept.remove()
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(

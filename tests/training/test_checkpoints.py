@@ -44,6 +44,8 @@ DAMAGES = {
     "flipped": flip,
     "longer": lambda file: file.write_bytes(file.read_bytes() + b"0"),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
 }
 
 
@@ -59,6 +61,47 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, tmp_path, caplog):
     assert "checkpoint-10" in caplog.text and Path(name).name in caplog.text
     with pytest.raises(LongrollError, match=r"checkpoint-10.*" + Path(name).name):
         checkpoints.checkpoint_to_resume(tmp_path, str(newer))
+
+
+MANIFESTS = [
+    "[" * 100_000,
+    *(json.dumps({"files": {name: {"bytes": 0, "sha256": ""}}}) for name in ("a\0b", "/dev/zero", "\ud800")),
+    *(json.dumps({"files": files}) for files in ({}, [], {"one.pt": 1}, {"one.pt": {"bytes": []}}, "x")),
+]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
+def test_a_manifest_of_any_contents_is_read_or_passed_over(text, tmp_path):
+    older, newer = fill(tmp_path, 1), fill(tmp_path, 2)
+    (newer / checkpoints.MANIFEST).write_text(text)
+    assert checkpoints.newest_whole(tmp_path) == older
+
+
+PLACES = {
+    "a file": lambda path, _: path.write_text("x"),
+    "a link to itself": lambda path, _: path.symlink_to(path.name),
+    "a link to a folder": lambda path, other: path.symlink_to(other),
+    "a folder": lambda path, _: (path / "inner").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize("name", [".partial", ".removed-checkpoint-2", "checkpoint-4", "checkpoint-²"])
+def test_whatever_lies_where_a_checkpoint_is_made_or_removed(name, what, tmp_path):
+    """Links are removed and not what they point to."""
+    folder, other = tmp_path / "checkpoints", tmp_path / "other"
+    other.mkdir()
+    (other / "kept").write_text("x")
+    fill(folder, 2), shutil.rmtree(folder / checkpoints.PARTIAL)
+    PLACES[what](folder / name, other)
+    checkpoints.clear_partial(folder)
+    assert checkpoints.newest_whole(folder) == folder / "checkpoint-2"
+    assert fill(folder, 4) == checkpoints.newest_whole(folder)
+    checkpoints.rotate(folder, 1)
+    with checkpoints.aside(folder) as partial:
+        (partial / "config.json").write_text("{}")
+    left = {path.name for path in folder.iterdir()} - {name if name == "checkpoint-²" else ""}
+    assert left == {"checkpoint-4", "config.json"} and [path.name for path in other.iterdir()] == ["kept"]
 
 
 def test_killed_anywhere_in_a_commit_the_older_one_is_found(tmp_path, monkeypatch):
@@ -194,7 +237,7 @@ def test_a_run_killed_while_it_ends_is_finished_by_resume(where, tmp_path, undis
             patch.setattr(ranked.json, "dumps", die)  # in `finish`, and in nothing before it
             patch.setattr(checkpoints.json, "dumps", json.dumps)
         else:
-            patch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: die() if path.exists() else None)
+            patch.setattr(shutil, "rmtree", lambda path, **_: die() if path.exists() else None)
         run("sp", str(output), options=OPTIONS)
     run("sp", str(output), options=OPTIONS, resume=True)
     assert_same(weights(output), undisturbed)
@@ -244,6 +287,47 @@ def test_a_damaged_description_of_a_run_is_put_back(damage, tmp_path, caplog, un
     assert "the copy in checkpoint-4 is used" in caplog.text
     run("sp", str(output), options=OPTIONS, resume=True)
     assert_same(weights(output), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{name: to} for name in ("arguments", "world_size", "versions", "device") for to in (0, "1", [], {})],
+    ids=str,
+)
+def test_a_description_of_another_form_is_refused(change, tmp_path):
+    run = {"arguments": {"batch_size": 2}, "world_size": 1, "versions": {}, "device": "cpu", "held_out": None}
+    (tmp_path / "run.json").write_text(json.dumps(run | change))
+    if run | change == run | {"versions": {}} or change == {"device": "1"}:
+        identity.check_same_run(tmp_path / "run.json", run)
+    else:
+        with pytest.raises(LongrollError, match="describes no run"):
+            identity.check_same_run(tmp_path / "run.json", run)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_was_saved_without_a_part_is_refused(name, tmp_path):
+    """Its manifest names what it holds, as after `save_only_model`."""
+    output = tmp_path / "out"
+    killed_at(5, output, "none")
+    newest = checkpoints.newest_whole(output / "checkpoints")
+    newest.rename(partial := newest.with_name("again"))
+    (partial / checkpoints.MANIFEST).unlink(), (partial / name).unlink()
+    checkpoints.commit(partial, newest)
+    with pytest.raises(LongrollError, match=f"{newest.name} has no {name}"):
+        run("none", str(output), options=OPTIONS, resume=True)
+
+
+def test_an_output_that_is_taken_away_is_one_line(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    sealed = checkpoints.commit
+
+    def taken(partial, folder):
+        shutil.rmtree(output)
+        sealed(partial, folder)
+
+    monkeypatch.setattr(checkpoints, "commit", taken)
+    with pytest.raises(LongrollError, match=r"cannot be written to: .*No such file"):
+        run("sp", str(output), options=OPTIONS)
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from longroll import ranks
 from longroll.errors import LongrollError
-from longroll.files import write_whole
+from longroll.files import delete, write_whole
 from longroll.model import RecurrentLM
 from longroll.results import (
     check_settings,
@@ -30,6 +31,7 @@ from longroll.results import (
     fingerprint_of_arrays,
     package_versions,
     read_json,
+    same_form,
     warn_of_changes,
     write_json,
 )
@@ -105,19 +107,19 @@ class Kept:
         if file.is_file():
             try:
                 before = read_json(file)
-                settings, _, _ = before["settings"], before["versions"], before["device"]
-                if _digest(settings) != before["of"]:
+                if not same_form(before, now) or _digest(before["settings"]) != before["of"]:
                     raise ValueError
-            except (LongrollError, KeyError, TypeError, ValueError):
+            except (LongrollError, ValueError):
                 logger.warning("%s is damaged: what was measured before is measured again.", file)
             else:
-                check_settings(self.folder, settings, now["settings"])
+                check_settings(self.folder, before["settings"], now["settings"])
                 warn_of_changes(before, now)
                 begun = {path.stem.split("-")[-1] for path in self.folder.glob(f"reading-*{_PIECE}")}
                 for other in begun - {str(size)}:
                     logger.warning("A reading of %s processes is kept, and starts again on %d.", other, size)
                 return
         self._clear(whole=True)  # pieces of which nothing is known
+        delete(file)
         write_json(file, now)
 
     def read(self, name: str, kinds: Sequence[type] = ()) -> Any:
@@ -127,10 +129,11 @@ class Kept:
             name: the name of the piece.
             kinds: classes of what it holds, but tensors and plain data.
         """
-        if self.folder is None or not self._file(name).is_file():
+        if self.folder is None or not os.path.lexists(file := self._file(name)):
             return None
-        file = self._file(name)
         try:
+            if not file.is_file():  # a pipe would wait
+                raise ValueError
             digest, _, packed = file.read_bytes().partition(b"\n")
             if hashlib.sha256(packed).hexdigest().encode() != digest:
                 raise ValueError
@@ -141,6 +144,7 @@ class Kept:
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UnpicklingError):
             pass
         logger.warning("%s is damaged or of another measurement: its piece is measured again.", file)
+        delete(file)
         return None
 
     def write(self, name: str, data: Any) -> None:
@@ -214,7 +218,7 @@ class Kept:
         assert self.folder is not None
         for pattern in (f".*{_PIECE}.*", f".{_SETTINGS}.*", *((f"*{_PIECE}",) if whole else ())):
             for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+                delete(path)
 
     def _reading(self) -> str:
         return f"reading-{ranks.rank()}-of-{ranks.world_size()}"

@@ -5,7 +5,7 @@ from longroll.results._json import read_json, write_json
 from longroll.results._provenance import package_versions, provenance
 from longroll.results._read import KINDS, Diagnoses, Tasks, read_result, read_results
 from longroll.results._result import SCHEMA_VERSION, Provenance, Result, Section
-from longroll.results._same import check_settings, warn_of_changes
+from longroll.results._same import check_settings, same_form, warn_of_changes
 from longroll.results.benchmark import BenchmarkResult
 from longroll.results.calibration import CalibrationResult
 from longroll.results.diagnosis import (
@@ -81,6 +81,7 @@ __all__ = [
     "read_json",
     "read_result",
     "read_results",
+    "same_form",
     "warn_of_changes",
     "write_json",
 ]

@@ -27,6 +27,17 @@ def check_settings(place: Path, before: Mapping[str, Any], now: Mapping[str, Any
             )
 
 
+def same_form(before: Any, now: Mapping[str, Any]) -> bool:
+    """Return whether `before`, read from a file, has the names of `now` and values of the same types.
+
+    A text and None are of one type.
+    """
+    if not isinstance(before, dict) or before.keys() != now.keys():
+        return False
+    types = ({type(before[name]), type(now[name])} for name in now)
+    return all(len(found) == 1 or found == {str, type(None)} for found in types)
+
+
 def warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn where `versions` of packages and the kind of `device` are not those that a run was started on."""
     for package in before["versions"] | now["versions"]:

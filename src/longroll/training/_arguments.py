@@ -137,7 +137,9 @@ TRAINING_ARGUMENTS: dict[str, Row] = {
         "it saves in the midst of a step, with the states of the next one: use "
         "`longroll.training.stops_between_steps`",
     ),
-    "save_only_model": Row("neutral", "such a checkpoint has no memory of states, and resuming says so"),
+    "save_only_model": Row(
+        "neutral", "such a checkpoint has neither optimizer nor states, and resuming says so"
+    ),
     **_rows(
         "neutral",
         "where checkpoints go, and which are kept",

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 
 from longroll.errors import LongrollError, named
-from longroll.files import write_whole
+from longroll.files import delete, write_whole
+from longroll.results import read_json
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -31,6 +31,7 @@ PARTIAL = ".partial"
 """Where checkpoints are written before they are committed."""
 _REMOVED = ".removed-"
 _PREFIX = "checkpoint-"
+_NAME = re.compile(rf"{_PREFIX}\d+", re.ASCII)
 _LOST = re.compile("gloo|NCCL|Connection|Broken pipe")  # what is said of a process that died
 
 logger = logging.getLogger("longroll")
@@ -61,17 +62,19 @@ def commit(partial: Path, folder: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint; None: every file is as it was committed."""
-    try:
-        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except FileNotFoundError:
+    if not os.path.lexists(folder / MANIFEST):
         return f"{MANIFEST} is missing: it was not written to its end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    expected = _manifest(folder)
+    if expected is None:
         return f"{MANIFEST} cannot be read"
     if not expected:
         return f"{MANIFEST} names no file"
+    held = {str(path.relative_to(folder)): path for path in folder.rglob("*")}  # a name may lead elsewhere
+    for name in expected:
+        if name not in held:
+            return f"{name} is missing"
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _damage_of(folder / name, *expected[name]), expected)
+        found = pool.map(lambda name: _damage_of(held[name], *expected[name]), expected)
         return next((what for what in found if what), None)
 
 
@@ -132,7 +135,7 @@ def described_by(folder: Path) -> Path:
             )
     elif not (file.is_file() and file.read_bytes() == copy.read_bytes()):
         logger.warning("%s is damaged: the copy in %s is used.", file, copy.parent.name)
-        remove(file) if file.is_dir() else file.unlink(missing_ok=True)
+        delete(file)
         write_whole(file, copy.read_bytes())
     return file
 
@@ -155,16 +158,16 @@ def rotate(folder: Path, keep: int | None, best: str | None = None) -> None:
 def clear_partial(folder: Path) -> None:
     """Remove what a killed process left half written or half removed in `folder`."""
     for path in [folder / PARTIAL, *folder.glob(f"{_REMOVED}*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        delete(path)
 
 
 def remove(folder: Path) -> None:
     """Remove a folder by a rename first: a process killed meanwhile leaves no half of it under its name."""
-    if folder.exists():
+    if os.path.lexists(folder):
         gone = removal_of(folder)
-        shutil.rmtree(gone, ignore_errors=True)
+        delete(gone)
         folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        delete(gone)
 
 
 def removal_of(folder: Path) -> Path:
@@ -195,7 +198,7 @@ def readable(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
 def aside(folder: Path) -> Iterator[Path]:
     """Yield a folder to write in, whose files are moved into `folder` when they are whole and on the disk."""
     partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
+    delete(partial)
     partial.mkdir(parents=True)
     yield partial
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
@@ -215,7 +218,7 @@ def sync(path: Path) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    found = [path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
 
 
@@ -226,15 +229,24 @@ def _seal(file: Path) -> dict[str, Any]:
 
 def _is_sealed(file: Path) -> bool:
     """Return whether a file is as its checkpoint's manifest says."""
+    entries = _manifest(file.parent) or {}
+    return file.name in entries and _damage_of(file, *entries[file.name]) is None
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Return bytes and sums of the files of a checkpoint; None where its manifest cannot be read."""
+    file = folder / MANIFEST
     try:
-        entry = json.loads((file.parent / MANIFEST).read_bytes())["files"][file.name]
-        return _damage_of(file, entry["bytes"], entry["sha256"]) is None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        entries = read_json(file)["files"] if file.is_file() else None
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (LongrollError, OSError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _damage_of(file: Path, size: int, digest: str) -> str | None:
     try:
+        if not file.is_file() and file.exists():
+            return f"{file.name} is no file"
         found = file.stat().st_size
         if found != size:
             return f"{file.name} has {found} bytes, not {size}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -27,12 +29,21 @@ def faults_are_said(output: Path, lm: RecurrentLM, options: PosttrainOptions) ->
             raise LongrollError(_what_would_fit(options) + fitting_line(lm, options)) from error
         if lost := ranks.loss_of_another(error):
             raise LongrollError(f"{lost} Go on by `resume`.") from error
-        if not any(sign in str(error) for sign in _FULL):
+        if any(sign in str(error) for sign in _FULL):
+            mend = "Make room"
+        elif isinstance(error, OSError) and _lies_in(error.filename, output):
+            mend = "Mend that"
+        else:
             raise
         raise LongrollError(
-            f"`output` {output} cannot be written to: {error}. Make room and go on by `resume`, where a "
+            f"`output` {output} cannot be written to: {error}. {mend} and go on by `resume`, where a "
             "checkpoint was written."
         ) from error
+
+
+def _lies_in(file: Any, folder: Path) -> bool:
+    """Return whether the file of an OSError lies in `folder`."""
+    return isinstance(file, str | os.PathLike) and Path(file).absolute().is_relative_to(folder.absolute())
 
 
 def _what_would_fit(options: PosttrainOptions) -> str:

@@ -19,6 +19,7 @@ from longroll.results import (
     fingerprint_of_arrays,
     package_versions,
     read_json,
+    same_form,
     warn_of_changes,
 )
 
@@ -85,7 +86,7 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
         LongrollError: for another model, text, tokenizer, task or argument.
     """
     before = read_json(file)
-    if not isinstance(before, dict) or before.keys() != now.keys():
+    if not (same_form(before, now) and _counts_rows(before)):
         raise LongrollError(f"`resume`: {file} describes no run of this longroll: name another `output`.")
     _refuse_others(before, now, _TASK)  # a task and an intervention have options of their own by default
     _check_rows(before, now)
@@ -98,6 +99,11 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
             )
     _refuse_others(before, now, _WHAT)
     warn_of_changes(before, now)
+
+
+def _counts_rows(run: dict[str, Any]) -> bool:
+    counts = run["arguments"].get("batch_size"), run["world_size"]
+    return all(isinstance(count, int) and count >= 1 for count in counts)
 
 
 def _refuse_others(before: dict[str, Any], now: dict[str, Any], kinds: dict[str, str]) -> None:

@@ -11,7 +11,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from longroll import ranks
+from longroll.errors import LongrollError
 from longroll.training import checkpoints
+
+_NEEDED = {"optimizer.pt": "optimizer*", "scheduler.pt": "scheduler.pt", "rng_state.pth": "rng_state*"}
+"""What a run goes on by besides the model; Trainer goes on without them, as after `save_only_model`."""
 
 
 class WholeCheckpointsMixin:
@@ -51,6 +55,12 @@ class WholeCheckpointsMixin:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        for name, pattern in _NEEDED.items():
+            if checkpoint is not None and not any(Path(checkpoint).glob(pattern)):
+                raise LongrollError(
+                    f"{checkpoint} has no {name}, without which a run goes on to other weights: resume from "
+                    "another checkpoint, or begin a run with the model in it."
+                )
         with checkpoints.readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
