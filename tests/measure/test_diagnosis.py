@@ -74,6 +74,11 @@ def test_a_model_that_only_reads_worse_than_afresh_is_told_so():
     found = advise("m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4)
     assert found.intervention is None and found.command is None
     assert "leave it alone; a repair by State Passing may win that back" in found.sentence
+    found = advise(
+        "m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4, severity=0.46
+    )
+    assert found.intervention == "sp" and "posttrain m" in found.command
+    assert found.sentence.startswith("It keeps its level because far text is easier. Repair it by")
 
 
 def test_a_hybrid_whose_attention_breaks_is_not_sent_to_repair_its_states():

@@ -137,7 +137,8 @@ def advise(
         train_length: T.
         flags: what the command needs besides to open it.
         length: tokens of a document of the texts measured, at least; 0: not known.
-        breaks: whether its loss rises above its level in range, rather than only above a fresh start's.
+        breaks: whether its loss rises above its level in range, rather than only above a fresh start's: a
+            model of the second kind is repaired too where `severity` is known and above the tolerance.
         iid: the test of its states at T.
         ends: how the ends of the texts differ.
         tokens_per_second: speed of a forward on this device.
@@ -173,10 +174,11 @@ def advise(
     name = NAMES[choice]
     arguments = [*named, "--train-length", str(train_length), "--output", "repaired"]
     command = model and shlex.join(["longroll", "posttrain", model, *flags, *arguments])
-    if not breaks:
+    if not (breaks or severity > TOLERANCE):
         might = f"a repair by {name} may win that back, at some loss in range"
         return Advice(None, f"It keeps its level, so leave it alone; {might}.")
-    sentence = (
+    sentence = "" if breaks else "It keeps its level because far text is easier. "
+    sentence += (
         f"Repair it by {name}: {why}. {REPAIRS} {STEPS} steps of {BATCH_SIZE} x {train_length} tokens take "
         f"about {_duration(seconds)} on this device; fewer often do."
     )
