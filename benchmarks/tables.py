@@ -548,6 +548,14 @@ RIVALS = {
 }
 
 
+RIVALS_RECALL = {
+    "base": "the base, read plainly",
+    **{name: RIVALS[name] for name in ("clip", "decay", "reset")},
+    "chunk": "reading: the one chunk after which the answer is surest",
+    **{name: RIVALS[name] for name in ("none", "sp", "tbptt", "fitted")},
+}
+
+
 def rivals() -> str:
     """Readings, calibrations and training of the specimen: tokens read and the loss by positions."""
     ways = {way["way"]: way for way in result("rivals-specimen_cpu_2026-11-26")["ways"]}
@@ -557,6 +565,17 @@ def rivals() -> str:
         levels = [f"{octaves[stop]:.2f}" for stop in (128, 256, 1024, 4096, 8192)]
         rows.append([what, f"{ways[name]['tokens']:,}", *levels])
     return markdown(["", "tokens", "in range", "128-256", "512-1k", "2k-4k", "4k-8k"], rows)
+
+
+def rivals_recall() -> str:
+    """Readings and training of a model that recalls: accuracy at T to 64 T, with its interval."""
+    ways = {way["way"]: way for way in result("rivals-recall_h200_2026-11-26")["ways"]}
+    rows = []
+    for name, what in RIVALS_RECALL.items():
+        cells = [cell["scores"]["recalled"] for cell in ways[name]["cells"]]
+        levels = [f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
+        rows.append([what, f"{ways[name]['tokens']:,}", *levels])
+    return markdown(["", "tokens", "T", "4 T", "16 T", "64 T"], rows)
 
 
 def predictor() -> str:
@@ -750,6 +769,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "blame-trained": blame_trained,
     "predictor": predictor,
     "rivals": rivals,
+    "rivals-recall": rivals_recall,
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),

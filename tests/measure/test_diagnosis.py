@@ -10,7 +10,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 import zoo
 from longroll import RecurrentLM, diagnose, position_loss
 from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
-from longroll.measure.advice import advise
+from longroll.measure.advice import advise, of_ablation
 from longroll.measure.explain import StateWatch, explain_coverage
 from longroll.measure.iid import IIDTest
 from longroll.measure.judge import TOLERANCE
@@ -151,3 +151,6 @@ def test_advice_follows_the_evidence(iid, ends, intervention, reason):
     assert "12 minutes" in found.sentence and "reset" not in found.sentence
     severe = advise("m", 256, iid=iid, ends=ends, tokens_per_second=1e4, severity=4.474).sentence
     assert "4.47 nats lower from the last T tokens alone (`reading` reset)" in severe
+    held = {"what": "all heads", "recovered": 0.97, "low": 0.95, "high": 0.99}
+    assert "(`reading` clip) win back 97 %" in of_ablation(found, held).sentence
+    assert of_ablation(found, held | {"low": 0.5}) == of_ablation(found, None) == found

@@ -20,6 +20,7 @@ from longroll.measure.advice import (
     NO_STATE,
     advise,
     after_repair,
+    of_ablation,
     of_blame,
     of_dtype,
 )
@@ -264,6 +265,8 @@ def _diagnose(
                     healthy=not suffers, restarted=restarted, progress=progress,
                 ),
             )  # fmt: skip
+            held = details["coverage"].get("causal") or []
+            advice = of_ablation(advice, next((row for row in held if row["what"] == "all heads"), None))
             blame = None
             if suffers:
                 blame = kept.once(

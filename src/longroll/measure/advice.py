@@ -19,6 +19,8 @@ STEPS, BATCH_SIZE = 500, 16
 """Steps of the paper (section 4) and rows of our default batch."""
 WORTH_SAVING = 0.05
 """Nats in range: a repair that costs more is worth another try."""
+CLIPS = 0.8
+"""Share of the damage that states held in range win back, from which the reading that does so is named."""
 _RESET = "from the last T tokens alone (`reading` reset), which forgets what lies before them"
 _TRAINING = 3.5  # forward passes that a training step takes: the backward is two, the rest is the optimizer
 
@@ -185,6 +187,23 @@ def advise(
     if severity > TOLERANCE and math.isfinite(severity):
         sentence += f" Untrained, the model reads far text {severity:.2f} nats lower {_RESET}."
     return Advice(choice, sentence, command, STEPS, tokens, seconds)
+
+
+def of_ablation(advice: Advice, held: dict[str, Any] | None) -> Advice:
+    """Name the reading that clips states, where states held in range win back most of the damage.
+
+    Args:
+        advice: what the states call for.
+        held: the row of all heads of a state ablation; None where none was made.
+    """
+    if advice.intervention is None or held is None or not held["low"] >= CLIPS:
+        return advice
+    share = f"{100 * held['recovered']:.0f} %"
+    return replace(
+        advice,
+        sentence=f"{advice.sentence} Its states held in range (`reading` clip) win back {share} of the "
+        "damage untrained and keep what lies before the last T tokens.",
+    )
 
 
 def of_blame(
