@@ -219,6 +219,28 @@ def test_a_residual_added_by_the_next_norm_is_the_block(name, monkeypatch):
     assert set(added) == {True, False}  # the first block's norm has nothing to add
 
 
+@pytest.mark.parametrize("between", ["again", "changed"])
+def test_the_norm_that_a_block_made_for_the_next_is_used_only_where_it_holds(between, monkeypatch):
+    """Where checkpointing by another library runs a block again, and where the residual is changed."""
+    from torch.utils.checkpoint import checkpoint
+
+    from longroll.conformance import laws
+    from longroll.families import _norms
+    from longroll.ops.gpu import rms_norm
+
+    lm = RecurrentLM(build("mamba")).train()
+    ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    first, last = lm.model.backbone.layers[0], lm.model.backbone.layers[-1]
+    run, rerun = first.forward, last.forward
+    if between == "changed":
+        monkeypatch.setattr(first, "forward", lambda *a, **k: run(*a, **k).add_(1.0))
+    else:
+        monkeypatch.setattr(last, "forward", lambda *a, **k: checkpoint(rerun, *a, use_reentrant=False, **k))
+    expected = laws.gradients(lm, ids, [8])
+    monkeypatch.setattr(_norms, "choose", lambda op, *_: SimpleNamespace(kernel=getattr(rms_norm, op)))
+    assert laws.gradient_gap(laws.gradients(lm, ids, [8]), expected).size < 1e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(7, 11), (3, 9001)])
 def test_cross_entropy_is_pytorchs(dtype, rows, vocabulary):

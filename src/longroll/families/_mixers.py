@@ -129,7 +129,7 @@ def _has_room(tensor: Tensor, size: int) -> bool:
 
     The answer depends on the layer alone: gradient checkpointing asks a second time.
     """
-    return size <= KEPT * torch.cuda.get_device_properties(tensor.device).total_memory
+    return KEPT > 0 and size <= KEPT * torch.cuda.get_device_properties(tensor.device).total_memory
 
 
 def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:

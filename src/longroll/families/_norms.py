@@ -68,6 +68,7 @@ def _block(
     following: nn.Module | None,
     original: Callable,
     hidden_states: Tensor,
+    *args: Any,
     **options: Any,
 ) -> Tensor:
     """Run a block of Mamba, its residual and norms in one kernel.
@@ -79,13 +80,13 @@ def _block(
     wide = x.dtype == own.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
     given = isinstance(options.get("cache_params"), StateCache) and needs_graph(x)
     if not ADDS or not wide or not given or not _plain(own, x):
-        return cast(Tensor, original(hidden_states, **options))
+        return cast(Tensor, original(hidden_states, *args, **options))
     if (normed := _made_before(x, own)) is None:
         normed, x = _norm_of_sum(x, None, own)
-    y = block.mixer(normed, **options)
-    if block.gradient_checkpointing or not _plain(norm, x):
-        return x + cast(Tensor, y)
-    if following is not None and hooked(following):  # whose weights may lie elsewhere until it runs
+    y = block.mixer(normed, *args, **options)
+    # a hook may change the result; the weights of a hooked block may lie elsewhere until it runs
+    alone = hooked(block) or (following is not None and hooked(following))
+    if alone or block.gradient_checkpointing or not _plain(norm, x):
         return x + cast(Tensor, y)
     normed, total = _norm_of_sum(x, y, norm)
     total._normed = norm, total._version, normed  # type: ignore[attr-defined]
@@ -108,12 +109,11 @@ def _plain(norm: nn.Module, x: Tensor) -> bool:
 
 
 def _made_before(x: Tensor, norm: nn.Module) -> Tensor | None:
-    """Return the norm of `x` that the block before made, once."""
-    made = getattr(x, "_normed", None)
-    if made is None:
-        return None
-    del x._normed  # type: ignore[attr-defined]
-    of, version, normed = made
+    """Return the norm of `x` that the block before made, if that is the norm of x as it is now.
+
+    It stays with x: checkpointing by another library runs the block a second time.
+    """
+    of, version, normed = getattr(x, "_normed", (None, None, None))
     return cast(Tensor, normed) if of is norm and version == x._version else None
 
 

@@ -238,11 +238,11 @@ class _RMSNormOfSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, more: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
         dweight, dadd = None, None
-        if dy is None:
+        if dy is None:  # the norm was not used; the sum may have been changed in place since
             dx = more
         else:
+            x, weight, rstd = ctx.saved_tensors
             if ctx.dtype not in (None, x.dtype):
                 dadd = torch.empty(x.shape, dtype=ctx.dtype, device=x.device)
             dx, dweight = backward(dy, x, weight, None, rstd, None, more, dadd)
