@@ -55,7 +55,7 @@ class Recipe:
     """The same for a task, which is to be learned: all weights are trained."""
 
 
-WINDOWS = 8
+WINDOWS = 16
 """A document is long where it fills this many windows of the training length. On shorter ones State Passing
 does as well (docs/ablation.md)."""
 LONG_SHARE = 0.5
