@@ -120,7 +120,7 @@ def _decays_between(a, causal):
 
 @triton.jit
 def _trace(products, i):
-    """Sum of the diagonal of a product, whose factors need not be in registers."""
+    """Sum of the diagonal of a product."""
     return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), axis=1), axis=0)
 
 
@@ -412,9 +412,10 @@ class Steps(NamedTuple):
         """Run a kernel on all chunks, with `more` strides."""
         batch, time, heads = self.dt.shape
         tile = min(STEPS["HEADS"], triton.next_power_of_2(heads))
+        bias = None if self.bias is None else self.bias.contiguous()
         out = None if self.out is None else self.out.contiguous().view(torch.uint8)
         kernel[batch, chunks, triton.cdiv(heads, tile)](
-            *(self.dt if t is None else t for t in (self.dt, self.bias, out)), *tensors,
+            *(self.dt if t is None else t for t in (self.dt, bias, out)), *tensors,
             time, heads, chunks, *self.dt.stride(), *map(float, self.limit), *more,
             HAS_BIAS=self.bias is not None, SOFTPLUS=self.softplus, LIMITED=tuple(self.limit) != NO_LIMIT,
             HAS_OUT=self.out is not None, CHUNK=CHUNK, **STEPS | {"HEADS": tile},
