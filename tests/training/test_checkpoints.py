@@ -317,6 +317,17 @@ def test_a_checkpoint_that_was_saved_without_a_part_is_refused(name, tmp_path):
         run("none", str(output), options=OPTIONS, resume=True)
 
 
+@pytest.mark.parametrize("place", ["out", "out/checkpoints"])
+def test_a_folder_that_cannot_be_is_one_line(place, tmp_path):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    with pytest.raises(LongrollError, match=r"`output`.* (already holds a model|holds an interrupted run)"):
+        run("sp", str(tmp_path / "out"), options=OPTIONS)
+    with pytest.raises(LongrollError, match=r"`output`.* (already holds a model|cannot be written)"):
+        run("sp", str(tmp_path / "out"), options=OPTIONS, resume=True)
+    assert (tmp_path / place).read_text() == "mine"
+
+
 def test_an_output_that_is_taken_away_is_one_line(tmp_path, monkeypatch):
     output = tmp_path / "out"
     sealed = checkpoints.commit

@@ -144,7 +144,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=str
+    ("number", "ends"),
+    [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt), (signal.SIGHUP, SystemExit)],
+    ids=str,
 )
 def test_a_signal_finishes_the_step_and_saves(number, ends, tmp_path, monkeypatch):
     before = signal.getsignal(number)
@@ -158,6 +160,41 @@ def test_a_signal_finishes_the_step_and_saves(number, ends, tmp_path, monkeypatc
     assert all(one[name].equal(other[name]) for name in other)
     logs = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("out", "never")]
     assert [entry.get("loss") for entry in logs[0]] == [entry.get("loss") for entry in logs[1]]
+
+
+def test_signals_that_are_ignored_stay_so(tmp_path, monkeypatch):
+    """As nohup has it for SIGHUP, and a shell for SIGINT of what runs in the background."""
+    numbers = (signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        for number in numbers:
+            end = At(2, lambda *_, number=number: os.kill(os.getpid(), number))
+            run_with(end, tmp_path / number.name, monkeypatch, "tbptt")
+            assert (tmp_path / number.name / "config.json").exists()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_terminal_that_closes_ends_a_run_with_a_checkpoint(tmp_path, monkeypatch):
+    """Writing to it is an error from then on."""
+    mine, (terminal, shown) = os.dup(1), os.openpty()
+
+    def close(*_):
+        os.close(terminal)
+        with pytest.raises(OSError, match="Input/output"):
+            os.write(1, b"step")
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.write(1, b"step")
+
+    os.dup2(shown, 1)
+    try:
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGHUP)):
+            run_with(At(2, close), tmp_path / "out", monkeypatch)
+    finally:
+        os.dup2(mine, 1)
+        os.close(mine), os.close(shown)
+    assert checkpoints.newest_whole(tmp_path / "out" / "checkpoints").name == "checkpoint-3"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=str)

@@ -269,7 +269,10 @@ def _is_done(output: Path, place: Path, resume: bool, lock: Lock) -> bool:
 
 def _start(folder: Path, started: dict[str, Any], resume: bool, lock: Lock) -> None:
     """Note what the run is, or check that it is the one that goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        try_folder(folder)
+    except OSError as error:
+        raise LongrollError(f"`output`: {folder} cannot be written: {error.strerror}.") from None
     lock.take()
     file = folder / checkpoints.RUN
     if resume and checkpoints.any_in(folder):
@@ -311,9 +314,9 @@ def _train(
     trainer.train(resume_from_checkpoint=goes_on)
     ended = watch is not None and watch.decision().stop is not None
     if trainer._guard.stop and trainer.state.global_step < options.steps and not ended:
-        if asked() == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if asked() in (0, signal.SIGINT):  # 0: another rank was asked
+            raise KeyboardInterrupt
+        raise SystemExit(128 + asked())
 
 
 @contextlib.contextmanager
