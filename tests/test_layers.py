@@ -10,7 +10,8 @@ import longroll
 
 SOURCE = Path(longroll.__file__).parent
 LAYERS = (
-    ("errors", "launcher", "printable", "blocks", "stacks", "heads", "checkpoint"),
+    ("errors",),
+    ("launcher", "printable", "blocks", "stacks", "heads", "checkpoint"),
     ("files", "ops", "ranks", "sizes"),
     ("state", "results", "history"),
     ("families", "interventions", "data"),

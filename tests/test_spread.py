@@ -83,7 +83,9 @@ def test_a_map_that_cannot_be_followed(given, tmp_path):
 def test_a_map_beside_a_device(tmp_path, monkeypatch):
     with pytest.raises(longroll.LongrollError, match="`device` and `device_map`"):
         longroll.load("specimen", device="cpu", device_map="auto")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(longroll.LongrollError, match="start one"):
         longroll.load("specimen", device="auto")
 

@@ -13,11 +13,31 @@ from pathlib import Path
 
 import psutil
 
+from longroll.errors import LongrollError
+
 _NAMES = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
 _EVERY = 0.5  # seconds between two looks
 _GRACE = 120.0  # seconds from SIGTERM to SIGKILL: a large checkpoint takes a minute
 
 _watching = False
+
+
+def place() -> tuple[int, int]:
+    """Return the number of this process and how many there are, as a launcher says; 0 and 1 without one.
+
+    Raises:
+        LongrollError: for variables of the environment that no launcher sets so.
+    """
+    named = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in named if os.environ.get(name)}
+    with contextlib.suppress(KeyError, ValueError):
+        size = int(given.get("WORLD_SIZE", "1"))
+        rank = int(given["RANK"] if size > 1 else given.get("RANK", "0"))
+        met = size == 1 or ("MASTER_ADDR" in given and 0 < int(given["MASTER_PORT"]) < 2**16)
+        if 0 <= rank < size and met:
+            return rank, size
+    said = ", ".join(f"{name} {given.get(name, 'is not set')}" for name in named)
+    raise LongrollError(f"{said}: start by torchrun or accelerate launch, which set them, or unset all.")
 
 
 def end_with_launcher() -> None:

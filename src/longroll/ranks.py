@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longroll.errors import LongrollError
-from longroll.launcher import end_with_launcher
+from longroll.errors import LongrollError, first_line
+from longroll.launcher import end_with_launcher, place
 
 T = TypeVar("T")
 
@@ -36,22 +36,32 @@ def rank() -> int:
     """Return the number of this process among all, from 0."""
     if _apart:
         return 0
-    return dist.get_rank() if _together() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if _together() else place()[0]
 
 
 def world_size() -> int:
     """Return how many processes there are."""
     if _apart:
         return 1
-    return dist.get_world_size() if _together() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if _together() else place()[1]
 
 
 def join() -> None:
-    """Let the processes that a launcher started meet, to measure together: over gloo, on any device."""
+    """Let the processes that a launcher started meet, to measure together: over gloo, on any device.
+
+    Raises:
+        LongrollError: where they cannot meet.
+    """
     global _store
     end_with_launcher()
-    if not _together() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        store, number, count = next(dist.rendezvous("env://"))
+    if not _together() and place()[1] > 1:
+        try:
+            store, number, count = next(dist.rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:  # a port in use, a host that is not known
+            raise LongrollError(
+                f"The processes cannot meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+                f"{os.environ['MASTER_PORT']}: {first_line(error)}. Give torchrun another --master-port."
+            ) from error
         store.set_timeout(_PATIENCE)
         _store = dist.PrefixStore("longroll", store)
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_PATIENCE)

@@ -23,7 +23,7 @@ from longroll.cli._quickstart import quickstart
 from longroll.cli._report import report
 from longroll.cli._reproduce import reproduce
 from longroll.errors import LongrollError, named, out_of_memory
-from longroll.launcher import end_with_launcher
+from longroll.launcher import end_with_launcher, place
 from longroll.printable import printable
 
 INTERRUPTED = 130  # typer's exit status after Ctrl-C
@@ -70,7 +70,7 @@ def options(
     """Set the options that stand before the name of a command."""
     if quiet and verbose:
         raise LongrollError("--quiet and --verbose contradict each other: give one of them.")
-    first = os.environ.get("RANK", "0") == "0"  # one rank speaks; each says its own errors
+    first = place()[0] == 0  # one rank speaks; each says its own errors
     _console.set_verbosity(-1 if quiet or not first else int(verbose))
     _console.out.quiet = not first
 
