@@ -579,11 +579,11 @@ def rivals_recall() -> str:
 
 
 def predictor() -> str:
-    """Concordance of the forecast on families held out, and of each measure alone."""
-    found = result("predictor_cpu_2026-11-26")["analysis"]
-    rows = [["ridge regression on all, families held out", _interval(found["held_out"])]]
+    """Concordance of the forecast, of a regression on families held out, and of each measure alone."""
+    found = result("predictor_cpu_2026-11-27")["analysis"]
     alone = sorted(found["alone"].items(), key=lambda entry: -entry[1]["concordance"][0])
-    rows += [[f"`{name}` alone", _interval(one["concordance"])] for name, one in alone]
+    rows = [[f"`{name}`", _interval(one["concordance"])] for name, one in alone]
+    rows.insert(1, ["ridge regression on the others, families held out", _interval(found["held_out"])])
     return markdown(["forecast by", "concordance"], rows)
 
 
