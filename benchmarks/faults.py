@@ -166,8 +166,8 @@ def told(text: str) -> list[str]:
     """The lines that are neither progress nor result nor a library's."""
     lines = [line.strip() for line in text.splitlines()]
     noise = re.compile(
-        r"^$|^T = |^Recipe |^Plan: |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in|Warning: "
-        r"|^{'|^\[(W|rank)|^W\d{4}|━|passkey|\|"
+        r"^$|^T = |^Recipe |^Trains |^Plan: |^training |^[{\d.]+.*tokens/s|^First batch|^\d+ steps in"
+        r"|Warning: |^{'|^\[(W|rank)|^W\d{4}|━|passkey|\|"
     )
     return [line for line in lines if not noise.search(line)]
 
@@ -340,7 +340,7 @@ def evaluations(place: Place) -> Iterator[Fault]:
     base = ["diagnose", place.root / "model0", "--tokenizer", "bytes", "--text", place.root / "text.txt"]
     base += ["--length", "256", "--sequences", "4", "--device", "cpu", "--json", file]
     ran = run(*base, arm=at("longroll.measure.kept:Kept.write", 3, kill))
-    kept = sorted(part.stem for part in (place.root / "diagnosis.json.kept").glob("*.pt"))
+    kept = sorted(part.stem for part in (place.root / "diagnosis.json.kept").glob("*.piece"))
     again = run(*base)
     whole_file = place.root / "diagnosis-whole.json"
     run(*base[:-1], whole_file)
