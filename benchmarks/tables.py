@@ -743,7 +743,7 @@ def faults(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "faults": partial(faults, "faults_cpu_2026-11-26"),
+    "faults": partial(faults, "faults_cpu_2026-11-27"),
     "ranks": partial(several_gpus, "ranks_h200-x4_2026-11-26"),
     "memory": memory_by_arithmetic,
     "plan-memory": planned_memory,
