@@ -143,6 +143,24 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_finite_weights_whose_loss_is_not_are_not_saved(tmp_path, monkeypatch):
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 6:
+                with torch.no_grad():
+                    model.get_output_embeddings().weight.fill_(3e38)
+
+    with pytest.raises(LongrollError, match="loss with the trained weights is not finite"):
+        run_with(Spoil(), tmp_path / "out", monkeypatch)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_batch_without_targets_has_no_loss():
+    guard.check_loss(math.nan, torch.full((1, 3), -100))
+    with pytest.raises(LongrollError):
+        guard.check_loss(math.nan, torch.tensor([[-100, 2]]))
+
+
 @pytest.mark.parametrize(
     ("number", "ends"),
     [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt), (signal.SIGHUP, SystemExit)],

@@ -43,7 +43,7 @@ from longroll.results import write_json
 from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
 from longroll.training.faults import faults_are_said
-from longroll.training.guard import check_weights
+from longroll.training.guard import check_loss, check_weights
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.lora import check_adapters, with_lora
 from longroll.training.options import PosttrainOptions, check_sizes, settled, trainer_arguments
@@ -192,6 +192,7 @@ def posttrain(
         mixed = options.weights == "bf16"  # which only autocast reads
         with trainer.accelerator.autocast() if mixed else contextlib.nullcontext():
             trained = batch_loss(trainer.lm, batch) if empty is None else trainer.loss_from_zero(batch)
+        check_loss(trained, batch["shift_labels"])
         if empty is not None:
             found = sharding.whole(empty, trainer.model)
             model = model if found is None else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.interventions import Intervention
 from longroll.state import RecurrentState, StateKey
+from longroll.training._batch import IGNORED
 from longroll.training.sharding import local
 
 OnNotFinite = Literal["stop", "drop"]
@@ -218,6 +220,26 @@ def check_weights(model: torch.nn.Module) -> None:
         error = LongrollError(
             f"The weights {found} are not finite and are not saved: lower `learning_rate`. The last whole "
             "checkpoint is kept."
+        )
+        error.told = ranks.rank() > 0
+        raise error
+
+
+def check_loss(loss: float, targets: Tensor) -> None:
+    """Refuse to save finite weights whose loss is not, as after a step that was far too large.
+
+    Args:
+        loss: of a batch of this rank, nats.
+        targets: of the batch; one without any has no loss.
+
+    Raises:
+        LongrollError: on every rank, where the loss of one is not finite.
+    """
+    mine = math.isfinite(loss) or not (targets != IGNORED).any()
+    if not all(ranks.gather(mine)):
+        error = LongrollError(
+            "The loss with the trained weights is not finite, and they are not saved: lower `learning_rate`, "
+            "and name another `output`."
         )
         error.told = ranks.rank() > 0
         raise error
