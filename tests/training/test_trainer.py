@@ -183,7 +183,7 @@ def test_a_rank_goes_on_from_its_own_rows_of_another_number_of_ranks(rank, proce
     torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
     monkeypatch.setattr(TrainingArguments, "process_index", rank)
     monkeypatch.setattr(TrainingArguments, "world_size", processes)
-    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    trainer._load_memory(str(tmp_path), trainer.intervention)
     assert torch.equal(trainer.intervention.passed[key], rows.view(processes, -1, 3, 5)[rank])
 
 
