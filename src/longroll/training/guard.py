@@ -229,8 +229,8 @@ def check_loss(loss: float, targets: Tensor) -> None:
     """Refuse to save finite weights whose loss is not, as after a step that was far too large.
 
     Args:
-        loss: of a batch of this rank, nats.
-        targets: of the batch; one without any has no loss.
+        loss: nats, of a batch of this rank.
+        targets: targets of the batch; a batch without any has no loss.
 
     Raises:
         LongrollError: on every rank, where the loss of one is not finite.
