@@ -181,6 +181,7 @@ def test_a_rank_goes_on_from_its_own_rows_of_another_number_of_ranks(rank, proce
     trainer.create_optimizer_and_scheduler(1)
     torch.save(trainer.optimizer.state_dict(), tmp_path / "optimizer.pt")
     torch.save(trainer.lr_scheduler.state_dict(), tmp_path / "scheduler.pt")
+    trainer._save_rng_state(str(tmp_path))
     monkeypatch.setattr(TrainingArguments, "process_index", rank)
     monkeypatch.setattr(TrainingArguments, "world_size", processes)
     trainer._load_memory(str(tmp_path), trainer.intervention)
