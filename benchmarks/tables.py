@@ -578,6 +578,23 @@ def rivals_recall() -> str:
     return markdown(["", "tokens", "T", "4 T", "16 T", "64 T"], rows)
 
 
+def tracking() -> str:
+    """Word problems of groups: accuracy at T to 64 T over seeds, by group and initial state."""
+    names = {"base": "base", "none": "zero states", "sp": "State Passing", "tbptt": "TBPTT"}
+    rows = []
+    data = result("tracking_cpu_2026-11-27")
+    groups = Counter(run["group"] for run in data["runs"] if run["intervention"] == "base")
+    for row in data["summary"]:
+        cells = [f"{mean:.2f} +- {std:.2f}" for _, mean, std, _, _ in row["accuracy"]]
+        asked = [
+            f"{free:.2f} +- {spread:.2f}" for *_, free, spread in (row["accuracy"][0], row["accuracy"][3])
+        ]
+        group = row["group"]
+        rows.append([group, names[row["intervention"]], str(groups[group]), *cells, *asked])
+    head = ["group", "trained on from", "seeds", "T", "2 T", "4 T", "16 T", "64 T", "asked, T", "asked, 16 T"]
+    return markdown(head, rows)
+
+
 def predictor() -> str:
     """Concordance of the forecast, of a regression on families held out, and of each measure alone."""
     found = result("predictor_cpu_2026-11-27")["analysis"]
@@ -770,6 +787,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "predictor": predictor,
     "rivals": rivals,
     "rivals-recall": rivals_recall,
+    "tracking": tracking,
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
