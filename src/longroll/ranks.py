@@ -60,7 +60,7 @@ def join() -> None:
         except (RuntimeError, ValueError) as error:  # a port in use, a host that is not known
             raise LongrollError(
                 f"The processes cannot meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
-                f"{os.environ['MASTER_PORT']}: {first_line(error)}. Give torchrun another --master-port."
+                f"{os.environ['MASTER_PORT']}: {first_line(error)}. Give the launcher another port."
             ) from error
         store.set_timeout(_PATIENCE)
         _store = dist.PrefixStore("longroll", store)
