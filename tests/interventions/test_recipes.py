@@ -95,6 +95,8 @@ def test_matrices_are_trained_where_they_have_to_be(family, options, why):
     zero = told.frozen_zero_probability if slow else told.zero_probability
     assert found.intervention.zero_probability == zero
     assert why in found.sentence
+    adapters = "lora_rank" in options
+    assert f", trains {'adapters' if adapters else 'all weights'}, " in found.sentence
 
 
 def test_a_task_is_learned_by_all_weights():

@@ -288,6 +288,7 @@ def posttrain(
     from longroll.results import PosttrainResult, provenance
     from longroll.training import Declined, PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
+    from longroll.training.identity import settings_of
     from longroll.training.options import check_sizes
     from longroll.training.plan import setting_of, training_line
 
@@ -399,7 +400,7 @@ def posttrain(
                     "intervention": prepared.name,
                     "recipe": recipe.value,
                     "task": task,
-                    "options": vars(options),
+                    "options": vars(options) | settings_of(prepared.intervention),
                     "processes": world_size(),
                     "log": log,
                     "not_finite_steps": len(skipped_in(log)),

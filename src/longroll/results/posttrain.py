@@ -22,7 +22,7 @@ class PosttrainResult(Result):
     """What chose the intervention and the settings that were not given."""
     task: str | None
     options: dict[str, Any]
-    """The fields of `longroll.training.PosttrainOptions`."""
+    """The fields of `longroll.training.PosttrainOptions`, and the intervention's arguments."""
     processes: int = 1
     """Each read `batch_size` rows."""
     not_finite_steps: Count = 0

@@ -53,9 +53,7 @@ def describe_run(
     """Return what identifies a run, as JSON: arguments, model, text, tokenizer, task, processes, versions."""
     arguments = {name: value for name, value in vars(options).items() if name not in _FREE}
     arguments["intervention"] = "none" if intervention is None else intervention.name
-    for name, value in vars(intervention).items() if intervention else ():
-        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed":
-            arguments[name] = value
+    arguments |= settings_of(intervention)
     content: dict[str, Any]
     if isinstance(data, Corpus):
         content = {"data": "text", "tokenizer": data.tokenizer}
@@ -73,6 +71,16 @@ def describe_run(
         "world_size": world_size,
         "versions": package_versions(),
         "device": lm.device.type,
+    }
+
+
+def settings_of(intervention: Intervention | None) -> dict[str, Any]:
+    """Return the arguments that an intervention was made with, besides its seed."""
+    made = vars(intervention).items() if intervention else ()
+    return {
+        name: value
+        for name, value in made
+        if isinstance(value, (bool, int, float)) and not name.startswith("_") and name != "seed"
     }
 
 

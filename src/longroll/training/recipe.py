@@ -94,7 +94,8 @@ def by_recipe(
         recipe=recipe,
     )
     rates = f"decay speed {chosen.decay_speed:g}, learning rate {chosen.learning_rate:g}"
-    told = f"trains {_TRAINED[trainable]}, {rates}"
+    adapted = options.lora_rank or lm.adapted is not None
+    told = f"trains {'adapters' if adapted else _TRAINED[trainable]}, {rates}"
     made = None
     if choice.intervention != "none":
         zero = settings.zero_probability if zero_probability is None else zero_probability
