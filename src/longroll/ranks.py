@@ -106,8 +106,7 @@ def _slice(count: int, index: int, of: int) -> slice:
 
 def local_device(device: str | None) -> str | None:
     """Return the device of this process where no device, or the GPU, is asked for: one GPU a process."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if alone or device not in (None, "cuda") or not torch.cuda.is_available():
+    if place()[1] == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
         return device
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 

@@ -59,7 +59,8 @@ def test_from_diagnosis_to_report(place):
     for name in ("sp", "tbptt", "fitted", "random", "none"):
         ran = longroll(*train, "--intervention", name, "--output", name, "--json", f"{name}.json", cwd=place)
         assert ran.returncode == 0, ran.stderr
-        assert json.loads((place / f"{name}.json").read_text())["intervention"] == name
+        told = json.loads((place / f"{name}.json").read_text())
+        assert told["intervention"] == name and ("zero_probability" in told["options"]) == (name != "none")
         assert not (place / name / "checkpoints").exists()
     before, after = load_file(place / "model/model.safetensors"), load_file(place / "sp/model.safetensors")
     assert before.keys() == after.keys() and any(not before[k].equal(after[k]) for k in before)

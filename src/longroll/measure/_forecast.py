@@ -146,10 +146,10 @@ def forecast(
     losses, state = read(None, 1)
     late = losses[:, train_length // 2 :].mean(dim=1, keepdim=True)
     level = losses.mean(dim=1, keepdim=True)  # in range
-    foreign = _turned(state, 1)
     far, left = [], {}
     for i, n in enumerate(counts):
-        losses, passed = read(_turned(state, 1), i + 2)
+        foreign = _turned(state, 1)
+        losses, passed = read(foreign, i + 2)
         far.append(losses[:, train_length // 2 :].mean(dim=1))
         if n == 1:
             left = {key: _left(passed[key] - state[key], foreign[key]) for key in state.part("recurrent")}

@@ -237,7 +237,9 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     """Return bytes and sums of the files of a checkpoint; None where its manifest cannot be read."""
     file = folder / MANIFEST
     try:
-        entries: dict[str, Any] = read_json(file)["files"] if file.is_file() else {"": None}  # a pipe waits
+        if not file.is_file():  # a pipe would wait
+            return None
+        entries: dict[str, Any] = read_json(file)["files"]
         return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except (LongrollError, OSError, KeyError, TypeError, AttributeError):
         return None

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from longroll import ranks
 from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, forward_bytes, sizes_of
-from longroll.errors import LongrollError, first_line
+from longroll.errors import LongrollError, first_line, out_of_memory
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import most_tokens, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
@@ -347,8 +347,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             began = time.perf_counter()
             (a @ a)[0, 0].item()
             best = min(best, time.perf_counter() - began)
-    except RuntimeError as error:  # a GPU that another process fills raises another class than its own limit
-        if "out of memory" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         raise LongrollError(
             f"`device` {device} has no free memory: end the programs that fill it, or name another device."
