@@ -5,8 +5,9 @@
     python benchmarks/gpu_step.py steps --json steps.json         # steps with the changes, taking turns
 
 State Passing, 4 x 2048 tokens, autocast to bfloat16, AdamW, as the row `step` of `big.py`. Variants are
-settings of modules. The graphs of all variants take turns on one model. Before that each computes the
-gradients of a short row: `apart` is their distance from those in float32, in root mean square.
+settings of modules. The graphs of all variants take turns on one model, the first two from the beginning. At
+the end each computes the gradients of a short row: `apart` is their distance from those in float32, in root
+mean square. The results are written after each variant.
 """
 
 from __future__ import annotations
@@ -279,45 +280,84 @@ def _tried(call: Callable[[], None]) -> dict[str, Any]:
     return {}
 
 
-def steps(bench: Bench, names: Iterable[str], turns: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds of a step with each variant: medians over turns of ten steps."""
+def steps(
+    bench: Bench, names: Iterable[str], turns: int, seconds: float, write: Callable[[dict[str, Any]], None]
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a step with each variant: medians over turns of ten steps.
+
+    The first two variants are captured and timed by turns, then one further variant after another by turns
+    with the second one, as long as the last one's seconds are left. `write` is called after each. Distances of
+    gradients come last: a backward in another stream would spoil later captures.
+    """
+    began = time.perf_counter()
     made = Steps(bench)
     rows: dict[str, dict[str, Any]] = {}
     graphs: dict[str, StepGraph] = {}
-    for name in names:
-        began = time.perf_counter()
-        rows[name] = _tried(lambda name=name: graphs.update({name: made.graph(STEPS[name])}))
-        rows[name] |= {"capture_seconds": time.perf_counter() - began, "ms": []}
-    # after all captures, which want no backward on another stream
+    tokens = 4 * made.length
+    parameters = weights(made.lm)["parameters"]
+    peak = PEAK.get(torch.cuda.get_device_name())
+
+    def left() -> float:
+        return seconds - (time.perf_counter() - began)
+
+    def capture(name: str) -> None:
+        since = time.perf_counter()
+        rows[name] = _tried(lambda: graphs.update({name: made.graph(STEPS[name])}))
+        rows[name] |= {"capture_seconds": time.perf_counter() - since, "ms": []}
+
+    def turn(name: str, steps: int = 10) -> float:
+        torch.cuda.synchronize()
+        since = time.perf_counter()
+        for _ in range(steps):
+            made.run(graphs[name])
+        torch.cuda.synchronize()
+        return (time.perf_counter() - since) / steps * 1000
+
+    def measure(*captured: str) -> None:
+        captured = tuple(name for name in captured if name in graphs)
+        for name in captured:
+            turn(name, 3)
+        for _ in range(turns):
+            for name in captured:
+                rows[name]["ms"].append(turn(name))
+        for name in captured:
+            row = rows[name]
+            row["median_ms"] = statistics.median(row["ms"])
+            row["tokens_per_second"] = tokens / row["median_ms"] * 1000
+            row["mfu"] = 6 * parameters * row["tokens_per_second"] / peak if peak else None
+            each = f"{row['tokens_per_second']:9,.0f} tokens/s {row['mfu']}"
+            print(f"{name:35} {row['median_ms']:7.2f} ms {each}", flush=True)
+        write(rows)
+
+    first, *others = names
+    second, *others = others or [first]
+    for name in dict.fromkeys((first, second)):
+        capture(name)
+    measure(*dict.fromkeys((first, second)))
+    needed = 0.0
+    for name in others:
+        if left() < needed:
+            print(f"{name}: {left():.0f} s are left", flush=True)
+            break
+        since = time.perf_counter()
+        capture(name)
+        measure(second, name)
+        needed = 1.5 * (time.perf_counter() - since)
+    if left() < needed:
+        return rows
     exact = made.gradients({}, "torch", low=False)
     usual = ((made.gradients({}, "torch") - exact).norm() / exact.norm()).item()
     print(f"PyTorch in bfloat16: {usual:.4f} apart from float32", flush=True)
     for name in graphs:
+        if left() < 0:
+            break
         rows[name]["apart_in_pytorch"] = usual
         found: list[torch.Tensor] = []
         rows[name] |= _tried(lambda name=name, found=found: found.append(made.gradients(STEPS[name])))
         if found:
             rows[name]["apart"] = ((found[0] - exact).norm() / exact.norm()).item()
-        print(name, rows[name], flush=True)
-    del exact, found
-    tokens = 4 * made.length
-    parameters = weights(made.lm)["parameters"]
-    peak = PEAK.get(torch.cuda.get_device_name())
-    for turn in range(turns + 1):
-        for name, graph in graphs.items():
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(10):
-                made.run(graph)
-            torch.cuda.synchronize()
-            if turn:
-                rows[name]["ms"].append((time.perf_counter() - began) * 100)
-    for name in graphs:
-        row = rows[name]
-        row["median_ms"] = statistics.median(row["ms"])
-        row["tokens_per_second"] = tokens / row["median_ms"] * 1000
-        row["mfu"] = 6 * parameters * row["tokens_per_second"] / peak if peak else None
-        print(f"{name:35} {row['median_ms']:7.2f} ms {row['tokens_per_second']:9,.0f} tokens/s {row['mfu']}")
+        print(f"{name:35} {rows[name].get('apart')} apart", flush=True)
+        write(rows)
     return rows
 
 
@@ -326,7 +366,8 @@ def main() -> None:
     parser.add_argument("what", choices=["profile", "kernels", "steps"])
     parser.add_argument("--only", nargs="+", help="variants of steps; or ssd, conv and norm; default: all")
     parser.add_argument("--variant", default="before", choices=STEPS, help="whose profile")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=600, help="capture no further variant after these")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
@@ -346,7 +387,7 @@ def main() -> None:
     elif options.what == "kernels":
         found = kernels(options.only or ("ssd", "conv", "norm"), write)
     else:
-        found = steps(bench, options.only or STEPS, options.turns)
+        found = steps(bench, options.only or STEPS, options.turns, options.seconds, write)
     write(found)
 
 

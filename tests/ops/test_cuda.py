@@ -292,3 +292,38 @@ def test_float16_states_beyond_its_range(sizes, time, monkeypatch):
     monkeypatch.setattr(_backend, "TF32_FOR_FLOAT16", True)
     for one, other in zip(test_ssd.fast(**half, dt_softplus=True), exact, strict=True):
         assert (one.cpu().double() - other).norm() < 2e-3 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("time", "channels", "width"), [(1, 7, 4), (61, 300, 4), (62, 256, 2), (1000, 2304, 4)])
+@pytest.mark.parametrize("past", [True, False])
+def test_the_convolution_on_a_gpu_is_that_in_float64(dtype, time, channels, width, past):
+    """A slice of a wider matrix, as the input projection gives it, with gradients written into another slice."""
+    from longroll.ops.gpu import short_conv
+
+    generator = torch.Generator().manual_seed(time)
+    wide, dy = (torch.randn(2, time, n, generator=generator).to(dtype) for n in (channels + 11, channels))
+    weight, bias, before = (
+        torch.randn(shape, generator=generator)
+        for shape in ((channels, width), (channels,), (2, width - 1, channels))
+    )
+    a = {"x": wide[..., 5:-6], "weight": weight, "bias": bias, "past": before if past else None}
+    exact = {k: None if v is None else v.double().requires_grad_() for k, v in a.items()}
+    start = before.double() * 0 if exact["past"] is None else exact["past"]
+    y = torch.nn.functional.silu(
+        torch.nn.functional.conv1d(
+            torch.cat([start, exact["x"]], 1).mT, exact["weight"][:, None], exact["bias"], groups=channels
+        )
+    ).mT
+    leaves = [t for t in exact.values() if t is not None]
+    expected = [y, *torch.autograd.grad(y, leaves, dy.double())]
+    on_gpu = {k: None if v is None else v.cuda() for k, v in (a | {"x": wide}).items()}
+    on_gpu["x"], dwide = on_gpu["x"][..., 5:-6], torch.zeros_like(on_gpu["x"])
+    arguments = (*on_gpu.values(), True)
+    found = [short_conv.forward(*arguments)]
+    dweight, dbias, dpast = short_conv.backward(dy.cuda(), *arguments, dwide[..., 5:-6])
+    found += [t for t in (dwide[..., 5:-6], dweight, dbias, dpast) if t is not None]
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        rounded = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(dtype) if i < 2 else None
+        assert (one.cpu().double() - other).norm() < (rounded or 1e-5) * other.norm()
+    assert not dwide[..., :5].any() and not dwide[..., -6:].any()
