@@ -298,7 +298,7 @@ def test_float16_states_beyond_its_range(sizes, time, monkeypatch):
 @pytest.mark.parametrize(("time", "channels", "width"), [(1, 7, 4), (61, 300, 4), (62, 256, 2), (1000, 2304, 4)])
 @pytest.mark.parametrize("past", [True, False])
 def test_the_convolution_on_a_gpu_is_that_in_float64(dtype, time, channels, width, past):
-    """A slice of a wider matrix, as the input projection gives it, with gradients written into another slice."""
+    """A slice of a wider matrix, as the input projection gives it; its gradient goes into another slice."""
     from longroll.ops.gpu import short_conv
 
     generator = torch.Generator().manual_seed(time)
