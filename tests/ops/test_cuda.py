@@ -295,24 +295,23 @@ def test_float16_states_beyond_its_range(sizes, time, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("time", "channels", "width"), [(1, 7, 4), (61, 300, 4), (62, 256, 2), (1000, 2304, 4)])
+@pytest.mark.parametrize(("T", "D", "W"), [(1, 7, 4), (61, 300, 4), (62, 256, 2), (1000, 2304, 4)])
 @pytest.mark.parametrize("past", [True, False])
-def test_the_convolution_on_a_gpu_is_that_in_float64(dtype, time, channels, width, past):
+def test_the_convolution_on_a_gpu_is_that_in_float64(dtype, T, D, W, past):
     """A slice of a wider matrix, as the input projection gives it; its gradient goes into another slice."""
     from longroll.ops.gpu import short_conv
 
-    generator = torch.Generator().manual_seed(time)
-    wide, dy = (torch.randn(2, time, n, generator=generator).to(dtype) for n in (channels + 11, channels))
+    generator = torch.Generator().manual_seed(T)
+    wide, dy = (torch.randn(2, T, n, generator=generator).to(dtype) for n in (D + 11, D))
     weight, bias, before = (
-        torch.randn(shape, generator=generator)
-        for shape in ((channels, width), (channels,), (2, width - 1, channels))
+        torch.randn(shape, generator=generator) for shape in ((D, W), (D,), (2, W - 1, D))
     )
     a = {"x": wide[..., 5:-6], "weight": weight, "bias": bias, "past": before if past else None}
     exact = {k: None if v is None else v.double().requires_grad_() for k, v in a.items()}
     start = before.double() * 0 if exact["past"] is None else exact["past"]
     y = torch.nn.functional.silu(
         torch.nn.functional.conv1d(
-            torch.cat([start, exact["x"]], 1).mT, exact["weight"][:, None], exact["bias"], groups=channels
+            torch.cat([start, exact["x"]], 1).mT, exact["weight"][:, None], exact["bias"], groups=D
         )
     ).mT
     leaves = [t for t in exact.values() if t is not None]
