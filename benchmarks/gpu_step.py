@@ -286,7 +286,7 @@ def steps(
     """Milliseconds of a step with each variant: medians over turns of ten steps.
 
     The first two variants are captured and timed by turns, then one further variant after another by turns
-    with the second one, as long as the last one's seconds are left. Results go to `write` after each. Distances of
+    with the second one, as long as the last one's seconds are left; `write` gets the rows. Distances of
     gradients come last: a backward in another stream would spoil later captures.
     """
     began = time.perf_counter()
