@@ -60,6 +60,8 @@ FIGURES = (
     "tbptt zero=0.1 speed=30 rate=0.001 train=scales", "default",
 )  # fmt: skip
 """Arms measured in depth."""
+GATES = ("gk_proj.0.weight", "gk_proj.1.weight")
+"""Matrices from which an input sets the decays."""
 VOCABULARY = 16_384
 LORA = 16
 
@@ -245,9 +247,7 @@ class Run:
         told = train(self.steps, feed, arm, None, **how)
         self.steps.forget()
         found = {"parameters": model.num_parameters(), **told, **self._measure(deep=True)}
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        save_file(weights, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        self._save(path)
         self._keep("base", {"plan": _plain(plan), **found})
 
     def arm(self, arm: Arm) -> None:
@@ -257,6 +257,7 @@ class Run:
         if arm.kind.startswith("default"):
             told = self._by_default(arm)
             self._keep(arm.name, {"arm": asdict(arm), **told, **self._measure(deep=arm.name in FIGURES)})
+            self._keep_weights(arm.name)
             return
         if arm.keep and self.steps.reference is None:
             self.steps.reference = RecurrentLM(copy.deepcopy(model).eval().requires_grad_(False))
@@ -270,6 +271,7 @@ class Run:
             norms = decays or "norm" in name or name.endswith((".D", "layernorm.weight"))
             chosen = {"all": True, "decays": decays, "norms": norms, "lora": decays or "lora_" in name}
             chosen["scales"] = name not in matrices
+            chosen["gates"] = chosen["scales"] or name.endswith(GATES)
             parameter.requires_grad_(chosen[arm.train])
         steps = self.steps
         if adapted is not None:
@@ -285,6 +287,7 @@ class Run:
             adapted.unload()
             steps.forget()
         self._keep(arm.name, {"arm": asdict(arm), **found})
+        self._keep_weights(arm.name)
 
     def _by_default(self, arm: Arm) -> dict[str, Any]:
         """Train as `longroll posttrain` without a flag but --force, in bf16 on a GPU."""
@@ -298,7 +301,7 @@ class Run:
         steps = max(2, round(500 * self.options.share))
         options = PosttrainOptions(length=T, steps=steps, bf16=cuda, seed=arm.seed)
         asked = "sp" if arm.kind == "default-sp" else None
-        books = _corpus(self.books)
+        books = _corpus(self.books if not arm.windows else self.books.cut(arm.windows * T))
         prepared = by_recipe(self.lm, books, options, intervention=asked)
         folder = self.folder / f"{arm.name}.model"
         posttrain(self.lm, books, prepared.intervention, prepared.options, folder)
@@ -310,6 +313,15 @@ class Run:
             "tokens": prepared.options.tokens,
             "train_seconds": round(time.time() - began, 1),
         }
+
+    def _save(self, path: Path) -> None:
+        weights = {name: p.detach().contiguous() for name, p in self.lm.model.named_parameters()}
+        save_file(weights, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def _keep_weights(self, label: str) -> None:
+        if label in self.options.weights:
+            self._save(self.folder / f"{label}.safetensors")
 
     def _restore(self) -> None:
         with torch.no_grad():
@@ -414,6 +426,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the result file")
     parser.add_argument("--arm", action="append", metavar="NAME", help="these arms in place of the screen")
     parser.add_argument("--screen", choices=SCREENS, help="in place of the model's")
+    parser.add_argument("--weights", action="append", default=[], metavar="ARM",
+                        help="keep the weights of these arms, for repair_lm_eval.py")  # fmt: skip
     parser.add_argument("--broken", type=float, default=-math.inf, metavar="NATS",
                         help="repair no model that is less above a fresh start at 64 T")  # fmt: skip
     parser.add_argument("--until", type=float, default=math.inf, help="begin no arm that would end later")

@@ -31,7 +31,8 @@ class Arm:
     - mixed: the first half of the rows is TBPTT, the second half State Passing.
     - default, default-sp: `longroll posttrain` by its default recipe, without and with `--intervention sp`,
       which had a tenth of zero rows when results/repair-default_h200_2026-11-26.json was made;
-      its own batch, 16 rows, and no row that holds a span twice; of what is below, only the seed counts.
+      its own batch, 16 rows, and no row that holds a span twice; of what is below, only the seed counts,
+      and `windows`, of which the documents of the text are made.
     """
 
     kind: str = "none"
@@ -44,13 +45,14 @@ class Arm:
     skip: int = 0
     """First tokens of a row without a loss, where the row does not start from zero."""
     train: str = "all"
-    """Parameters: all, scales (all but matrices), norms (and decays, D), decays, lora (16, and decays)."""
+    """Parameters: all, scales (all but matrices), gates (scales, and the matrices that make GLA's decays),
+    norms (and decays, D), decays, lora (16, and decays)."""
     keep: float = 0.0
     """Weight of KL(base || model) on the rows that start from zero."""
     steps: int = 500
     rows: int = 32
     windows: int = 0
-    """Of T in a document, which then ends, for TBPTT; 0: whole books."""
+    """Of T in a document, which then ends, for TBPTT and the default recipe; 0: whole books."""
     seed: int = 0
 
     @property
@@ -228,7 +230,35 @@ def rules() -> Iterator[Arm]:
     yield from (Arm("tbptt", zero=0.1, windows=8, seed=1, **best), Arm("sp", zero=0.5, seed=2, **best))
 
 
-SCREENS = {"few": few, "short": short, "full": full, "last": last, "brief": brief, "rules": rules}
+def brief_text() -> Iterator[Arm]:
+    """The default recipe on documents of 4 T, where it takes State Passing, and what might be better."""
+    best = Arm("sp", zero=0.5, rows=16, rate=1e-3, speed=30, train="scales")
+    yield from (Arm("none", rate=1e-4), Arm("default"), Arm("default", windows=4))
+    yield from (Arm("default", windows=4, seed=seed) for seed in (1, 2))
+    yield replace(best, steps=1000)
+    yield replace(best, zero=0.75)
+    yield replace(best, keep=1)
+    yield from (replace(best, speed=100), replace(best, rate=3e-3))
+    yield Arm("tbptt", zero=0.1, windows=4, rows=16, rate=1e-3, speed=30, train="scales")
+    yield replace(best, rows=32)
+    yield Arm("sp-depths", rows=16, rate=1e-3, speed=30, train="scales")
+    yield replace(best, zero=0.25)
+    yield from (Arm("none"), Arm("none", rate=1e-3))
+    yield replace(best, kind="mixed", zero=0.25, windows=4)
+
+
+def gates() -> Iterator[Arm]:
+    """What GLA needs beyond the default recipe."""
+    best = Arm("tbptt", zero=0.1, rows=16, rate=1e-3, speed=30, train="scales")
+    yield from (Arm("none", rate=1e-4), Arm("default"), Arm("none", rate=1e-3))
+    yield from (replace(best, train="gates"), replace(best, steps=1000), replace(best, speed=100))
+    yield from (Arm("default", seed=1), Arm("none"), replace(best, rate=3e-3), Arm("default", windows=4))
+    yield from (replace(best, train="all", rate=3e-4), replace(best, rate=3e-3, train="gates"))
+    yield from (replace(best, train="gates", seed=1), Arm("default", seed=2))
+
+
+SCREENS = {"few": few, "short": short, "full": full, "last": last, "brief": brief, "rules": rules,
+           "short-documents": brief_text, "gates": gates}  # fmt: skip
 
 
 def design(name: str) -> list[Arm]:

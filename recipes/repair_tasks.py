@@ -3,10 +3,11 @@
     python recipes/repair_tasks.py mamba2-103m --task passkey --tokens tokens --work work --output results
 
 Mirrors the paper's section 4: the base is finetuned on the task at T from zero states (the control), Fitted
-Noise, State Passing and, for BABILong, TBPTT, each for as many steps, and evaluated from T to 128 T on books
-that it did not read. The haystack of passkey is running text, with the loss on all tokens; BABILong has its
-loss on answers and on one row of text in 8. Writes OUTPUT/TASK-ARM.json, which `longroll evaluate compare`
-puts side by side. The base's weights lie in --work, where repair.py left them; this waits for them.
+Noise, State Passing and TBPTT, whose samples are of 4 T, each for as many steps, and evaluated from T to
+128 T on books that it did not read. The haystack of passkey is running text, with the loss on all tokens;
+BABILong has its loss on answers and on one row of text in 8. Writes OUTPUT/TASK-ARM.json, which `longroll
+evaluate compare` puts side by side. The base's weights lie in --work, where repair.py left them; this waits
+for them.
 """
 
 from __future__ import annotations
@@ -116,19 +117,25 @@ def finetune(arm: str, data: Data, weights: Path, options: argparse.Namespace) -
 
 
 def evaluate(lm: RecurrentLM, arm: str, data: Data, told: dict, options: argparse.Namespace) -> None:
-    """Measure the grid, and write it."""
+    """Measure the grid length by length; the file is whole after each."""
     began, tasks = time.perf_counter(), data.tasks("valid")
     rows = [Row(depth, tasks[0], depth) for depth in DEPTHS]
     if options.task == "babilong":
         rows = [Row(qa, task) for qa, task in zip(QAS, tasks, strict=True)]
     lengths = [data.length << octave for octave in range(options.furthest.bit_length())]
-    cells = evaluate_grid(lm, rows, lengths, samples=options.samples, batch_size=options.samples, seed=0)
     settings = {"weights": fingerprint(lm), "samples": options.samples, "seed": 0, "training": told}
-    result = task_result(
-        lm, cells, rows, lengths, label="fitted noise" if arm == "fitted" else arm, train_length=data.length,
-        settings=tasks[0].settings() | settings, seed=0, seconds=time.perf_counter() - began,
-    )  # fmt: skip
-    result.write(options.output / f"{options.task}-{arm}.json")
+    cells: list = []
+    for column in range(1, len(lengths) + 1):
+        cells = evaluate_grid(
+            lm, rows, lengths[:column], samples=options.samples, batch_size=options.samples, seed=0,
+            finished=cells,
+        )  # fmt: skip
+        result = task_result(
+            lm, cells, rows, lengths[:column], label="fitted noise" if arm == "fitted" else arm,
+            train_length=data.length, settings=tasks[0].settings() | settings, seed=0,
+            seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        result.write(options.output / f"{options.task}-{arm}.json")
     assert result.tasks is not None
     print(arm, result.tasks[options.task].accuracy, round(time.perf_counter() - began, 1), flush=True)
 
@@ -138,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", choices=PLANS)
     parser.add_argument("--task", choices=["passkey", "babilong"], required=True)
+    parser.add_argument("--arm", action="append", choices=ARMS, help="default: all")
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--facts", type=Path, help="bAbI's files")
@@ -156,9 +164,8 @@ def main() -> None:
     timed.wait_for(weights)
     options.output.mkdir(parents=True, exist_ok=True)
     data = Data(options, PLANS[options.model].length)
-    for arm in ARMS:
-        done = (options.output / f"{options.task}-{arm}.json").exists()
-        if not done and (arm != "tbptt" or options.task == "babilong"):
+    for arm in options.arm or ARMS:
+        if not (options.output / f"{options.task}-{arm}.json").exists():
             lm, told = finetune(arm, data, weights, options)
             evaluate(lm, arm, data, told, options)
 

@@ -39,6 +39,15 @@ class Books:
         """How many books."""
         return len(self.offsets) - 1
 
+    def cut(self, length: int) -> Books:
+        """The same tokens as documents of `length` + 1 tokens; what is left of a book is left out."""
+        stops = [
+            np.arange(a, b - length, length + 1) for a, b in zip(self.offsets, self.offsets[1:], strict=False)
+        ]
+        starts = np.concatenate(stops)
+        ids = self.ids[starts[:, None] + np.arange(length + 1)].ravel()
+        return Books(ids, np.arange(len(starts) + 1) * (length + 1))
+
     def save(self, path: Path) -> None:
         """Write the ids and offsets, compressed by LZMA: 1.2 bytes a token."""
         head = np.array([self.count, *self.offsets], dtype=np.int64).tobytes()

@@ -139,3 +139,23 @@ def test_the_price_is_against_the_best_plain_steps_and_the_gap_against_the_lowes
     assert model.gap(found["sp"])[0] == pytest.approx(3.85 - 3.9)
     assert model.excess(found["sp"])[0] == pytest.approx(3.85 - 3.9)
     assert [r["label"] for r in model.arms()][:2] == ["none c", "sp"]
+
+
+def test_books_are_cut_into_documents_of_one_length_and_one_book():
+    cut = books().cut(99)
+    assert (np.diff(cut.offsets) == 100).all() and cut.count == 7 + 20 + 9
+    assert np.array_equal(cut.book(7), np.arange(700, 800))
+
+
+def test_passages_end_in_a_word_that_they_hold_before_their_last_sentence():
+    pytest.importorskip("lm_eval", reason="pip install 'longroll[lm-eval]'")
+    from repair_lm_eval import BEFORE, articles, paragraphs, passages
+
+    plain = "The ship lay in the harbour, and nobody had seen the captain since the morning bell. "
+    text = plain * 4 + "They waited until dark for the captain.\n\nA short one about the captain.\n"
+    (found, *others) = passages(text)
+    assert found == (plain * 4 + "They waited until dark for the captain").replace("\n", " ")
+    assert len(found.split()) > BEFORE and not others
+    page = " = One = \n \n First " + "line " * 20 + "\n = = Part = = \n Short . \n = Two = \n \n Other \n"
+    assert [len(part) for part in articles(page)] == [page.index(" = Two"), len(page) - page.index(" = Two")]
+    assert [part.split()[0] for part in paragraphs(page)] == ["First"]
