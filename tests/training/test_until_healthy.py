@@ -1,9 +1,12 @@
 """A look before a repair, and repairs that end in time: on data that training does not read."""
 
+import argparse
+import inspect
 import json
 import math
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,11 @@ import zoo
 from longroll.cli import app
 from longroll.data import ByteTokenizer, Corpus
 from longroll.errors import LongrollError
-from longroll.measure.held_out import FEWEST, HeldOut, Reading
+from longroll.measure.held_out import FEWEST, LENGTHS, HeldOut, Reading
 from longroll.tasks import Passkey, TaskRows
 from longroll.tasks.held_out import HeldOutSamples
-from longroll.training import Declined, PosttrainOptions, posttrain
-from longroll.training.until_healthy import PATIENCE, Measure, decide, measures_of
+from longroll.training import Declined, NoGain, PosttrainOptions, posttrain
+from longroll.training.until_healthy import PATIENCE, Measure, decide, look_in, measures_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "measure"))
 from planted import TRAIN_LENGTH as T
@@ -60,10 +63,24 @@ def test_the_longest_whole_texts_are_taken_else_joined_ones():
     documents = [document.tolist() for document in texts_of_twin()]
     assert all(row.tolist() in [d[: 16 * T + 1] for d in documents] for row in long.texts)
     short = HeldOut.from_corpus(corpus_of(texts_of_twin().reshape(-1, 11)), T)
-    assert short.joined and short.texts.shape[1] > 4 * T
-    few = corpus_of(texts_of_twin()[: FEWEST - 1, : 4 * T + 1])
-    assert HeldOut.from_corpus(few, T) is None
+    assert short.joined and short.texts.shape[1] > 16 * T
     assert long.fingerprint != short.fingerprint
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_of_fewer_than_16_training_lengths_tell_nothing(seed):
+    random = np.random.default_rng(seed)
+    length = int(random.integers(1, 40))
+    size = int(random.choice([random.integers(2, 200), random.integers(2, 20_000)]))
+    rows = random.integers(1, 3) if size > 200 else random.integers(1, 200)
+    found = HeldOut.from_corpus(corpus_of(torch.zeros(rows, size, dtype=torch.int64)), length)
+    assert (found is None) == (rows * size // (16 * length + 1) < FEWEST)
+    if found is not None:
+        held = found.texts.shape[1] - 1
+        assert held in [times * length for times in LENGTHS] and held >= 16 * length
+    _, held_out = texts()
+    with pytest.raises(LongrollError, match=f"give texts of {16 * T} or more"):
+        HeldOut(held_out.texts[:, :-1], held_out.beginnings, held_out.joined)
 
 
 def test_the_loss_in_range_is_the_mean_over_the_first_training_length_from_zero():
@@ -118,6 +135,7 @@ def test_the_command_declines_with_status_0(tmp_path):
     assert status == 0 and "Leave it alone" in said and "without --force" in said, said
     found = json.loads(json_file.read_text())
     assert found["declined"] and found["look"]["holds"] and found["log"] == []
+    assert "16 T" not in said
     assert not list(out.iterdir())
     status, said = run("--text", tmp_path / "text", "--output", out, "--force", "--json", json_file)
     assert status == 0 and (out / "model.safetensors").is_file(), said
@@ -127,6 +145,33 @@ def test_the_command_declines_with_status_0(tmp_path):
     assert (tmp_path / "unseen" / "model.safetensors").is_file()
     status, said = run("--text", tmp_path / "tiny", "--output", tmp_path / "no", "--until-healthy")
     assert "--until-healthy: the " in said and "are too few" in said, said
+
+
+@pytest.mark.parametrize("kind", ["60 short documents", "one line of 60 kB"])
+def test_a_model_that_breaks_is_not_declined_on_short_text(kind, tmp_path):
+    """The specimen breaks at about 9 T."""
+    place = tmp_path / "text"
+    if kind == "one line of 60 kB":
+        place.write_text(" ".join(f"word {i} of a long line" for i in range(3_000))[:60_000])
+    else:
+        place.mkdir()
+        for i in range(60):
+            (place / f"{i}.txt").write_text(f"{i}: " + "to be or not to be, that is the question. " * 6)
+    told = ["posttrain", "specimen", "--text", place, "--steps", 1, "--batch-size", 2, "--device", "cpu"]
+
+    def run(*more):
+        ran = CliRunner().invoke(app, list(map(str, (*told, *more))))
+        return ran.exit_code, " ".join(f"{ran.output} {ran.exception or ''}".split())
+
+    status, said = run("--output", tmp_path / "out", "--json", tmp_path / "out.json")
+    assert status == 0 and (tmp_path / "out/model.safetensors").is_file(), said
+    assert "Not looked whether the model breaks: the " in said and "4 texts of 16 T = 2,048 tokens" in said
+    assert "Holds" not in said and "alone" not in said
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["look"] is None and found["declined"] is None
+    status, said = run("--output", tmp_path / "no", "--until-healthy")
+    assert status and "--until-healthy: the " in said and "give more, or longer, text" in said
+    assert not list((tmp_path / "no").iterdir())
 
 
 # ---- when a run ends, and what it keeps
@@ -268,7 +313,7 @@ def test_measuring_changes_no_step(tmp_path):
 
 def test_without_a_checkpoint_in_the_budget_nothing_is_saved_and_resume_takes_a_larger_one(tmp_path):
     output = tmp_path / "out"
-    with pytest.raises(Declined, match=r"better far out") as declined:
+    with pytest.raises(NoGain, match=r"better far out.*The checkpoints stay in ") as declined:
         run_until("plain", output, options={"price": 0.0, "learning_rate": 0.1})
     assert not (output / "model.safetensors").exists() and (output / "checkpoints").is_dir()
     measures = logged(declined.value.log)
@@ -276,6 +321,58 @@ def test_without_a_checkpoint_in_the_budget_nothing_is_saved_and_resume_takes_a_
     if "`resume` with a" in str(declined.value):
         _, log, *_ = run_until("plain", output, resume=True, options={"price": 99.0, "learning_rate": 0.1})
         assert log[-1]["kept_step"] and (output / "model.safetensors").is_file()
+
+
+class Counted:
+    """Held-out data that count how often they are read."""
+
+    def __init__(self, data: HeldOut) -> None:
+        self.data, self.fingerprint, self.readings = data, data.fingerprint, 0
+
+    def read(self, lm) -> Reading:
+        self.readings += 1
+        return self.data.read(lm)
+
+
+def test_the_untouched_model_is_measured_once_and_the_log_holds_the_look(tmp_path):
+    corpus, held_out = texts()
+    counted, told = Counted(held_out), []
+    options = PosttrainOptions(**OPTIONS, until_healthy=True, measure_steps=2, price=9.0)
+
+    def run(output, **more):
+        return posttrain(broken(), corpus, "tbptt", options, output, held_out=counted, **more)
+
+    log = run(tmp_path / "out", tell=told.append)
+    first, *after = measures_of(log)
+    assert counted.readings == 1 + len(after) and after
+    forced = posttrain(broken(), corpus, "tbptt", options, tmp_path / "forced", held_out=held_out, force=True)
+    assert measures_of(forced) == [first, *after] and look_in(forced) is None
+    look = look_in(log)
+    assert (look["in_range"], look["far"], look["holds"]) == (first.in_range, first.far, False)
+    assert sum(line.startswith("Breaks at") for line in told) == 1
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", callbacks=[Kill(5)])
+    assert look_in(run(tmp_path / "killed", resume=True))["far"] == first.far
+
+
+def test_the_command_tells_a_run_without_a_gain_by_its_status(tmp_path):
+    """And the result of a model that was trained holds what the look saw."""
+    text = ",".join(inspect.getsourcefile(module) for module in (argparse, typing))
+    told = ["posttrain", "specimen", "--text", text, "--steps", 2, "--batch-size", 2, "--device", "cpu"]
+    told += ["--json", tmp_path / "out.json"]
+
+    def run(*more):
+        ran = CliRunner().invoke(app, list(map(str, (*told, *more))))
+        return ran.exit_code, " ".join(ran.output.split()), json.loads((tmp_path / "out.json").read_text())
+
+    until = ("--until-healthy", "--measure-steps", 2, "--price", 0, "--learning-rate", 0.1)
+    status, said, found = run(*until, "--output", tmp_path / "out")
+    assert status == 3 and "No model is saved" in said and "checkpoints stay in" in said, said
+    assert found["declined"] and found["look"]["holds"] is False and found["log"]
+    assert (tmp_path / "out/checkpoints").is_dir() and not (tmp_path / "out/config.json").exists()
+    status, said, found = run("--output", tmp_path / "other")
+    assert status == 0 and found["declined"] is None and found["look"]["holds"] is False
+    assert found["look"]["sentence"] in said and (tmp_path / "other/config.json").is_file()
 
 
 class Sudden:
@@ -328,7 +425,7 @@ def test_other_held_out_text_or_none_is_refused(tmp_path):
         posttrain(broken(), corpus, "sp", options, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         posttrain(broken(), corpus, "sp", options, tmp_path / "out", held_out=held_out, callbacks=[Kill(5)])
-    other = HeldOut(held_out.texts[:, :-1], held_out.beginnings, held_out.joined)
+    other = HeldOut(held_out.texts.flip(0), held_out.beginnings, held_out.joined)
     with pytest.raises(LongrollError, match="other held-out text"):
         posttrain(broken(), corpus, "sp", options, tmp_path / "out", held_out=other, resume=True)
 

@@ -252,7 +252,7 @@ def read_held_out(
     """Return text that training does not read, to tell whether a model breaks; or None, and why."""
     from longroll.data import is_chat
     from longroll.errors import LongrollError
-    from longroll.measure.held_out import LENGTHS, TEXTS, HeldOut
+    from longroll.measure.held_out import FEWEST, LENGTHS, TEXTS, HeldOut
 
     if is_chat(text, column):
         return None, f"{text} is chat data, whose conversations are short"
@@ -262,7 +262,8 @@ def read_held_out(
     except LongrollError as error:
         return None, str(error).rstrip(".")
     found = HeldOut.from_corpus(corpus, length, seed=seed)
-    return found, f"the {corpus.tokens:,} held-out tokens of {text} are too few"
+    needed = f"{FEWEST} texts of {min(LENGTHS)} T = {min(LENGTHS) * length:,} tokens"
+    return found, f"the {corpus.tokens:,} held-out tokens of {text} are too few to tell, which {needed} would"
 
 
 def read_sequences(

@@ -83,6 +83,8 @@ class TaskName(StrEnum):
     tracking = "tracking"
 
 
+NO_GAIN = 3
+"""Status of --until-healthy without a better checkpoint within --price."""
 READ_BY_TASK: dict[str, set[str | None]] = {
     "text": {None, "babilong"},
     "haystack": {"passkey"},
@@ -258,7 +260,7 @@ def posttrain(
         typer.Option(
             "--until-healthy",
             help="Measure held-out data during the run, keep the best checkpoint within --price, and end the "
-            "run when no further gain is expected.",
+            f"run when no further gain is expected. Status {NO_GAIN}: no checkpoint is better.",
         ),
     ] = False,
     price: Annotated[
@@ -286,11 +288,12 @@ def posttrain(
     from longroll.interventions.recipes import NON_STATIONARY, recipe_of
     from longroll.ranks import rank, world_size
     from longroll.results import PosttrainResult, provenance
-    from longroll.training import Declined, PosttrainOptions, by_recipe
+    from longroll.training import Declined, NoGain, PosttrainOptions, by_recipe
     from longroll.training.hub import check_push, push
     from longroll.training.identity import settings_of
     from longroll.training.options import check_sizes
     from longroll.training.plan import setting_of, training_line
+    from longroll.training.until_healthy import look_in
 
     asked = recipe_of(recipe)
     check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
@@ -404,6 +407,7 @@ def posttrain(
                     "processes": world_size(),
                     "log": log,
                     "not_finite_steps": len(skipped_in(log)),
+                    "look": look_in(log),
                     "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
                     **more,
                 }
@@ -430,8 +434,10 @@ def posttrain(
         said = in_flags(str(declined), running)
         if rank() == 0:
             out.print(said, markup=False, highlight=False, soft_wrap=True)
-            look = declined.reading and declined.reading.to_json()
-            finish(declined.log, declined=said, look=look)
+            reading = declined.reading
+            finish(declined.log, declined=said, look=reading.to_json() if reading else look_in(declined.log))
+        if isinstance(declined, NoGain):
+            raise typer.Exit(NO_GAIN) from None
         return
     tokens = options.tokens * world_size()
     rate = "" if resume or until_healthy else f" ({tokens / seconds:,.0f} tokens/s)"

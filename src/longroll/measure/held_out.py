@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from longroll import ranks
 from longroll.data import Corpus, long_sequences
+from longroll.errors import LongrollError
 from longroll.measure._position_loss import position_loss
 from longroll.measure.excess_loss import excess_loss
 from longroll.measure.judge import judge
@@ -18,13 +20,12 @@ from longroll.model import RecurrentLM
 from longroll.results import fingerprint_of_arrays
 
 TEXTS, FEWEST = 8, 4
-"""Long texts that are read, and the least of them that tell anything."""
+"""Long texts that are read, and the fewest that are enough for an interval."""
 BEGINNINGS = 64
 """Windows of the training length that the loss in range is a mean over, at most."""
-LENGTHS = (64, 32, 16, 8, 4)
-"""Training lengths of a long text, the longest that the text has first."""
-WHOLE = 16
-"""Training lengths from which whole documents are long enough; joined documents are read else."""
+LENGTHS = (64, 32, 16)
+"""Training lengths of a long text, the longest that the text has first. A model that holds over fewer may
+break soon after."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class HeldOutData(Protocol):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Long texts, and beginnings of texts, of a corpus that training does not read."""
+    """Long texts, and beginnings of texts, of a corpus that training does not read.
+
+    Raises:
+        LongrollError: for texts of fewer than 16 training lengths, which do not tell whether a model holds.
+    """
 
     texts: Tensor
     """(B, L + 1)."""
@@ -74,20 +79,29 @@ class HeldOut:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
+        length, least = self.texts.shape[1] - 1, min(LENGTHS) * (self.beginnings.shape[1] - 1)
+        if length < least:
+            raise LongrollError(
+                f"`texts` of {length} tokens do not tell whether a model holds: give texts of {least} or "
+                "more."
+            )
         found = fingerprint_of_arrays([self.texts.numpy(), self.beginnings.numpy()])
         object.__setattr__(self, "fingerprint", found)
 
     @classmethod
     def from_corpus(cls, corpus: Corpus, train_length: int, *, seed: int = 0) -> HeldOut | None:
-        """Take the longest texts that a corpus gives; None: it has not 4 texts of 4 training lengths.
+        """Take the longest texts that a corpus gives: of whole documents, else of joined ones.
 
         Args:
             corpus: the corpus of the validation side of a text.
             train_length: T.
             seed: random seed of the draw.
+
+        Returns:
+            None where the corpus has no 4 texts of 16 training lengths, which is too little to tell whether a
+            model holds.
         """
-        whole = [(times, False) for times in LENGTHS if times >= WHOLE]
-        for times, joined in [*whole, *((times, True) for times in LENGTHS)]:
+        for joined, times in product((False, True), LENGTHS):
             count = _available(corpus, times * train_length, joined)
             if count >= FEWEST:
                 break

@@ -32,5 +32,6 @@ class PosttrainResult(Result):
     declined: str | None = None
     """Why nothing was saved; null where a model was."""
     look: dict[str, Any] | None = None
-    """What a declined model read of held-out text (`longroll.measure.held_out.Reading`)."""
+    """What the model before the run read of held-out text (`longroll.measure.held_out.Reading`); null where
+    it was not looked at."""
     provenance: Provenance | None = None

@@ -7,13 +7,14 @@ from longroll.training.options import PosttrainOptions
 from longroll.training.recipe import Prepared, by_recipe
 from longroll.training.stop import stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
-from longroll.training.until_healthy import Declined
+from longroll.training.until_healthy import Declined, NoGain
 
 __all__ = [
     "Declined",
     "HeldOut",
     "InitialStateMixin",
     "InitialStateTrainer",
+    "NoGain",
     "PosttrainOptions",
     "Prepared",
     "by_recipe",

@@ -37,7 +37,7 @@ from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES
 from longroll.launcher import end_with_launcher
-from longroll.measure.held_out import HeldOutData
+from longroll.measure.held_out import HeldOutData, Reading
 from longroll.model import RecurrentLM
 from longroll.results import write_json
 from longroll.training import checkpoints, sharding
@@ -46,7 +46,13 @@ from longroll.training.faults import faults_are_said
 from longroll.training.guard import check_loss, check_weights
 from longroll.training.identity import check_same_run, describe_run
 from longroll.training.lora import check_adapters, with_lora
-from longroll.training.options import PosttrainOptions, check_sizes, settled, trainer_arguments
+from longroll.training.options import (
+    PosttrainOptions,
+    autocasts,
+    check_sizes,
+    settled,
+    trainer_arguments,
+)
 from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
     batch_loss,
@@ -58,8 +64,8 @@ from longroll.training.saving import (
 )
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
-from longroll.training.until_healthy import Tell, UntilHealthy, keep_best, look
-from longroll.training.weights import train_only, trained_parameters, widen
+from longroll.training.until_healthy import Look, Tell, UntilHealthy, keep_best, look
+from longroll.training.weights import in_16_bits, train_only, trained_parameters, widen
 
 logger = logging.getLogger("longroll")
 
@@ -114,7 +120,8 @@ def posttrain(
             output that holds another model or cannot be written, too little text, a run resumed with another
             model, text or other options, a full disk, a loss that is not finite, and a `rope_scaling` of a
             model whose attention reads no RoPE config.
-        Declined: for a model that holds on `held_out`, and where no checkpoint is better within `price`.
+        Declined: for a model that holds on `held_out`.
+        NoGain: where no checkpoint is better within `price`; `lm` then has the weights of the last step.
     """
     end_with_launcher()
     check_adapters(lm, options.lora_rank)
@@ -142,8 +149,9 @@ def posttrain(
     goes_on = ranks.on_first(lambda: resume and checkpoints.any_in(folder))
     _check_held_out(held_out, options)
     check_sizes(lm, options, arguments.device)
+    seen, narrow = None, autocasts(lm, options) or any(map(in_16_bits, lm.parameters()))
     if held_out is not None and intervention is not None and not (force or goes_on or options.fsdp):
-        look(lm, held_out, tell)
+        seen = look(lm, held_out, tell)
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus
@@ -168,17 +176,19 @@ def posttrain(
         weights=options.weights,
         on_not_finite=options.on_not_finite,
         train_dataset=data,
-        callbacks=callbacks,
+        callbacks=[*([Look(seen)] if seen else []), *(callbacks or [])],
     )
     empty = sharding.skeleton(model) if trainer.is_fsdp_enabled else None
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
             callback.logging_dir = callback.logging_dir or str(output / "runs")
+    # in 16 bits the look read in another precision than training has
+    before = None if narrow or options.rope_scaling is not None else seen
     kept: dict[str, Any] = {}
     with faults_are_said(output, lm, options), _same_bits(options.deterministic):
         with stops_between_steps():
-            _train(trainer, options, watched, tell, goes_on)
+            _train(trainer, options, watched, tell, goes_on, before)
         if watched is not None:
             kept = keep_best(trainer, options.price, tell)
         for parameter in frozen:
@@ -300,11 +310,13 @@ def _train(
     held_out: HeldOutData | None,
     tell: Tell,
     goes_on: bool,
+    before: Reading | None,
 ) -> None:
     """Train to the end, or as far as held-out data call for; raise what a signal would have."""
     watch = None
     if held_out is not None:
-        watch = UntilHealthy(trainer, held_out, price=options.price, every=options.measure_steps, tell=tell)
+        every, price = options.measure_steps, options.price
+        watch = UntilHealthy(trainer, held_out, price=price, every=every, tell=tell, before=before)
         trainer.add_callback(watch)
         newest = ranks.on_first(lambda: checkpoints.newest_whole(Path(trainer.args.output_dir or "")))
         if goes_on and newest is not None:

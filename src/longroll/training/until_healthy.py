@@ -30,7 +30,7 @@ Tell = Callable[[str], object]
 
 
 class Declined(LongrollError):
-    """A run that would do no good: nothing was written."""
+    """A run that would do no good: no model was written."""
 
     def __init__(
         self, message: str, *, reading: Reading | None = None, log: Sequence[dict[str, Any]] = ()
@@ -39,7 +39,28 @@ class Declined(LongrollError):
         self.reading = reading
         """Measurement before the run."""
         self.log = list(log)
-        """Trainer's log of a run that was to no avail."""
+        """Trainer's log of a run without a gain."""
+
+
+class NoGain(Declined):
+    """A run that ended without a better model within its price; its checkpoints stay."""
+
+
+class Look(TrainerCallback):
+    """Notes in Trainer's log, which checkpoints keep, what a look before the run read."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note it, in a run that begins."""
+        if not state.global_step:
+            state.log_history.append({"step": 0, "look": self.reading.to_json()})
+
+
+def look_in(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what a look before the run read, by Trainer's log; None where there was none."""
+    return next((entry["look"] for entry in log if "look" in entry), None)
 
 
 def look(lm: RecurrentLM, held_out: HeldOutData, tell: Tell) -> Reading:
@@ -111,28 +132,39 @@ class UntilHealthy(TrainerCallback):
         price: as for `decide`.
         every: steps between two measures.
         tell: told of each measure.
+        before: the reading of the model before any step; None: it is measured.
     """
 
-    def __init__(self, trainer: Any, held_out: HeldOutData, *, price: float, every: int, tell: Tell) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        held_out: HeldOutData,
+        *,
+        price: float,
+        every: int,
+        tell: Tell,
+        before: Reading | None = None,
+    ) -> None:
         self.trainer, self.held_out, self.price, self.every, self.tell = trainer, held_out, price, every, tell
+        self.before = before
 
     def decision(self) -> Decision:
         """Return what the log calls for."""
         return decide(measures_of(self.trainer.state.log_history), self.price)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure the model before any step, unless a checkpoint has it."""
+        """Measure the model before any step, unless a checkpoint or a look has it."""
         if state.best_global_step:  # the folder may have been moved
             state.best_model_checkpoint = str(checkpoint_of(args.output_dir, state.best_global_step))
         if not measures_of(state.log_history):
-            self._measure(state)
+            self._note(state, self.before or self._read())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure, keep the best, and end the run in time."""
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         should_log = control.should_log  # which a log in between turns off
-        self._measure(state)
+        self._note(state, self._read())
         control.should_log = should_log
         decision = self.decision()
         if decision.best is not None and decision.best.step == state.global_step:
@@ -141,20 +173,24 @@ class UntilHealthy(TrainerCallback):
         if decision.stop:
             control.should_save = control.should_training_stop = True
 
-    def _measure(self, state: Any) -> None:
+    def _read(self) -> Reading:
         lm, was_training = self.trainer.lm, self.trainer.base.training
         lm.eval()
         with self.trainer.accelerator.autocast():
             reading = self.held_out.read(lm)
         lm.train(was_training)
+        return reading
+
+    def _note(self, state: Any, reading: Reading) -> None:
         numbers = (reading.in_range, reading.far, float(reading.holds))
         self.trainer.log(dict(zip(_LOGGED, numbers, strict=True)))
         before = measures_of(state.log_history)[0]
         paid = f" ({reading.in_range - before.in_range:+.3f})" if state.global_step else ""
-        self.tell(
-            f"Step {state.global_step}: in range {reading.in_range:.3f}{paid}, far {reading.far:.3f}. "
-            f"{reading.sentence} ({reading.seconds:.1f} s)"
-        )
+        levels = f"Step {state.global_step}: in range {reading.in_range:.3f}{paid}, far {reading.far:.3f}"
+        if reading is self.before:  # whose sentence and seconds the look has told
+            self.tell(f"{levels}, as the look read.")
+        else:
+            self.tell(f"{levels}. {reading.sentence} ({reading.seconds:.1f} s)")
 
 
 def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
@@ -164,7 +200,7 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
         `kept_step`; `paid` and `price`, nats in range.
 
     Raises:
-        Declined: where no measure within the budget is better far out than the model before.
+        NoGain: where no measure within the budget is better far out than the model before.
     """
     measures = measures_of(trainer.state.log_history)
     before, *after = measures
@@ -172,7 +208,10 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
     best = decide([before, *there], price).best
     if best is None:
         gained = [m for m in there if not m.far >= before.far]
-        raise Declined(_too_dear(before, gained, price), log=trainer.state.log_history)
+        said = _too_dear(before, gained, price)
+        raise NoGain(
+            f"{said} The checkpoints stay in {trainer.args.output_dir}.", log=trainer.state.log_history
+        )
     if best.step != trainer.state.global_step:
         trainer.state.best_global_step = best.step
         trainer.state.best_model_checkpoint = str(checkpoint_of(trainer.args.output_dir, best.step))
@@ -193,11 +232,11 @@ def _is_there(trainer: Any, step: int) -> bool:
 
 def _too_dear(before: Measure, gained: Sequence[Measure], price: float) -> str:
     if not gained:
-        return "No measure is better far out than the model before. Nothing is saved."
+        return "No measure is better far out than the model before. No model is saved."
     least = min(gained, key=lambda m: m.in_range)
     paid = least.in_range - before.in_range
     return (
         f"No measure within `price` {price:g} is better far out: step {least.step} costs {paid:.3f} nats in "
-        f"range and reads {least.far:.3f} far out, from {before.far:.3f}. Nothing is saved: `resume` with a "
+        f"range and reads {least.far:.3f} far out, from {before.far:.3f}. No model is saved: `resume` with a "
         f"`price` of {paid + 0.001:.3f} keeps it."
     )
