@@ -64,9 +64,17 @@ class Lock:
         folder: must be there when the lock is taken.
     """
 
+    FILE = ".lock"
+    """Name of the file that is locked."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._held: TextIO | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._held is not None
 
     def take(self) -> None:
         """Take the lock, if this object has not.
@@ -79,7 +87,7 @@ class Lock:
         try:
             import fcntl
 
-            file = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (held open)
+            file = open(self.folder / self.FILE, "a+", encoding="utf-8")  # noqa: SIM115  (held open)
         except (ImportError, OSError):  # Windows; a folder that cannot be written, which is said elsewhere
             return
         try:
@@ -151,6 +159,8 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
     """
     if path.is_dir() and not folder:
         raise LongrollError(f"Cannot write {path}: it is a folder. Name a file.")
+    if folder and path.exists() and not path.is_dir():
+        raise LongrollError(f"Cannot write into {path}: it is a file. Name a folder.")
     try:
         if folder or not is_stream(path):
             try_folder(path if folder else Path(os.path.realpath(path)).parent)
@@ -162,7 +172,29 @@ def check_writable(path: Path, *, folder: bool = False) -> Path:
 
 
 def try_folder(folder: Path) -> None:
-    """Make a folder, and a file in it that goes again; raises OSError where either cannot be made."""
-    place = Path(os.path.realpath(folder))  # the target of a link, which may not exist yet
-    place.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=place).close()
+    """Raise OSError where a folder, or a file in it, cannot be made; neither is made."""
+    tempfile.TemporaryFile(dir=existing(folder)).close()
+
+
+def existing(path: Path) -> Path:
+    """Return `path`, or the lowest folder above it that exists; raises OSError for a path that cannot be."""
+    place = Path(os.path.realpath(path))  # the target of a link, which may not exist yet
+    while True:
+        try:
+            place.stat()
+            return place
+        except FileNotFoundError:
+            place = place.parent
+
+
+def remove_empty(folder: Path, stays: Path) -> None:
+    """Remove a folder and those above it that are empty, below `stays`, which `existing` returned."""
+    place = Path(os.path.realpath(folder))
+    while place != stays and stays in place.parents:
+        try:
+            place.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError:  # it holds something
+            return
+        place = place.parent

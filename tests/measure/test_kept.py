@@ -120,7 +120,9 @@ def test_damaged_pieces_are_measured_again(name, torn, whole, tmp_path, caplog):
 def test_whatever_lies_where_a_piece_is_kept(what, tmp_path, caplog):
     lm, tokens, folder = planted_lm(), texts_of_twin()[:1, :9], tmp_path / "kept"
     for name in ("pieces.json", "two.piece"):
-        Kept(folder).begin(lm, tokens)
+        before = Kept(folder)
+        before.begin(lm, tokens)
+        before.write("two", 2)
         file = folder / name
         if what == "versions":
             held = json.loads((folder / "pieces.json").read_text())
@@ -135,6 +137,23 @@ def test_whatever_lies_where_a_piece_is_kept(what, tmp_path, caplog):
         assert what != "versions" or "pieces.json is damaged" in caplog.text
         kept.remove()
         assert not folder.exists()
+
+
+def test_a_measurement_without_a_piece_leaves_nothing_and_binds_nobody(tmp_path):
+    """It was refused, or killed before its first piece."""
+    lm, tokens, folder = planted_lm(), texts_of_twin()[:1, :9], tmp_path / "kept"
+    Kept(folder).begin(lm, tokens, seed=1)
+    assert not folder.exists()
+    kept = Kept(folder)
+    kept.begin(lm, tokens, seed=2)
+    kept.write("two", 2)
+    (folder / "two.piece").unlink()
+    other = Kept(folder)
+    other.begin(lm, tokens, seed=3)
+    other.write("two", 3)
+    again = Kept(folder)
+    again.begin(lm, tokens, seed=3)
+    assert again.read("two") == 3
 
 
 @pytest.mark.parametrize(

@@ -321,10 +321,11 @@ def test_a_checkpoint_that_was_saved_without_a_part_is_refused(name, tmp_path):
 def test_a_folder_that_cannot_be_is_one_line(place, tmp_path):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("mine")
-    with pytest.raises(LongrollError, match=r"`output`.* (already holds a model|holds an interrupted run)"):
-        run("sp", str(tmp_path / "out"), options=OPTIONS)
-    with pytest.raises(LongrollError, match=r"`output`.* (already holds a model|cannot be written)"):
-        run("sp", str(tmp_path / "out"), options=OPTIONS, resume=True)
+    for resume in (False, True):
+        with pytest.raises(
+            LongrollError, match=r"`output`.* (is a file: name a folder|cannot be written: Not)"
+        ):
+            run("sp", str(tmp_path / "out"), options=OPTIONS, resume=resume)
     assert (tmp_path / place).read_text() == "mine"
 
 

@@ -5,7 +5,7 @@ from transformers import TrainingArguments
 
 from longroll import InitialStateTrainer, LongrollError, PosttrainOptions
 from longroll.training.lora import with_lora
-from longroll.training.trainer import DECAYS
+from longroll.training.weights import DECAYS
 from zoo import build
 
 FAMILIES = ["mamba", "mamba2", "bamba", "kimi_linear", "qwen3_next", "gla", "rwkv7", "rwkv6", "rwkv", "xlstm"]

@@ -292,6 +292,7 @@ def posttrain(
     from longroll.training.hub import check_push, push
     from longroll.training.identity import settings_of
     from longroll.training.options import check_sizes
+    from longroll.training.output import goes_on
     from longroll.training.plan import setting_of, training_line
     from longroll.training.until_healthy import look_in
 
@@ -370,8 +371,7 @@ def posttrain(
         t.warn_of(task, data, prepared.name)
     console.print(prepared.sentence, highlight=False, soft_wrap=True)
     held_out: HeldOutData | None = None
-    goes_on = resume and (output / "checkpoints").exists()
-    unseen = not goes_on and not force and task is None and prepared.name != "none"
+    unseen = not goes_on(output, resume) and not force and task is None and prepared.name != "none"
     if unseen and lm.device.type == "cpu" and fsdp:  # whose shards go to the GPUs
         console.print("Not looked whether the model breaks: --fsdp reads it on the CPU.", highlight=False)
         unseen = False

@@ -69,6 +69,7 @@ class Kept:
     def __init__(self, folder: Path | None = None, *, every: float = _EVERY) -> None:
         self.folder, self.every = folder, every
         self._of = ""  # which settings pieces must be of
+        self._settings: dict[str, Any] = {}
         self._device, self._spread = torch.device("cpu"), False
         self._began = self._last = time.monotonic()
         self._price = 0.0
@@ -97,6 +98,7 @@ class Kept:
         now = {"settings": about, "of": self._of, "versions": package_versions(), "device": lm.device.type}
         size = ranks.world_size()
         ranks.on_first(lambda: self._check(now, size))
+        self._settings = now
         self._last = time.monotonic()
 
     def _check(self, now: Mapping[str, Any], size: int) -> None:
@@ -104,7 +106,7 @@ class Kept:
         assert self.folder is not None
         file = self.folder / _SETTINGS
         self._clear(whole=False)
-        if file.is_file():
+        if file.is_file() and any(self.folder.glob(f"*{_PIECE}")):
             try:
                 before = read_json(file)
                 if not same_form(before, now) or _digest(before["settings"]) != before["of"]:
@@ -120,7 +122,6 @@ class Kept:
                 return
         self._clear(whole=True)  # pieces of which nothing is known
         delete(file)
-        write_json(file, now)
 
     def read(self, name: str, kinds: Sequence[type] = ()) -> Any:
         """Return a piece; None where there is none, or, with a warning, where it is damaged.
@@ -154,6 +155,8 @@ class Kept:
         began, packed = time.monotonic(), io.BytesIO()
         torch.save({"of": self._of, "data": data}, packed)
         held = packed.getbuffer()
+        if not (self.folder / _SETTINGS).is_file():  # a measurement that is refused leaves nothing
+            write_json(self.folder / _SETTINGS, self._settings)
         write_whole(self._file(name), hashlib.sha256(held).hexdigest().encode() + b"\n" + held)
         self._last = time.monotonic()
         self._price = self._last - began

@@ -172,12 +172,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             )
 
     def _check_model(self) -> None:
-        kind = self.base.config.model_type
-        if self.intervention is not None and not self.family.recurrent:
-            raise LongrollError(
-                f"{kind} has no recurrent state, so there is none to intervene on: train it without an "
-                "intervention."
-            )
+        check_recurrent(self.lm, self.intervention)
         for name, module in self.model.named_modules():
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 raise LongrollError(
@@ -486,6 +481,19 @@ class InitialStateMixin(WholeCheckpointsMixin):
             intervention.load_state_dict(load(found[rank]))
         else:
             intervention.load_ranks([load(file) for file in found], rank, world_size)
+
+
+def check_recurrent(lm: RecurrentLM, intervention: Intervention | None) -> None:
+    """Refuse an intervention on a model that has no recurrent state.
+
+    Raises:
+        LongrollError: naming the kind of the model.
+    """
+    if intervention is not None and not lm.family.recurrent:
+        raise LongrollError(
+            f"{lm.model.config.model_type} has no recurrent state, so there is none to intervene on: train "
+            "it without an intervention."
+        )
 
 
 class _Stop(TrainerCallback):

@@ -32,15 +32,15 @@ from longroll.data import (
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.families._rope import RopeScaling, check_scalable, scale_rope
-from longroll.files import Lock, try_folder
+from longroll.files import Lock
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
 from longroll.interventions.recipes import RECIPES
 from longroll.launcher import end_with_launcher
 from longroll.measure.held_out import HeldOutData, Reading
 from longroll.model import RecurrentLM
-from longroll.results import write_json
 from longroll.training import checkpoints, sharding
+from longroll.training._mixin import check_recurrent
 from longroll.training.card import model_card
 from longroll.training.faults import faults_are_said
 from longroll.training.guard import check_loss, check_weights
@@ -53,6 +53,7 @@ from longroll.training.options import (
     settled,
     trainer_arguments,
 )
+from longroll.training.output import FOLDER, begin, goes_on, is_done, left_as_found
 from longroll.training.recipe import by_recipe
 from longroll.training.saving import (
     batch_loss,
@@ -65,7 +66,14 @@ from longroll.training.saving import (
 from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.until_healthy import Look, Tell, UntilHealthy, keep_best, look
-from longroll.training.weights import in_16_bits, train_only, trained_parameters, widen
+from longroll.training.weights import (
+    check_decay_speed,
+    in_16_bits,
+    not_trained,
+    train_only,
+    trained_parameters,
+    widen,
+)
 
 logger = logging.getLogger("longroll")
 
@@ -136,21 +144,23 @@ def posttrain(
     options = settled(options)
     output = Path(output)
     source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
+    check_recurrent(lm, intervention)
+    _check_trained(lm, options)
     if options.rope_scaling is not None:
         check_scalable(lm.model)
     if options.format == "original":
         check_original(source)
     place = opened_as(output, source, options.format)
-    folder = output / "checkpoints"
+    folder = output / FOLDER
     arguments = trainer_arguments(lm, options, folder)  # the processes meet here
     lock = Lock(folder)
-    if ranks.on_first(lambda: _is_done(output, place, resume, lock)):
+    if ranks.on_first(lambda: is_done(output, place, resume, lock)):
         return []
-    goes_on = ranks.on_first(lambda: resume and checkpoints.any_in(folder))
+    resumes = ranks.on_first(lambda: goes_on(output, resume))
     _check_held_out(held_out, options)
     check_sizes(lm, options, arguments.device)
     seen, narrow = None, autocasts(lm, options) or any(map(in_16_bits, lm.parameters()))
-    if held_out is not None and intervention is not None and not (force or goes_on or options.fsdp):
+    if held_out is not None and intervention is not None and not (force or resumes or options.fsdp):
         seen = look(lm, held_out, tell)
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
@@ -159,36 +169,42 @@ def posttrain(
         scale_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length)
     watched = held_out if options.until_healthy else None
     started = describe_run(lm, corpus, options, intervention, ranks.world_size(), held_out=watched)
-    ranks.on_first(lambda: _start(folder, started, resume, lock))
-    set_seed(options.seed)  # of the adapters
-    model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
-    adapted, replaced = model is not lm.model, "forward" in vars(model)
-    frozen = train_only(model, options.trainable or "all")
-    tell(trained_parameters(model, options.trainable or "all"))
-    if options.bf16 is False:
-        widen(model)
-    trainer = InitialStateTrainer(
-        model,
-        arguments,
-        intervention=intervention,
-        decay_speed=options.decay_speed,  # type: ignore[arg-type]
-        cuda_graphs=options.cuda_graphs,
-        weights=options.weights,
-        on_not_finite=options.on_not_finite,
-        train_dataset=data,
-        callbacks=[*([Look(seen)] if seen else []), *(callbacks or [])],
-    )
-    empty = sharding.skeleton(model) if trainer.is_fsdp_enabled else None
-    trainer.remove_callback(PrinterCallback)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
-            callback.logging_dir = callback.logging_dir or str(output / "runs")
     # in 16 bits the look read in another precision than training has
     before = None if narrow or options.rope_scaling is not None else seen
+    if resumes:
+        ranks.on_first(lambda: check_same_run(checkpoints.described_by(folder), started))
     kept: dict[str, Any] = {}
-    with faults_are_said(output, lm, options), _same_bits(options.deterministic):
+    with (
+        left_as_found(output, lock),
+        faults_are_said(output, lm, options),
+        _same_bits(options.deterministic),
+    ):
+        set_seed(options.seed)  # of the adapters
+        model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
+        adapted, replaced = model is not lm.model, "forward" in vars(model)
+        frozen = train_only(model, options.trainable or "all")
+        tell(trained_parameters(model, options.trainable or "all"))
+        if options.bf16 is False:
+            widen(model)
+        trainer = InitialStateTrainer(
+            model,
+            arguments,
+            intervention=intervention,
+            decay_speed=options.decay_speed,  # type: ignore[arg-type]
+            cuda_graphs=options.cuda_graphs,
+            weights=options.weights,
+            on_not_finite=options.on_not_finite,
+            train_dataset=data,
+            callbacks=[*([Look(seen)] if seen else []), *(callbacks or [])],
+        )
+        empty = sharding.skeleton(model) if trainer.is_fsdp_enabled else None
+        trainer.remove_callback(PrinterCallback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # its default lies in the checkpoints, which go
+                callback.logging_dir = callback.logging_dir or str(output / "runs")
+        ranks.on_first(lambda: begin(output, place, started, resume, lock))
         with stops_between_steps():
-            _train(trainer, options, watched, tell, goes_on, before)
+            _train(trainer, options, watched, tell, resumes, before)
         if watched is not None:
             kept = keep_best(trainer, options.price, tell)
         for parameter in frozen:
@@ -255,41 +271,12 @@ def _rows_of(corpus: Corpus, intervention: Intervention | None, options: Posttra
     return dealt
 
 
-def _is_done(output: Path, place: Path, resume: bool, lock: Lock) -> bool:
-    """Check that the run may begin, or go on; True where all that is left of it is to clean up."""
-    folder = output / "checkpoints"
-    if folder.is_dir():
-        lock.take()
-    interrupted, removing = folder.exists(), checkpoints.removal_of(folder).exists()
-    if resume and removing and not interrupted:
-        checkpoints.clear_partial(output)
-        return True
-    if ((output / "config.json").exists() or place.is_file()) and not (resume and interrupted):
-        raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
-    if interrupted and not resume:
-        raise LongrollError(
-            f"`output` {output} holds an interrupted run: go on with it by `resume`, or name another folder."
-        )
-    try:
-        try_folder(output)
-    except OSError as error:
-        raise LongrollError(f"`output` {output} cannot be written: {error.strerror}.") from None
-    checkpoints.clear_partial(output)
-    return False
-
-
-def _start(folder: Path, started: dict[str, Any], resume: bool, lock: Lock) -> None:
-    """Note what the run is, or check that it is the one that goes on."""
-    try:
-        try_folder(folder)
-    except OSError as error:
-        raise LongrollError(f"`output`: {folder} cannot be written: {error.strerror}.") from None
-    lock.take()
-    file = folder / checkpoints.RUN
-    if resume and checkpoints.any_in(folder):
-        check_same_run(checkpoints.described_by(folder), started)
-    else:
-        write_json(file, started)
+def _check_trained(lm: RecurrentLM, options: PosttrainOptions) -> None:
+    """Refuse options by which nothing would be trained, or none of what an option is about."""
+    adapted = lm.adapted is not None
+    if adapted or not options.lora_rank:
+        not_trained(lm.adapted or lm.model, options.trainable or "all")
+    check_decay_speed(options.decay_speed or 1.0, lm.model, frozen=bool(options.lora_rank) and not adapted)
 
 
 def _check_held_out(held_out: HeldOutData | None, options: PosttrainOptions) -> None:
@@ -309,7 +296,7 @@ def _train(
     options: PosttrainOptions,
     held_out: HeldOutData | None,
     tell: Tell,
-    goes_on: bool,
+    resumes: bool,
     before: Reading | None,
 ) -> None:
     """Train to the end, or as far as held-out data call for; raise what a signal would have."""
@@ -319,12 +306,12 @@ def _train(
         watch = UntilHealthy(trainer, held_out, price=price, every=every, tell=tell, before=before)
         trainer.add_callback(watch)
         newest = ranks.on_first(lambda: checkpoints.newest_whole(Path(trainer.args.output_dir or "")))
-        if goes_on and newest is not None:
+        if resumes and newest is not None:
             trainer.state = TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
             if watch.decision().stop:  # it was killed after its last step
                 trainer._load_from_checkpoint(str(newest))
                 return
-    trainer.train(resume_from_checkpoint=goes_on)
+    trainer.train(resume_from_checkpoint=resumes)
     ended = watch is not None and watch.decision().stop is not None
     if trainer._guard.stop and trainer.state.global_step < options.steps and not ended:
         if asked() in (0, signal.SIGINT):  # 0: another rank was asked

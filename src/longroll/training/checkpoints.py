@@ -83,6 +83,12 @@ def any_in(folder: Path) -> bool:
     return bool(_newest_first(folder))
 
 
+def others_in(folder: Path) -> list[str]:
+    """Return the names in `folder` that no run wrote there, but hidden ones."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if not (name == RUN or name.startswith(".") or _NAME.fullmatch(name))]
+
+
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest whole checkpoint in `folder`, with a warning for each newer one that is damaged."""
     for checkpoint in _newest_first(folder):
@@ -94,7 +100,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def checkpoint_to_resume(folder: Path, asked: str | os.PathLike[str] | bool | None) -> str | None:
-    """Return resolve the `resume_from_checkpoint` of `Trainer.train`.
+    """Resolve the `resume_from_checkpoint` of `Trainer.train`.
 
     Args:
         folder: the folder of the checkpoints.

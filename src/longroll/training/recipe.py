@@ -21,7 +21,7 @@ from longroll.interventions.recipes import (
     recipe_of,
 )
 from longroll.model import RecurrentLM
-from longroll.training.weights import DECAYS
+from longroll.training.weights import trained_decays
 
 if TYPE_CHECKING:
     from longroll.training.options import PosttrainOptions
@@ -129,6 +129,4 @@ def _needs_matrices(lm: RecurrentLM, options: PosttrainOptions) -> str:
 
 
 def _trains_decays(lm: RecurrentLM, options: PosttrainOptions) -> bool:
-    if options.lora_rank:
-        return False
-    return any(p.requires_grad and name.endswith(DECAYS) for name, p in lm.model.named_parameters())
+    return not options.lora_rank and bool(trained_decays(lm.model))

@@ -25,7 +25,7 @@ from longroll.training.graphs import StepGraph
 from longroll.training.lora import lean
 from longroll.training.loss import hidden_loss, next_token_loss
 from longroll.training.sharding import full_state
-from longroll.training.weights import DECAYS, hold_weights, precision
+from longroll.training.weights import check_decay_speed, hold_weights, precision, trained_decays
 
 logger = logging.getLogger("longroll")
 
@@ -103,11 +103,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         self.data_collator: Any = Collator(self.processing_class, data_collator, drop=drop)
         # the loss here is a sum over the tokens of all micro-batches, as transformers' own
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        if decay_speed != 1 and not any(p.requires_grad for p in self._decays()):
-            raise LongrollError(
-                f"`decay_speed`: no parameter that is trained sets how fast {self.base.config.model_type} "
-                "forgets; LoRA leaves those as they are. Leave it out."
-            )
+        check_decay_speed(decay_speed, self.base)
         if decay_speed != 1 and self.optimizer is not None:
             raise LongrollError(
                 "`decay_speed` sets the learning rates of an optimizer that Trainer makes: leave out "
@@ -344,7 +340,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.decay_speed != 1 and made:
-            decays = {id(p) for p in self._decays()}
+            decays = {id(p) for p in trained_decays(self.base)}
             for group in list(optimizer.param_groups):
                 faster = [p for p in group["params"] if id(p) in decays]
                 if faster:
@@ -352,9 +348,6 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
                     rate = group["lr"] * self.decay_speed
                     optimizer.add_param_group({**group, "params": faster, "lr": rate})
         return optimizer
-
-    def _decays(self) -> list[torch.nn.Parameter]:
-        return [p for name, p in self.base.named_parameters() if name.endswith(DECAYS)]
 
 
 def _drops(module: torch.nn.Module) -> bool:

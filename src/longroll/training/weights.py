@@ -57,8 +57,20 @@ def projects(model: nn.Module) -> set[str]:
 def train_only(model: nn.Module, what: str) -> list[nn.Parameter]:
     """Freeze what a run does not train, and return the parameters that were frozen by it.
 
+    Raises:
+        LongrollError: as `not_trained`.
+    """
+    frozen = not_trained(model, what)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def not_trained(model: nn.Module, what: str) -> list[nn.Parameter]:
+    """Return the parameters that a run has to freeze.
+
     Args:
-        model: its parameters that are frozen already stay so.
+        model: its parameters that are frozen already are left out.
         what: one of `TRAINABLE`.
 
     Raises:
@@ -73,10 +85,31 @@ def train_only(model: nn.Module, what: str) -> list[nn.Parameter]:
         raise LongrollError(
             f"`trainable` {what}: the model has no such parameter that is not frozen: take all."
         )
-    frozen = [p for name, p in open_.items() if name not in kept]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen
+    return [p for name, p in open_.items() if name not in kept]
+
+
+def trained_decays(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `DECAYS` that are not frozen."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and name.endswith(DECAYS)]
+
+
+def check_decay_speed(speed: float, model: nn.Module, *, frozen: bool = False) -> None:
+    """Refuse a decay speed where no decay is trained.
+
+    Args:
+        speed: learning rate of the decays as a multiple of the others'.
+        model: a transformers model.
+        frozen: whether the weights of the model will be frozen, as under new adapters.
+
+    Raises:
+        LongrollError: for any speed but 1.
+    """
+    if speed != 1 and (frozen or not trained_decays(model)):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise LongrollError(
+            f"`decay_speed`: no parameter that is trained sets how fast {kind} forgets; LoRA leaves those as "
+            "they are. Leave it out."
+        )
 
 
 def trained_parameters(model: nn.Module, what: str) -> str:

@@ -1,0 +1,141 @@
+"""A run that is refused leaves its output as it was found, and the next correct one needs no `resume`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranked import corpus_of
+from transformers import TrainerCallback
+
+from longroll import LongrollError, RecurrentLM
+from longroll.conformance.tiny import build
+from longroll.training import PosttrainOptions, checkpoints, posttrain
+
+OPTIONS = {"length": 8, "steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+LATE = "refused late"
+
+
+class Refuses(TrainerCallback):
+    """Ends a run as it begins, after all checks."""
+
+    def on_train_begin(self, *_, **__):
+        raise LongrollError(LATE)
+
+
+def seen(folder):
+    """Return all that lies below a folder, with its contents, but locks, which bind no longer."""
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def run(output, family="mamba2", intervention="sp", **options):
+    more = {name: options.pop(name) for name in ("callbacks", "resume") if name in options}
+    lm = RecurrentLM(build(family))
+    return posttrain(
+        lm, corpus_of(), intervention, PosttrainOptions(**OPTIONS | options), output, force=True, **more
+    )
+
+
+REFUSED = {
+    "nothing to train": ({"family": "retnet", "trainable": "decays"}, "`trainable` decays"),
+    "convolutions": ({"family": "lfm2", "trainable": "decays"}, "no recurrent state"),
+    "no decays": ({"family": "retnet", "decay_speed": 3.0}, "`decay_speed`"),
+    "adapters": ({"lora_rank": 2, "decay_speed": 3.0}, "`decay_speed`"),
+    "no state": ({"family": "llama"}, "llama has no recurrent state"),
+    "graphs": ({"cuda_graphs": True}, "CUDA graph"),
+    "text": ({"intervention": "tbptt", "batch_size": 999}, "give more text"),
+    "late": ({"callbacks": [Refuses()]}, LATE),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("place", ["absent", "nested/absent", "empty", "mine", "killed early"])
+def test_what_is_refused_leaves_the_output_as_it_was(what, place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, name in (("mine", "notes.txt"), ("killed early/checkpoints", "run.json")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text("")
+    before = seen(tmp_path)
+    arguments, said = REFUSED[what]
+    with pytest.raises(LongrollError, match=said):
+        run(tmp_path / place, **arguments)
+    after = seen(tmp_path)
+    for found in (before, after):
+        found.pop(Path("killed early/checkpoints/run.json"), None)  # which binds nobody
+    assert after == before
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_next_correct_run_needs_no_resume(killed, tmp_path):
+    """After a refusal, and after a run that was killed before its first checkpoint."""
+    if killed:
+        (tmp_path / "out/checkpoints").mkdir(parents=True)
+        (tmp_path / "out/checkpoints/run.json").write_text("{}")
+    else:
+        with pytest.raises(LongrollError, match=LATE):
+            run(tmp_path / "out", callbacks=[Refuses()])
+    assert run(tmp_path / "out", resume=killed)[-1]["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_stays_when_another_command_is_refused(tmp_path):
+    class Fails(TrainerCallback):
+        def on_save(self, *_, **__):
+            raise LongrollError(LATE)
+
+    with pytest.raises(LongrollError, match=LATE):
+        run(tmp_path, callbacks=[Fails()], save_steps=1)
+    before = seen(tmp_path)
+    assert checkpoints.newest_whole(tmp_path / "checkpoints")
+    with pytest.raises(LongrollError, match="`decay_speed`"):
+        run(tmp_path, family="retnet", decay_speed=3.0)
+    with pytest.raises(LongrollError, match="interrupted run"):
+        run(tmp_path)
+    with pytest.raises(LongrollError, match="another model"):
+        run(tmp_path, family="retnet", resume=True)
+    assert seen(tmp_path) == before
+    assert run(tmp_path, resume=True, save_steps=1)[-1]["step"] == 2
+
+
+HOLDS = """
+import sys, pathlib
+from longroll.files import Lock
+folder = pathlib.Path(sys.argv[1])
+(folder / "run.json").write_text("of the other")
+lock = Lock(folder)
+lock.take()
+print(1, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_outran_takes_nothing_from_it(tmp_path):
+    others = []
+
+    class Meanwhile(TrainerCallback):
+        """Has another process take the folder after the checks."""
+
+        def on_init_end(self, args, *_, **__):
+            command = [sys.executable, "-c", HOLDS, args.output_dir]
+            others.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            others[0].stdout.readline()
+
+    with pytest.raises(LongrollError, match="in use by process"):
+        run(tmp_path, callbacks=[Meanwhile()])
+    folder = tmp_path / "checkpoints"
+    assert (folder / "run.json").read_text() == "of the other"
+    assert f"process {others[0].pid} " in (folder / ".lock").read_text()
+    others[0].communicate()
+
+
+def test_what_no_run_wrote_is_not_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best.pt").write_text("mine")
+    before = seen(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(LongrollError, match=r"holds best\.pt.*name another folder"):
+            run(tmp_path, resume=resume)
+    assert seen(tmp_path) == before
