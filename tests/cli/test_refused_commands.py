@@ -1,4 +1,4 @@
-"""A command that is refused leaves nothing: no folder, no file, no piece that a later command would trip on."""
+"""A command that is refused leaves no folder, no file and no kept piece."""
 
 import pytest
 from typer.testing import CliRunner

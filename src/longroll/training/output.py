@@ -29,7 +29,7 @@ def is_done(output: Path, place: Path, resume: bool, lock: Lock) -> bool:
         output: the folder of the run.
         place: what opens the model that it writes there (`saving.opened_as`).
         resume: whether to go on from a checkpoint.
-        lock: of the folder of checkpoints; taken if the folder is there.
+        lock: the lock of the folder of checkpoints, which is taken if that folder is there.
 
     Raises:
         LongrollError: for a folder that holds something else, is in use, or cannot be written.
@@ -49,11 +49,11 @@ def begin(output: Path, place: Path, started: dict[str, Any], resume: bool, lock
     """Write what a run is, unless its checkpoints hold that.
 
     Args:
-        output: as for `is_done`.
-        place: as for `is_done`.
+        output: the folder of the run.
+        place: what opens the model that it writes there.
         started: what the run is (`identity.describe_run`).
-        resume: as for `is_done`.
-        lock: is taken.
+        resume: whether to go on from a checkpoint.
+        lock: the lock of the folder of checkpoints, which is taken.
 
     Raises:
         LongrollError: as `is_done`.
