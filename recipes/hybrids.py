@@ -139,8 +139,8 @@ def train(
         weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=fused
     )
     graph = None
-    if fused and not carried and not lm.has_attention and lm.family.op in ("ssd", "selective_scan"):
-        graph = StepGraph(lm, states=False)
+    if fused and "attention" not in carried and lm.family.op in ("ssd", "selective_scan"):
+        graph = StepGraph(lm, states=bool(carried))  # keys that are carried change the shapes of a step
 
     def rate(step: int) -> float:
         return min(1, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -158,7 +158,7 @@ def train(
             rows, state = ids[starts + window].long().to(lm.device), None
         tokens = rows[:, piece * length : (piece + 1) * length + 1]
         if graph is not None:
-            loss, final = graph(tokens[:, :-1], tokens[:, 1:])
+            loss, final = graph(tokens[:, :-1], tokens[:, 1:], state)
         else:
             logits, final = lm(tokens[:, :-1], state)
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

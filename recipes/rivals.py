@@ -48,10 +48,12 @@ BASES = ("specimen", "passkey-mamba2", "passkey-bamba", "recall-mamba2", "recall
 TIMES = 64
 """Positions measured, in training lengths."""
 TRAINED = {"none": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT, "longer": None}
+SCALED = {"none+linear": "none", "sp+linear": "sp"}
+"""Ways of a hybrid: its rotary positions are scaled, too."""
 READ = ("reset", "rescan", "decay", "clip", "window", "chunk")
 CALIBRATED = {"A-layer": ("A", "layer"), "A-head": ("A", "head"), "dt-layer": ("dt", "layer")}
 DEPTHS = (0.1, 0.5, 0.9)
-LONGER = 4
+LONGER, EVERY = 4, 8
 SLOW = (0.001, 0.05)
 
 
@@ -106,21 +108,21 @@ class Base:
         return freeze(lm).to(options.device)
 
     def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0) -> Any:
-        """Rows to train on: a task, and for passkeys text in one row of 8, all of it learned."""
+        """Rows to train on: the answers of a task, and one row of EVERY all of whose tokens are learned."""
         if self.kind == "specimen":
             return self.train
         length, lanes = longer * self.length, self.options.batch // longer
         task = self.task
         if self.kind == "passkey":
             task = Passkey(self.tokenizer, haystack=TextHaystack(self.train, "text"), instruction=False)
-        rows = TaskRows(
-            [task], length, steps * lanes, lanes=lanes, windows=windows, seed=seed,
-            answers_only=self.kind == "recall",
+        rows = TaskRows([task], length, steps * lanes, lanes=lanes, windows=windows, seed=seed)
+        text: Any = TaskRows(
+            [task], length, steps * lanes // EVERY, lanes=max(lanes // EVERY, windows), windows=windows,
+            seed=seed + 500, answers_only=False,
         )  # fmt: skip
-        text = None
         if self.kind == "passkey":
             text = Windows(self.train, length, seed=seed, num_items=20_000)
-        mixed = timed.MixedRows(rows, text, every=8)
+        mixed = timed.MixedRows(rows, text, every=EVERY)
         return timed.StoredRows(mixed, min(self.options.kept, steps * lanes), lanes=lanes)
 
     def texts(self, longest: int, rows: int, *, train: bool) -> torch.Tensor:
@@ -144,7 +146,8 @@ def train_base(base: Base, options: argparse.Namespace) -> dict[str, Any]:
     if base.kind == "specimen":
         return {"steps": 0}
     rows = base.rows(steps=timed.MANY)
-    how = {"length": base.length, "batch_size": options.batch, "learning_rate": 2e-3, "weight_decay": 0.1}
+    how = {"length": base.length, "batch_size": options.batch, "weight_decay": 0.1}
+    how |= {"learning_rate": options.learning_rate, "cuda_graphs": options.cuda_graphs}
     return timed.train(
         base.build(), rows, None, options.output / options.base / "base", seconds=options.seconds,
         steps=options.base_steps, seed=options.seed, **how,
@@ -167,10 +170,12 @@ def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any]
         texts = base.texts(16 * base.length, options.calibrated, train=True)
         found = calibrate(lm, texts, train_length=base.length, what=what, unit=unit)
         told = {"tokens": found.tokens, "calibration": found.to_json()}
-    elif way in TRAINED:
+    elif way in TRAINED or way in SCALED:
         longer, windows = (LONGER if way == "longer" else 1), (LONGER if way == "tbptt" else 1)
-        chosen = TRAINED[way]
+        chosen = TRAINED[SCALED.get(way, way)]
         how = {"learning_rate": 1e-3 if base.kind == "specimen" else 5e-4, "decay_speed": 30.0}
+        how |= {"rope_scaling": f"linear:{options.times}"} if way in SCALED else {}
+        how |= {"cuda_graphs": options.cuda_graphs}
         training = timed.train(
             lm, base.rows(steps=options.steps, longer=longer, windows=windows, seed=options.seed + 1),
             chosen and chosen(zero_probability=0.1, seed=options.seed), options.output / options.base / way,
@@ -194,7 +199,7 @@ def measure(way: str, lm: RecurrentLM, base: Base, options: argparse.Namespace) 
     result: dict[str, Any] = {}
     reading = way if way in READ else "plain"
     longest = options.times * base.length
-    if base.kind != "recall" and reading != "chunk":
+    if reading != "chunk":
         tokens = base.texts(longest, options.texts, train=False)
         losses = (
             loss_under(way, lm, tokens, base.length) if way in HOLDS else position_loss(lm, tokens)
@@ -239,7 +244,7 @@ def main() -> None:
     parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--text", default="stdlib")
     parser.add_argument("--validation", help="other texts; default: some of --text")
-    parser.add_argument("--ways", nargs="+", default=["base", *READ, *CALIBRATED, *TRAINED])
+    parser.add_argument("--ways", nargs="+", help="default: all that the base has")
     parser.add_argument("--size", type=int, default=256, help="d_model")
     parser.add_argument("--layers", type=int, default=4, help="of Mamba-2")
     parser.add_argument("--state", type=int, default=128, help="numbers of a channel's state")
@@ -247,6 +252,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="of recall")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--base-steps", type=int, default=6000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of training the base")
+    parser.add_argument("--cuda-graphs", action="store_true", default=None, help="of a hybrid's steps, too")
     parser.add_argument("--seconds", type=float, help="of training the base, from the start of the script")
     parser.add_argument("--steps", type=int, default=300, help="of training on")
     parser.add_argument("--calibrated", type=int, default=8, help="texts that scales are found on")
@@ -259,6 +266,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    scaled = SCALED if options.base.endswith("bamba") else {}
+    options.ways = options.ways or ["base", *READ, *TRAINED, *scaled, *CALIBRATED]
     (options.output / options.base).mkdir(parents=True, exist_ok=True)
     trained = train_base(Base(options), options)
     rows = []

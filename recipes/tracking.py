@@ -1,4 +1,4 @@
-"""State tracking with and without interventions: word problems of four groups, trained short, read long.
+"""State tracking with and without interventions: word problems of groups, trained short, read long.
 
     python recipes/tracking.py --workers 14 --output tracking
 
@@ -7,7 +7,7 @@ For each family, group and seed a model (`base`) is trained from scratch on word
 are over. Its weights are then trained on by three initial states with equal tokens: `none`; `sp`, where every
 row begins from the final state of another row and has to reset at the start token; `tbptt`, where a word
 goes on over PIECES rows. All are told apart at T to 64 T by `tagged` and `free` accuracy. Guessing is right
-once in as many times as the group has elements: parity .5, Z5 .2, S3 .17, S5 .008. OUTPUT/tracking.json:
+once in as many times as the group has elements: parity .5, Z3 .33, S3 .17, S5 .008. OUTPUT/tracking.json:
 every run, and means and standard deviations over seeds.
 """
 
@@ -28,11 +28,12 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, TrainerCallback
 from longroll import TBPTT, RecurrentLM, StatePassing
 from longroll.data import HFTokenizer
 from longroll.families.fla_models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
+from longroll.families.fla_models.gla import GLAConfig, GLAForCausalLM
 from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from longroll.results import provenance, write_json
 from longroll.tasks import Row, StateTracking, TrackingRows, evaluate_grid, tracking_tokenizer
 
-GROUPS = ("parity", "z5", "s3", "s5")
+GROUPS = ("parity", "z3", "s3", "s5-swaps")
 WAYS = {"none": None, "sp": StatePassing, "tbptt": TBPTT}
 PIECES = 8
 """Rows of a word of TBPTT."""
@@ -68,7 +69,17 @@ def delta_net(vocabulary: int, size: int) -> Any:
     )  # fmt: skip
 
 
-FAMILIES = {"rwkv7": rwkv7, "mamba2": mamba2, "delta_net": delta_net}
+def gla(vocabulary: int, size: int) -> Any:
+    """GLA of two layers: its decays are positive, as Mamba-2's are."""
+    return GLAForCausalLM(
+        GLAConfig(
+            vocab_size=vocabulary, hidden_size=size, num_hidden_layers=2, num_heads=size // 32,
+            hidden_ratio=2, **_TOKENS,
+        )
+    )  # fmt: skip
+
+
+FAMILIES = {"rwkv7": rwkv7, "mamba2": mamba2, "delta_net": delta_net, "gla": gla}
 
 
 class LongWords(Dataset):
@@ -131,6 +142,7 @@ def try_one(job: tuple[int, str, str]) -> list[dict[str, Any]]:
             lm, stored, chosen and chosen(seed=seed),
             options.output / "-".join(map(str, (*job, way))), seconds=None, steps=steps,
             length=options.length, batch_size=options.batch, seed=seed, bf16=False,
+            cuda_graphs=options.cuda_graphs,
             callbacks=[Learned()] if way == "base" else [],
             learning_rate=options.learning_rate if way == "base" else options.learning_rate / 4,
         )  # fmt: skip
@@ -189,6 +201,7 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=60_000, help="rows made beforehand")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--times", type=int, default=64, help="longest word, in training lengths")
+    parser.add_argument("--cuda-graphs", action="store_true", default=None, help="of every family")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

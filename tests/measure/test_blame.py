@@ -25,6 +25,7 @@ def test_planted_sides_are_told_apart(planted):
     assert done == list(range(1, 10))
     assert [share.what for share in found.parts.values()] == ["state", "attention"]
     total = sum(part.recovered for part in found.parts.values())
+    assert found.left["attention"].recovered == pytest.approx(total - found.states[0].recovered)
     assert found.together is not None and total == pytest.approx(found.together.recovered)
     assert "do damage" in found.sentence or "the damage, not" in found.sentence
 
@@ -115,6 +116,20 @@ def test_verdicts(state, attention, spread, verdict):
     found = Blame(1.0, 8.0, [share("norms", 0.5)], readings, share("norms and window", 0.9), parts, "rotary")
     assert found.verdict == verdict and str(found.scaling) == "yarn:8"
     assert found.to_json()["parts"][0]["what"] == "state"
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "spread", "verdict"),
+    [(0.74, 0.21, 0.05, "both"), (0.1, 0.21, 0.05, "state"), (5.0, 0.0, 0.01, "state"),
+     (0.74, 0.1, 0.12, "state"), (5.0, 0.06, 0.02, "both")],
+)  # fmt: skip
+def test_a_side_with_a_small_part_is_named_if_it_breaks_the_model_by_itself(damage, left, spread, verdict):
+    parts = {"state": share("state", 0.85), "attention": share("attention", 0.15)}
+    found = Blame(
+        damage, 8.0, [share("norms", 0.8)], [share("window", 0.1)], share("norms and window", 1.0), parts,
+        "rotary", {"state": share("state", 0.9), "attention": share("attention", left, spread)},
+    )  # fmt: skip
+    assert found.verdict == verdict and found.to_json()["left"][1]["recovered"] == left
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -65,6 +65,28 @@ def test_a_word_and_its_products(group, length):
     assert task.score(sample, np.array([]), wrong) == {"tagged": 1.0, "free": 0.0}
 
 
+@pytest.mark.parametrize(("points", "swaps", "elements"), [(3, 3, 6), (4, 6, 24), (5, 10, 120)])
+def test_words_of_swaps_reach_the_whole_group(points, swaps, elements):
+    """The identity and the transpositions, each its own inverse, are read; products are of the group."""
+    task = StateTracking(TRACKING, f"s{points}-swaps")
+    assert len(task.table) == elements and len(task.drawn) == 1 + swaps and task.drawn[0] == 0
+    assert (task.table[task.drawn, task.drawn] == 0).all()
+    read, told = set(), set()
+    for i in range(40):
+        row = TrackingRows([task], 64, 40)[i]
+        read |= set(row["input_ids"].tolist()) - {task.start, task.ask_id}
+        told |= set(row["shift_labels"].tolist()) - {IGNORED}
+        sample = task.sample(50, rng=rng(i))
+        assert set(sample.tokens[1:51].tolist()) <= set(task.elements[task.drawn].tolist())
+    assert read == set(task.elements[task.drawn].tolist()) and told == set(task.elements.tolist())
+
+
+@pytest.mark.parametrize("group", ["z5-swaps", "parity-swaps", "s6-swaps", "s5-swap", "s5-swaps-swaps"])
+def test_groups_that_are_none(group):
+    with pytest.raises(LongrollError, match=f"groups` {group}: give parity"):
+        StateTracking(TRACKING, group)
+
+
 def test_rows_of_words_are_labelled_by_their_products():
     task = StateTracking(TRACKING, "s3")
     rows = TrackingRows([task], 64, 10, seed=3)

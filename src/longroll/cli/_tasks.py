@@ -85,7 +85,11 @@ Window = Annotated[
     int | None, typer.Option(help="Tokens that --reading uses. Default: the training length.", min=1)
 ]
 Groups = Annotated[
-    str, typer.Option(help="Groups, with commas: parity, z2 to z120 (cyclic), s3 to s5, a3 to a5.")
+    str,
+    typer.Option(
+        help="Groups, with commas: parity, z2 to z120 (cyclic), s3 to s5, s3-swaps to s5-swaps (words of "
+        "transpositions), a3 to a5."
+    ),
 ]
 Label = Annotated[
     str | None, typer.Option(help="Name in tables and figures. Default: the model and the reading.")

@@ -4,7 +4,8 @@ The far text is read again with the states held in their training range, with at
 with both. What each reading recovers of the damage (loss carried minus loss of a fresh start on the same
 tokens) is a game of two players, and a side's part is its Shapley value: the mean of what it recovers alone
 and of what it adds to the other. The two parts sum to what both recover. Source: Shapley 1953, "A value for
-n-person games".
+n-person games". A side with a small part of a large damage is named, too, where reading with the other side
+held alone would leave damage.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -32,8 +33,9 @@ from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
 Side = Literal["state", "attention"]
+SIDES: tuple[Side, ...] = ("state", "attention")
 EXPLAINS = 0.2
-"""Share of the damage below which a side is not named as a cause."""
+"""Share of the damage from which a side is named as a cause."""
 READINGS = 14
 """The most readings past T that `split_blame` takes; a rescan reads T tokens a piece and counts as four."""
 HOLDS = 9
@@ -80,13 +82,20 @@ class Blame:
     """The Shapley value of each side."""
     positions: str
     """How attention takes positions: `none`, `rotary`, `other`."""
+    left: dict[Side, Share] = field(default_factory=dict)
+    """What a side still does where the other one alone is held."""
+
+    def _is_named(self, side: Side) -> bool:
+        """Return whether a side does a large share of the damage, or breaks the model by itself."""
+        part, left = self.parts[side], self.left.get(side)
+        return part.blamed or (left is not None and part.low > 0 and left.low * self.damage >= DAMAGE)
 
     @property
     def verdict(self) -> Literal["state", "attention", "both", "neither"] | None:
         """The side that is to blame; None where these texts do not tell."""
         if not self.parts or not all(math.isfinite(part.recovered) for part in self.parts.values()):
             return None
-        named = [side for side, part in self.parts.items() if part.blamed]
+        named = [side for side in self.parts if self._is_named(side)]
         if len(named) == 2:
             return "both"
         if named:
@@ -131,6 +140,7 @@ class Blame:
             "positions": self.positions,
             "factor": self.factor,
             "parts": [vars(share) for share in self.parts.values()],
+            "left": [vars(share) for share in self.left.values()],
             "states": [vars(share) for share in self.states],
             "attentions": [vars(share) for share in self.attentions],
             "together": None if self.together is None else vars(self.together),
@@ -245,6 +255,7 @@ def _split(
     state, attention = alone_states[best_state], alone_attentions[best_attention]
     columns = {**alone_states, **alone_attentions, f"{best_state} and {best_attention}": together}
     columns |= {"state": (state + together - attention) / 2, "attention": (attention + together - state) / 2}
+    columns |= {"state left": together - attention, "attention left": together - state}
     shares = _shares(columns, whole, seed)
 
     best = shares[f"{best_state} and {best_attention}"]
@@ -255,6 +266,7 @@ def _split(
     return Blame(
         damage, factor, ranked(alone_states), ranked(alone_attentions), best,
         {"state": shares["state"], "attention": shares["attention"]}, positions.kind,
+        {side: replace(shares[f"{side} left"], what=side) for side in SIDES},
     )  # fmt: skip
 
 

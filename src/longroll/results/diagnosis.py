@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -179,6 +179,8 @@ class BlameResult(Section):
     """How attention takes positions: `none`, `rotary`, `other`."""
     factor: Number = None
     """By which rotary positions were scaled."""
+    left: list[BlameShare] = field(default_factory=list)
+    """What the states, and what the attention, still do where the other side alone is held in range."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 Construction: word problems of a group, one element for each token, the label of each being the product of all
 so far (Merrill, Petty & Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv 2404.08819;
-parity and cyclic groups: Grazzi et al. 2024, arXiv 2411.12537). Elements are IID uniform. A model that is
-trained on short words and tracks long ones has learned the group, not a shortcut (Liu et al. 2022, arXiv
+parity, cyclic groups and swaps: Grazzi et al. 2024, arXiv 2411.12537). Elements are IID uniform. A model that
+is trained on short words and tracks long ones has learned the group, not a shortcut (Liu et al. 2022, arXiv
 2210.10749).
 
 Two scores, for neither of which a product is ever shown. `tagged`: what the model says after each of the last
@@ -43,13 +43,13 @@ _ASKED = 1 / 16  # of the tokens of a training row
 
 @functools.cache
 def product_table(group: str) -> np.ndarray:
-    """Return multiplication table (n, n) of `parity`, `zN` (cyclic), `sN` (N <= 5) or `aN`; 0 is the
-    identity.
+    """Return multiplication table (n, n) of `parity`, `zN` (cyclic), `sN` (N <= 5, also as `sN-swaps`) or
+    `aN`; 0 is the identity.
 
     Raises:
         LongrollError: for another name, and groups of more than 120 elements.
     """
-    match = re.fullmatch(r"([zsa])(\d+)", "z2" if group == "parity" else group)
+    match = re.fullmatch(r"([zsa])(\d+)", "z2" if group == "parity" else _whole(group))
     kind, size = (match[1], int(match[2])) if match else ("", 0)
     if kind == "z" and 2 <= size <= LARGEST:
         index = np.arange(size)
@@ -58,7 +58,30 @@ def product_table(group: str) -> np.ndarray:
         elements = [p for p in permutations(range(size)) if kind == "s" or _even(p)]
         place = {element: i for i, element in enumerate(elements)}
         return np.array([[place[tuple(q[i] for i in p)] for q in elements] for p in elements])
-    raise LongrollError(f"`groups` {group}: give parity, z2 to z{LARGEST}, s3 to s5, a3 to a5.")
+    raise LongrollError(
+        f"`groups` {group}: give parity, z2 to z{LARGEST}, s3 to s5, s3-swaps to s5-swaps, a3 to a5."
+    )
+
+
+@functools.cache
+def drawn_elements(group: str) -> np.ndarray:
+    """Return the elements that words of a group are drawn from: all, or those of `sN-swaps` that move at most
+    two of the N points (Grazzi et al. 2024), whose products reach the whole group.
+
+    Raises:
+        LongrollError: as `product_table`.
+    """
+    table = product_table(group)
+    if _whole(group) == group:
+        return np.arange(len(table))
+    points = int(_whole(group)[1:])
+    moved = [sum(i != j for i, j in enumerate(p)) for p in permutations(range(points))]
+    return np.flatnonzero(np.array(moved) <= 2)
+
+
+def _whole(group: str) -> str:
+    """Return the name of the group whose swaps make the words."""
+    return group.removesuffix("-swaps") if re.fullmatch(r"s\d+-swaps", group) else group
 
 
 def _even(permutation: tuple[int, ...]) -> bool:
@@ -89,7 +112,7 @@ class StateTracking(Task):
 
     def __init__(self, tokenizer: Tokenizer, group: str = "s5") -> None:
         super().__init__(tokenizer, new_tokens=1)
-        self.group, self.table = group, product_table(group)
+        self.group, self.table, self.drawn = group, product_table(group), drawn_elements(group)
         called = names(len(self.table))
         self.elements = np.array([_token(tokenizer, name) for name in called], dtype=np.int32)
         self.start, self.ask_id = (_token(tokenizer, mark) for mark in (START, ASK))
@@ -107,7 +130,7 @@ class StateTracking(Task):
         """Draw `length` elements; the last are fed as the answer, so that the model is heard after each."""
         if length < 1:
             raise LongrollError(f"length {length} (`length`): a word has at least one element.")
-        drawn = rng.integers(len(self.table), size=length)
+        drawn = self.drawn[rng.integers(len(self.drawn), size=length)]
         right = self.elements[self.products(drawn)]
         told = min(length, TAGGED)
         ids = np.concatenate([self.opening, [self.start], self.elements[drawn], [self.ask_id]]).astype(
@@ -159,7 +182,7 @@ class TrackingRows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         number = range(self.rows)[index]
         rng, task = random_of(TRAINING, self.seed, number), self.tasks[number % len(self.tasks)]
-        drawn = rng.integers(len(task.table), size=self.length - 1)
+        drawn = task.drawn[rng.integers(len(task.drawn), size=self.length - 1)]
         asked = rng.random(self.length - 1) < _ASKED
         products = task.products(np.where(asked, 0, drawn))  # asking multiplies by the identity
         ids = np.where(asked, task.ask_id, task.elements[drawn])
