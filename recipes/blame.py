@@ -150,7 +150,7 @@ def rates(text: str) -> tuple[float, float]:
 
 def _worth(pilot: list[dict[str, Any]], setting: Setting) -> tuple[int, float]:
     """How many models of a setting are told apart, and the least part of a side of `both`."""
-    models = [model for model in pilot if model["setting"] == setting]
+    models = [model for model in pilot if tuple(model["setting"]) == setting]
     parts = [part["recovered"] for m in models if m["planted"] == "both" for part in m["blame"]["parts"]] or [
         -1.0
     ]
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", type=Path, help="an earlier blame.json, whose models are kept")
+    parser.add_argument("--pilot", type=Path, help="an earlier blame.json, of which the pilot alone is kept")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -205,13 +206,19 @@ def main() -> None:
     settings = [(slow, *rate) for slow, rate in product(options.slow, options.rates)]
     lm = hybrids.build(options.shape, size=options.size, length=options.length, slow=1.0, seed=0)
     lm = lm.to(options.device)
-    written = {name: value for name, value in vars(options).items() if name not in ("output", "resume")}
+    written = {
+        name: value for name, value in vars(options).items() if name not in ("output", "resume", "pilot")
+    }
     whole: dict[str, Any] = {"right": {}, "settings": written, "pilot": [], "models": []}
     if options.resume:
         before = read_json(options.resume)
         whole |= {name: before[name] for name in ("right", "pilot", "models")}
         whole["earlier"] = [*before.get("earlier", []), before["provenance"]]
         settings = [tuple(whole["models"][0]["setting"])]
+    elif options.pilot:
+        before = read_json(options.pilot)
+        whole |= {"pilot": before["pilot"], "earlier": [*before.get("earlier", []), before["provenance"]]}
+        settings = [max(settings, key=lambda setting: _worth(whole["pilot"], setting))]
 
     def save() -> None:
         whole["provenance"] = provenance(lm, seed=options.first, seconds=time.perf_counter() - began)

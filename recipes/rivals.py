@@ -7,13 +7,15 @@
 
 `specimen` is the model inside the package, measured by loss only.
 `passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state, `recall-*` learns
-multi-query associative recall at T = 128; half of their recurrent heads forget slowly, and the decay rates of
-the base are not trained. Every way gets the base's weights:
+multi-query associative recall of 1 to PAIRS keys at T = 128; half of their
+recurrent heads forget slowly, and the decay rates of the base are not trained. Every way gets the base's
+weights:
 
 - `reset`, `rescan`, `decay`, `clip`, `window`, `chunk`: the base, read otherwise;
 - `A-layer`, `A-head`, `dt-layer`: scales of the decays that `longroll calibrate` finds on texts of 16 T;
 - `none`, `fitted`, `sp`, `tbptt`: trained on at T by that initial state (learning rate 5e-4, of the specimen
-  1e-3; decays x 30); `longer`: plain steps at 4 T, all with as many tokens.
+  1e-3; decays x 30); `longer`: plain steps at 4 T, all with as many tokens; of a hybrid also `none+linear`
+  and `sp+linear`, whose rotary positions are scaled, too.
 
 OUTPUT/BASE.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and seconds.
 """
@@ -53,7 +55,9 @@ SCALED = {"none+linear": "none", "sp+linear": "sp"}
 READ = ("reset", "rescan", "decay", "clip", "window", "chunk")
 CALIBRATED = {"A-layer": ("A", "layer"), "A-head": ("A", "head"), "dt-layer": ("dt", "layer")}
 DEPTHS = (0.1, 0.5, 0.9)
-LONGER, EVERY = 4, 8
+LONGER = 4
+EVERY = {"passkey": 8, "recall": 32}
+"""One row of so many is text, or of recall one of whose tokens all are learned."""
 SLOW = (0.001, 0.05)
 
 
@@ -108,21 +112,25 @@ class Base:
         return freeze(lm).to(options.device)
 
     def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0) -> Any:
-        """Rows to train on: the answers of a task, and one row of EVERY all of whose tokens are learned."""
+        """Rows of the task, and one of EVERY of text; of recall, the one whose tokens are all learned."""
         if self.kind == "specimen":
             return self.train
         length, lanes = longer * self.length, self.options.batch // longer
-        task = self.task
+        every = EVERY[self.kind]
         if self.kind == "passkey":
-            task = Passkey(self.tokenizer, haystack=TextHaystack(self.train, "text"), instruction=False)
-        rows = TaskRows([task], length, steps * lanes, lanes=lanes, windows=windows, seed=seed)
-        text: Any = TaskRows(
-            [task], length, steps * lanes // EVERY, lanes=max(lanes // EVERY, windows), windows=windows,
-            seed=seed + 500, answers_only=False,
+            tasks = [Passkey(self.tokenizer, haystack=TextHaystack(self.train, "text"), instruction=False)]
+            text: Any = Windows(self.train, length, seed=seed, num_items=20_000)
+        else:  # few pairs are learned first
+            tasks = [Recall(self.tokenizer, pairs) for pairs in (1, self.options.pairs, 2)]
+            text = TaskRows(
+                tasks, length, steps * lanes // every, lanes=max(lanes // every, windows), windows=windows,
+                seed=seed + 500, answers_only=False,
+            )  # fmt: skip
+        rows = TaskRows(
+            tasks, length, steps * lanes, lanes=lanes, windows=windows, seed=seed,
+            answers_only=self.kind == "recall",
         )  # fmt: skip
-        if self.kind == "passkey":
-            text = Windows(self.train, length, seed=seed, num_items=20_000)
-        mixed = timed.MixedRows(rows, text, every=EVERY)
+        mixed = timed.MixedRows(rows, text, every=every)
         return timed.StoredRows(mixed, min(self.options.kept, steps * lanes), lanes=lanes)
 
     def texts(self, longest: int, rows: int, *, train: bool) -> torch.Tensor:
