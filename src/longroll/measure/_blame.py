@@ -83,7 +83,7 @@ class Blame:
     positions: str
     """How attention takes positions: `none`, `rotary`, `other`."""
     left: dict[Side, Share] = field(default_factory=dict)
-    """What a side still does where the other one alone is held."""
+    """The share of the damage that each side does while the other side alone is held."""
 
     def _is_named(self, side: Side) -> bool:
         """Return whether a side does a large share of the damage, or breaks the model by itself."""

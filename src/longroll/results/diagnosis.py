@@ -180,7 +180,7 @@ class BlameResult(Section):
     factor: Number = None
     """By which rotary positions were scaled."""
     left: list[BlameShare] = field(default_factory=list)
-    """What the states, and what the attention, still do where the other side alone is held in range."""
+    """The share of the damage that each side does while the other side alone is held in range."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,6 @@ class PosttrainResult(Result):
     declined: str | None = None
     """Why nothing was saved; null where a model was."""
     look: dict[str, Any] | None = None
-    """What the model before the run read of held-out text (`longroll.measure.held_out.Reading`); null where
-    it was not looked at."""
+    """The reading of held-out text before the run (`longroll.measure.held_out.Reading`); null where none was
+    made."""
     provenance: Provenance | None = None
