@@ -42,7 +42,7 @@ def test_own_splits(hub):
 
 
 def test_train_alone_is_divided(hub):
-    assert list(read_documents("single", split="validation")) == ["train 9", "train 19", "train 29"]
+    assert list(read_documents("single", split="validation")) == ["train 0", "train 13", "train 26"]
     assert len(list(read_documents("single", split="train"))) == 27
 
 

@@ -27,6 +27,10 @@ def write_parquet(path: Path, rows: list) -> Path:
     return path
 
 
+# written down once: other rows here would mix up every split made before
+HELD_OUT = (0, 13, 26, 33)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -40,8 +44,8 @@ def test_a_row_is_a_document(tmp_path: Path, name, write):
     path = write(tmp_path / name, [{"id": str(i), "text": f"row {i} ü"} for i in range(35)])
     everything = [f"row {i} ü" for i in range(35)]
     assert list(read_documents(path, split="all")) == everything
-    assert list(read_documents(path, split="validation")) == [everything[i] for i in (9, 19, 29)]
-    assert list(read_documents(str(path))) == [text for i, text in enumerate(everything) if i % 10 != 9]
+    assert list(read_documents(path, split="validation")) == [everything[i] for i in HELD_OUT]
+    assert list(read_documents(str(path))) == [text for i, text in enumerate(everything) if i not in HELD_OUT]
     assert list(read_documents(path, split="all", text_column="id")) == [str(i) for i in range(35)]
 
 
@@ -83,7 +87,7 @@ class TestColumns:
 def test_shards_in_a_folder(tmp_path: Path):
     write_parquet(tmp_path / "0.parquet", [{"text": f"p{i}"} for i in range(20)])
     write_lines(tmp_path / "1.jsonl.gz", [{"text": f"j{i}"} for i in range(10)])
-    assert list(read_documents(tmp_path, split="validation")) == ["p9", "p19", "j9"]
+    assert list(read_documents(tmp_path, split="validation")) == ["p0", "p13", "j0"]
 
 
 @pytest.mark.parametrize(

@@ -119,13 +119,27 @@ def check_readable(path: Path) -> None:
         raise Unreadable("binary", f"NUL byte at {head.index(0)}")
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether `path` holds documents, judged by its name and its first 8 KiB."""
+def has_text(path: Path, text_column: str | None = None) -> bool:
+    """Return whether `path` holds a document with a visible character; it is read no further than to that.
+
+    Args:
+        path: a file, of which the first 8 KiB say whether it is text.
+        text_column: the column of text, for a file of rows.
+    """
     try:
         check_readable(path)
-    except Unreadable:
+        if is_rows(path):
+            return any(map(is_visible, read_rows(path, text_column)))
+        with open_bytes(path) as file:
+            head = file.read(SNIFFED)
+            return is_visible(_decoded(head)[0]) or is_visible(_decoded(head + file.read())[0])
+    except (Unreadable, LongrollError, *DAMAGE):
         return False
-    return True
+
+
+def is_visible(text: str) -> bool:
+    """Return whether a text has a visible character."""
+    return bool(text) and not text.isspace()
 
 
 def read_text(path: Path, notes: Skipped) -> str:
@@ -197,7 +211,7 @@ def documents_in(path: Path, text_column: str | None, notes: Skipped, *, alone: 
                 raise LongrollError(f"{path} has no text that can be read: {problem}") from None
             notes.add(path, problem)
             return
-        if text and not text.isspace():
+        if is_visible(text):
             yield text
         else:
             notes.add(path, Unreadable("empty"))

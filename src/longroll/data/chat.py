@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..errors import LongrollError
 from ._rows import is_rows, read_columns
+from ._split import ONE_IN, deal
 from .corpus import Corpus
 from .hf_tokenizer import HFTokenizer
 from .lanes import IGNORED, Lanes, _windows, padded_window
@@ -83,29 +84,42 @@ def is_chat(source: str | Path, column: str | None = None) -> bool:
 def read_conversations(
     path: str | Path, *, column: str | None = None, split: str = "all"
 ) -> Iterator[list[Message]]:
-    """Return the conversations of a file of rows; every tenth one is validation, as in `read_documents`.
+    """Return the conversations of a file of rows.
+
+    Args:
+        path: a file of rows.
+        column: the column of messages; None: `messages`.
+        split: "all"; "train" or "validation": conversations with an answer, of which one in each ten is
+            validation; the last of fewer than ten; an only one is train.
 
     Raises:
-        LongrollError: a row without messages.
+        LongrollError: a row without messages, and no conversation for validation.
     """
-    column = column or COLUMN
-    rows = read_columns(Path(path).expanduser(), column)
-    head = list(islice(rows, 10))
-    few = len(head) < 10
+    found = _conversations(Path(path), column or COLUMN)
+    if split == "all":
+        yield from found
+        return
+    talks = filter(_has_answer, found)
+    head = list(islice(talks, ONE_IN))
+    if len(head) < 2 and split == "validation":
+        raise LongrollError(f"{path}: a validation split wants two conversations with an answer, or more.")
+    if len(head) < ONE_IN:
+        last = max(1, len(head) - 1)
+        yield from head[:last] if split == "train" else head[last:]
+        return
+    yield from deal(chain(head, talks), split)
 
-    def whole() -> Iterator[Mapping[str, Any]]:
-        yield from head
-        yield from rows
 
-    for number, row in enumerate(whole()):
+def _conversations(path: Path, column: str) -> Iterator[list[Message]]:
+    """Return the conversations of the rows of a file."""
+    for number, row in enumerate(read_columns(path.expanduser(), column), start=1):
         messages = row.get(column)
         if not _are_messages(messages):
             raise LongrollError(
-                f"{path}: column {column!r} of row {number + 1} holds no messages: a list of objects with "
+                f"{path}: column {column!r} of row {number} holds no messages: a list of objects with "
                 "`role` and `content`"
             )
-        if split == "all" or few or (number % 10 == 9) == (split == "validation"):
-            yield messages  # type: ignore[misc]
+        yield messages  # type: ignore[misc]
 
 
 class ChatWindows(Dataset[Item]):
@@ -175,6 +189,10 @@ def _are_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(message, Mapping) and "role" in message for message in value)
     )
+
+
+def _has_answer(messages: Sequence[Message]) -> bool:
+    return any(message["role"] == "assistant" and message.get("content") for message in messages)
 
 
 def _tokenised(

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from ..errors import LongrollError
 from ._compressed import MAGIC, Unreadable
-from ._files import Skipped, check_readable, documents_in, files_below, note_unreadable, standard_library
+from ._files import (
+    Skipped,
+    check_readable,
+    documents_in,
+    files_below,
+    is_visible,
+    note_unreadable,
+    standard_library,
+)
 from ._hub import hub_documents
 from ._rows import ROWS, is_rows
 from ._split import SPLITS, divide_documents, divide_files
@@ -35,8 +43,8 @@ def read_documents(
 
     Local text is divided into train and validation, 9 to 1: the standard library and folders by a hash of
     each file's name (not of its place, so that the split is the same on every machine and copies of a file
-    stay on one side); the rows of one file by every tenth row; a folder or file of fewer than ten documents
-    by the last tenth of each. Hub datasets have their own splits.
+    stay on one side); the rows of one file by their number, one in each ten; a folder or file of fewer than
+    ten documents by the last tenth of each. Hub datasets have their own splits.
 
     Skipped files of a folder are counted and named in one warning: files that are binary, in another
     encoding, damaged, empty, or that may not be read. Hidden files are not counted.
@@ -126,7 +134,7 @@ def _local(
     """Return the documents of local files, and a warning of what `notes` holds in the end."""
     if split not in SPLITS:
         raise LongrollError(f"no split {split!r} in local text: it is divided into {', '.join(SPLITS)}")
-    parts = divide_files(files, split)
+    parts = divide_files(files, split, text_column)
     if seed is not None:
         random.Random(seed).shuffle(parts)
     alone = files == [source]
@@ -163,7 +171,7 @@ def _never_empty(documents: Iterator[str], source: str | Path, split: str) -> It
     """Return the documents that have text; a source that has none is an error."""
     empty = True
     for text in documents:
-        if text and not text.isspace():
+        if is_visible(text):
             empty = False
             yield text
     if empty:
