@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longroll.data import Corpus, HFTokenizer, Windows
 from longroll.interventions import TBPTT, FittedNoise, StatePassing
+from longroll.interventions.recipes import RECIPES, Settings
 from longroll.model import RecurrentLM
 from longroll.tasks import BABILong, Passkey, Row, Task, TaskRows, TextHaystack, evaluate_grid, read_stories
 from longroll.tasks.babilong import QAS
@@ -38,7 +39,7 @@ DEPTHS = (0.1, 0.5, 0.9)
 PIECES = 4  # of a sample of TBPTT
 TEXT_EVERY = 8
 STORY = 150  # tokens of a story at most: longer prompts differ in noise alone
-KEPT = 24_000  # rows that are made
+KEPT = 64_000  # rows that are made
 
 
 class Tokens(HFTokenizer):
@@ -103,15 +104,17 @@ class Data:
 def finetune(arm: str, data: Data, weights: Path, options: argparse.Namespace) -> tuple[RecurrentLM, dict]:
     """The base, finetuned on the task under an arm."""
     plan, way = PLANS[options.model], ARMS[arm]
+    how = RECIPES["longroll"].task.get(arm, Settings(zero_probability=0.1))
     rows = data.rows(PIECES if arm == "tbptt" else 1)
+    timed.wait_for(weights)
     model = plan.build(plan, VOCABULARY)
     model.load_state_dict(load_file(weights), strict=False)
     lm = RecurrentLM(model.to(options.device), name=options.model)
     folder = options.work / "tasks" / f"{options.task}-{arm}"
     told = timed.train(
-        lm, rows, way and way(zero_probability=0.1), folder, seconds=None,
+        lm, rows, way and way(zero_probability=how.zero_probability), folder, seconds=None,
         steps=options.steps, length=plan.length, batch_size=options.rows, learning_rate=options.learning_rate,
-        cuda_graphs=lm.device.type == "cuda" and plan.graphs,
+        decay_speed=how.decay_speed, cuda_graphs=lm.device.type == "cuda" and plan.graphs,
     )  # fmt: skip
     return lm, told
 
@@ -161,7 +164,6 @@ def main() -> None:
     if options.task == "babilong" and options.facts is None:
         parser.error("--task babilong needs --facts")
     weights = options.work / options.model / "base.safetensors"
-    timed.wait_for(weights)
     options.output.mkdir(parents=True, exist_ok=True)
     data = Data(options, PLANS[options.model].length)
     for arm in options.arm or ARMS:
