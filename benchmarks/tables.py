@@ -113,11 +113,19 @@ def repair_ladder() -> str:
     return _over_models({name: label for name, label in DEFAULTS.items() if name in chosen}, arms)
 
 
-def _over_models(names: Mapping[str, str], arms: Sequence[str]) -> str:
+def _over_models(names: Mapping[str, str], arms: Sequence[str], file: str = "") -> str:
     from repair_table import Model, compared_table
 
+    found = result(file or REPAIR_DEFAULT)["models"]
+    return compared_table({label: Model(found[name]) for name, label in names.items() if name in found}, arms)
+
+
+def repair_aim() -> str:
+    """Return the gap of the default recipe on each model, and what the text alone makes of it."""
+    from repair_table import Model, aim_table
+
     found = result(REPAIR_DEFAULT)["models"]
-    return compared_table({label: Model(found[name]) for name, label in names.items()}, arms)
+    return aim_table({label: Model(found[name]) for name, label in DEFAULTS.items()})
 
 
 def repair_settings() -> str:
@@ -813,6 +821,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "repair-paper-103m": partial(repaired, "mamba2-103m", ["base", "none rate=0.0001", "none", *PAPERS]),
     "repair-rates": repair_rates,
     "repair-default": repair_default,
+    "repair-aim": repair_aim,
     "repair-ladder": repair_ladder,
     "repair-settings": repair_settings,
     "repair-documents": repair_documents,

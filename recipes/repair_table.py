@@ -45,6 +45,15 @@ class Model:
         lowest = min(near, key=lambda losses: losses.mean().item())
         return _interval(torch.tensor(result["by_octave"][far], dtype=torch.float64) - lowest)
 
+    def difficulty(self) -> float:
+        """What the text of the octave to 64 T adds to every gap, in nats.
+
+        The lower of base and control on it, read from a fresh start T to 4 T earlier, above the lowest octave
+        of `gap`.
+        """
+        fresh = min(_mean(r["read_fresh"]) for r in (self.base, self.control))
+        return fresh - min(_mean(r["by_octave"][i]) for r in (self.base, self.control) for i in (1, 2))
+
     def excess(self, result: Result) -> tuple[float, float, float]:
         """The same tokens before 64 T: read on by the arm, above a fresh start of base or control."""
         fresh = [torch.tensor(r["read_fresh"], dtype=torch.float64) for r in (self.base, self.control)]
@@ -113,6 +122,8 @@ def summary(found: Result) -> Result:
                 "price_percent": model.price(result),
                 "gap": model.gap(result),
                 "above_fresh_start": model.excess(result),
+                "read_on": _mean(result["read_on"]),
+                "read_fresh": _mean(result["read_fresh"]),
                 "octaves": [
                     [b // model.T, _mean(v)]
                     for (_, b), v in zip(result["octaves"], result["by_octave"], strict=True)
@@ -216,6 +227,7 @@ COMPARED = {
     "base": "before",
     "none": "plain steps",
     "default": "default recipe",
+    "default windows=4": "the same, documents of 4 T",
     "default-sp": "`--intervention sp`, zero .1",
     "tbptt zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: TBPTT",
     "sp zero=0.1 speed=30 rate=0.001 train=scales": "the same of 32 rows: State Passing",
@@ -266,6 +278,61 @@ def compared_table(models: Mapping[str, Model], arms: Sequence[str] = tuple(COMP
                 cells = [_over_seeds(figures[key], form, figures["runs"]) for key, form in forms.items()]
                 lines.append([name, COMPARED[arm], str(figures["runs"]), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def aim_table(models: Mapping[str, Model], arm: str = "default") -> str:
+    """A table of the gap at 64 T of an arm, the mean over its seeds, and what the text alone makes of it."""
+    heads = ["model", "gap at 64 T", "the share of the text", "above a fresh start at 64 T", "price, %"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name, model in models.items():
+        runs = _seeds(model, arm)
+        if runs:
+            gap, excess, price = (
+                _mean([figure(r)[0] for r in runs]) for figure in (model.gap, model.excess, model.price)
+            )
+            lines.append(
+                [name, f"{gap:+.3f}", f"{model.difficulty():+.3f}", f"{excess:+.3f}", f"{price:+.2f}"]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def scores_table(models: Mapping[str, Mapping[str, Result]], names: Mapping[str, str], control: str) -> str:
+    """A table of lm-eval's scores by recipes/repair_lm_eval.py; the accuracies also against the control's.
+
+    Args:
+        models: arm -> result, by the name that is shown.
+        names: the arms that are shown, and how.
+        control: the arm that others are compared with, on the same items: a 95 % interval over BLiMP's sets,
+            and over passages.
+    """
+    heads = [
+        "model", "arm", "BLiMP, %", "against plain steps", "last word, %", "against plain steps",
+        "its perplexity", "WikiText-2 by paragraph", "by article",
+    ]  # fmt: skip
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for name, arms in models.items():
+        for arm, label in names.items():
+            if arm in arms:
+                figures = arms[arm]["figures"]
+                differences = (
+                    _differences(arms[arm]["tasks"], arms[control]["tasks"]) if control in arms else []
+                )
+                shown = ["" if arm == control else _with_interval(one, 2) for one in differences] or ["", ""]
+                lines.append([
+                    name, label, f"{100 * figures['blimp']:.2f}", shown[0],
+                    f"{100 * figures['lambada_books']:.2f}", shown[1],
+                    f"{figures['lambada_books_perplexity']:.1f}",
+                    f"{figures['wikitext_paragraphs']:.1f}", f"{figures['wikitext_articles']:.1f}",
+                ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _differences(ours: Result, theirs: Result) -> list[tuple[float, float, float]]:
+    """Accuracy above another model's, in percent points: BLiMP over its sets, last words over passages."""
+    sets = [name for name in ours if name.startswith("blimp_")]
+    grammar = torch.tensor([ours[name]["acc"] - theirs[name]["acc"] for name in sets], dtype=torch.float64)
+    right = [torch.tensor([int(c) for c in task["lambada_books"]["right"]]) for task in (ours, theirs)]
+    return [_interval(100 * grammar), _interval(100.0 * (right[0] - right[1]))]
 
 
 def _seeds(model: Model, arm: str) -> list[Result]:
