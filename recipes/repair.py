@@ -299,7 +299,9 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
             look = held.read(self.lm.eval())
         steps = max(2, round(500 * self.options.share))
-        options = PosttrainOptions(length=T, steps=steps, bf16=cuda, seed=arm.seed)
+        given: dict[str, Any] = {} if arm.speed == Arm.speed else {"decay_speed": arm.speed}
+        given |= {} if arm.rate == Arm.rate else {"learning_rate": arm.rate}
+        options = PosttrainOptions(length=T, steps=steps, bf16=cuda, seed=arm.seed, **given)
         asked = "sp" if arm.kind == "default-sp" else None
         books = _corpus(self.books if not arm.windows else self.books.cut(arm.windows * T))
         prepared = by_recipe(self.lm, books, options, intervention=asked)
