@@ -125,3 +125,5 @@ def test_the_command_writes_an_ordinary_checkpoint(tmp_path):
     with torch.no_grad():
         here, _ = longroll.load(tmp_path / "out", device="cpu")(text)
         zoo.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(text).logits, here, 1e-4)
+    with pytest.raises(LongrollError, match="out already holds a model"):
+        app([*arguments, "--output", str(tmp_path / "out")], standalone_mode=False)

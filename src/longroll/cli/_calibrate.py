@@ -59,10 +59,12 @@ def calibrate(
     from longroll.ranks import rank
     from longroll.results import CalibrationResult, provenance
     from longroll.training.checkpoints import aside
+    from longroll.training.output import refuse_model
     from longroll.training.saving import save_checkpoint
 
     if rank() > 0:
         return  # not dealt: rank 0 reads
+    refuse_model(output)
     lm = o.open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, plugin=plugin)
     train_length = o.find_train_length(lm, train_length)
     most = readings_of(lm, what.value, unit.value, sweeps)

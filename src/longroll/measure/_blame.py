@@ -218,7 +218,7 @@ def _split(
     readings = _Readings(lm, mine, train_length, [(ends[i] - half, ends[i]) for i in far], progress)
     before = readings.mean(carried.losses.double())
 
-    stride, keep = readings.stride, train_length - readings.stride
+    stride, keep = readings.stride, max(1, train_length - readings.stride)
     states: dict[str, Callable[[], Hold]] = {
         "norms": lambda: Norms(coverage),
         "rescan": lambda: Rescan(lm, mine, keep),

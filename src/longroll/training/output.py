@@ -83,14 +83,24 @@ def left_as_found(output: Path, lock: Lock) -> Iterator[None]:
         raise
 
 
+def refuse_model(output: Path, *files: Path) -> None:
+    """Refuse a folder in which a model lies, or one of `files`.
+
+    Raises:
+        LongrollError: naming the folder.
+    """
+    if (output / "config.json").exists() or any(file.is_file() for file in files):
+        raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
+
+
 def _check(output: Path, place: Path, resume: bool) -> None:
     """Refuse a folder that holds something else than what a run goes on from, or that cannot be written."""
     folder = output / FOLDER
     interrupted = checkpoints.any_in(folder)
     if output.exists() and not output.is_dir():
         raise LongrollError(f"`output` {output} is a file: name a folder.")
-    if ((output / "config.json").exists() or place.is_file()) and not (resume and interrupted):
-        raise LongrollError(f"`output` {output} already holds a model: name another folder, or remove it.")
+    if not (resume and interrupted):
+        refuse_model(output, place)
     if interrupted and not resume:
         raise LongrollError(
             f"`output` {output} holds an interrupted run: go on with it by `resume`, or name another folder."
