@@ -123,7 +123,7 @@ class Base:
         else:  # few pairs are learned first
             tasks = [Recall(self.tokenizer, pairs) for pairs in (1, self.options.pairs, 2)]
             text = TaskRows(
-                tasks, length, steps * lanes // every, lanes=max(lanes // every, windows), windows=windows,
+                tasks, length, steps * lanes // every + 1, lanes=max(lanes // every, windows), windows=windows,
                 seed=seed + 500, answers_only=False,
             )  # fmt: skip
         rows = TaskRows(
