@@ -27,6 +27,7 @@ from typing import Any
 
 import hybrids
 import numpy as np
+import timed
 import torch
 
 from longroll import RecurrentLM
@@ -169,9 +170,9 @@ def _begin(options: argparse.Namespace) -> None:
         _data = read_bytes(options.text, options.validation)
 
 
-def _job(job: tuple[str, int, Setting]) -> dict[str, Any]:
+def _job(job: tuple[str, int, Setting]) -> dict[str, Any] | None:
     make = try_planted if _options.planted == "weights" else try_one
-    return make(*job, _options)
+    return timed.attempt(make, *job, _options)
 
 
 def main() -> None:
@@ -228,7 +229,7 @@ def main() -> None:
         if options.planted == "training" and len(settings) > 1:
             kinds = [kind for kind in options.kinds if kind != "sound"]
             pilots = [(kind, PILOT_SEED, setting) for setting, kind in product(settings, kinds)]
-            for result in pool.imap_unordered(_job, pilots):
+            for result in filter(None, pool.imap_unordered(_job, pilots)):
                 whole["pilot"].append(result)
                 save()
             settings = [max(settings, key=lambda setting: _worth(whole["pilot"], setting))]
@@ -237,7 +238,7 @@ def main() -> None:
         done = {(model["planted"], model["seed"]) for model in whole["models"]}
         cells = [(kind, seed) for seed, kind in product(seeds, options.kinds)]
         jobs = [(*cell, settings[0]) for cell in cells if cell not in done]
-        for result in pool.imap_unordered(_job, jobs):
+        for result in filter(None, pool.imap_unordered(_job, jobs)):
             whole["models"] = sorted([*whole["models"], result], key=lambda r: (r["planted"], r["seed"]))
             for kind in options.kinds:
                 some = [r["right"] for r in whole["models"] if r["planted"] == kind]

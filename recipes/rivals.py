@@ -123,8 +123,8 @@ class Base:
         else:  # few pairs are learned first
             tasks = [Recall(self.tokenizer, pairs) for pairs in (1, self.options.pairs, 2)]
             text = TaskRows(
-                tasks, length, steps * lanes // every + 1, lanes=max(lanes // every, windows), windows=windows,
-                seed=seed + 500, answers_only=False,
+                tasks, length, steps * lanes // every + 1, lanes=max(lanes // every, windows),
+                windows=windows, seed=seed + 500, answers_only=False,
             )  # fmt: skip
         rows = TaskRows(
             tasks, length, steps * lanes, lanes=lanes, windows=windows, seed=seed,
@@ -243,7 +243,7 @@ def _begin(options: argparse.Namespace) -> None:
 
 
 def _way(way: str) -> dict[str, Any] | None:
-    return try_way(way, _base, _options)
+    return timed.attempt(try_way, way, _base, _options)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def train(
     }
     print(output.name, {key: told[key] for key in ("steps", "train_seconds")}, losses[-1:], flush=True)
     return told
+
+
+def attempt(job: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a job returns; None where it fails, and print why: one of many jobs does not end all."""
+    try:
+        return job(*arguments)
+    except Exception:
+        traceback.print_exc()
+        print(
+            "failed:", *(argument for argument in arguments if isinstance(argument, str | tuple)), flush=True
+        )
+        return None
 
 
 class MixedRows(Dataset):

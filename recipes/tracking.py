@@ -181,6 +181,10 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _job(job: tuple[int, str, str]) -> list[dict[str, Any]] | None:
+    return timed.attempt(try_one, job)
+
+
 def _begin(options: argparse.Namespace) -> None:
     global _options
     torch.set_num_threads(1)
@@ -212,8 +216,8 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     lm = RecurrentLM(mamba2(128, 32).to(options.device), name="several")
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
-        for run in pool.imap_unordered(try_one, jobs):
-            runs += run
+        for run in pool.imap_unordered(_job, jobs):
+            runs += run or []
             settings = {name: value for name, value in vars(options).items() if name != "output"}
             made = provenance(lm, seed=0, seconds=time.time() - timed.BEGAN)
             whole = {"settings": settings, "summary": summary(runs), "runs": runs, "provenance": made}
