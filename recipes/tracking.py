@@ -216,8 +216,8 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     lm = RecurrentLM(mamba2(128, 32).to(options.device), name="several")
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
-        for run in pool.imap_unordered(_job, jobs):
-            runs += run or []
+        for run in filter(None, pool.imap_unordered(_job, jobs)):
+            runs += run
             settings = {name: value for name, value in vars(options).items() if name != "output"}
             made = provenance(lm, seed=0, seconds=time.time() - timed.BEGAN)
             whole = {"settings": settings, "summary": summary(runs), "runs": runs, "provenance": made}
