@@ -3,6 +3,8 @@
     python benchmarks/gpu_step.py profile --json profile.json     # of the step as a CUDA graph, by kernel
     python benchmarks/gpu_step.py kernels --json kernels.json     # kernels alone, in other tiles
     python benchmarks/gpu_step.py steps --json steps.json         # steps with the changes, taking turns
+    python benchmarks/gpu_step.py steps --tiles kernels.json      # and with the fastest tiles
+    torchrun --nproc-per-node 4 benchmarks/gpu_step.py ranks --json ranks.json
 
 State Passing, 4 x 2048 tokens, autocast to bfloat16, AdamW, as the row `step` of `big.py`. Variants are
 settings of modules. The graphs of all variants take turns on one model, the first two from the beginning. At
@@ -15,13 +17,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from big import PEAK, Bench, weights
 from gpu_ops import both_ways, replayed, ssd_inputs
 from kernel_classes import by_class
@@ -47,16 +52,15 @@ ALL: Settings = {**KEPT, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
     "all": ALL,
+    "all, norm by 1024 programs": {**ALL, f"{NORM}:_PROGRAMS": 1024},
+    "all, norm by 256 programs": {**ALL, f"{NORM}:_PROGRAMS": 256},
+    "all, convolution in 64 steps": {**ALL, f"{CONV}:BACKWARD": {"STEPS": 64}},
+    "all, nothing kept": {**SUMS, **LINEAR},
     "states and convolutions kept": KEPT,
     "residual added by the next norm": SUMS,
     "weights' gradients in float32": LINEAR,
-    "all, walk in 4 stages": {**ALL, f"{SSD}:WALK": {"num_stages": 4}},
-    "all, norm by 256 programs": {**ALL, f"{NORM}:_PROGRAMS": 256},
-    "all, norm by 512 programs": {**ALL, f"{NORM}:_PROGRAMS": 512},
-    "all, convolution in 128 steps": {**ALL, f"{CONV}:BACKWARD": {"STEPS": 128}},
-    "all, nothing kept": {**SUMS, **LINEAR},
-    "all, B and C in 2 stages": {**ALL, f"{SSD}:OF_B_AND_C": {"num_stages": 2}},
 }
+"""The first has none of the changes that can be left out, the second all."""
 
 
 def _tiles(name: str, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Settings]]:
@@ -68,13 +72,29 @@ def _tiles(name: str, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Setting
 
 SSDS: dict[str, Settings] = {
     "as it is": {},
-    **dict(_tiles("WALK", num_warps=(4,), num_stages=(2, 4))),
-    "walk: 64 columns": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
-    **dict(_tiles("OUTPUTS", HEADS=(4, 16, 32), num_stages=(2, 4), num_warps=(8,))),
-    **dict(_tiles("OF_X", HEADS=(2, 4), num_stages=(2,), num_warps=(8,))),
-    "of_x: 4 heads, 2 stages, 8 warps": {f"{SSD}:OF_X": {"HEADS": 4, "num_stages": 2, "num_warps": 8}},
-    **dict(_tiles("OF_B_AND_C", HEADS=(8, 16), num_stages=(2, 4), num_warps=(8,))),
-}  # fmt: skip
+    "of_x: 8 warps, 128 registers": {f"{SSD}:OF_X": {"num_warps": 8, "maxnreg": 128}},
+    "of_x: later loads, 8 warps, 128 registers": {
+        f"{SSD}:OF_X": {"EARLY": False, "num_warps": 8, "maxnreg": 128}
+    },
+    "of_x: later loads, 168 registers": {f"{SSD}:OF_X": {"EARLY": False, "maxnreg": 168}},
+    "of_x: later loads": {f"{SSD}:OF_X": {"EARLY": False}},
+    "of_b_and_c: summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
+    "of_b_and_c: summed, 2 stages": {f"{SSD}:OF_B_AND_C": {"SUM": True, "num_stages": 2}},
+    "of_b_and_c: summed, 8 warps, 128 registers": {
+        f"{SSD}:OF_B_AND_C": {"SUM": True, "num_warps": 8, "maxnreg": 128}
+    },
+    "of_b_and_c: summed, 128 columns, 8 warps": {
+        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "num_warps": 8, "num_stages": 2}
+    },
+    "walk: 32 columns, 4 warps": {f"{SSD}:WALK": {"N": 32, "num_warps": 4}},
+    "walk: 64 columns, 4 warps": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
+    "walk: 64 columns, 8 warps": {f"{SSD}:WALK": {"N": 64}},
+    "outputs: HEADS 32": {f"{SSD}:OUTPUTS": {"HEADS": 32}},
+    "outputs: 8 warps, 128 registers": {f"{SSD}:OUTPUTS": {"num_warps": 8, "maxnreg": 128}},
+    "of_x: 8 warps": {f"{SSD}:OF_X": {"num_warps": 8}},
+    **dict(_tiles("WALK", num_warps=(4,), num_stages=(4,))),
+}
+"""Kernel, colon, what is other. `best` takes the fastest of each kernel."""
 CONVS: dict[str, Settings] = {
     f"{name.lower()}: {steps} steps, {channels} channels, {warps} warps": {
         f"{CONV}:{name}": {"STEPS": steps, "CHANNELS": channels, "num_warps": warps},
@@ -217,6 +237,25 @@ def kernels(only: Iterable[str], write: Callable[[dict[str, Any]], None]) -> dic
     return table
 
 
+def best(rows: dict[str, dict[str, Any]]) -> Settings:
+    """Return the settings of the fastest variant of each kernel of the SSD, of results of `kernels`."""
+    found: dict[str, tuple[float, Settings]] = {}
+    usual = rows.get("ssd, as it is", {}).get("forward_backward", {}).get("ms", 0.0)
+    for name, given in SSDS.items():
+        row = rows.get(f"ssd, {name}", {})
+        if "ms" in row.get("forward_backward", {}) and row["forward_backward"]["apart"] < 1e-2:
+            kernel, ms = name.split(":")[0], row["forward_backward"]["ms"]
+            if ms < min(0.99 * usual, found.get(kernel, (ms + 1, {}))[0]):
+                found[kernel] = ms, given
+    return {key: value for _, given in found.values() for key, value in given.items()}
+
+
+def _rows(file: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a result file; none where it was not written."""
+    path = Path(file)
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
 def _ssd_calls() -> dict[str, tuple[Any, Any]]:
     forward, leaves = ssd_inputs((4, 2048, 32, 64, 128))
 
@@ -302,8 +341,10 @@ def steps(
 
     def capture(name: str) -> None:
         since = time.perf_counter()
+        torch.cuda.reset_peak_memory_stats()
         rows[name] = _tried(lambda: graphs.update({name: made.graph(STEPS[name])}))
         rows[name] |= {"capture_seconds": time.perf_counter() - since, "ms": []}
+        rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
 
     def turn(name: str, steps: int = 10) -> float:
         torch.cuda.synchronize()
@@ -361,18 +402,77 @@ def steps(
     return rows
 
 
+def ranks(bench: Bench, seconds: float, write: Callable[[dict[str, Any]], None]) -> dict[str, dict[str, Any]]:
+    """A step on all ranks, each with rows of its own: without and with sums of the gradients in the graph.
+
+    `apart`: the sums beside those of the gradients that the first graph leaves, in root mean square.
+    """
+    began = time.perf_counter()
+    made = Steps(bench)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator(bench.device).manual_seed(rank)
+    made.ids = torch.randint(made.lm.vocab_size, made.ids.shape, generator=generator, device=bench.device)
+    parameters, peak = weights(made.lm)["parameters"], PEAK.get(torch.cuda.get_device_name())
+    graphs, found, rows = {}, {}, dict[str, dict[str, Any]]()
+    for name, exchange in (("alone", False), ("sums in the graph", True)):
+        since = time.perf_counter()
+        with settings(ALL):
+            graphs[name] = StepGraph(made.lm, dtype=torch.bfloat16, pool=made.pool, exchange=exchange)
+            graphs[name].capture(made.ids[:, :-1])
+        rows[name] = {"ranks": world, "capture_seconds": time.perf_counter() - since, "ms": []}
+        graphs[name](made.ids[:, :-1], made.ids[:, 1:])
+        found[name] = torch.cat([p.grad.flatten() for p in made.lm.parameters() if p.grad is not None])
+        made.optimizer.zero_grad()
+    dist.all_reduce(found["alone"])
+    distance = (found["sums in the graph"] - found["alone"]).norm() / found["alone"].norm()
+    rows["sums in the graph"]["apart"] = distance.item()
+    del found
+    for turn in range(100):
+        for name, graph in graphs.items():
+            dist.barrier()
+            torch.cuda.synchronize()
+            since = time.perf_counter()
+            for _ in range(10):
+                made.run(graph)
+            torch.cuda.synchronize()
+            if turn:
+                rows[name]["ms"].append((time.perf_counter() - since) * 100)
+                row = rows[name]
+                row["median_ms"] = statistics.median(row["ms"])
+                row["tokens_per_second"] = 4 * world * made.length / row["median_ms"] * 1000
+                row["mfu"] = 6 * parameters * row["tokens_per_second"] / world / peak if peak else None
+        if turn:
+            shared, alone = rows["sums in the graph"], rows["alone"]
+            shared["of_linear"] = alone["median_ms"] / shared["median_ms"]
+            if rank == 0:
+                write(rows)
+        late = torch.tensor(int(time.perf_counter() - began > seconds or turn == 8), device=bench.device)
+        dist.broadcast(late, 0)
+        if late.item():
+            break
+    if rank == 0:
+        for name, row in rows.items():
+            print(name, {k: v for k, v in row.items() if k != "ms"}, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["profile", "kernels", "steps"])
+    parser.add_argument("what", choices=["profile", "kernels", "steps", "ranks"])
     parser.add_argument("--only", nargs="+", help="variants of steps; or ssd, conv and norm; default: all")
     parser.add_argument("--variant", default="before", choices=STEPS, help="whose profile")
+    parser.add_argument("--tiles", help="results of kernels: a variant with the fastest of each comes third")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600, help="capture no further variant after these")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
     began = time.perf_counter()
-    bench = Bench(torch.device("cuda"), options.tiny, 1, None, None)  # type: ignore[arg-type]
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    if options.what == "ranks":
+        dist.init_process_group("nccl", device_id=device)
+    bench = Bench(device, options.tiny, 1, None, None)  # type: ignore[arg-type]
 
     def write(rows: dict[str, Any]) -> None:
         if options.json:
@@ -382,12 +482,22 @@ def main() -> None:
 
     torch.manual_seed(0)
     if options.what == "profile":
-        found: dict[str, Any] = {options.variant: profile(bench, STEPS[options.variant])}
+        tiles = best(_rows(options.tiles)) if options.tiles else {}
+        found: dict[str, Any] = {options.variant: profile(bench, {**STEPS[options.variant], **tiles})}
         print(found[options.variant]["step_ms"], found[options.variant]["classes"])
     elif options.what == "kernels":
         found = kernels(options.only or ("ssd", "conv", "norm"), write)
+    elif options.what == "ranks":
+        found = ranks(bench, options.seconds, write)
+        dist.destroy_process_group()
+        return
     else:
-        found = steps(bench, options.only or STEPS, options.turns, options.seconds, write)
+        if options.tiles:
+            STEPS["all, best tiles"] = {**ALL, **best(_rows(options.tiles))}
+        first = ["before", "all", *(["all, best tiles"] if options.tiles else [])]
+        found = steps(
+            bench, options.only or dict.fromkeys([*first, *STEPS]), options.turns, options.seconds, write
+        )
     write(found)
 
 

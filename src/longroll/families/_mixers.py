@@ -27,9 +27,9 @@ from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
 
-KEPT = 0.0
-"""Share of a GPU's memory that may hold what backward would compute again: 1/16 holds all of a 370M Mamba-2's
-8,192 tokens, and saves a twentieth of the step (dev/LOG.md)."""
+KEPT = 1 / 16
+"""Share of a GPU's memory that may hold what backward would compute again: that of an 80 GB GPU holds all of
+a 370M Mamba-2's 8,192 tokens, which saves a twentieth of the step (benchmarks/results/step-*)."""
 LINEAR = True
 """Whether the gradients of projections' weights are written in float32 under autocast."""
 
@@ -113,7 +113,7 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     shape = shape._replace(keep=_has_room(projected, (layer + 1) * shape.kept_bytes(projected)))
     bias = None if conv.bias is None else conv.bias.float()
     y, final_state = kernel(
-        projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), -mixer.A_log.float().exp(),
+        projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), mixer.A_log.float(),
         mixer.D.float(), norm.weight, None if past is None else past.float().mT[:, 1:],
         None if state is None else state.float(), shape,
         None if cache.padding is None else cache.padding.out(3),

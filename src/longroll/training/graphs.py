@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -12,6 +13,7 @@ from longroll.errors import LongrollError, first_line
 from longroll.model import RecurrentLM
 from longroll.stacks import Stacks
 from longroll.state import RecurrentState
+from longroll.training._reduction import Reduction
 from longroll.training.loss import loss_and_state
 
 _WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
@@ -30,6 +32,7 @@ class StepGraph:
         states: False for steps that all start from zero and whose final states nobody wants: these are
             captured without either.
         pool: `torch.cuda.graph_pool_handle()` of graphs that take turns and share their memory.
+        exchange: sum gradients over all ranks within the graph, which all ranks capture and replay together.
 
     Raises:
         LongrollError: for a model on another device; when called with a state that it was made without, or
@@ -37,11 +40,13 @@ class StepGraph:
     """
 
     def __init__(
-        self, lm: RecurrentLM, *, dtype: torch.dtype | None = None, states: bool = True, pool: Any = None
-    ) -> None:
+        self, lm: RecurrentLM, *, dtype: torch.dtype | None = None, states: bool = True, pool: Any = None,
+        exchange: bool = False,
+    ) -> None:  # fmt: skip
         if lm.device.type != "cuda":
             raise LongrollError("CUDA graphs (`cuda_graphs`) need the model on a CUDA device.")
         self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
+        self.exchange = exchange
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, input_ids: Tensor) -> None:
@@ -147,5 +152,6 @@ class StepGraph:
         with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
             initial = RecurrentState(self._stacks.split(self._initial))
             loss, final = loss_and_state(self.lm, self._ids, self._targets, initial, self._num_items)
-        loss.backward()
+        with Reduction(self._parameters()) if self.exchange else contextlib.nullcontext():
+            loss.backward()
         return loss.detach(), final.detach() if self.states else self._zero

@@ -70,7 +70,7 @@ def mamba2(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     dt_bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     norm_weight: Tensor,
     past: Tensor | None,
@@ -85,7 +85,7 @@ def mamba2(
         conv_weight: (H P + 2 G N, W) float32.
         conv_bias: (H P + 2 G N,) float32.
         dt_bias: (H,) float32, added to dt before softplus.
-        A: (H,) float32.
+        A_log: (H,) float32; a state decays at the rate -exp(A_log).
         D: (H,) float32.
         norm_weight: (H P,).
         past: the W - 1 inputs of the convolution before the first, (B, W - 1, H P + 2 G N) float32.
@@ -97,7 +97,7 @@ def mamba2(
         The normed output (B, T, H P) and the final state.
     """
     found: tuple[Tensor, Tensor] = _Mamba2.apply(
-        projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, shape, out
+        projected, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, past, state, shape, out
     )
     return found
 
@@ -110,7 +110,7 @@ class _Mamba2(torch.autograd.Function):
         conv_weight: Tensor,
         conv_bias: Tensor | None,
         dt_bias: Tensor,
-        A: Tensor,
+        A_log: Tensor,
         D: Tensor,
         norm_weight: Tensor,
         past: Tensor | None,
@@ -123,26 +123,29 @@ class _Mamba2(torch.autograd.Function):
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
             x, B, C = shape.split_convolved(convolved)
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
-            start = ssd.zero_state(x, B) if state is None else state
-            y, final, kept = ssd.forward(x, steps, A, B, C, D, start, keep=shape.keep)
+            A = -A_log.exp()
+            y, final, kept = ssd.forward(x, steps, A, B, C, D, state, keep=shape.keep)
             normed, rstd, _ = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(
-            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, y, rstd, out,
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, y, rstd, out,
             convolved if shape.keep else None, *kept,
         )  # fmt: skip
-        ctx.shape, ctx.stateless = shape, state is None
+        ctx.shape = shape
+        ctx.set_materialize_grads(False)
         return normed, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dnormed: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dnormed: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         (
-            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, start, y, rstd, out,
+            projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, y, rstd, out,
             convolved, *kept,
         ) = ctx.saved_tensors  # fmt: skip
         shape: Shape = ctx.shape
+        if dnormed is None:
+            dnormed = torch.zeros(y.flatten(-2).shape, dtype=shape.dtype, device=y.device)
         with no_autocast(projected):
             gate, convolves, dt = shape.split(projected)
             dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
@@ -155,12 +158,13 @@ class _Mamba2(torch.autograd.Function):
             dx, dB, dC = shape.split_convolved(dconvolved)
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
             ddt_bias, dA, dD, dstate = ssd.backward(
-                dy.view_as(y), dfinal, (x, A, B, C, D), steps, start, tuple(kept), (dx, ddt, dB, dC)
-            )
+                dy.view_as(y), dfinal, (x, A, B, C, D), steps, state, tuple(kept), (dx, ddt, dB, dC),
+                of_state=ctx.needs_input_grad[8],
+            )  # fmt: skip
             dweight, dbias, dpast = short_conv.backward(
                 dconvolved, convolves, conv_weight, conv_bias, past, True, dconvolves
             )
+        assert dA is not None
         return (
-            dprojected, dweight, dbias, ddt_bias, dA, dD, dnorm_weight, dpast,
-            None if ctx.stateless else dstate, None, None,
+            dprojected, dweight, dbias, ddt_bias, dA * A, dD, dnorm_weight, dpast, dstate, None, None,
         )  # fmt: skip

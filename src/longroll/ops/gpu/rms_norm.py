@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longroll.ops.gpu._math import sigmoid
+from longroll.ops.gpu._sums import column_sums
 
-_PROGRAMS = 1024  # of backward, each of which sums the weight's gradient over its rows
+_PROGRAMS = 512  # of backward, each of which sums the weight's gradient over its rows
 
 
 @triton.jit
@@ -181,14 +182,14 @@ def backward(
     more = None if more is None else more.contiguous()
     dgates = _rows(dx) if dgate is None else dgate.view(-1, dgate.shape[-1])
     programs = min(len(rows), _PROGRAMS)
-    dweight = rstd.new_empty(programs, weight.numel())
+    dweight = rstd.new_empty(1, programs, weight.numel())
     _norm_backward[(programs, groups)](
         rows, rows if gates is None else gates, weight, rstd,
         dy, dy if more is None else more, dx, dx if dadd is None else dadd, dgates, dweight,
         len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
         HAS_MORE=more is not None, HAS_ADD=dadd is not None, **_options(gate, size),
     )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype)
+    return dx, column_sums(dweight)[0].to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import strides
 from longroll.ops.gpu._math import sigmoid
+from longroll.ops.gpu._sums import column_sums
 
 TILE, CHANNELS = 8, 256
 FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
-BACKWARD = {"STEPS": 64, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
+BACKWARD = {"STEPS": 128, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
 """Sizes of a program: TILE steps are unrolled, so that their inputs are read together; nothing is tuned."""
 
 
@@ -88,12 +89,12 @@ def _conv_forward(
 
 @triton.jit
 def _conv_backward(
-    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, dweight_ptr, dbias_ptr,
+    x_ptr, past_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, dpast_ptr, sums_ptr,
     T, D_SIZE, xb, xt, xd, pb, pt, pd, yb, yt, yd, dxb, dxt,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx, dpast (B, W - 1, D) float32; dweight (programs, D, W) and dbias (programs, D), each program's.
+    """dx, dpast (B, W - 1, D) float32; of each program dweight (D, W) and dbias (D), one after the other.
 
     An input's gradient is known W - 1 steps after it: of its steps a program owns all but the last W - 1.
     """
@@ -142,11 +143,10 @@ def _conv_backward(
             tl.store(dx_ptr + (step - (W - 1)) * dxt + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if HAS_PAST and j < W - 1:
                 tl.store(dpast_ptr + t * D_SIZE + d, dx, mask=in_d & (t + 0 * d < W - 1))
-    to = (row * tl.num_programs(0) + tl.program_id(0)) * D_SIZE + d
+    sums_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * D_SIZE * (W + 1)
     for w in tl.static_range(W):
-        tl.store(dweight_ptr + to * W + w, dweight[w], mask=in_d)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + to, dbias, mask=in_d)
+        tl.store(sums_ptr + d * W + w, dweight[w], mask=in_d)
+    tl.store(sums_ptr + D_SIZE * W + d, dbias, mask=in_d)
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, silu: bool) -> Tensor:
@@ -199,15 +199,16 @@ def backward(
     batch, time, channels = x.shape
     tail = weight.shape[1] - 1
     grid = _grid(batch, time, channels, BACKWARD["STEPS"] - tail)
-    programs = grid[0] * batch  # which all write sums of their own: added in any order, they would differ
-    dweight, dbias = weight.new_empty(programs, *weight.shape), weight.new_empty(programs, channels)
+    # programs write sums of their own: added in any order, they would differ
+    sums = weight.new_empty(1, grid[0] * batch, channels * (tail + 2))
     dpast = None if past is None else weight.new_empty(batch, tail, channels)
     _conv_backward[grid](
-        x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, dweight, dbias,
+        x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, sums,
         time, channels, *strides(x, past), *dy.stride(), *dx.stride()[:2],
         **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
-    return dweight.sum(0), None if bias is None else dbias.sum(0), dpast
+    dweight, dbias = column_sums(sums)[0].split((weight.numel(), channels))
+    return dweight.view_as(weight), None if bias is None else dbias, dpast
 
 
 class _Conv(torch.autograd.Function):

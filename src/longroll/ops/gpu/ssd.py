@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from longroll.ops._backend import WIDEST_AT_ONCE, shared_memory
 from longroll.ops._common import LOG2_E as _LOG2_E
 from longroll.ops._common import NO_LIMIT, no_autocast
+from longroll.ops.gpu._sums import column_sums
 from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
@@ -30,12 +31,13 @@ WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
-OF_X = {"HEADS": 1, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
-FEWEST = 256  # programs that keep a GPU busy
+OF_X = {"HEADS": 1, "EARLY": True, "num_warps": 4, "num_stages": 1}
+OF_B_AND_C = {"HEADS": 32, "N": 64, "SUM": False, "num_warps": 4, "num_stages": 3}
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
-
+WIDE = {"num_warps": 8}
+"""How programs on heads wider than NARROW run: fewer warps have no registers for their sums."""
+FEWEST = 256  # programs that keep a GPU busy
 LOG2_E = tl.constexpr(_LOG2_E)
 
 
@@ -144,6 +146,13 @@ def _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE: tl.cons
 
 
 @triton.jit
+def _columns(at, step, n, in_t, by_t, by_n, N_SIZE, WHOLE: tl.constexpr):
+    """Load columns n of a chunk of B or C."""
+    within = in_t[:, None] & _inside(n, N_SIZE, WHOLE)[None, :]
+    return tl.load(at + step[:, None] * by_t + n[None, :] * by_n, mask=within, other=0.0)
+
+
+@triton.jit
 def _state(at, p, n, P_SIZE, N_SIZE, WHOLE: tl.constexpr):
     """Load columns n of the state (P, N) at `at`."""
     within = _inside(p, P_SIZE, WHOLE)[:, None] & _inside(n, N_SIZE, WHOLE)[None, :]
@@ -155,7 +164,8 @@ def _ssd_walk(
     x_ptr, sizes_ptr, levels_ptr, B_ptr, first_ptr, met_ptr, last_ptr,
     T, H, CHUNKS, RATIO, fb, fh, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
-    REVERSE: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
+    CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Carry a state (P, N) over the chunks: `met` (B, CHUNKS, H, P, N) is what each meets.
 
@@ -171,7 +181,9 @@ def _ssd_walk(
     B_ptr += row * Bb + (head // RATIO) * Bg
     sizes_ptr += (row * H + head) * CHUNKS * CHUNK
     levels_ptr += (row * H + head) * CHUNKS * CHUNK
-    state = tl.load(first_ptr + row * fb + head * fh + pn, mask=in_pn, other=0.0)
+    state = tl.zeros((P, N), tl.float32)
+    if HAS_FIRST:
+        state = tl.load(first_ptr + row * fb + head * fh + pn, mask=in_pn, other=0.0)
     for i in range(0, CHUNKS):
         chunk = row * 0 + i  # in 64 bits
         if REVERSE:
@@ -186,9 +198,13 @@ def _ssd_walk(
         x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
         B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
         B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
-        weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = state * tl.exp2(total) + tl.dot(tl.trans(weighted), B, input_precision=PRECISION)
-    tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
+        if N < P:  # the smaller one is weighted
+            B = (B.to(tl.float32) * weight[:, None]).to(x.dtype)
+        else:
+            x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        state = state * tl.exp2(total) + tl.dot(tl.trans(x), B, input_precision=PRECISION)
+    if HAS_LAST:
+        tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
 
 
 @triton.jit
@@ -243,11 +259,12 @@ def _ssd_gradients_of_x(
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA, dD (B, CHUNKS, H).
 
-    From the states at the chunk's start and the gradients of those at its end.
+    From the states at the chunk's start and the gradients of those at its end. EARLY loads all before the
+    first product; otherwise each is loaded where it is first multiplied, which holds fewer registers.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
@@ -256,52 +273,61 @@ def _ssd_gradients_of_x(
     in_tp = in_t[:, None] & in_p[None, :]
     B_ptr += row * Bb + group * Bg + first * Bt
     C_ptr += row * Cb + group * Cg + first * Ct
-    B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
+    if EARLY:
+        B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
         head = tl.program_id(2) * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
         dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh
-        x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
-        dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
-        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)  # all that is loaded is on its way by now
-        products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
-        for part in range(1, PARTS):
-            B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
-            products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
+        if EARLY:
+            x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
+            dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
+        else:
+            C = _columns(C_ptr, step, n, in_t, Ct, Cn, N_SIZE, WHOLE)
+        dy32 = dy.to(tl.float32)
 
         # what the chunk's start gives to y, and its end asks of dt x
+        da = tl.sum(tl.dot(C, tl.trans(state), input_precision=PRECISION) * dy32, axis=1)
+        if not EARLY:
+            x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
+            dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
+        x32 = x.to(tl.float32)
         carried = _trace(tl.dot(state, tl.trans(dend), input_precision=PRECISION), p)
-        read = tl.dot(C, tl.trans(state), input_precision=PRECISION)
-        dxdt = tl.dot(B, tl.trans(dend), input_precision=PRECISION)
+        if not EARLY:
+            B = _columns(B_ptr, step, n, in_t, Bt, Bn, N_SIZE, WHOLE)
+        products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        dxdt = tl.zeros((CHUNK, P), tl.float32)
         for part in range(1, PARTS):
             B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
             state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
             dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
+            products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
             carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision=PRECISION), p)
-            read += tl.dot(C2, tl.trans(state2), input_precision=PRECISION)
+            da += tl.sum(tl.dot(C2, tl.trans(state2), input_precision=PRECISION) * dy32, axis=1)
             dxdt += tl.dot(B2, tl.trans(dend2), input_precision=PRECISION)
-        da = tl.sum(read * dy32, axis=1) * tl.exp2(a)
-        dxdt = dxdt * tl.exp2(total - a)[:, None]
-        written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
-
         # within the chunk, by scores as they are multiplied: what cancels then cancels exactly
         scores = (products * _decays_between(a, causal)).to(x.dtype)
         pairs = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-        both = pairs * scores.to(tl.float32) * dt[None, :]
+        da = da * tl.exp2(a) + tl.sum(pairs * scores.to(tl.float32) * dt[None, :], axis=1)
+        if HAS_D:
+            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
+
+        dxdt += tl.dot(B, tl.trans(dend), input_precision=PRECISION)
+        dxdt = dxdt * tl.exp2(total - a)[:, None]
+        written = tl.sum(tl.sum(dxdt * x32, axis=1) * dt, axis=0)
         dxdt += tl.dot(tl.trans(scores), dy, input_precision=PRECISION)
         given = tl.sum(dxdt * x32, axis=1)  # to all later steps and the chunk's end
-        da += tl.sum(both, axis=1) - given * dt
+        da -= given * dt
 
         dx = dxdt * dt[:, None]
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy32
-            tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
         dx_at = dx_ptr + row * dxb + first * dxt + head * dxh + step[:, None] * dxt + p[None, :]
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
@@ -318,8 +344,12 @@ def _ssd_gradients_of_B_and_C(
     dBb, dBt, dBh, dCb, dCt, dCh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns.
+
+    With SUM the gradients of the products of B and C are summed before they are multiplied.
+    """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(2) // blocks, chunk * CHUNK
@@ -335,6 +365,7 @@ def _ssd_gradients_of_B_and_C(
     C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
     causal = step[:, None] >= step[None, :]
     dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
+    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
     for i in range(0, HEADS):
         head = heads * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
@@ -352,9 +383,16 @@ def _ssd_gradients_of_B_and_C(
         given = (x.to(tl.float32) * (dt * tl.exp2(total - a))[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision=PRECISION)
         dB += tl.dot(given, dend, input_precision=PRECISION)
-        dscores = dscores.to(x.dtype)
-        dC += tl.dot(dscores, B, input_precision=PRECISION)
-        dB += tl.dot(tl.trans(dscores), C, input_precision=PRECISION)
+        if SUM:
+            dproducts += dscores
+        else:
+            rounded = dscores.to(x.dtype)
+            dC += tl.dot(rounded, B, input_precision=PRECISION)
+            dB += tl.dot(tl.trans(rounded), C, input_precision=PRECISION)
+    if SUM:
+        rounded = dproducts.to(B.dtype)
+        dC += tl.dot(rounded, B, input_precision=PRECISION)
+        dB += tl.dot(tl.trans(rounded), C, input_precision=PRECISION)
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
@@ -377,14 +415,14 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """Return `longroll.ops.ssd` with the same arguments; always returns `(y, final_state)`."""
     with no_autocast(x):
-        state = zero_state(x, B) if initial_state is None else initial_state
         dtype, tf32 = x.dtype, torch.float16 in (x.dtype, B.dtype)
         if tf32:  # as many digits as float16, whose states would overflow
             x = x.float()
         B, C = B.to(x.dtype), C.to(x.dtype)  # products are of one precision
         skip = None if D is None or D.dim() == 2 else D.float()
         bias = None if dt_bias is None else dt_bias.float()
-        y, final = _SSD.apply(x, dt, A.float(), B, C, skip, state.float(), bias, dt_softplus, dt_limit, tf32)
+        state = None if initial_state is None else initial_state.float()
+        y, final = _SSD.apply(x, dt, A.float(), B, C, skip, state, bias, dt_softplus, dt_limit, tf32)
         y = y.to(dtype)
         if D is not None and D.dim() == 2:  # the kernel takes one skip weight for each head
             y = (y.float() + D.float() * x.float()).to(dtype)
@@ -434,11 +472,6 @@ class Steps(NamedTuple):
         self.run(_ssd_steps_backward, dsizes.shape[2] // CHUNK, dsizes, ddt, dbias, more=ddt.stride())
 
 
-def zero_state(x: Tensor, B: Tensor) -> Tensor:
-    """Return (B, H, P, N) float32."""
-    return x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
-
-
 class _Call:
     """Shapes, strides and grids of one call."""
 
@@ -472,23 +505,26 @@ class _Call:
         D = self.A if self.D is None else self.D
         return self.x, self.dt, self.levels, self.A, self.B, self.C, D
 
-    def walk(self, x: Tensor, B: Tensor, first: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Return the states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and the one after the
-        last.
+    def walk(
+        self, x: Tensor, B: Tensor, first: Tensor | None, *, reverse: bool = False, last: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the states that the chunks meet, (B, chunks, H, P, N) in x's dtype, and, if asked for the
+        `last`, the one after these; without a `first` from zero.
         """
         met = x.new_empty(self.batch, self.chunks, self.heads, self.width, self.order)
-        if first.stride()[2:] != (self.order, 1):
+        if first is not None and first.stride()[2:] != (self.order, 1):
             first = first.contiguous()
-        last = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        after = self.A.new_empty(self.batch, self.heads, self.width, self.order) if last else None
         options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
         _ssd_walk[(self.batch * self.heads, *parts)](
-            x, self.dt, self.levels, B, first, met, last,
-            *self.sizes, *first.stride()[:2], *x.stride(), *B.stride(), *self.ends,
-            REVERSE=reverse, CHUNK=CHUNK, **self.sureties(options["P"], options["N"]),
-            **options | self.few_warps,
+            x, self.dt, self.levels, B, *(self.A if t is None else t for t in (first, met, after)),
+            *self.sizes, *((0, 0) if first is None else first.stride()[:2]), *x.stride(), *B.stride(),
+            *self.ends,
+            REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last, CHUNK=CHUNK,
+            **self.sureties(options["P"], options["N"]), **options | self.few_warps,
         )  # fmt: skip
-        return met, last
+        return met, after
 
     def side_by_side(
         self, kernel: Any, options: dict[str, int], *tensors: Tensor, more: tuple[int, ...] = ()
@@ -497,22 +533,23 @@ class _Call:
 
         With N in its options a program has that many of the state's columns; else all, in so many parts.
         """
-        p, n, split = *self.blocks, dict[str, int]()
+        p, n = self.blocks
+        split = WIDE if p > NARROW else {}
         programs = self.heads // options["HEADS"]
         if "N" in options:
             n = min(n, options["N"])
             programs *= triton.cdiv(self.order, n)
-            split = self.stages(options["num_stages"], p, n)
+            split = split | self.stages(options["num_stages"], p, n)
         else:
             if p * n > WIDEST_AT_ONCE:  # neither registers nor shared memory hold it and loads ahead
                 n = max(16, WIDEST_AT_ONCE // 2 // p)
-                split = {"num_stages": 1}
-            split["PARTS"] = triton.cdiv(self.order, n)
+                split = split | {"num_stages": 1}
+            split = split | {"PARTS": triton.cdiv(self.order, n)}
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
         kernel[self.batch, self.chunks, programs](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
             HAS_D=self.D is not None, CHUNK=CHUNK, **self.sureties(p, n),
-            **options | self.few_warps | {"P": p, "N": n} | split,
+            **options | {"P": p, "N": n} | split | self.few_warps,
         )  # fmt: skip
 
     def stages(self, most: int, p: int, n: int) -> dict[str, int]:
@@ -544,12 +581,12 @@ def forward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    state: Tensor,
+    state: Tensor | None,
     *,
     keep: bool = False,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
-    """Compute the recurrence without a gradient.
+    """Compute the recurrence without a gradient, from zero where there is no `state`.
 
     Returns:
         y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes, and the states
@@ -558,7 +595,8 @@ def forward(
     A = A.contiguous()
     sizes = steps.sizes(A)
     call = _Call(x, sizes, A, B, C, D, tf32=tf32)
-    starts, final = call.walk(x, B, state, reverse=False)
+    starts, final = call.walk(x, B, state)
+    assert final is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
     return y, final, (sizes, starts if keep else None)
@@ -566,33 +604,35 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     inputs: tuple[Tensor, ...],
     steps: Steps,
-    state: Tensor,
+    state: Tensor | None,
     kept: tuple[Tensor, Tensor | None],
     into: tuple[Tensor, ...],
     *,
+    of_state: bool = True,
     tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of the bias of dt, A, D and the state; others are written `into` tensors.
 
     Args:
         dy: gradient of y.
-        dfinal: gradient of the final state.
+        dfinal: gradient of the final state; None is zero.
         inputs: x, A, B, C and D of `forward`.
         steps: its step sizes.
-        state: the initial one.
+        state: the initial one; None is zero.
         kept: what `forward` returned.
         into: tensors for dx, ddt, dB and dC; the last axis of dx, dB and dC is contiguous.
+        of_state: whether the gradient of the state is asked for; None is returned for it otherwise.
         tf32: multiply float32 in tf32.
     """
     (x, A, B, C, D), (sizes, starts), (dx, ddt, dB, dC) = inputs, kept, into
     A, dy = A.contiguous(), dy.contiguous()
     call = _Call(x, sizes, A, B, C, D, tf32=tf32)
     if starts is None:
-        starts, _ = call.walk(x, B, state, reverse=False)
-    dends, dstate = call.walk(dy, C, dfinal, reverse=True)
+        starts, _ = call.walk(x, B, state, last=False)
+    dends, dstate = call.walk(dy, C, dfinal, reverse=True, last=of_state)
     dsizes = torch.empty_like(call.dt)
     # a sum for each chunk: programs that add to one number do so in any order
     dA, dD, dbias = sums = A.new_empty(3, call.batch, call.chunks, call.heads)
@@ -608,7 +648,7 @@ def backward(
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
     steps.backward(dsizes, ddt, dbias)
-    dA, dD, dbias = sums.sum((1, 2))
+    dA, dD, dbias = column_sums(sums.flatten(1, 2))
     return None if steps.bias is None else dbias, dA, None if D is None else dD, dstate
 
 
@@ -622,12 +662,13 @@ class _SSD(torch.autograd.Function):
         B: Tensor,
         C: Tensor,
         D: Tensor | None,
-        state: Tensor,
+        state: Tensor | None,
         bias: Tensor | None,
         softplus: bool,
         limit: tuple[float, float],
         tf32: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         y, final, kept = forward(x, Steps(dt, bias, softplus, limit), A, B, C, D, state, tf32=tf32)
         ctx.save_for_backward(x, dt, A, B, C, D, state, bias, *kept)
         ctx.how, ctx.tf32 = (softplus, limit), tf32
@@ -635,13 +676,15 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, state, bias, *kept = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         into = dx, ddt, dB, dC = tuple(
             torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C)
         )
         steps = Steps(dt, bias, *ctx.how)
         dbias, dA, dD, dstate = backward(
-            dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into, tf32=ctx.tf32
-        )
+            dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into,
+            of_state=ctx.needs_input_grad[6], tf32=ctx.tf32,
+        )  # fmt: skip
         return dx, ddt, dA, dB, dC, dD, dstate, dbias, None, None, None
