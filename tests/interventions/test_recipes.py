@@ -4,17 +4,24 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 import longroll
 import zoo
-from longroll.data import ByteTokenizer, Corpus
+from longroll.data import ByteTokenizer, Corpus, DocumentLengths
 from longroll.errors import LongrollError
-from longroll.interventions.recipes import LONG_SHARE, RECIPES, WINDOWS, Settings, choose
+from longroll.interventions.recipes import LONG_SHARE, RECIPES, WINDOWS, Settings, choose, enough_tokens
+from longroll.measure.advice import advise
+from longroll.measure.iid import IIDTest
+from longroll.measure.stationarity import EndDrift
+from longroll.state import StateKey
 from longroll.tasks import Passkey, TaskRows
 from longroll.training import PosttrainOptions, by_recipe
 
 T, ROWS = 16, 2
-LONG, SHORT = WINDOWS * T + 1, WINDOWS * T  # a window predicts the token after its last
+KEY = StateKey(0, "recurrent")
+IID = IIDTest({KEY: torch.tensor([9.0])}, {KEY: torch.tensor([10.0])})
+LONG, SHORT = WINDOWS * T, WINDOWS * T - 1
 
 
 def documents(*lengths: int) -> Corpus:
@@ -44,6 +51,55 @@ def test_long_documents_are_those_of_enough_windows(seed):
 def test_short_documents_and_little_text_ask_for_state_passing(lengths, lanes, intervention):
     found = choose("longroll", np.array(lengths), T, lanes)
     assert found.intervention == intervention, found.why
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_documents_of_a_text_decide_and_not_the_steps(seed):
+    """The corpus of a command ends in the midst of a document, where the run has read enough."""
+    random = np.random.default_rng(seed)
+    kinds = [random.integers(LONG, 3 * LONG, 8), random.integers(2, LONG, 40)]
+    lengths = random.permutation(np.concatenate(random.permutation(np.array(kinds, dtype=object))))
+    texts, lm = ["a" * int(length) for length in lengths], zoo.lm_of("mamba2")
+    counted = DocumentLengths.count(texts, ByteTokenizer(), enough_tokens(T, ROWS))
+    assert counted.whole and counted.tokens.tolist() == list(lengths)
+    expected = choose("longroll", lengths, T, ROWS)
+    advised = advise("m", T, documents=counted, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1.0)
+    assert advised.intervention == expected.intervention and expected.why in advised.sentence
+    for steps in (1, 2, 4, 16, 500):
+        options = PosttrainOptions(T, steps=steps, batch_size=ROWS)
+        corpus = Corpus.from_texts(texts, ByteTokenizer(), max_tokens=options.tokens + 1)
+        found = by_recipe(lm, corpus, options, documents=counted)
+        assert found.name == expected.intervention and expected.why in found.sentence
+        alone = by_recipe(lm, corpus, options).sentence
+        assert "too few for" not in alone, alone
+
+
+def test_a_text_too_small_for_the_rows_gets_state_passing_however_few_the_steps():
+    texts = ["a" * LONG] * 4
+    counted = DocumentLengths.count(texts, ByteTokenizer(), enough_tokens(T, 5))
+    for steps in (1, 500):
+        options = PosttrainOptions(T, steps=steps, batch_size=5)
+        corpus = Corpus.from_texts(texts, ByteTokenizer(), max_tokens=options.tokens + 1)
+        found = by_recipe(zoo.lm_of("mamba2"), corpus, options, documents=counted)
+        assert found.name == "sp" and "gives each of 5 rows 12.8 windows" in found.sentence
+
+
+def test_a_bounded_number_of_whole_documents_tells_and_is_said():
+    def texts():
+        yield from ["a" * LONG] * 10
+        raise AssertionError("read past what is enough")
+
+    counted = DocumentLengths.count(texts(), ByteTokenizer(), 9 * LONG + 1 - LONG)
+    assert not counted.whole and counted.tokens.tolist() == [LONG] * 9
+    said = choose("longroll", counted.tokens, T, ROWS, whole=False)
+    assert said.intervention == "tbptt"
+    assert (
+        said.why
+        == "in 9 documents of the text, those of 16 or more windows of 16 tokens hold 100 % of the tokens"
+    )
+    huge = "to be or not to be, " * 100_000  # 2 MB
+    counted = DocumentLengths.count([huge, "", "be"], ByteTokenizer(), 1)
+    assert counted.tokens.tolist() == [len(huge)] and not counted.whole
 
 
 @pytest.mark.parametrize("corpus", [documents(*[LONG] * 40), documents(*[20] * 400)])

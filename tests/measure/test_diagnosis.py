@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from planted import PLANTED, TRAIN_LENGTH, planted_lm, texts_of_twin, twin_lm
@@ -9,7 +10,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import zoo
 from longroll import RecurrentLM, diagnose, position_loss
-from longroll.data import ByteTokenizer, Corpus, Windows, long_sequences
+from longroll.data import ByteTokenizer, Corpus, DocumentLengths, Windows, long_sequences
 from longroll.measure.advice import advise, of_ablation
 from longroll.measure.explain import StateWatch, explain_coverage
 from longroll.measure.iid import IIDTest
@@ -19,13 +20,16 @@ from longroll.state import StateKey
 
 
 def test_a_planted_head_is_explained():
-    found = diagnose(planted_lm(), texts_of_twin(), train_length=TRAIN_LENGTH)
+    long = DocumentLengths(np.array([24 * TRAIN_LENGTH] * 20), whole=True)
+    found = diagnose(planted_lm(), texts_of_twin(), train_length=TRAIN_LENGTH, documents=long)
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert found.verdict != "healthy"
     assert data["coverage"]["ranking"][0] == str(PLANTED)
     assert data["coverage"]["causal_sentence"].startswith("One head carries")
     assert str(PLANTED) in data["coverage"]["causal_sentence"]
-    assert found.advice.startswith("Repair it by TBPTT: the texts go on for 24 windows of 16 tokens")
+    assert found.advice.startswith(
+        "Repair it by TBPTT: documents of 16 or more windows of 16 tokens hold 100 %"
+    )
     assert data["advice"]["intervention"] == "tbptt" and data["advice"]["seconds"] > 0
     assert data["advice"]["command"].endswith(" --train-length 16 --output repaired")
     remembered = data["remembrance"]
@@ -73,11 +77,11 @@ def test_a_model_with_ordinary_decays_is_left_alone():
 def test_a_model_that_only_reads_worse_than_afresh_is_told_so():
     found = advise("m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4)
     assert found.intervention is None and found.command is None
-    assert "leave it alone; a repair by State Passing may win that back" in found.sentence
+    assert "leave it alone; a repair by recipe longroll (TBPTT for documents of 16 or more" in found.sentence
     found = advise(
         "m", 16, breaks=False, iid=IID, ends=EndDrift(0.0, 0.5), tokens_per_second=1e4, severity=0.46
     )
-    assert found.intervention == "sp" and "posttrain m" in found.command
+    assert found.intervention == "longroll" and "posttrain m" in found.command
     assert found.sentence.startswith("It keeps its level because far text is easier. Repair it by")
 
 
@@ -142,7 +146,8 @@ LOW_RANK = IIDTest({KEY: torch.tensor([3.0, 9.5])}, {KEY: torch.tensor([10.0, 10
     ],
 )
 def test_advice_follows_the_evidence(iid, ends, intervention, reason):
-    found = advise("my model", 256, iid=iid, ends=ends, tokens_per_second=1e4)
+    short = DocumentLengths(np.array([255 * 16] * 200), whole=True)
+    found = advise("my model", 256, documents=short, iid=iid, ends=ends, tokens_per_second=1e4)
     assert found.intervention == intervention and reason in found.sentence
     assert "'my model'" in found.command
     assert ("--intervention fitted" in found.command) == (intervention == "fitted")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -62,6 +63,18 @@ class _Notices(logging.Handler):
             text = f"{record.name}: {text}"
         style = "yellow" if record.levelno >= logging.WARNING else None
         console.print(in_flags(text, running), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Leave out the library's notices for the length of a with block."""
+    logger = logging.getLogger("longroll")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def hush_libraries() -> None:

@@ -12,6 +12,7 @@ from longroll.cli import _options as o
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from longroll.data import DocumentLengths, Tokenizer
     from longroll.model import RecurrentLM
     from longroll.results import DiagnosisResult
 
@@ -97,6 +98,7 @@ def diagnose(
         run_forecast(lm, tokens, train_length, length, label=label, seed=seed, json=json)
         return
 
+    documents = documents_to_train_on(text, own_tokenizer, text_column, train_length)
     join()
     if lm.flags is not None:  # the repair that is advised reads the same text
         lm.flags += o.text_flags(text, text_column, tokenizer, bos)
@@ -142,6 +144,7 @@ def diagnose(
         control=plain,
         seed=seed,
         save=lambda diagnosis: write(diagnosis.result(), early=True),
+        documents=documents,
         dealt=True,
         kept=kept,
     )
@@ -149,6 +152,21 @@ def diagnose(
         tell(write(found))
     wait()
     kept.remove()
+
+
+def documents_to_train_on(
+    text: str, tokenizer: Tokenizer, column: str | None, train_length: int
+) -> DocumentLengths | None:
+    """Return the lengths that the advised repair chooses its intervention by; None for text without a
+    training split.
+    """
+    from longroll.errors import LongrollError
+    from longroll.measure.advice import BATCH_SIZE
+
+    try:
+        return o.count_documents(text, tokenizer, column=column, length=train_length, rows=BATCH_SIZE)
+    except LongrollError:
+        return None
 
 
 def _card_of(model: str) -> Path:

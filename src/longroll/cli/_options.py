@@ -12,7 +12,7 @@ from longroll.cli._numbers import length_option
 if TYPE_CHECKING:
     import torch
 
-    from longroll.data import Corpus, Tokenizer
+    from longroll.data import Corpus, DocumentLengths, Tokenizer
     from longroll.measure import Kept
     from longroll.measure.held_out import HeldOut
     from longroll.model import RecurrentLM
@@ -244,6 +244,37 @@ def read_training_text(
         )
     conversations = read_conversations(text, column=column, split="train")
     return ChatCorpus.from_conversations(conversations, tokenizer, max_tokens=max_tokens)
+
+
+def count_documents(
+    text: str, tokenizer: Tokenizer, *, column: str | None, length: int, rows: int
+) -> DocumentLengths:
+    """Return how long the documents are that a repair trains on, whatever its steps and its seed.
+
+    Args:
+        text: the source.
+        tokenizer: of the model.
+        column: the column of the text.
+        length: T.
+        rows: rows of a batch, of all ranks together.
+    """
+    from longroll.cli._console import unheard
+    from longroll.cli._progress import progress
+    from longroll.data import DocumentLengths, is_chat, read_documents
+    from longroll.interventions.recipes import enough_tokens
+
+    enough = enough_tokens(length, rows)
+    if is_chat(text, column):
+        corpus = read_training_text(text, tokenizer, column=column, max_tokens=enough, seed=0)
+        return DocumentLengths.of(corpus, enough)
+    # files that are left out are told of where the text is read
+    with unheard(), progress(f"counting the documents of {text}", total=enough) as advance:
+        return DocumentLengths.count(
+            read_documents(text, split="train", text_column=column, seed=0),
+            tokenizer,
+            enough,
+            progress=lambda done, _: advance(done),
+        )
 
 
 def read_held_out(

@@ -356,6 +356,10 @@ def posttrain(
     own = given(context, conv=conv, noise_std=noise_std, momentum=momentum)
     if "noise_std" in own:
         own["std"] = own.pop("noise_std")
+    counted = None
+    if task is None and intervention is None and asked.long != asked.short:
+        rows = batch_size * world_size()
+        counted = o.count_documents(text, tok, column=text_column, length=length, rows=rows)
     prepared = by_recipe(
         lm,
         data,
@@ -363,6 +367,7 @@ def posttrain(
         recipe=recipe.value,
         intervention=None if intervention is None else intervention.value,
         zero_probability=zero_probability,
+        documents=counted,
         **own,
     )
     check_read(context, prepared.name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longroll.cli import _options as o
-from longroll.cli._diagnose import findings, run_diagnosis
+from longroll.cli._diagnose import documents_to_train_on, findings, run_diagnosis
 from longroll.cli._numbers import length_option
 from longroll.cli._posttrain import run_posttrain
 
@@ -44,14 +44,15 @@ def quickstart(
     assert lm.train_length is not None
     options = PosttrainOptions(length=lm.train_length, steps=steps, seed=seed)
     tokens, bytes_per_token = o.read_sequences("stdlib", tok, length=length, sequences=sequences, seed=seed)
-    measured = {"bytes_per_token": bytes_per_token, "seed": seed}
+    documents = documents_to_train_on("stdlib", tok, None, lm.train_length)
+    measured = {"bytes_per_token": bytes_per_token, "seed": seed, "documents": documents}
     before = run_diagnosis(lm, tokens, label="base", **measured)
     before.write(output / "base.json")
 
     corpus = o.read_corpus(
         "stdlib", tok, split="train", column=None, max_tokens=options.tokens + 1, seed=seed
     )
-    prepared = by_recipe(lm, corpus, options)
+    prepared = by_recipe(lm, corpus, options, documents=documents)
     console.print(prepared.sentence, highlight=False, soft_wrap=True)
     repaired = _free(output / "repaired")
     run_posttrain(lm, corpus, prepared.intervention, prepared.options, repaired)

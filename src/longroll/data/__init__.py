@@ -6,6 +6,7 @@ from .corpus import Corpus
 from .documents import read_documents
 from .hf_tokenizer import HFTokenizer
 from .lanes import Lanes
+from .lengths import DocumentLengths
 from .rwkv_tokenizer import RWKVTokenizer
 from .sequences import bytes_per_token, long_sequences
 from .streaming import StreamingLanes
@@ -17,6 +18,7 @@ __all__ = [
     "ChatLanes",
     "ChatWindows",
     "Corpus",
+    "DocumentLengths",
     "HFTokenizer",
     "Lanes",
     "RWKVTokenizer",

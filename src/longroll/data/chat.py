@@ -48,6 +48,7 @@ class ChatCorpus(Corpus):
         ids: list[np.ndarray] = []
         answers: list[np.ndarray] = []
         size = tokens = 0
+        rest = None
         for number, messages in enumerate(conversations, start=1):
             found, learned, text = _tokenised(messages, tokenizer, number)
             if len(found) > 1 and learned[1:].any():
@@ -55,6 +56,7 @@ class ChatCorpus(Corpus):
                 answers.append(learned)
                 size, tokens = size + len(text.encode("utf-8", errors="replace")), tokens + len(found)
             if max_tokens is not None and tokens >= max_tokens:
+                rest = 0
                 break
         if not ids:
             raise LongrollError(
@@ -63,8 +65,9 @@ class ChatCorpus(Corpus):
         offsets = np.cumsum([0, *map(len, ids)]).astype(np.int64)
         joined = np.concatenate(ids).astype(np.int32)
         return cls(
-            joined, offsets, size, tokenizer.separator_id, tokenizer.name, answers=np.concatenate(answers)
-        )
+            joined, offsets, size, tokenizer.separator_id, tokenizer.name, rest=rest,
+            answers=np.concatenate(answers),
+        )  # fmt: skip
 
 
 def is_chat(source: str | Path, column: str | None = None) -> bool:

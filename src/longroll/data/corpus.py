@@ -34,6 +34,9 @@ class Corpus:
     """The tokenizer's name."""
     prefix_ids: tuple[int, ...] = ()
     """What every document begins with (BOS), as the tokenizer has it."""
+    rest: int | None = None
+    """Tokens of the last document that `max_tokens` left out, by its characters if it is huge; None: the
+    whole text was read."""
 
     @classmethod
     def from_source(
@@ -88,17 +91,19 @@ class Corpus:
         if max_tokens is not None and max_tokens < 1:
             raise LongrollError(f"`max_tokens` {max_tokens}: ask for at least one token")
         ids, offsets, size = array("i"), array("q", [0]), 0  # grow in place: one copy of the tokens in memory
+        rest: int | None = None
         prefix = np.array(tokenizer.prefix_ids, dtype=np.int32)
         with _reporting(progress, max_tokens) as report:
             for text in texts:
                 left = None if max_tokens is None else max_tokens - len(ids)
-                found, found_bytes = _encode(text, tokenizer, left and max(1, left - len(prefix)))
+                found, found_bytes, whole = encode(text, tokenizer, left and max(1, left - len(prefix)))
                 if len(found):
                     ids.frombytes(np.concatenate([prefix, found])[:left].tobytes())
                     offsets.append(len(ids))
                     size += found_bytes
                 report(len(ids), max_tokens)
                 if len(ids) == max_tokens:
+                    rest = len(prefix) + whole - int(offsets[-1] - offsets[-2])
                     break
         if not ids:
             raise LongrollError("the text has no tokens: name another source")
@@ -109,6 +114,7 @@ class Corpus:
             tokenizer.separator_id,
             tokenizer.name,
             tokenizer.prefix_ids,
+            rest,
         )
 
     @property
@@ -162,8 +168,9 @@ class Corpus:
         return np.concatenate(pieces[: len(pieces) - len(between)])
 
 
-def _encode(text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndarray, int]:
-    """Return at most `limit` tokens of `text`, and the bytes they stand for."""
+def encode(text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndarray, int, int]:
+    """Return at most `limit` tokens of `text`, the bytes they stand for, and how many tokens `text` has."""
+    characters = len(text)
     if limit is not None and len(text) > CHARACTERS_A_TOKEN * limit:
         # a huge document is not tokenised whole for its beginning
         head = text[: CHARACTERS_A_TOKEN * limit]
@@ -174,11 +181,12 @@ def _encode(text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndar
     else:
         ids = tokenizer.encode(text)
     ids = np.asarray(ids, dtype=np.int32)
+    whole = round(len(ids) * characters / max(1, len(text)))
     size = len(text.encode("utf-8", errors="replace"))
     if limit is not None and len(ids) > limit:
         size = round(size * limit / len(ids))  # exact for bytes, a fair share for other tokens
         ids = ids[:limit]
-    return ids, size
+    return ids, size, whole
 
 
 @contextmanager

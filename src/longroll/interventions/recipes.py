@@ -55,6 +55,8 @@ class Recipe:
     """The same for a task, which is to be learned: all weights are trained."""
 
 
+COUNTED = 2**20
+"""Tokens of whole documents that tell how long the documents of a text are."""
 WINDOWS = 16
 """A document is long where it fills this many windows of the training length. On shorter ones State Passing
 does as well (docs/ablation.md)."""
@@ -101,29 +103,44 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def choose(recipe: str, lengths: np.ndarray, train_length: int, lanes: int) -> Choice:
+def enough_tokens(train_length: int, lanes: int) -> int:
+    """Return the tokens of whole documents from which `choose` can tell.
+
+    Args:
+        train_length: T.
+        lanes: rows of a batch, of all ranks together.
+    """
+    return max(COUNTED, WINDOWS * train_length * lanes)
+
+
+def choose(recipe: str, lengths: np.ndarray, train_length: int, lanes: int, *, whole: bool = True) -> Choice:
     """Choose an intervention for training on text.
 
     TBPTT reads a document on from window to window, so states far past the training length come up only in
     documents of many windows. A lane of TBPTT reads at most its share of the text, which caps a document.
+    The steps of a run play no part: few of them read the beginnings of the same documents.
 
     Args:
         recipe: a name in `RECIPES`.
         lengths: tokens of each document, (documents,).
         train_length: T.
         lanes: rows of a batch, of all ranks together.
+        whole: whether the text has no other documents; of a longer text, `enough_tokens` tell.
     """
     asked = recipe_of(recipe)
     if asked.long == asked.short:
         return Choice(asked.long, f"recipe {recipe} takes it for every text")
-    windows = (lengths - 1) / train_length
-    per_lane = windows.sum() / lanes
-    held = f"documents of {WINDOWS} or more windows of {train_length:,} tokens"
-    if per_lane < WINDOWS:
+    long = lengths >= WINDOWS * train_length
+    share = float(lengths[long].sum() / lengths.sum())
+    kind, percent = f"of {WINDOWS} or more windows of {train_length:,} tokens", f"{100 * share:.0f} %"
+    per_lane = lengths.sum() / train_length / lanes
+    if whole and per_lane < WINDOWS:
         why = f"the text gives each of {lanes} rows {per_lane:.1f} windows of {train_length:,} tokens"
         return Choice(asked.short, f"{why}, too few for {NAMES[asked.long]}")
-    share = float(lengths[windows >= WINDOWS].sum() / lengths.sum())
-    found = f"{held} hold {100 * share:.0f} % of the text's tokens"
+    found = f"documents {kind} hold {percent} of the text's tokens"
+    if not whole:
+        count = f"{len(lengths):,} documents of the text" if len(lengths) > 1 else "a document of the text"
+        found = f"in {count}, those {kind} hold {percent} of the tokens"
     if share >= LONG_SHARE:
         return Choice(asked.long, found)
     return Choice(asked.short, f"{found}, and {NAMES[asked.long]} needs {100 * LONG_SHARE:.0f} %")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from longroll import ranks
+from longroll.data import DocumentLengths
 from longroll.errors import LongrollError
 from longroll.history import history
 from longroll.interventions.recipes import NAMES
@@ -89,6 +90,7 @@ def diagnose(
     seed: int = 0,
     save: Callable[[Diagnosis], object] | None = None,
     progress: Progress | None = None,
+    documents: DocumentLengths | None = None,
     dealt: bool = False,
     kept: Kept | None = None,
 ) -> Diagnosis:
@@ -115,6 +117,8 @@ def diagnose(
         seed: random seed of the bootstrap, the permutations and the noise that states are compared with.
         save: called on rank 0 with the diagnosis as far as the losses tell it, before causes are looked for.
         progress: see `Progress`.
+        documents: lengths of the documents that a repair would train on, from which the advice names the
+            intervention.
         dealt: deal texts, trials and starts to the ranks, each of which must call this and gets the
             diagnosis. It differs from that of one process by rounding.
         kept: where what is done is kept until the caller removes it (`Kept.remove`); the diagnosis goes on
@@ -138,6 +142,7 @@ def diagnose(
             seed=seed,
             save=save,
             progress=progress,
+            documents=documents,
             kept=kept or Kept(),
         )
 
@@ -156,6 +161,7 @@ def _diagnose(
     seed: int,
     save: Callable[[Diagnosis], object] | None,
     progress: Progress | None,
+    documents: DocumentLengths | None,
     kept: Kept,
 ) -> Diagnosis:
     """Return `diagnose` among the ranks that work on it."""
@@ -248,7 +254,7 @@ def _diagnose(
                 lm.name if lm.flags is not None else None,
                 train_length,
                 flags=lm.flags or (),
-                length=length,
+                documents=documents,
                 breaks=breaks,
                 iid=iid,
                 ends=drift,

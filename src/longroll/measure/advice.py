@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from longroll.interventions.recipes import DEFAULT, NAMES, NON_STATIONARY, WINDOWS, recipe_of
+from longroll.data import DocumentLengths
+from longroll.interventions.recipes import DEFAULT, NAMES, NON_STATIONARY, WINDOWS, choose, recipe_of
 from longroll.measure._blame import Blame
 from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
@@ -27,9 +28,11 @@ _TRAINING = 3.5  # forward passes that a training step takes: the backward is tw
 
 @dataclass(frozen=True)
 class Advice:
-    """The next step; `intervention` is None for a model that is better left alone."""
+    """The next step."""
 
     intervention: str | None
+    """Its short name; the name of the recipe that chooses it where the documents to train on are not known;
+    None for a model that is better left alone."""
     sentence: str
     command: str | None = None
     steps: int = 0
@@ -121,7 +124,7 @@ def advise(
     train_length: int,
     *,
     flags: Sequence[str] = (),
-    length: int = 0,
+    documents: DocumentLengths | None = None,
     breaks: bool = True,
     iid: IIDTest,
     ends: EndDrift,
@@ -138,7 +141,7 @@ def advise(
         model: its name, for the command; None: no command opens it.
         train_length: T.
         flags: what the command needs besides to open it.
-        length: tokens of a document of the texts measured, at least; 0: not known.
+        documents: lengths of the documents that a repair trains on; None: not known, and the recipe is named.
         breaks: whether its loss rises above its level in range, rather than only above a fresh start's: a
             model of the second kind is repaired too where `severity` is known and above the tolerance.
         iid: the test of its states at T.
@@ -153,7 +156,7 @@ def advise(
     ranks = f"effective rank {real:.3g}, noise of the same moments {noise:.3g}"
     named: tuple[str, ...] = ()
     if not ends.stationary:
-        choice, named = NON_STATIONARY, ("--intervention", NON_STATIONARY)
+        choice, name, named = NON_STATIONARY, NAMES[NON_STATIONARY], ("--intervention", NON_STATIONARY)
         why = (
             f"these texts end unlike they go on (drift {ends.drift:.2f}), so a passed final state "
             "does not suit the beginning of a text, and State Passing is the wrong tool"
@@ -161,11 +164,7 @@ def advise(
         if iid.share > 0:
             why += f"; check the result, since {share} have states that are not IID ({ranks})"
     else:
-        recipe, windows = recipe_of(DEFAULT), length // train_length
-        choice = recipe.long if windows >= WINDOWS else recipe.short
-        why = ""
-        if choice == recipe.long:
-            why = f"the texts go on for {windows} windows of {train_length} tokens, and "
+        choice, name, why = _by_recipe(documents, train_length)
         if iid.share > 0:
             why += (
                 f"{share} have states that are not IID ({ranks}), so noise is a poor stand-in, the poorer "
@@ -173,7 +172,6 @@ def advise(
             )
         else:
             why += f"its states could be IID ({ranks}), yet Fitted Noise repaired the loss less where tried"
-    name = NAMES[choice]
     arguments = [*named, "--train-length", str(train_length), "--output", "repaired"]
     command = model and shlex.join(["longroll", "posttrain", model, *flags, *arguments])
     if not (breaks or severity > TOLERANCE):
@@ -187,6 +185,16 @@ def advise(
     if severity > TOLERANCE and math.isfinite(severity):
         sentence += f" Untrained, the model reads far text {severity:.2f} nats lower {_RESET}."
     return Advice(choice, sentence, command, STEPS, tokens, seconds)
+
+
+def _by_recipe(documents: DocumentLengths | None, train_length: int) -> tuple[str, str, str]:
+    """Return what the default recipe takes, its name, and the beginning of a reason."""
+    if documents is None:
+        recipe = recipe_of(DEFAULT)
+        long = f"{NAMES[recipe.long]} for documents of {WINDOWS} or more windows of {train_length:,} tokens"
+        return DEFAULT, f"recipe {DEFAULT} ({long}, {NAMES[recipe.short]} for shorter ones)", ""
+    found = choose(DEFAULT, documents.tokens, train_length, BATCH_SIZE, whole=documents.whole)
+    return found.intervention, NAMES[found.intervention], f"{found.why}, and "
 
 
 def of_ablation(advice: Advice, held: dict[str, Any] | None) -> Advice:

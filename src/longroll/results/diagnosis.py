@@ -250,7 +250,7 @@ class Precision(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AdviceResult(Section):
-    """What to do next: an intervention, its reasons, and a command."""
+    """What to do next: an intervention (or the recipe that chooses it), its reasons, and a command."""
 
     sentence: str
     intervention: str | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from longroll import ranks
-from longroll.data import Corpus
+from longroll.data import Corpus, DocumentLengths
 from longroll.data.windows import Item
 from longroll.interventions import INTERVENTIONS, Intervention
 from longroll.interventions.recipes import (
@@ -52,6 +52,7 @@ def by_recipe(
     recipe: str = DEFAULT,
     intervention: str | None = None,
     zero_probability: float | None = None,
+    documents: DocumentLengths | None = None,
     **more: Any,
 ) -> Prepared:
     """Choose an intervention and settings by a recipe; what is given has precedence over the recipe.
@@ -62,15 +63,16 @@ def by_recipe(
         options: the options of the run; `learning_rate`, `decay_speed` and `trainable` are the recipe's
             where they are None.
         recipe: a name in `longroll.interventions.recipes.RECIPES`.
-        intervention: a short name; None: chosen by the recipe from the documents of `data`.
+        intervention: a short name; None: chosen by the recipe from the documents of the text.
         zero_probability: share of rows that start from the zero state; None: the recipe's.
+        documents: lengths of the text's documents; None: those of `data`.
         **more: arguments of the intervention's class.
 
     Raises:
         LongrollError: for a recipe that does not exist, and as the intervention's class and its options.
     """
     if intervention is None:
-        choice = _choose(recipe, data, options)
+        choice = _choose(recipe, data, options, documents)
     else:
         choice = Choice(intervention, "the intervention was named")
     asked, why = recipe_of(recipe), choice.why
@@ -105,9 +107,12 @@ def by_recipe(
     return Prepared(made, chosen, choice.intervention, sentence)
 
 
-def _choose(recipe: str, data: Any, options: PosttrainOptions) -> Choice:
+def _choose(recipe: str, data: Any, options: PosttrainOptions, documents: DocumentLengths | None) -> Choice:
     if isinstance(data, Corpus):
-        return choose(recipe, data.lengths, options.length, options.batch_size * ranks.world_size())
+        ranked = ranks.world_size()
+        found = documents or DocumentLengths.of(data, options.tokens * ranked)
+        rows = options.batch_size * ranked
+        return choose(recipe, found.tokens, options.length, rows, whole=found.whole)
     asked, windows = recipe_of(recipe), getattr(data, "windows", 1)
     tasks = getattr(data, "tasks", [getattr(data, "task", None)])
     if windows > 1:
