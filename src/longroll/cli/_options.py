@@ -253,7 +253,7 @@ def count_documents(
 
     Args:
         text: the source.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         column: the column of the text.
         length: T.
         rows: rows of a batch, of all ranks together.
