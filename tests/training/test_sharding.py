@@ -17,6 +17,7 @@ from zoo import lm_of, tokens
 
 FSDP = BASE | {"fsdp": True, "steps": 4, "weight_decay": 0.1, "clip": 0.5, "learning_rate": 1e-3}
 DDP = FSDP | {"fsdp": False}
+WAYS = {"fsdp": FSDP, "ddp": DDP}
 ONE = DDP | {"batch_size": ALONE["batch_size"]}
 TIED = {"tie_word_embeddings": True}
 RUNS = {
@@ -26,6 +27,7 @@ RUNS = {
     "checkpointed": ("random", {}, {"gradient_checkpointing": True}),
 }
 """Name -> the intervention, the model, the options besides."""
+CAST = {"bf16": True, "accumulation": 1, "steps": 3, "weight_decay": 0.0}
 TRAINED = {
     "fsdp": True,
     "fsdp_config": {"activation_checkpointing": True, "state_dict_type": "SHARDED_STATE_DICT"},
@@ -45,6 +47,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sharding")
     runs = [of(root, "fsdp", name, FSDP) for name in RUNS]
     runs += [of(root, "ddp", name, DDP) for name in ("mamba2", "hybrid")]
+    runs += [of(root, f"{way} in bfloat16", "mamba2", given | CAST) for way, given in WAYS.items()]
     runs += [of(root, "killed", "mamba2", FSDP, kill=3), of(root, "killed", "mamba2", FSDP, resume=True)]
     runs += [of(root, "spoiled", "mamba2", FSDP, spoil=2)]
     runs += [{"output": str(root / "trainer"), "family": "mamba2", "batch_size": 2, "arguments": TRAINED}]
@@ -62,6 +65,11 @@ def test_shards_on_two_processes_train_as_one_process(name, root):
 @pytest.mark.parametrize("name", ["mamba2", "hybrid"])
 def test_fsdp_trains_as_ddp(name, root):
     assert_same_result(root / "fsdp" / name, root / "ddp" / name, 1e-6)
+
+
+def test_under_autocast_each_step_trains_all_weights(root):
+    """Adam's first steps are as long as the learning rate, so that a lost gradient shows."""
+    assert_same_result(root / "fsdp in bfloat16" / "mamba2", root / "ddp in bfloat16" / "mamba2", 2e-5)
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(root):

@@ -33,6 +33,18 @@ def _fsdp(model):
     return fully_shard(model, mesh=mesh)
 
 
+def _accelerated(model):
+    """As accelerate 1.15 does: the last norm and the output embedding are one group."""
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    norm = [m for _, m in model.base_model.named_children() if "Norm" in type(m).__name__][-1:]
+    shared = [inputs] if inputs.weight is outputs.weight else []
+    fully_shard([*norm, *shared, outputs], mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
 def _lora(model):
     adapted = with_lora(model, 2)
     torch.manual_seed(1)
@@ -45,6 +57,7 @@ def _lora(model):
 WAYS = {
     "ddp": (lambda model: model, DistributedDataParallel),
     "fsdp": (lambda model: model, _fsdp),
+    "fsdp of accelerate": (lambda model: model, _accelerated),
     "lora": (_lora, lambda model: model),
     "ddp of lora": (_lora, DistributedDataParallel),
 }
@@ -58,7 +71,7 @@ def _measured(name, way, bf16, tmp_path, monkeypatch, *, pieces):
     model = build(name).train()
     most = []
     model.get_output_embeddings().register_forward_hook(
-        lambda _, inputs, output: most.append(output.shape[:-1].numel())
+        lambda _, inputs, output: most.append(output.shape[:-1].numel() if output.ndim else 0)
     )
     adapt, wrap = WAYS[way]
     trained = adapt(model)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
-from typing import Any
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from longroll import ranks
 from longroll.errors import LongrollError
+
+T = TypeVar("T")
 
 _SWITCH = "ACCELERATE_USE_FSDP"
 
@@ -71,6 +74,9 @@ def set_up(accelerator: Any, args: TrainingArguments) -> bool:
         state.fsdp_plugin = plugin
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    # a copy of each weight in bfloat16 would stay to the end of the forward, and one that is made without a
+    # gradient (`LiveCheck`) would cut off that of the step
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     if args.fsdp:
         os.environ.pop(_SWITCH, None)  # accelerate sets it for good, and the next Trainer would shard too
     return True
@@ -155,6 +161,57 @@ def full_state(sharded: nn.Module) -> dict[str, Tensor]:
         name = wrapped.replace("_checkpoint_wrapped_module.", "")
         found[name] = found[first.setdefault(id(parameter), name)]  # tied ones are one tensor again
     return found
+
+
+def within(module: nn.Module, compute: Callable[[], T], *inputs: Tensor) -> T:
+    """Return what `compute` returns, called as the forward of a module, whose own forward it may call.
+
+    FSDP2 gathers the weights of a module for one call of it, and in backward from what the call returned.
+    accelerate shards the output embedding together with the last norm, so that a loss that is made of pieces
+    of the logits has to be one call of the embedding.
+
+    Args:
+        module: of a model; one that is not sharded by itself is not called.
+        compute: no argument is passed.
+        *inputs: arguments of the module, which FSDP2 sees.
+    """
+    if not isinstance(module, FSDPModule):
+        return compute()
+    replaced = vars(module).get("forward")
+    hooks = {name: getattr(module, name) for name in ("_forward_pre_hooks", "_forward_hooks")}
+
+    def set_hooks(*, of_fsdp: bool) -> None:
+        for name, found in hooks.items():
+            chosen = [(key, hook) for key, hook in found.items() if is_fsdp_hook(hook) == of_fsdp]
+            setattr(module, name, OrderedDict(chosen))
+
+    def set_forward(forward: Any) -> None:
+        vars(module).pop("forward", None)
+        if forward is not None:
+            module.forward = forward
+
+    def called(*_: Any) -> T:
+        set_forward(replaced)
+        set_hooks(of_fsdp=False)
+        try:
+            return compute()
+        finally:
+            set_hooks(of_fsdp=True)
+
+    set_forward(called)
+    set_hooks(of_fsdp=True)
+    try:
+        found: T = module(*inputs)
+        return found
+    finally:
+        set_forward(replaced)
+        for name, before in hooks.items():
+            setattr(module, name, before)
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Return whether a hook of a module is FSDP2's."""
+    return str(hook.__module__).startswith("torch.distributed.fsdp")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
 from longroll.training.lora import lean
 from longroll.training.loss import hidden_loss, next_token_loss
-from longroll.training.sharding import full_state
+from longroll.training.sharding import full_state, is_fsdp_hook, within
 from longroll.training.weights import check_decay_speed, hold_weights, precision, trained_decays
 
 logger = logging.getLogger("longroll")
@@ -236,7 +236,7 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         """Return whether `model` is the model, or wrappers of it, in which a loss may stand in for the
         logits.
         """
-        if _hooked(self.base) or isinstance(self.lm.model.get_output_embeddings(), FSDPModule):
+        if _hooked(self.base):
             return False
         if model is self.base and not isinstance(model, FSDPModule):
             return True
@@ -256,7 +256,12 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         def loss_of(*_: Any, **__: Any) -> Tensor:
             with self.accelerator.autocast():
                 output, found["final"] = self._read(model, rows, state)
-                return hidden_loss(self.lm, output.last_hidden_state, rows.targets, num_items_in_batch)
+                hidden = output.last_hidden_state
+
+                def loss() -> Tensor:
+                    return hidden_loss(self.lm, hidden, rows.targets, num_items_in_batch)
+
+                return within(self.lm.model.get_output_embeddings(), loss, hidden)
 
         if model is self.base and not isinstance(model, FSDPModule):
             return loss_of(), found["final"]
@@ -366,5 +371,5 @@ def _hooked(model: torch.nn.Module) -> bool:
     `device_map`.
     """
     hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
-    others = [hook for hook in hooks if not str(hook.__module__).startswith("torch.distributed.fsdp")]
+    others = [hook for hook in hooks if not is_fsdp_hook(hook)]
     return bool(others) or hasattr(model, "_hf_hook")
