@@ -101,20 +101,15 @@ def granite(plan: Plan, vocabulary: int, attention: Sequence[int] = ()) -> PreTr
     return _slow(GraniteMoeHybridForCausalLM(config))
 
 
-def slow_gla(plan: Plan, vocabulary: int, divisor: int = 1024) -> PreTrainedModel:
+def slow_gla(plan: Plan, vocabulary: int) -> PreTrainedModel:
     """GLA, whose decays are log sigmoid(...) / 1024 a token, not / 16: e^-.0007 at first."""
     config = GLAConfig(
         **_common(plan, vocabulary),
         num_heads=max(1, plan.width // 128),
         hidden_ratio=4,
-        gate_logit_normalizer=divisor,
+        gate_logit_normalizer=1024,
     )
     return GLAForCausalLM(config)
-
-
-def slower_gla(plan: Plan, vocabulary: int) -> PreTrainedModel:
-    """The same with log sigmoid(...) / 16,384 a token: e^-.00004 at first."""
-    return slow_gla(plan, vocabulary, divisor=16_384)
 
 
 def gla(plan: Plan, vocabulary: int) -> PreTrainedModel:
@@ -170,7 +165,7 @@ PLANS = {
     "gla-36m-free": Plan(gla, 512, 8, rate=1e-3, tokens=40),
     "gla-36m-slow": Plan(slow_gla, 512, 8, rate=1e-3, tokens=25),
     "gla-36m-t128": Plan(slow_gla, 512, 8, rate=1e-3, tokens=20, length=128, rows=128),
-    "gla-36m-slower": Plan(slower_gla, 512, 8, rate=1e-3, tokens=20, screen="gates"),
+    "gla-36m-bias": Plan(gla, 512, 8, rate=1e-3, tokens=25, frozen=("gk_proj.1.weight",), screen="gates"),
     "granite-33m-slow": Plan(slow_granite, 512, 8, rate=2e-3, tokens=15, length=128, rows=128, longest=64,
                              graphs=False),
     "granite-33m-frozen": Plan(granite, 512, 8, rate=2e-3, tokens=40, longest=64, graphs=False,
@@ -186,7 +181,8 @@ PLANS = {
     "tiny-gla": Plan(gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16,
                      frozen=("gk_proj.1.weight", "gk_proj.1.bias")),
     "tiny-gla-slow": Plan(slow_gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16),
-    "tiny-gla-slower": Plan(slower_gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16),
+    "tiny-gla-bias": Plan(gla, 64, 2, rate=3e-3, tokens=0.02, length=128, rows=4, longest=16,
+                          frozen=("gk_proj.1.weight",)),
     "tiny-hybrid-slow": Plan(slow_granite, 64, 4, rate=3e-3, tokens=0.02, state=16, length=128, rows=4,
                              longest=16, graphs=False),
     "tiny-hybrid": Plan(granite, 64, 4, rate=3e-3, tokens=0.02, state=16, length=128, rows=4, longest=16,
