@@ -294,6 +294,7 @@ def posttrain(
     from longroll.training.options import check_sizes
     from longroll.training.output import goes_on
     from longroll.training.plan import setting_of, training_line
+    from longroll.training.refusals import check_settings
     from longroll.training.until_healthy import look_in
 
     asked = recipe_of(recipe)
@@ -340,6 +341,7 @@ def posttrain(
         price=price,
         measure_steps=measure_steps,
     )
+    check_settings(lm, options, intervenes=intervention != Choice.none)
     check_sizes(lm, options)
     if task is not None and text_column is not None:
         raise LongrollError(f"--text-column {text_column}: --task {task.value} reads no rows of text.")

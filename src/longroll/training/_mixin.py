@@ -30,6 +30,7 @@ from longroll.training._batch import IGNORED, KNOWN, Rows, aligned, read_batch, 
 from longroll.training._live_check import LiveCheck
 from longroll.training.guard import Guard, OnNotFinite, check_weights
 from longroll.training.launch import check_launcher, check_placement
+from longroll.training.refusals import check_recurrent
 from longroll.training.weights import in_16_bits, projects
 from longroll.training.whole import WholeCheckpointsMixin
 
@@ -172,7 +173,7 @@ class InitialStateMixin(WholeCheckpointsMixin):
             )
 
     def _check_model(self) -> None:
-        check_recurrent(self.lm, self.intervention)
+        check_recurrent(self.lm, intervenes=self.intervention is not None)
         for name, module in self.model.named_modules():
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 raise LongrollError(
@@ -481,19 +482,6 @@ class InitialStateMixin(WholeCheckpointsMixin):
             intervention.load_state_dict(load(found[rank]))
         else:
             intervention.load_ranks([load(file) for file in found], rank, world_size)
-
-
-def check_recurrent(lm: RecurrentLM, intervention: Intervention | None) -> None:
-    """Refuse an intervention on a model that has no recurrent state.
-
-    Raises:
-        LongrollError: naming the kind of the model.
-    """
-    if intervention is not None and not lm.family.recurrent:
-        raise LongrollError(
-            f"{lm.model.config.model_type} has no recurrent state, so there is none to intervene on: train "
-            "it without an intervention."
-        )
 
 
 class _Stop(TrainerCallback):

@@ -31,7 +31,7 @@ from longroll.data import (
 )
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
-from longroll.families._rope import RopeScaling, check_scalable, scale_rope
+from longroll.families._rope import RopeScaling, scale_rope
 from longroll.files import Lock
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
@@ -40,12 +40,11 @@ from longroll.launcher import end_with_launcher
 from longroll.measure.held_out import HeldOutData, Reading
 from longroll.model import RecurrentLM
 from longroll.training import checkpoints, sharding
-from longroll.training._mixin import check_recurrent
 from longroll.training.card import model_card
 from longroll.training.faults import faults_are_said
 from longroll.training.guard import check_loss, check_weights
 from longroll.training.identity import check_same_run, describe_run
-from longroll.training.lora import check_adapters, with_lora
+from longroll.training.lora import with_lora
 from longroll.training.options import (
     PosttrainOptions,
     autocasts,
@@ -55,6 +54,7 @@ from longroll.training.options import (
 )
 from longroll.training.output import FOLDER, begin, goes_on, is_done, left_as_found
 from longroll.training.recipe import by_recipe
+from longroll.training.refusals import check_settings
 from longroll.training.saving import (
     batch_loss,
     check_original,
@@ -67,9 +67,7 @@ from longroll.training.stop import asked, stops_between_steps
 from longroll.training.trainer import InitialStateTrainer
 from longroll.training.until_healthy import Look, Tell, UntilHealthy, keep_best, look
 from longroll.training.weights import (
-    check_decay_speed,
     in_16_bits,
-    not_trained,
     train_only,
     trained_parameters,
     widen,
@@ -132,7 +130,6 @@ def posttrain(
         NoGain: where no checkpoint is better within `price`; `lm` then has the weights of the last step.
     """
     end_with_launcher()
-    check_adapters(lm, options.lora_rank)
     if sharding.asked():
         options = replace(options, fsdp=True)
     if options.fsdp:
@@ -144,10 +141,7 @@ def posttrain(
     options = settled(options)
     output = Path(output)
     source = lm.checkpoint or Checkpoint(Path(), lm.model.dtype)
-    check_recurrent(lm, intervention)
-    _check_trained(lm, options)
-    if options.rope_scaling is not None:
-        check_scalable(lm.model)
+    check_settings(lm, options, intervenes=intervention is not None)
     if options.format == "original":
         check_original(source)
     place = opened_as(output, source, options.format)
@@ -157,14 +151,15 @@ def posttrain(
     if ranks.on_first(lambda: is_done(output, place, resume, lock)):
         return []
     resumes = ranks.on_first(lambda: goes_on(output, resume))
-    _check_held_out(held_out, options)
+    if options.until_healthy and held_out is None:
+        raise LongrollError("`until_healthy` needs `held_out`: text that training does not read.")
     check_sizes(lm, options, arguments.device)
-    seen, narrow = None, autocasts(lm, options) or any(map(in_16_bits, lm.parameters()))
-    if held_out is not None and intervention is not None and not (force or resumes or options.fsdp):
-        seen = look(lm, held_out, tell)
     if isinstance(corpus, Corpus):
         check_vocabulary(corpus.max_id, lm.vocab_size, tokenizer=corpus.tokenizer)
     data = _rows_of(corpus, intervention, options) if isinstance(corpus, Corpus) else corpus
+    seen, narrow = None, autocasts(lm, options) or any(map(in_16_bits, lm.parameters()))
+    if held_out is not None and intervention is not None and not (force or resumes or options.fsdp):
+        seen = look(lm, held_out, tell)
     if options.rope_scaling is not None:
         scale_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length)
     watched = held_out if options.until_healthy else None
@@ -269,26 +264,6 @@ def _rows_of(corpus: Corpus, intervention: Intervention | None, options: Posttra
     lanes: Any = ChatLanes if chat else Lanes
     dealt: Dataset[Item] = lanes(corpus, options.length, rows, steps=steps, seed=options.seed)
     return dealt
-
-
-def _check_trained(lm: RecurrentLM, options: PosttrainOptions) -> None:
-    """Refuse options by which nothing would be trained, or none of what an option is about."""
-    adapted = lm.adapted is not None
-    if adapted or not options.lora_rank:
-        not_trained(lm.adapted or lm.model, options.trainable or "all")
-    check_decay_speed(options.decay_speed or 1.0, lm.model, frozen=bool(options.lora_rank) and not adapted)
-
-
-def _check_held_out(held_out: HeldOutData | None, options: PosttrainOptions) -> None:
-    if not options.until_healthy:
-        return
-    if held_out is None:
-        raise LongrollError("`until_healthy` needs `held_out`: text that training does not read.")
-    if options.fsdp:
-        raise LongrollError(
-            "`until_healthy` does not go with `fsdp`, whose weights are not whole on any rank: leave one "
-            "out, and with `fsdp` run longroll diagnose on the result."
-        )
 
 
 def _train(

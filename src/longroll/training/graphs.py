@@ -19,6 +19,16 @@ from longroll.training.loss import loss_and_state
 _WARM_UP = 3  # steps that compile kernels and settle the libraries' work spaces
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse CUDA graphs elsewhere.
+
+    Raises:
+        LongrollError: for another device than a GPU.
+    """
+    if device.type != "cuda":
+        raise LongrollError("CUDA graphs (`cuda_graphs`) need the model on a CUDA device.")
+
+
 class StepGraph:
     """Forward, loss and backward of `lm`, captured at the first call and replayed by the others.
 
@@ -43,8 +53,7 @@ class StepGraph:
         self, lm: RecurrentLM, *, dtype: torch.dtype | None = None, states: bool = True, pool: Any = None,
         exchange: bool = False,
     ) -> None:  # fmt: skip
-        if lm.device.type != "cuda":
-            raise LongrollError("CUDA graphs (`cuda_graphs`) need the model on a CUDA device.")
+        check_device(lm.device)
         self.lm, self.dtype, self.states, self.pool = lm, dtype, states, pool
         self.exchange = exchange
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ def with_lora(model: Any, rank: int) -> Any:
     """Put adapters of a rank on the linear layers; rank 0 leaves the model as it is."""
     if not rank:
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise LongrollError("`lora_rank` needs peft: pip install 'longroll[lora]'.") from None
+    check_peft()
+    from peft import LoraConfig, get_peft_model
+
     linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     uses = Counter(linear.values())
     shared = [name for name, weight in linear.items() if uses[weight] > 1]  # would merge once for each use
@@ -38,6 +38,12 @@ def with_lora(model: Any, rank: int) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=_READ_BARE + shared
     )
     return lean(get_peft_model(model, config))
+
+
+def check_peft() -> None:
+    """Refuse adapters without the package that makes them."""
+    if find_spec("peft") is None:
+        raise LongrollError("`lora_rank` needs peft: pip install 'longroll[lora]'.")
 
 
 def adapter_bytes(model: nn.Module, rank: int) -> int:
@@ -57,6 +63,8 @@ def check_adapters(lm: RecurrentLM, rank: int) -> None:
             "The model holds adapters that transformers put there, which would be saved without it: open "
             "their folder with longroll.load, or wrap the model with peft."
         )
+    if rank:
+        check_peft()
     if lm.adapted is not None and rank:
         raise LongrollError("`lora_rank`: the model has adapters already; leave it out, or merge them first.")
 
