@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -162,14 +163,72 @@ def test_a_refused_start_binds_nothing_and_comes_before_the_first_model(tmp_path
     ):
         refused = run(tmp_path, *flags)
         assert isinstance(refused.exception, LongrollError) and named in str(refused.exception)
-        assert not list((tmp_path / "out").iterdir())
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_writes_nothing(tmp_path):
+    small_checkpoint(tmp_path / "given")
     found = run(tmp_path, "--plan")
     assert found.exit_code == 0, found.output
     assert "mamba2-130m" in found.output
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(what, place):
+    """Make the small checkpoint one that no run could read."""
+    if what == "weights":
+        (place / "pytorch_model.bin").unlink()
+    elif what == "config":
+        (place / "config.json").write_text("{")
+    elif what == "family":
+        (place / "config.json").write_text('{"model_type": "llama"}')
+    else:
+        shutil.rmtree(place)
+
+
+REFUSED = {
+    "text": (("--text", "no/such/text.txt"), "no/such/text.txt: no such file"),
+    "hub text": (("--text", "no-such-owner/no-such-text"), "no-such-owner/no-such-text"),
+    "empty text": (("--text", "given/mamba2-130m/empty.txt"), "has no text"),
+    "column": (("--text-column", "body"), "--text-column body"),
+    "tokenizer": (("--tokenizer", "no/tokenizer"), "no/tokenizer"),
+    "device": (("--device", "cuda:77"), "--device cuda:77"),
+    "dtype": (("--dtype", "float17"), "--dtype float17"),
+    "output": (("--output", "given/mamba2-130m/config.json"), "Name a folder"),
+    "checkpoints": (("--checkpoints", "nowhere"), "nowhere has no mamba2-130m"),
+    "models": (("--models", "130m,370m"), "has no mamba2-370m"),
+    **{name: ((), "mamba2-130m") for name in ("folder", "weights", "config", "family")},
+}
+
+
+@pytest.mark.parametrize("plan", [True, False], ids=["plan", "run"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_plan_refuses_what_a_run_refuses(what, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small_checkpoint(tmp_path / "given")
+    place, (flags, named) = tmp_path / "given/mamba2-130m", REFUSED[what]
+    (place / "empty.txt").touch()
+    if not flags:
+        spoil(what, place)
+    found = run(tmp_path, *flags, *["--plan"] * plan)
+    assert found.exit_code and named in f"{found.exception} {found.output}"
+    assert isinstance(found.exception, LongrollError), found.exception
+    assert "Plan: estimates" not in found.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("plan", [True, False], ids=["plan", "run"])
+def test_a_plan_refuses_other_settings_than_the_results(plan, tmp_path):
+    small_checkpoint(tmp_path / "given")
+    model = tmp_path / "out/mamba2-130m"
+    model.mkdir(parents=True)
+    (tmp_path / "out/settings.json").write_text(json.dumps({"text": "another"}))
+    curve = {"position": [1], "start": [0], "stop": [2048], "loss": [2]}
+    levels = {"in_range": 2.0, "far": 3.0}
+    measured = {"label": "base", "verdict": "fades", "train_length": 2048, "levels": levels, "curve": curve}
+    DiagnosisResult.from_json(measured).write(model / "base.json")
+    found = run(tmp_path, *["--plan"] * plan)
+    assert "was 'another' when" in str(found.exception) and "Plan: estimates" not in found.output
 
 
 @pytest.mark.slow

@@ -98,6 +98,15 @@ def reproduce(
     if unknown is not None:
         raise LongrollError(f"`interventions`: {unknown} is not one of {', '.join(ARMS)}.")
     device = _device(device)
+    settings = {
+        "text": text, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+        "noise_std": noise_std, "length": length, "sequences": sequences, "concatenate": concatenate,
+        "text_column": text_column, "tokenizer": tokenizer or TOKENIZER, "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    _same_settings(output, settings)
+    _check_inputs(text, text_column, tokenizer, device, dtype)
+    if checkpoints is not None:
+        check_present(chosen, checkpoints)
     machine, taken = Machine.of(device), []
     for one in chosen:
         left, measured = _left(output / one.name, arms)
@@ -109,14 +118,6 @@ def reproduce(
     for one, need in zip(chosen, taken, strict=True):
         if not need.fits:
             console.print(f"{one.name} may not fit the memory of {device}.", style="yellow", soft_wrap=True)
-    settings = {
-        "text": text, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
-        "noise_std": noise_std, "length": length, "sequences": sequences, "concatenate": concatenate,
-        "text_column": text_column, "tokenizer": tokenizer or TOKENIZER, "dtype": dtype, "seed": seed,
-    }  # fmt: skip
-    _same_settings(output, settings)
-    if checkpoints is not None:
-        check_present(chosen, checkpoints)
     tok = load_tokenizer(tokenizer or TOKENIZER)
     tokens, bytes_per_token = o.read_sequences(
         text, tok, length=length, sequences=sequences, column=text_column, concatenate=concatenate, seed=seed
@@ -243,6 +244,22 @@ class _Model:
         runs = list(_results(self.folder).values())
         write_report(runs, self.folder / "report.html", title=f"{self.one.name} past 2k tokens")
         write_figures(runs, self.folder / "figures")
+
+
+def _check_inputs(
+    text: str, column: str | None, tokenizer: str | None, device: str, dtype: str | None
+) -> None:
+    """Refuse before the plan what the run would refuse; a tokenizer is opened only if one was named."""
+    from longroll.data import load_tokenizer, read_documents
+    from longroll.locate import device_of, dtype_of
+
+    device_of(device)
+    if dtype is not None:
+        dtype_of(dtype)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+    for split in ("train", "validation"):
+        next(read_documents(text, split=split, text_column=column))
 
 
 def _left(folder: Path, arms: list[str]) -> tuple[list[str], bool]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from longroll.checkpoint import weight_files
 from longroll.errors import LongrollError
 from longroll.interventions.recipes import NAMES
+from longroll.outline import outline
 
 TRAIN_LENGTH = 2048
 """T of every checkpoint (Gu and Dao 2023, section 4.2; Dao and Gu 2024, section 9.2)."""
@@ -117,11 +119,23 @@ def check_present(checkpoints: Sequence[Checkpoint], folder: Path) -> None:
     """Check that a folder holds every checkpoint, before hours are spent on the first.
 
     Raises:
-        LongrollError: one is missing.
+        LongrollError: one is missing, lacks its weights, or has a config of no model or of another family.
     """
-    missing = [one.name for one in checkpoints if not (folder / one.name / "config.json").is_file()]
+    missing = [one.name for one in checkpoints if not _is_whole(folder / one.name)]
     if missing:
         raise LongrollError(
             f"`checkpoints` {folder} has no {' and no '.join(missing)}: each is a folder of that name with "
             "its config.json and weights."
         )
+    for one in checkpoints:
+        config, _, _ = outline(folder / one.name, device="cpu")
+        if config.model_type != one.family:
+            raise LongrollError(
+                f"`checkpoints`: {folder / one.name} holds a model of {config.model_type}, not of "
+                f"{one.family}."
+            )
+
+
+def _is_whole(folder: Path) -> bool:
+    files = weight_files(folder)
+    return (folder / "config.json").is_file() and bool(files) and all(file.is_file() for file in files)
