@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from longroll.errors import LongrollError, named
 from longroll.families import model_class
+from longroll.families.int8 import to_int8
 from longroll.model import RecurrentLM
 from longroll.outline import entries_of
 from longroll.state import StateKey
@@ -143,7 +144,11 @@ def _moved_anew() -> Iterator[None]:
 
 
 def dry_model(
-    config: PreTrainedConfig, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    int8: bool = False,
 ) -> RecurrentLM:
     """Return a model of `config` without weights, in eval mode; within `dry_run` only.
 
@@ -151,6 +156,7 @@ def dry_model(
         config: the config of the model.
         dtype: the dtype of its weights, but for those that `from_pretrained` keeps in float32.
         device: where it would be.
+        int8: whether its large linear layers are in 8 bits.
 
     Raises:
         LongrollError: for a config that no model has.
@@ -163,7 +169,10 @@ def dry_model(
             model.tie_weights()
         if dtype != torch.bfloat16:
             model.set_experts_implementation("batched_mm")  # grouped products want bfloat16 here
-        return RecurrentLM(model.eval())
+        lm = RecurrentLM(model.eval())
+        if int8:
+            to_int8(lm.model, lm.width, keep=False)
+        return lm
     except LongrollError:
         raise
     except Exception as error:  # sizes that no tensor has, or that do not divide each other

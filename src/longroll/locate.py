@@ -148,11 +148,13 @@ def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of a name.
 
     Raises:
-        LongrollError: for a name that is not a dtype of torch.
+        LongrollError: for a name that is not a dtype of torch in which models are held.
     """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise LongrollError(f"`dtype` {name} is not a torch dtype: try float32, bfloat16 or float16.")
+    if not found.is_floating_point or found.itemsize < 2:
+        raise LongrollError(f"`dtype` {name} holds no model: try bfloat16, float32, float16 or int8.")
     return found
 
 

@@ -32,6 +32,7 @@ from longroll.families import (
 )
 from longroll.families._family import Restart
 from longroll.families._spread import STRATEGIES, spread
+from longroll.families.int8 import holds_int8, to_int8
 from longroll.history import read_beside
 from longroll.locate import (
     base_of_adapter,
@@ -146,6 +147,11 @@ class RecurrentLM(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def int8(self) -> bool:
+        """Whether linear layers hold their weights in 8 bits (`load(..., dtype="int8")`)."""
+        return holds_int8(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -359,6 +365,8 @@ def load(
         device: default: cuda, else xpu or mps if the model passes its self-check there, else the CPU;
             "auto" is `device_map` "auto".
         dtype: default: float32 on a CPU, the checkpoint's own on a GPU; for a plug-in's models: their own.
+            "int8": large linear layers in 8 bits, layer by layer on their way to the device, and the rest in
+            the default dtype (`longroll.families.int8`). Such a model is read, or trained by adapters.
         device_map: instead of `device`: accelerate's, as `from_pretrained` of transformers takes it. "auto"
             spreads the layers over all GPUs, for models larger than one; each layer's state, keys and values
             stay where the layer is. Such a model is read, not trained.
@@ -372,7 +380,8 @@ def load(
 
     Raises:
         LongrollError: for a missing or broken checkpoint, an unknown architecture, a plug-in that fails, a
-            failed self-check, a `device_map` beside a `device`, and one that leaves weights off the GPUs.
+            failed self-check, a `device_map` beside a `device` or "int8", and one that leaves weights off
+            the GPUs.
     """
     lm = read(
         path_or_hub_id, device=device, dtype=dtype, device_map=device_map,
@@ -409,7 +418,12 @@ def read(
             device_of(place)
     untried = device is None and device_map is None and default_device() in UNTRIED
     device = torch.device(default_device()) if untried else device_of(device or default_device())
-    if isinstance(dtype, str) and dtype != "auto":
+    int8 = dtype in ("int8", torch.int8)
+    if int8 and device_map is not None:
+        raise LongrollError("`dtype` int8 puts a model on one device: name one as `device`, or leave `dtype` out.")
+    if int8:
+        dtype = None
+    elif isinstance(dtype, str) and dtype != "auto":
         dtype = dtype_of(dtype)
     name = str(path_or_hub_id)
     imported = None if plugin is None else Plugin(plugin)
@@ -430,6 +444,13 @@ def read(
         lm.flags = imported.flags
     elif trust_remote_code:
         lm.flags = ("--trust-remote-code",)
+    if int8:
+        check_weights(lm)
+        turned, total = to_int8(lm.model, lm.width, device=device)
+        logger.warning(
+            "%s: %.0f %% of its %s numbers are in 8 bits, the rest in %s.",
+            name, 100 * turned / total, f"{total:,}", str(lm.model.dtype).removeprefix("torch."),
+        )  # fmt: skip
     if untried:
         return _on_untried(lm, device)
     lm = lm.eval() if device_map is not None else lm.to(device).eval()

@@ -39,7 +39,7 @@ def outline(
     Args:
         path_or_hub_id: as `longroll.load` takes it; a `.pth` file of RWKV, without a config, is read.
         device: default: a GPU if there is one.
-        dtype: default: float32 on a CPU, the checkpoint's own on a GPU.
+        dtype: default: float32 on a CPU, the checkpoint's own on a GPU; "int8" gives what the rest is held in.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -48,9 +48,9 @@ def outline(
     place = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config = _config_of(source_of(path_or_hub_id), trust_remote_code)
     own = entry_of(vars(config), "dtype", "torch_dtype")
-    if dtype is not None and dtype != "auto":
-        chosen = dtype_of(dtype)
-    elif place.type == "cpu" and dtype is None:
+    if dtype not in (None, "auto", "int8"):
+        chosen = dtype_of(str(dtype))
+    elif place.type == "cpu" and dtype != "auto":
         chosen = torch.float32
     else:
         chosen = own if isinstance(own, torch.dtype) else dtype_of(str(own)) if own else torch.float32

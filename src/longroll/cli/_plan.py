@@ -59,7 +59,10 @@ def plan(
     if fsdp and gpus == 1:
         raise LongrollError("--fsdp shards the weights over several GPUs: give --gpus.")
     trained = train_length or _train_length(config) or 2048
-    subject = Outline(config, weights_dtype, place)
+    int8 = dtype == "int8"
+    if int8 and fsdp:
+        raise LongrollError("--dtype int8 does not go with --fsdp, which shards weights: leave one out.")
+    subject = Outline(config, weights_dtype, place, int8=int8)
     held = int(memory * GIB) if memory else memory_of(place)
     room = ROOM * held
     token = 8 + 2 * getattr(config.get_text_config(), "hidden_size", 0)  # its id, one layer's hidden state
@@ -75,8 +78,8 @@ def plan(
     reading = subject.reading(sequences, length, chunk)
     speed = subject.tokens_per_second()
     asked = Setting(
-        rows=batch_size, length=trained, lora_rank=lora_rank, gradient_checkpointing=gradient_checkpointing,
-        shards=gpus if fsdp else 1, autocast=place.type == "cuda", accumulates=accumulation > 1,
+        rows=batch_size, length=trained, lora_rank=lora_rank or 16 * int8, gradient_checkpointing=gradient_checkpointing,
+        shards=gpus if fsdp else 1, autocast=place.type == "cuda", accumulates=accumulation > 1, int8=int8,
     )  # fmt: skip
     rows = [_row("reading", "reading", f"{sequences} x {length:,}", reading, speed, room)]
     for setting in settings_for(asked, gpus):
@@ -86,7 +89,7 @@ def plan(
         rows.append(_row(setting.name, flags, what, subject.training(setting), each * gpus, room))
     sizes = subject.sizes
     kept = sizes.keys_and_values(length) / 2**20
-    precision = str(weights_dtype).removeprefix("torch.")
+    precision = "int8" if int8 else str(weights_dtype).removeprefix("torch.")
     out.print(
         f"{model}: {sizes.parameters:,} parameters, {sizes.weights / GIB:.3g} GiB in {precision}. "
         f"A text leaves {sizes.state / 2**20:.3g} MiB of state, and "

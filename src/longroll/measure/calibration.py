@@ -210,6 +210,8 @@ class _Decay:
 
 def _decays(lm: RecurrentLM, what: What, unit: Unit) -> list[_Decay]:
     name = lm.model.config.model_type
+    if lm.int8:
+        raise LongrollError(f"`dtype` int8: {lm.name} is calibrated in plain weights: leave it out.")
     mixers = [
         (n, m) for n, m in lm.model.named_modules() if isinstance(getattr(m, "A_log", None), nn.Parameter)
     ]

@@ -37,10 +37,16 @@ def provenance(
         "device": _name_of(device),
         "threads": torch.get_num_threads(),
         "processes": ranks.world_size(),
-        "dtype": str(next(lm.parameters()).dtype).removeprefix("torch.") if lm is not None else None,
+        "dtype": None if lm is None else _dtype_name(lm),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
+
+
+def _dtype_name(lm: nn.Module) -> str:
+    if getattr(lm, "int8", False):
+        return "int8"
+    return str(next(lm.parameters()).dtype).removeprefix("torch.")
 
 
 def _name_of(device: torch.device) -> str:

@@ -32,6 +32,7 @@ from longroll.data import (
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
 from longroll.families._rope import RopeScaling, scale_rope
+from longroll.families.int8 import restore
 from longroll.files import Lock
 from longroll.history import record
 from longroll.interventions import TBPTT, Intervention, intervention_of
@@ -99,6 +100,9 @@ def posttrain(
     By `fsdp`, or accelerate's setting, each process holds a shard of the weights; `lm` may lie on the CPU and
     its shards on the GPUs. Afterwards `lm` is the trained model on rank 0 only, on the CPU: open `output`.
 
+    A model in 8 bits (`load(..., dtype="int8")`) trains adapters, which are merged into the weights before
+    8 bits. Afterwards `lm` holds these on the CPU.
+
     Args:
         lm: the model.
         corpus: tokenised training text or conversations; or rows of a task (`longroll.tasks`), read in their
@@ -133,6 +137,8 @@ def posttrain(
     if sharding.asked():
         options = replace(options, fsdp=True)
     if options.fsdp:
+        if lm.int8:
+            raise LongrollError("`dtype` int8 does not go with `fsdp`, which shards weights: leave one out.")
         sharding.check_launch()
     if isinstance(intervention, str) and intervention in RECIPES:
         prepared = by_recipe(lm, corpus, options, recipe=intervention)
@@ -217,6 +223,10 @@ def posttrain(
         if empty is not None:
             found = sharding.whole(empty, trainer.model)
             model = model if found is None else found
+        was_int8 = lm.int8
+        if was_int8:
+            restore(model)
+            model.to("cpu")  # where these weights are
         if empty is None or trainer.is_world_process_zero():
             lm.model = model.merge_and_unload() if adapted else model
             lm.adapted = None
@@ -235,7 +245,7 @@ def posttrain(
                     tokenizer.save(partial)
             if not lm.own:  # which only its plug-in opens
                 dtype = source.dtype or lm.model.dtype
-                losses = reread(place, arguments.device, dtype, batch, trained)
+                losses = reread(place, arguments.device, dtype, batch, trained, in_int8=was_int8)
                 trainer.state.log_history[-1].update(losses)
             if mixed:
                 lm.model.to(torch.bfloat16)  # type: ignore[arg-type]

@@ -54,6 +54,8 @@ def describe_run(
     arguments = {name: value for name, value in vars(options).items() if name not in _FREE}
     arguments["intervention"] = "none" if intervention is None else intervention.name
     arguments |= settings_of(intervention)
+    if lm.int8:
+        arguments["dtype"] = "int8"
     content: dict[str, Any]
     if isinstance(data, Corpus):
         content = {"data": "text", "tokenizer": data.tokenizer}

@@ -31,7 +31,11 @@ def with_lora(model: Any, rank: int) -> Any:
     check_peft()
     from peft import LoraConfig, get_peft_model
 
-    linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linear = {
+        name: id(next(m.parameters(recurse=False)))  # of a layer in 8 bits: its codes
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     uses = Counter(linear.values())
     shared = [name for name, weight in linear.items() if uses[weight] > 1]  # would merge once for each use
     config = LoraConfig(
@@ -57,7 +61,13 @@ def adapter_bytes(model: nn.Module, rank: int) -> int:
 
 
 def check_adapters(lm: RecurrentLM, rank: int) -> None:
-    """Refuse adapters that a saved model would lack, and adapters of a rank on top of others."""
+    """Refuse adapters that a saved model would lack, adapters of a rank on top of others, and none on 8 bits.
+
+    Raises:
+        LongrollError: with the mend.
+    """
+    if lm.int8 and not (rank or lm.adapted is not None):
+        raise LongrollError(f"`dtype` int8: {lm.name} trains by adapters alone: give `lora_rank`, such as 16.")
     if getattr(lm.model, "_hf_peft_config_loaded", False) and lm.adapted is None:
         raise LongrollError(
             "The model holds adapters that transformers put there, which would be saved without it: open "

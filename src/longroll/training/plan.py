@@ -64,11 +64,14 @@ class Setting:
     """Matrices are multiplied in bfloat16."""
     accumulates: bool = False
     """Gradients of earlier micro-batches are there."""
+    int8: bool = False
+    """Large linear layers lie in 8 bits under the adapters."""
 
     @property
     def arguments(self) -> str:
         """The arguments of a run that make the setting, in backticks."""
         parts = [f"`lora_rank` {self.lora_rank}"] if self.lora_rank else []
+        parts += ["`dtype` int8"] if self.int8 else []
         parts += ["`gradient_checkpointing`"] if self.gradient_checkpointing else []
         parts += [f"`fsdp` on {self.shards} GPUs"] if self.shards > 1 else []
         return " ".join(parts) or "all weights"
@@ -77,6 +80,7 @@ class Setting:
     def name(self) -> str:
         """What a table calls it."""
         parts = [f"LoRA {self.lora_rank}" if self.lora_rank else "all weights"]
+        parts += ["int8"] if self.int8 else []
         parts += ["checkpointing"] if self.gradient_checkpointing else []
         parts += [f"FSDP {self.shards}"] if self.shards > 1 else []
         return ", ".join(parts)
@@ -118,21 +122,26 @@ class Outline:
         dtype: of its weights as they are loaded.
         device: where it is to run. GPU kernels are planned for on a machine that has the GPU; elsewhere, and
             where a dry run of the kernels fails, PyTorch's own operations are, which take more.
+        int8: whether it is read with large linear layers in 8 bits.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+    def __init__(
+        self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *, int8: bool = False
+    ) -> None:
+        self.config, self.dtype, self.device, self.int8 = config, dtype, device, int8
 
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Parameters, operations, bytes of weights and of the state."""
-        with dry_run():
-            return sizes_of(dry_model(self.config, dtype=self.dtype))
+        with self._model(self.dtype, torch.device("cpu"), self.int8) as (lm, _):
+            return sizes_of(lm)
 
     @contextmanager
-    def _model(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[RecurrentLM, Ledger]]:
+    def _model(
+        self, dtype: torch.dtype, device: torch.device, int8: bool
+    ) -> Iterator[tuple[RecurrentLM, Ledger]]:
         with dry_run() as ledger:
-            yield dry_model(self.config, dtype=dtype, device=device), ledger
+            yield dry_model(self.config, dtype=dtype, device=device, int8=int8), ledger
 
     def _counted(self, count: Callable[..., T], *arguments: Any) -> T:
         """Return what a dry run on the device counts, or one of PyTorch's own operations on a CPU."""
@@ -152,7 +161,7 @@ class Outline:
         return max(64, tokens // rows)
 
     def _chunk(self, free: float, *, device: torch.device) -> int:
-        with self._model(self.dtype, device) as (lm, _):
+        with self._model(self.dtype, device, self.int8) as (lm, _):
             most = most_tokens(lm)
         each = forward_bytes(self.config, self.dtype, device) if device.type == "cuda" else 0.0
         return tokens_within(most, free, each)
@@ -165,7 +174,7 @@ class Outline:
         return self._counted(self._reading, rows, length, min(chunk, length))
 
     def _reading(self, rows: int, length: int, chunk: int, *, device: torch.device) -> Memory:
-        with self._model(self.dtype, device) as (lm, ledger), torch.no_grad():
+        with self._model(self.dtype, device, self.int8) as (lm, ledger), torch.no_grad():
             before = ledger.start()
             ids = torch.zeros(rows, chunk, dtype=torch.long, device=device)
             state = _zero_state(lm, rows)
@@ -192,7 +201,8 @@ class Outline:
 
     def _training(self, setting: Setting, *, device: torch.device) -> Memory:
         adapters = setting.lora_rank > 0
-        with self._model(self.dtype if adapters else torch.float32, device) as (lm, ledger):
+        held = self.dtype if adapters else torch.float32
+        with self._model(held, device, setting.int8) as (lm, ledger):
             model = lm.model
             if adapters:
                 with_lora(model, setting.lora_rank)
@@ -246,7 +256,7 @@ def outline_of(lm: RecurrentLM) -> Outline | None:
     """Return the outline of a model that is open; None for a module without a config of transformers."""
     if lm.wrapped:
         return None
-    return Outline(lm.model.config, lm.model.dtype, lm.device)
+    return Outline(lm.model.config, lm.model.dtype, lm.device, int8=lm.int8)
 
 
 def reading_line(lm: RecurrentLM, rows: int, length: int, chunk: int) -> str | None:
@@ -291,6 +301,7 @@ def setting_of(lm: RecurrentLM, options: PosttrainOptions) -> Setting:
         shards=ranks.world_size() if options.fsdp else 1,
         autocast=autocasts(lm, options),
         accumulates=options.accumulation > 1,
+        int8=lm.int8,
     )
 
 
@@ -317,8 +328,10 @@ def settings_for(setting: Setting, gpus: int) -> list[Setting]:
     rank = setting.lora_rank or 16
     choices = [setting, replace(setting, gradient_checkpointing=True)]
     choices += [replace(choice, lora_rank=rank) for choice in choices]
-    if gpus > 1:
+    least = replace(choices[-1], int8=True, shards=1)
+    if gpus > 1 and not setting.int8:
         choices += [replace(choice, shards=gpus) for choice in choices]
+    choices.append(least)
     return list(dict.fromkeys(choices))
 
 

@@ -14,9 +14,13 @@ from longroll.checkpoint import Checkpoint
 from longroll.errors import LongrollError
 from longroll.families import to_rwkv, to_state_spaces
 from longroll.history import save_beside
+from longroll.memory import memory_of
 from longroll.model import RecurrentLM, read
 from longroll.training.loss import hidden_loss
 from longroll.training.weights import precision
+
+_HELD = 0.75
+"""Share of a device's memory that weights may take beside the activations of a batch."""
 
 FORMATS = ("transformers", "original")
 """Whose names and files a run writes: transformers', or those of the checkpoint that it began from."""
@@ -88,16 +92,29 @@ def batch_loss(lm: RecurrentLM, batch: dict[str, torch.Tensor]) -> float:
 
 
 def reread(
-    place: Path, device: torch.device, dtype: torch.dtype, batch: dict[str, torch.Tensor], trained: float
+    place: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: dict[str, torch.Tensor],
+    trained: float,
+    *,
+    in_int8: bool = False,
 ) -> dict[str, Any]:
     """Return loss of the saved files, opened in `dtype`, beside that of the weights in memory.
+
+    Args:
+        place: the files.
+        device: where they are read.
+        dtype: of the weights.
+        batch: `input_ids` and `shift_labels` (B, T).
+        trained: loss of the weights in memory.
+        in_int8: whether they were in 8 bits. What the device does not hold in `dtype` is read in 8 bits again.
 
     Returns:
         `loss_trained` (`trained`) and `loss_saved`, nats, of the first batch, and `saved_dtype`.
     """
-    saved = batch_loss(read(place, device=device, dtype=dtype), batch)
-    return {
-        "loss_trained": trained,
-        "loss_saved": saved,
-        "saved_dtype": str(dtype).removeprefix("torch."),
-    }
+    name = str(dtype).removeprefix("torch.")
+    if in_int8 and sum(f.stat().st_size for f in place.rglob("*.safetensors")) > _HELD * memory_of(device):
+        name = "int8"
+    saved = batch_loss(read(place, device=device, dtype=name), batch)
+    return {"loss_trained": trained, "loss_saved": saved, "saved_dtype": name}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from longroll.errors import LongrollError
+from longroll.families.int8 import holds_int8
 
 logger = logging.getLogger("longroll")
 
@@ -187,10 +188,13 @@ def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | Non
         The 16-bit dtype that the trained matrices had before, None for any other.
 
     Raises:
-        LongrollError: for another word, and for bf16 with fp16's gradient scaling.
+        LongrollError: for another word, for bf16 with fp16's gradient scaling, and for a model in 8 bits
+            without adapters.
     """
     if weights not in WEIGHTS:
         raise LongrollError(f"`weights` {weights} is not one of {', '.join(WEIGHTS)}.")
+    if holds_int8(model) and not hasattr(model, "peft_config"):
+        raise LongrollError("`dtype` int8: such a model trains by adapters alone: wrap it with peft's LoRA.")
     before = next((p.dtype for p in model.parameters() if p.requires_grad and in_16_bits(p)), None)
     if weights == "bf16":
         if args is not None and args.fp16:
