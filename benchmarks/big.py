@@ -35,7 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trai
 
 import longroll
 from longroll.conformance.tiny import CONFIGS
-from longroll.measure.roll_out import roll_out
+from longroll.families.int8 import to_int8
+from longroll.measure.roll_out import default_chunk, roll_out
 from longroll.ops import _backend
 from longroll.results import BenchmarkResult, provenance
 from longroll.training import PosttrainOptions
@@ -232,22 +233,25 @@ def weights(lm: longroll.RecurrentLM) -> dict[str, Any]:
 # ---- reading
 
 
-def loss(bench: Bench, shape: str, length: int, repeats: int | None = None) -> dict[str, Any]:
+def loss(
+    bench: Bench, shape: str, length: int, repeats: int | None = None, chunk_size: int | None = None
+) -> dict[str, Any]:
     """The loss at every position of one text."""
     lm = bench.model(shape)
     length = bench.size(length, 512)
     tokens = bench.tokens(lm, 1, length)
-    longroll.position_loss(lm, tokens[:, : length // 8 + 1])  # compiles
+    longroll.position_loss(lm, tokens[:, : length // 8 + 1], chunk_size=chunk_size)  # compiles
     held: list[int] = []
 
     def watch(read: int, state: longroll.RecurrentState) -> None:
         if read == length:
             held[:] = [_held(state)]
 
-    call = partial(longroll.position_loss, lm, tokens, watch=watch)
+    call = partial(longroll.position_loss, lm, tokens, watch=watch, chunk_size=chunk_size)
     found = bench.timed(call, repeats=repeats, warm_up=False)
     found["keys_and_values_held_gib"] = held[0] / 2**30
     found |= {"tokens_per_second": length / found["median_seconds"], "length": length, **weights(lm)}
+    found["chunk_size"] = chunk_size or default_chunk(lm, 1)
     flops = 2 * found["active_parameters"] * found["tokens_per_second"]
     return found | {"mfu": _mfu(flops)} | _state_bytes(lm, tokens, length)
 
@@ -456,8 +460,10 @@ def posttrain(
     bench: Bench, shape: str, rows: int, length: int, steps: int = 12, **options: Any
 ) -> dict[str, Any]:
     """Steps of State Passing by the trainer of `posttrain`, with its arguments."""
-    rank = options.pop("lora_rank", 0)
+    rank, int8 = options.pop("lora_rank", 0), options.pop("int8", False)
     lm = bench.model(shape, None if rank else torch.float32)
+    if int8:
+        to_int8(lm.model, lm.width, keep=False)
     length, steps = bench.size(length, 64), bench.size(steps, 4)
     micro_batches = options.get("accumulation", 1)
     tokens = bench.tokens(lm, rows * micro_batches * steps, length)
@@ -479,7 +485,13 @@ def posttrain(
     found["seconds"] = clock.seconds()[2:] or clock.seconds()  # the first steps compile
     found["median_seconds"] = statistics.median(found["seconds"])
     found["tokens_per_second"] = rows * micro_batches * length / found["median_seconds"]
-    found |= weights(lm) | {"rows": rows, "length": length, "losses": clock.losses, "lora_rank": rank}
+    found |= weights(lm) | {
+        "rows": rows,
+        "length": length,
+        "losses": clock.losses,
+        "lora_rank": rank,
+        "int8": int8,
+    }
     found |= {"graphs": trainer._graph is not None} | options
     per_token = (4 if rank else 6) * found["active_parameters"]
     found["mfu"] = _mfu(per_token * found["tokens_per_second"])
@@ -658,6 +670,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "diagnose": partial(diagnose, explain=False),
     "diagnose-causes": partial(diagnose, explain=True),
     "lora": partial(posttrain, shape="bamba-9.8b", rows=2, length=4096, **LORA),
+    "lora-int8": partial(posttrain, shape="bamba-9.8b", rows=2, length=4096, int8=True, **LORA),
     "all-weights": partial(posttrain, shape="mamba2-2.7b", rows=4, length=2048, cuda_graphs=False),
     "all-weights-graphs": partial(posttrain, shape="mamba2-2.7b", rows=3, length=2048, cuda_graphs=True),
     "all-weights-accumulated": partial(
@@ -666,6 +679,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "profile-lora": partial(profile, what="lora"),
     "profile-all-weights": partial(profile, what="all-weights"),
     "million": partial(loss, shape="bamba-1b", length=1_048_576, repeats=1),
+    "million-8k": partial(loss, shape="bamba-1b", length=1_048_576, repeats=1, chunk_size=8192),
     "float16": float16,
     "qwen3-next-loss": partial(loss, shape="qwen3-next-6b", length=65_536, repeats=2),
     "qwen3-next-lora": partial(posttrain, shape="qwen3-next-6b", rows=2, length=4096, **LORA),

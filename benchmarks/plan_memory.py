@@ -34,6 +34,7 @@ TRAINING: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2-370m", {"rows": 4, "length": 2048, "gradient_checkpointing": True},
     ),
     "train bamba-1b, LoRA": ("bamba-1b", {"rows": 2, "length": 4096, "lora_rank": 16}),
+    "train bamba-1b, LoRA, int8": ("bamba-1b", {"rows": 2, "length": 4096, "lora_rank": 16, "int8": True}),
     "train mamba-370m": ("mamba-370m", {"rows": 2, "length": 2048}),
 }  # fmt: skip
 
@@ -72,6 +73,7 @@ def train(bench: Bench, shape: str, options: dict[str, Any]) -> dict[str, Any]:
         lora_rank=options.get("lora_rank", 0),
         gradient_checkpointing=options.get("gradient_checkpointing", False),
         autocast=bench.cuda,
+        int8=options.get("int8", False),
     )
     outline = Outline(bench.config(shape), torch.bfloat16 if bench.cuda else torch.float32, bench.device)
     began = time.perf_counter()

@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from longroll import LongrollError, StatePassing, memory
+from longroll.families.int8 import to_int8
 from longroll.training.lora import with_lora
 from longroll.training.loss import loss_and_state
 from longroll.training.plan import Setting, outline_of
 from zoo import lm_of, tokens
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("rank", "int8"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
 @pytest.mark.filterwarnings("ignore")
-def test_weights_gradients_moments_and_states_are_what_a_step_holds(family, rank):
+def test_weights_gradients_moments_and_states_are_what_a_step_holds(family, rank, int8):
     lm = lm_of(family)
+    if int8:
+        to_int8(lm.model, lm.width)
     if rank:
         lm.adapted = with_lora(lm.model, rank)
     model = lm.adapted or lm.model
@@ -26,7 +29,8 @@ def test_weights_gradients_moments_and_states_are_what_a_step_holds(family, rank
     loss.backward()
     optimizer.step()
     passing.observe(final)
-    found = outline_of(lm_of(family)).training(Setting(rows=3, length=16, lora_rank=rank, autocast=False))
+    setting = Setting(rows=3, length=16, lora_rank=rank, autocast=False, int8=int8)
+    found = outline_of(lm_of(family)).training(setting)
     assert found.weights == sum(p.nbytes for p in model.parameters())
     assert found.gradients == sum(p.grad.nbytes for p in trained)
     moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]

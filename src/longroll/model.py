@@ -420,7 +420,9 @@ def read(
     device = torch.device(default_device()) if untried else device_of(device or default_device())
     int8 = dtype in ("int8", torch.int8)
     if int8 and device_map is not None:
-        raise LongrollError("`dtype` int8 puts a model on one device: name one as `device`, or leave `dtype` out.")
+        raise LongrollError(
+            "`dtype` int8 puts a model on one device: name one as `device`, or leave `dtype` out."
+        )
     if int8:
         dtype = None
     elif isinstance(dtype, str) and dtype != "auto":

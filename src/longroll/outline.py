@@ -39,7 +39,7 @@ def outline(
     Args:
         path_or_hub_id: as `longroll.load` takes it; a `.pth` file of RWKV, without a config, is read.
         device: default: a GPU if there is one.
-        dtype: default: float32 on a CPU, the checkpoint's own on a GPU; "int8" gives what the rest is held in.
+        dtype: default: float32 on a CPU, the checkpoint's own on a GPU; for "int8" that of the rest.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:

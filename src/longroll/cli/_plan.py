@@ -78,8 +78,9 @@ def plan(
     reading = subject.reading(sequences, length, chunk)
     speed = subject.tokens_per_second()
     asked = Setting(
-        rows=batch_size, length=trained, lora_rank=lora_rank or 16 * int8, gradient_checkpointing=gradient_checkpointing,
-        shards=gpus if fsdp else 1, autocast=place.type == "cuda", accumulates=accumulation > 1, int8=int8,
+        rows=batch_size, length=trained, lora_rank=lora_rank or 16 * int8,
+        gradient_checkpointing=gradient_checkpointing, shards=gpus if fsdp else 1,
+        autocast=place.type == "cuda", accumulates=accumulation > 1, int8=int8,
     )  # fmt: skip
     rows = [_row("reading", "reading", f"{sequences} x {length:,}", reading, speed, room)]
     for setting in settings_for(asked, gpus):

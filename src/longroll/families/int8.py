@@ -53,9 +53,10 @@ class Int8Linear(nn.Linear):
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)  # float32 in any model
         self.exact = nn.Parameter(here[rows:].clone(), requires_grad=False)
-        self.bias = None
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach().to(here.device), linear.bias.requires_grad)
+        bias = linear.bias
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().to(here.device), bias.requires_grad)
+        )
         self.full = weight.cpu() if keep else None
         self.training = linear.training
 
@@ -67,7 +68,7 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) of (..., in_features)."""
         dtype = product_dtype(self.exact, x)
-        y: Tensor = _Product.apply(x, self.codes, self.scale, self.exact, dtype)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.codes, self.scale, self.exact, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
@@ -85,7 +86,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype, wanted = ctx.dtypes
-        weight = _numbers(*ctx.saved_tensors, dtype)
+        codes, scale, exact = ctx.saved_tensors
+        weight = _numbers(codes, scale, exact, dtype)
         return (grad.to(dtype) @ weight).to(wanted), None, None, None, None
 
 
@@ -172,9 +174,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _refuse_saving(*_: Any, **__: Any) -> None:
-    raise LongrollError(
-        "`dtype` int8: codes of 8 bits are no checkpoint: open the model without it, or save what posttrain makes."
-    )
+    raise LongrollError("`dtype` int8: codes of 8 bits are no checkpoint: open the model without it.")
 
 
 def _layers(model: nn.Module) -> dict[str, Int8Linear]:

@@ -67,7 +67,9 @@ def check_adapters(lm: RecurrentLM, rank: int) -> None:
         LongrollError: with the mend.
     """
     if lm.int8 and not (rank or lm.adapted is not None):
-        raise LongrollError(f"`dtype` int8: {lm.name} trains by adapters alone: give `lora_rank`, such as 16.")
+        raise LongrollError(
+            f"`dtype` int8: {lm.name} trains by adapters alone: give `lora_rank`, such as 16."
+        )
     if getattr(lm.model, "_hf_peft_config_loaded", False) and lm.adapted is None:
         raise LongrollError(
             "The model holds adapters that transformers put there, which would be saved without it: open "

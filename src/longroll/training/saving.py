@@ -108,7 +108,7 @@ def reread(
         dtype: of the weights.
         batch: `input_ids` and `shift_labels` (B, T).
         trained: loss of the weights in memory.
-        in_int8: whether they were in 8 bits. What the device does not hold in `dtype` is read in 8 bits again.
+        in_int8: whether they were in 8 bits: files that the device does not hold in `dtype` are read so too.
 
     Returns:
         `loss_trained` (`trained`) and `loss_saved`, nats, of the first batch, and `saved_dtype`.
