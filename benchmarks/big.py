@@ -16,8 +16,10 @@ and its causes are looked for.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import math
+import pstats
 import statistics
 import tempfile
 import time
@@ -296,6 +298,13 @@ def diagnose(bench: Bench, explain: bool) -> dict[str, Any]:
     ended = time.perf_counter()
     times = [*(at for at, _ in stages), ended]
     peaks = bench.peaks()
+    if bench.profiles is not None and not explain:
+        bench.profiles.mkdir(parents=True, exist_ok=True)
+        with cProfile.Profile() as python:
+            longroll.diagnose(lm, tokens, train_length=trained, explain=explain)
+        with (bench.profiles / "python_diagnose.txt").open("w") as file:
+            pstats.Stats(python, stream=file).sort_stats("tottime").print_stats(60)
+            pstats.Stats(python, stream=file).sort_stats("cumtime").print_stats(120)
     return {
         "median_seconds": ended - began,
         "times_the_loss": (ended - began) / read["median_seconds"],

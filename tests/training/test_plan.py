@@ -1,6 +1,7 @@
 """A plan is what a step allocates; what does not fit is said, and what is no config is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_settings_take_less_in_turn_and_the_first_that_fits_is_found():
     assert adapters.optimizer < whole.optimizer and adapters.total < whole.total
     assert shards.optimizer == whole.optimizer // 4 and shards.states == whole.states
     assert len(settings_for(asked, 1)) == 4 and len(settings_for(asked, 2)) == 8
+    least = settings_for(asked, 2, int8=subject.takes_int8)[-1]
+    assert (
+        least.int8
+        and least.shards == 1
+        and least.arguments == ("`lora_rank` 16 `dtype` int8 `gradient_checkpointing`")
+    )
+    assert all(setting.int8 for setting in settings_for(least, 2, int8=True))
+    assert subject.training(least).weights < 0.7 * subject.training(replace(least, int8=False)).weights
+    assert not outline_of(zoo.lm_of("gpt2")).takes_int8
     assert what_fits(subject, asked, whole.total) == asked
     found = what_fits(subject, asked, 0.3 * whole.total)
     assert found != asked and subject.training(found).total <= 0.3 * whole.total

@@ -83,7 +83,7 @@ def plan(
         autocast=place.type == "cuda", accumulates=accumulation > 1, int8=int8,
     )  # fmt: skip
     rows = [_row("reading", "reading", f"{sequences} x {length:,}", reading, speed, room)]
-    for setting in settings_for(asked, gpus):
+    for setting in settings_for(asked, gpus, int8=subject.takes_int8):
         each = subject.tokens_per_second(setting)
         what = f"{batch_size} x {trained:,}"
         flags = in_flags(setting.arguments, running)

@@ -119,25 +119,30 @@ def to_int8(
         LongrollError: where no layer is large enough.
     """
     total = sum(p.numel() for p in model.parameters())
+    chosen = large_layers(model, width)
+    if not chosen:
+        raise LongrollError(
+            f"`dtype` int8: {type(model).__name__} has no large linear layer of its own: take bfloat16."
+        )
+    for name, linear in chosen.items():
+        model.set_submodule(name, Int8Linear(linear, _step_rows(model, name, linear), device, keep))
+    model.save_pretrained = _refuse_saving  # type: ignore[assignment]
+    return sum(linear.codes.numel() for linear in _layers(model).values()), total
+
+
+def large_layers(model: nn.Module, width: int) -> dict[str, nn.Linear]:
+    """Return the layers that `to_int8` would hold in 8 bits, by name."""
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    chosen = [
-        (name, module)
+    return {
+        name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and module is not head
         and uses[id(module.weight)] == 1  # a shared one would be held twice
         and _SMALL * min(module.weight.shape) >= width
         and name.rpartition(".")[2] not in _DECAYS
-    ]
-    if not chosen:
-        raise LongrollError(
-            f"`dtype` int8: {type(model).__name__} has no large linear layer of its own: take bfloat16."
-        )
-    for name, linear in chosen:
-        model.set_submodule(name, Int8Linear(linear, _step_rows(model, name, linear), device, keep))
-    model.save_pretrained = _refuse_saving  # type: ignore[assignment]
-    return sum(linear.codes.numel() for linear in _layers(model).values()), total
+    }
 
 
 def _step_rows(model: nn.Module, name: str, linear: nn.Linear) -> int:
@@ -181,4 +186,4 @@ def _layers(model: nn.Module) -> dict[str, Int8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
 
 
-__all__ = ["Int8Linear", "holds_int8", "restore", "to_int8"]
+__all__ = ["Int8Linear", "holds_int8", "large_layers", "restore", "to_int8"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,12 +63,24 @@ class StateRecorder:
             layer: {name: t[0] for name, t in _of_heads(torch.cat(parts, dim=1).unsqueeze(1)).items()}
             for layer, parts in tails.items()
         }
-        here = _to_cpu([*recurrent, *conv.values()])
-        self._at[position] = here[: len(recurrent)]
-        self._conv_at[position] = dict(zip(conv, here[len(recurrent) :], strict=True))
+        self._at[position], self._conv_at[position] = recurrent, conv
+
+    def _to_cpu(self) -> None:
+        """Bring what was seen to the CPU, in one transfer a device; nothing waits while texts are read."""
+        places: dict[torch.device, list[tuple[dict[str, Tensor], str]]] = {}
+        for named in chain(*self._at.values(), *(layers.values() for layers in self._conv_at.values())):
+            for name, tensor in named.items():
+                if tensor.device.type != "cpu":
+                    places.setdefault(tensor.device, []).append((named, name))
+        for entries in places.values():
+            tensors = [named[name] for named, name in entries]
+            numbers = torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors])
+            for (named, name), tensor, part in zip(entries, tensors, numbers, strict=True):
+                named[name] = part.view(tensor.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen so far."""
+        self._to_cpu()
         return {"rows": self.rows, "at": self._at, "conv_at": self._conv_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -78,6 +91,7 @@ class StateRecorder:
         """Take what the recorders of all ranks saw for seen here; every rank must call this."""
         if ranks.alone():
             return
+        self._to_cpu()
         mine = self.rows, min(self.rows, self.rank_rows), self._at, self._conv_at
         parts = [part for part in ranks.gather(mine) if part[0]]  # the last ranks may have no rows
         rows, ranked, at, conv_at = zip(*parts, strict=True)
@@ -93,6 +107,7 @@ class StateRecorder:
 
     def statistics(self) -> StateStatistics:
         """Return what was seen so far."""
+        self._to_cpu()
         seen = sorted(self._at)
         layers = [
             {name: torch.stack([self._at[p][i][name] for p in seen]) for name in _NAMES}
@@ -185,15 +200,6 @@ def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
         "norm": norms.mean(dim=0),
         "max": torch.linalg.vector_norm(rows, ord=math.inf, dim=(0, 2)).double(),
     }
-
-
-def _to_cpu(statistics: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Return the same float64 numbers on the CPU, in one transfer: each would have to be waited for."""
-    tensors = [t for named in statistics for t in named.values()]
-    if not tensors:
-        return statistics
-    parts = iter(torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors]))
-    return [{name: next(parts).view(t.shape) for name, t in named.items()} for named in statistics]
 
 
 def head_rank(tensor: Tensor) -> Tensor:

@@ -37,11 +37,12 @@ def stage(progress: Progress | None, what: str, total: int | None = None) -> Cal
 
 
 def watched_positions(length: int, train_length: int) -> list[int]:
-    """Return positions whose states are described: two to a doubling, and one below an eighth of T.
+    """Return positions whose states are described: two to a doubling; below an eighth of T powers of 4.
 
     A GPU waits for Python in each forward of a few tokens, and what matters are states about T and past it.
     """
-    return [p for p in log_spaced(length, 2) if 8 * p >= train_length or p.bit_count() == 1]
+    powers = {4**i for i in range(train_length.bit_length() // 2 + 1)}
+    return [p for p in log_spaced(length, 2) if 8 * p >= train_length or p in powers]
 
 
 class StateWatch:

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from longroll import ranks
 from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.errors import LongrollError, first_line, out_of_memory
+from longroll.families.int8 import large_layers
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import most_tokens, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
@@ -135,6 +136,12 @@ class Outline:
         """Parameters, operations, bytes of weights and of the state."""
         with self._model(self.dtype, torch.device("cpu"), self.int8) as (lm, _):
             return sizes_of(lm)
+
+    @functools.cached_property
+    def takes_int8(self) -> bool:
+        """Whether it has layers that can lie in 8 bits."""
+        with self._model(self.dtype, torch.device("cpu"), False) as (lm, _):
+            return bool(large_layers(lm.model, lm.width))
 
     @contextmanager
     def _model(
@@ -323,22 +330,28 @@ def fitting_line(lm: RecurrentLM, options: PosttrainOptions) -> str:
     return f" By `longroll plan`, {fits.rows} rows with {fits.arguments} take {held}."
 
 
-def settings_for(setting: Setting, gpus: int) -> list[Setting]:
-    """Return the settings worth a comparison: the given one, and those that take less memory."""
+def settings_for(setting: Setting, gpus: int, *, int8: bool = False) -> list[Setting]:
+    """Return the settings worth a comparison: the given one, and those that take less memory.
+
+    Args:
+        setting: what is asked for.
+        gpus: over how many weights may be spread.
+        int8: whether layers of the model can lie in 8 bits.
+    """
     rank = setting.lora_rank or 16
     choices = [setting, replace(setting, gradient_checkpointing=True)]
     choices += [replace(choice, lora_rank=rank) for choice in choices]
     least = replace(choices[-1], int8=True, shards=1)
     if gpus > 1 and not setting.int8:
         choices += [replace(choice, shards=gpus) for choice in choices]
-    choices.append(least)
+    choices += [least] if int8 else []
     return list(dict.fromkeys(choices))
 
 
 def what_fits(outline: Outline, setting: Setting, room: float, gpus: int = 1) -> Setting | None:
     """Return the first of `settings_for`, and then of fewer rows, that takes at most `room` bytes."""
     for rows in (setting.rows, *(setting.rows >> i for i in range(1, setting.rows.bit_length()))):
-        for choice in settings_for(replace(setting, rows=rows), gpus):
+        for choice in settings_for(replace(setting, rows=rows), gpus, int8=outline.takes_int8):
             if outline.training(choice).total <= room:
                 return choice
     return None
