@@ -32,7 +32,7 @@ _DECAYS = ("f_proj",)
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer in 8 bits, which is not trained; `weight` is made anew whenever it is read.
+    """A linear layer in 8 bits, which is not trained. Each read of `weight` computes it from the codes.
 
     Args:
         linear: the layer that it stands for.

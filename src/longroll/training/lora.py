@@ -64,7 +64,7 @@ def check_adapters(lm: RecurrentLM, rank: int) -> None:
     """Refuse adapters that a saved model would lack, adapters of a rank on top of others, and none on 8 bits.
 
     Raises:
-        LongrollError: with the mend.
+        LongrollError: with what to do instead.
     """
     if lm.int8 and not (rank or lm.adapted is not None):
         raise LongrollError(

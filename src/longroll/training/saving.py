@@ -105,7 +105,7 @@ def reread(
     Args:
         place: the files.
         device: where they are read.
-        dtype: of the weights.
+        dtype: the dtype of the weights.
         batch: `input_ids` and `shift_labels` (B, T).
         trained: loss of the weights in memory.
         in_int8: whether they were in 8 bits: files that the device does not hold in `dtype` are read so too.
