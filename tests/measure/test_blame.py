@@ -47,7 +47,7 @@ def test_refusals():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("bamba", "rotary"), ("zamba2", "rotary"), ("qwen3_next", "rotary"), ("gla_hybrid", "rotary"),
+    [("bamba", "rotary"), ("zamba2", "rotary"), ("recurrent_gemma", "rotary"), ("qwen3_next", "rotary"), ("gla_hybrid", "rotary"),
      ("jamba", "none"), ("nemotron_h", "none"), ("bailing_hybrid", "other"), ("gpt2", "other")],
 )  # fmt: skip
 def test_how_attention_takes_positions(name, kind):

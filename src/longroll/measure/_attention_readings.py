@@ -39,7 +39,8 @@ class Positions:
     """How the attention of a model takes positions, found by reading one token at two of them.
 
     Without earlier tokens attention returns the token's own value wherever it stands, so that the keys of
-    every layer at position 5 are those at position 0, turned.
+    every layer at position 10 are those at position 5, turned. Position 0 is not read: RecurrentGemma's
+    recurrence takes its input there at another scale.
     """
 
     def __init__(self, lm: RecurrentLM) -> None:
@@ -51,8 +52,8 @@ class Positions:
         """`none`, `rotary`, or `other`: positions that this module cannot change."""
         token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
-            _, here = lm(token, logits=False)
-            _, there = lm(token, RecurrentState({}, seen=_SHIFT), logits=False)
+            _, here = lm(token, RecurrentState({}, seen=_SHIFT), logits=False)
+            _, there = lm(token, RecurrentState({}, seen=2 * _SHIFT), logits=False)
         for key in here:
             if key.part != "attention" or key.slot >= _OTHER:
                 continue
