@@ -586,6 +586,37 @@ def rivals_recall() -> str:
     return markdown(["", "tokens", "T", "4 T", "16 T", "64 T"], rows)
 
 
+RIVALS_TASKS = {
+    **RIVALS_RECALL,
+    "rescan": "reading: states read again from the last T tokens, all keys kept",
+    "window": "reading: attention keeps the last T keys",
+    "longer": "trained from zero states at 4 T",
+    "none+linear": "trained from zero states, positions scaled linearly",
+    "sp+linear": "trained by State Passing, positions scaled linearly",
+    **{name: RIVALS[name] for name in ("A-head", "A-layer", "dt-layer")},
+}
+
+
+def rivals_tasks(*names: str) -> str:
+    """Readings, calibrations and training of several bases: loss in range, loss far out, and accuracy."""
+    bases = [{way["way"]: way for way in result(name)["ways"]} for name in names]
+    rows = []
+    for way, what in RIVALS_TASKS.items():
+        cells: list[str] = []
+        for ways in bases:
+            octaves = ways.get(way, {}).get("octaves")
+            cells += [f"{mean:.2f}" for _, _, mean, *_ in (octaves[0], octaves[-1])] if octaves else ["", ""]
+            scores: dict[int, list[float]] = {}
+            for cell in ways.get(way, {}).get("cells", []):
+                (score, *_) = cell["scores"].values()
+                scores.setdefault(cell["length"], []).append(score["mean"])
+            cells += [f"{statistics.mean(some):.2f}" for some in scores.values()] or [""] * 4
+        if any(cells):
+            rows.append([what, *cells])
+    head = ["", *["in range", "last octave", "T", "4 T", "16 T", "64 T"] * len(names)]
+    return markdown(head, rows)
+
+
 def tracking() -> str:
     """Word problems of groups: accuracy at T to 64 T over seeds, by group and initial state."""
     names = {"base": "base", "none": "zero states", "sp": "State Passing", "tbptt": "TBPTT"}
