@@ -47,8 +47,9 @@ def test_refusals():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("bamba", "rotary"), ("zamba2", "rotary"), ("recurrent_gemma", "rotary"), ("qwen3_next", "rotary"), ("gla_hybrid", "rotary"),
-     ("jamba", "none"), ("nemotron_h", "none"), ("bailing_hybrid", "other"), ("gpt2", "other")],
+    [("bamba", "rotary"), ("zamba2", "rotary"), ("recurrent_gemma", "rotary"), ("qwen3_next", "rotary"),
+     ("gla_hybrid", "rotary"), ("jamba", "none"), ("nemotron_h", "none"),
+     ("bailing_hybrid", "other"), ("gpt2", "other")],
 )  # fmt: skip
 def test_how_attention_takes_positions(name, kind):
     found = Positions(lm_of(name))
@@ -156,3 +157,15 @@ def test_advice_follows_the_verdict(verdict, scaled):
         assert told.intervention == "none" and "--intervention none --rope-scaling yarn:8" in told.command
     else:
         assert told.command is None and "window of 128 tokens" in told.sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [("a/model", "repaired"), ("runs/repaired", "repaired-2"), ("repaired-2", "repaired-3"),
+     ("repaired-x", "repaired")],
+)  # fmt: skip
+def test_a_repaired_model_is_repaired_into_another_folder(model, output):
+    parts = {"state": share("state", 0.0), "attention": share("attention", 0.9)}
+    found = Blame(1.0, 8.0, [share("norms", 0.1)], [share("yarn", 0.9)], share("both", 0.9), parts, "rotary")
+    told = of_blame(Advice("sp", "Repair it.", None, 500, 1, 1.0), found, model, 128)
+    assert told.command is not None and told.command.endswith(f"--output {output}")

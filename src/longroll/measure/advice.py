@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from longroll.data import DocumentLengths
@@ -172,8 +174,7 @@ def advise(
             )
         else:
             why += f"its states could be IID ({ranks}), yet Fitted Noise repaired the loss less where tried"
-    arguments = [*named, "--train-length", str(train_length), "--output", "repaired"]
-    command = model and shlex.join(["longroll", "posttrain", model, *flags, *arguments])
+    command = model and _command(model, flags, [*named, "--train-length", str(train_length)])
     if not (breaks or severity > TOLERANCE):
         might = f"a repair by {name} may win that back, at some loss in range"
         return Advice(None, f"It keeps its level, so leave it alone; {might}.")
@@ -243,11 +244,16 @@ def of_blame(
     if scaling is None:
         return Advice(None, f"{SOUND}: {window}.")
     arguments = ["--intervention", "none", *scaled, "--train-length", str(train_length)]
-    command = model and shlex.join(
-        ["longroll", "posttrain", model, *flags, *arguments, "--output", "repaired"]
-    )
+    command = model and _command(model, flags, arguments)
     sentence = f"{SOUND}: {how}, and train it some steps from zero states."
     return replace(advice, intervention="none", sentence=sentence, command=command)
+
+
+def _command(model: str, flags: Sequence[str], arguments: Sequence[str]) -> str:
+    """Return the command of a repair, whose folder is another than the model's."""
+    found = re.fullmatch(r"repaired(?:-(\d+))?", Path(model).name)
+    output = "repaired" if found is None else f"repaired-{int(found[1] or 1) + 1}"
+    return shlex.join(["longroll", "posttrain", model, *flags, *arguments, "--output", output])
 
 
 def _duration(seconds: float) -> str:
