@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "known": {"ddp_find_unused_parameters": False},
     "buckets": {"ddp_bucket_cap_mb": 200},
+    "graphs": {"cuda_graphs": True},
 }
 PEAK = 989.4e12  # dense bf16 of H100 SXM and H200, from the data sheets
 KILLED_AT, STEPS, SAVE = 4, 6, 3
@@ -263,6 +264,7 @@ def trainer_of(
     import longroll
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    graphs = more.pop("cuda_graphs", False)
     arguments = TrainingArguments(
         str(options.place / "trainer"), max_steps=steps, per_device_train_batch_size=batch, bf16=True,
         learning_rate=1e-5, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=10**6,
@@ -270,7 +272,7 @@ def trainer_of(
         use_cpu=options.device == "cpu", **more,
     )  # fmt: skip
     data = rows_of(steps * batch * world, length, model.config.vocab_size)
-    return longroll.InitialStateTrainer(model, arguments, train_dataset=data)
+    return longroll.InitialStateTrainer(model, arguments, train_dataset=data, cuda_graphs=graphs)
 
 
 class Clock:

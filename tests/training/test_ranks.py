@@ -113,6 +113,17 @@ def test_a_state_that_is_dropped_on_one_rank_is_dropped_in_one_process(kind, roo
     assert one[0]["states_dropped"] == (kind == "sp")  # of tbptt, the row begins a document in this step
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_graphs_on_two_gpus_are_the_steps_of_ddp(tmp_path):
+    kinds = {"plain": False, "graphs": True}
+    runs = [spec(tmp_path, k, "sp", options=BASE | {"cuda_graphs": graphs}) for k, graphs in kinds.items()]
+    done = torchrun(runs)
+    assert done.returncode == 0, done.stderr
+    found, expected = (tmp_path / kind / "sp" for kind in ("graphs", "plain"))
+    assert_same_weights(found, expected, 1e-3)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from longroll.training._mixin import InitialStateMixin
 from longroll.training.graphs import StepGraph
 from longroll.training.lora import lean
 from longroll.training.loss import hidden_loss, next_token_loss
-from longroll.training.sharding import full_state, is_fsdp_hook, within
+from longroll.training.sharding import full_state, is_fsdp_hook, same_everywhere, within
 from longroll.training.weights import check_decay_speed, hold_weights, precision, trained_decays
 
 logger = logging.getLogger("longroll")
@@ -50,10 +51,11 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         intervention: an intervention or its short name; None trains from the zero state: the plain control.
         decay_speed: learning rate of the parameters that set how fast a state is forgotten (`DECAYS`), as a
             multiple of the others'. Adam moves them too slowly for few steps: dev/LOG.md.
-        cuda_graphs: replay a step as one CUDA graph, which spares the GPU to wait for Python; one GPU, no
-            fp16, the plain loss, no experts that wait for the GPU. Batches of another shape than the first,
-            padded and packed ones run as without. None: where it is known to be right, which is Mamba and
-            Mamba-2 without attention, gradient checkpointing and adapters.
+        cuda_graphs: replay a step as one CUDA graph, which spares the GPU to wait for Python; no fp16, the
+            plain loss, no experts that wait for the GPU. Batches of another shape than the first, padded and
+            packed ones run as without. On several GPUs the graph sums the gradients, in the place of DDP;
+            such batches, FSDP and adapters are refused. None: where it is known to be right, which is Mamba
+            and Mamba-2 on one GPU without attention, gradient checkpointing and adapters.
         weights: `float32`: parameters in 16 bits are trained in float32, under bf16 autocast on a GPU, and
             `save_model` writes matrices in 16 bits again. `bf16`: matrices stay in (or come to) bfloat16.
         **kwargs: as for Trainer, and `restart` and `on_not_finite` as for `InitialStateMixin`.
@@ -123,6 +125,8 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
         """Return whether steps as CUDA graphs are known to be the plain ones, and faster."""
         if self._graph_refusal() or self.args.gradient_checkpointing or self.base is not self.model:
             return False
+        if self.args.world_size > 1:
+            return False
         if self.args.device.type != "cuda" or self.lm.family.op not in ("ssd", "selective_scan"):
             return False
         if self.lm.has_attention or _hooked(self.base) or self._replaced_forward:
@@ -134,8 +138,12 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
 
     def _graph_refusal(self) -> str | None:
         """Return why a step cannot be one CUDA graph; None where it can."""
-        if self.args.world_size > 1 or self.args.fp16:
-            return "on several GPUs, or in fp16"
+        if self.args.fp16:
+            return "in fp16"
+        if self.args.world_size > 1 and (self.is_fsdp_enabled or self.base is not self.model):
+            return "on several GPUs with FSDP or adapters"
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            return "on several GPUs without `average_tokens_across_devices`"
         if self._adds_losses() or self.label_smoother is not None or self.compute_loss_func is not None:
             return (
                 "with another than the plain loss: label smoothing, compute_loss_func, output_router_logits"
@@ -153,8 +161,17 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             if getattr(self.args, flag, None):  # there is nothing random to draw again
                 kept = getattr(self.args, f"{flag}_kwargs", None) or {}
                 setattr(self.args, f"{flag}_kwargs", kept | {"preserve_rng_state": False})
+        several = self.args.world_size > 1
+        if several:  # the graph sums gradients itself, which DDP would do outside of it
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
         dtype = torch.bfloat16 if self.args.bf16 else None
-        return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None)
+        return StepGraph(self.lm, dtype=dtype, states=self.intervention is not None, exchange=several)
+
+    def _prepare_for_training(self, *arguments: Any, **kwargs: Any) -> Any:
+        if self._graph is not None and self._graph.exchange:
+            same_everywhere(self.model, self.args.device)
+        return super()._prepare_for_training(*arguments, **kwargs)
 
     def _adds_losses(self) -> bool:
         """Return whether the model's own forward adds to the cross-entropy."""
@@ -168,11 +185,11 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
     ) -> Tensor:
         """Return Trainer's step, or its replay, which does not call `compute_loss`."""
         if self._graph is None or num_items_in_batch is None or not self._graph.fits(inputs["input_ids"]):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._without_graph(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         rows = read_batch(inputs)
         if rows.attention_mask is not None or rows.starts is not None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._without_graph(model, inputs, num_items_in_batch)
         model.train()
         if train := getattr(self.optimizer, "train", None):  # schedule-free ones, which evaluation switches
             train()
@@ -183,7 +200,19 @@ class InitialStateTrainer(InitialStateMixin, Trainer):
             self._check_state(model, rows, state)  # by eager forwards: a graph cannot be asked
         loss, final = self._graph(rows.input_ids, rows.targets, state, num_items_in_batch)
         self._observe(model, final)
+        if self._graph.exchange:
+            loss = loss * self.args.world_size  # Trainer will take the mean, as under DDP
         return self._guard.see_loss(loss)
+
+    def _without_graph(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        if self._graph is not None and self._graph.exchange:
+            raise LongrollError(
+                "On several GPUs with `cuda_graphs` each batch has the shape of the first, without padding "
+                "or packing: set `dataloader_drop_last`, or leave out `cuda_graphs`."
+            )
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _captured(self, input_ids: Tensor) -> bool:
         """Return whether there is a graph now; one by default is given up where it cannot be captured."""
