@@ -586,7 +586,7 @@ def forward(
     keep: bool = False,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
-    """Compute the recurrence without a gradient, from zero where there is no `state`.
+    """Compute the recurrence without a gradient; `state` None is zero.
 
     Returns:
         y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes, and the states
