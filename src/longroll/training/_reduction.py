@@ -19,7 +19,8 @@ BUCKET = 25 << 20
 class Reduction:
     """Within it, backward leaves sums over all ranks in `.grad`, which are views of the buckets.
 
-    Each parameter gets one gradient within it. All ranks run the same backward and fill their buckets in one order.
+    Each parameter gets one gradient within it. All ranks run the same backward, so that their buckets have one
+    order.
 
     Args:
         parameters: whose gradients are exchanged.
