@@ -19,7 +19,7 @@ BUCKET = 25 << 20
 class Reduction:
     """Within it, backward leaves sums over all ranks in `.grad`, which are views of the buckets.
 
-    Each parameter gets one gradient within it. All ranks run the same backward, so that their buckets have one
+    Each parameter gets one gradient within it. All ranks run the same backward, which gives their buckets one
     order.
 
     Args:
