@@ -87,6 +87,13 @@ SSDS: dict[str, Settings] = {
         f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "num_warps": 8, "num_stages": 2}
     },
     "walk: 32 columns, 4 warps": {f"{SSD}:WALK": {"N": 32, "num_warps": 4}},
+    "walk: 2 chunks": {f"{SSD}:WALK": {"AT_ONCE": 2}},
+    "walk: 2 chunks, 64 columns": {f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64}},
+    "walk: 2 chunks, 64 columns, 4 warps": {f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64, "num_warps": 4}},
+    "walk: 4 chunks, 32 columns, 4 warps": {
+        f"{SSD}:WALK": {"AT_ONCE": 4, "N": 32, "num_warps": 4, "num_stages": 2}
+    },
+    "walk: 32 columns, 8 warps": {f"{SSD}:WALK": {"N": 32}},
     "walk: 64 columns, 4 warps": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
     "walk: 64 columns, 8 warps": {f"{SSD}:WALK": {"N": 64}},
     "outputs: HEADS 32": {f"{SSD}:OUTPUTS": {"HEADS": 32}},

@@ -27,7 +27,7 @@ from longroll.ops.gpu._sums import column_sums
 from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
-WALK = {"P": 64, "N": 128, "num_warps": 8, "num_stages": 3}
+WALK = {"P": 64, "N": 128, "AT_ONCE": 1, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
@@ -165,7 +165,7 @@ def _ssd_walk(
     T, H, CHUNKS, RATIO, fb, fh, xb, xt, xh, xp, Bb, Bt, Bg, Bn, P_SIZE, N_SIZE,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     REVERSE: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr,
-    CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Carry a state (P, N) over the chunks: `met` (B, CHUNKS, H, P, N) is what each meets.
 
@@ -184,25 +184,30 @@ def _ssd_walk(
     state = tl.zeros((P, N), tl.float32)
     if HAS_FIRST:
         state = tl.load(first_ptr + row * fb + head * fh + pn, mask=in_pn, other=0.0)
-    for i in range(0, CHUNKS):
-        chunk = row * 0 + i  # in 64 bits
-        if REVERSE:
-            chunk = CHUNKS - 1 - chunk
-        at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        tl.store(met_ptr + at + pn, state.to(met_ptr.dtype.element_ty), mask=in_pn)
-        first = chunk * CHUNK
-        in_t = _inside(step, T - first, WHOLE_T)
-        dt, a, total = _decays(sizes_ptr, levels_ptr, first, step, CHUNK)
-        weight = tl.exp2(a) if REVERSE else dt * tl.exp2(total - a)
-        x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
-        x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
-        B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
-        B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
-        if N < P:  # the smaller one is weighted
-            B = (B.to(tl.float32) * weight[:, None]).to(x.dtype)
-        else:
-            x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        state = state * tl.exp2(total) + tl.dot(tl.trans(x), B, input_precision=PRECISION)
+    for i in range(0, CHUNKS // AT_ONCE):
+        found = ()
+        for j in tl.static_range(AT_ONCE):  # what does not wait for the state
+            chunk = row * 0 + i * AT_ONCE + j  # in 64 bits
+            if REVERSE:
+                chunk = CHUNKS - 1 - chunk
+            first = chunk * CHUNK
+            in_t = _inside(step, T - first, WHOLE_T)
+            dt, a, total = _decays(sizes_ptr, levels_ptr, first, step, CHUNK)
+            weight = tl.exp2(a) if REVERSE else dt * tl.exp2(total - a)
+            x_at = x_ptr + first * xt + step[:, None] * xt + p[None, :] * xp
+            x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
+            B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
+            B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
+            if N < P:  # the smaller one is weighted
+                B = (B.to(tl.float32) * weight[:, None]).to(x.dtype)
+            else:
+                x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+            new = tl.dot(tl.trans(x), B, input_precision=PRECISION)
+            at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
+            found = found + (at, tl.exp2(total), new)  # type: ignore  # noqa: RUF005
+        for j in tl.static_range(AT_ONCE):
+            tl.store(met_ptr + found[3 * j] + pn, state.to(met_ptr.dtype.element_ty), mask=in_pn)
+            state = state * found[3 * j + 1] + found[3 * j + 2]
     if HAS_LAST:
         tl.store(last_ptr + (row * H + head) * P_SIZE * N_SIZE + pn, state, mask=in_pn)
 
@@ -515,7 +520,8 @@ class _Call:
         if first is not None and first.stride()[2:] != (self.order, 1):
             first = first.contiguous()
         after = self.A.new_empty(self.batch, self.heads, self.width, self.order) if last else None
-        options = WALK | {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
+        options = WALK | {"AT_ONCE": math.gcd(WALK["AT_ONCE"], self.chunks)}
+        options |= {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
         _ssd_walk[(self.batch * self.heads, *parts)](
             x, self.dt, self.levels, B, *(self.A if t is None else t for t in (first, met, after)),
