@@ -294,7 +294,7 @@ def read_held_out(
         return None, str(error).rstrip(".")
     found = HeldOut.from_corpus(corpus, length, seed=seed)
     needed = f"{FEWEST} texts of {min(LENGTHS)} T = {min(LENGTHS) * length:,} tokens"
-    return found, f"the {corpus.tokens:,} held-out tokens of {text} are too few to tell, which {needed} would"
+    return found, f"the {corpus.tokens:,} held-out tokens of {text} are too few to tell ({needed} are enough)"
 
 
 def read_sequences(

@@ -376,11 +376,10 @@ def posttrain(
     options = prepared.options
     if task is not None:
         t.warn_of(task, data, prepared.name)
-    console.print(prepared.sentence, highlight=False, soft_wrap=True)
     held_out: HeldOutData | None = None
     unseen = not goes_on(output, resume) and not force and task is None and prepared.name != "none"
-    if unseen and lm.device.type == "cpu" and fsdp:  # whose shards go to the GPUs
-        console.print("Not looked whether the model breaks: --fsdp reads it on the CPU.", highlight=False)
+    if unseen and fsdp:
+        console.print("Not looked whether the model breaks: with --fsdp no process holds it whole.")
         unseen = False
     if until_healthy or unseen:
         missing = ""
@@ -397,8 +396,7 @@ def posttrain(
         if held_out is None:
             console.print(f"Not looked whether the model breaks: {missing}.", highlight=False, soft_wrap=True)
     planned = training_line(lm, setting_of(lm, options), options.tokens) if rank() == 0 else None
-    if planned is not None:
-        console.print(planned, highlight=False, soft_wrap=True)
+    lines = [line for line in (prepared.sentence, planned) if line]
     began = time.perf_counter()
 
     def finish(log: list[dict[str, Any]], **more: Any) -> None:
@@ -412,7 +410,7 @@ def posttrain(
                     "task": task,
                     "options": vars(options) | settings_of(prepared.intervention),
                     "processes": world_size(),
-                    "log": log,
+                    "log": [entry for entry in log if "look" not in entry],
                     "not_finite_steps": len(skipped_in(log)),
                     "look": look_in(log),
                     "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
@@ -421,7 +419,11 @@ def posttrain(
             ).write(json)
 
     def tell(sentence: str) -> None:
-        console.print(in_flags(sentence, running), markup=False, highlight=False, soft_wrap=True)
+        """Print a sentence; what is to be done stands after what a look saw, and before all others."""
+        looked = bool(lines) and unseen and held_out is not None
+        for line in [sentence, *lines] if looked else [*lines, sentence]:
+            console.print(in_flags(line, running), markup=False, highlight=False, soft_wrap=True)
+        lines.clear()
 
     try:
         log, seconds = run_posttrain(

@@ -208,10 +208,8 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
     best = decide([before, *there], price).best
     if best is None:
         gained = [m for m in there if not m.far >= before.far]
-        said = _too_dear(before, gained, price)
-        raise NoGain(
-            f"{said} The checkpoints stay in {trainer.args.output_dir}.", log=trainer.state.log_history
-        )
+        stay = f"The checkpoints stay in {trainer.args.output_dir}; another run needs another `output`."
+        raise NoGain(f"{_too_dear(before, gained, price)} {stay}", log=trainer.state.log_history)
     if best.step != trainer.state.global_step:
         trainer.state.best_global_step = best.step
         trainer.state.best_model_checkpoint = str(checkpoint_of(trainer.args.output_dir, best.step))
