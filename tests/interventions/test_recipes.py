@@ -84,6 +84,18 @@ def test_a_text_too_small_for_the_rows_gets_state_passing_however_few_the_steps(
         assert found.name == "sp" and "gives each of 5 rows 12.8 windows" in found.sentence
 
 
+def test_a_corpus_that_was_cut_stands_for_a_longer_text_unless_it_is_read_again():
+    text = ["a" * 100, "b" * 5_000]
+    for steps, whole in ((5, False), (500, True)):
+        corpus = Corpus.from_texts(text, ByteTokenizer(), max_tokens=5 * ROWS * T)
+        options = PosttrainOptions(T, steps=steps, batch_size=ROWS)
+        found = DocumentLengths.of(corpus, options.tokens)
+        assert found.whole == whole and found.tokens.tolist() == [100, 60 if whole else 5_000]
+        assert by_recipe(zoo.lm_of("mamba2"), corpus, options).name == ("sp" if whole else "tbptt")
+    uncut = Corpus.from_texts(text, ByteTokenizer())
+    assert uncut.rest is None and DocumentLengths.of(uncut, 1).whole
+
+
 def test_a_bounded_number_of_whole_documents_tells_and_is_said():
     def texts():
         yield from ["a" * LONG] * 10

@@ -28,6 +28,7 @@ RULED_OUT = {
     "graphs on a CPU": ("mamba2", "sp", {"cuda_graphs": True}, "`cuda_graphs`"),
     "no positions": ("mamba2", "sp", {"rope_scaling": "yarn:2"}, "`rope_scaling`"),
     "a kind of positions": ("recurrent_gemma", "sp", {"rope_scaling": "yarn:2"}, "`rope_scaling`"),
+    "no checkpointing": ("unsupported", "sp", {"gradient_checkpointing": True}, "`gradient_checkpointing`: "),
     "no whole weights": ("mamba2", "sp", {"until_healthy": True, "fsdp": True}, "torchrun|`fsdp`"),
     "original": ("gla", "sp", {"format": "original"}, "`format`"),
     "little text": ("mamba2", "tbptt", {"batch_size": 999}, "give more text"),
@@ -39,7 +40,9 @@ RULED_OUT = {
 def test_what_options_rule_out_is_refused_before_the_look(what, tmp_path):
     family, intervention, options, said = RULED_OUT[what]
     options = {"length": 8, "steps": 1, "batch_size": 2} | options
-    lm = RecurrentLM(build(family))
+    lm = RecurrentLM(build("mamba2" if family == "unsupported" else family))
+    if family == "unsupported":
+        lm.model.supports_gradient_checkpointing = False
     before = {name: value.clone() for name, value in lm.model.named_buffers()}
     with pytest.raises(LongrollError, match=said):
         posttrain(

@@ -58,9 +58,11 @@ class DocumentLengths:
         """Return the lengths of a corpus that a run is to read.
 
         Args:
-            corpus: the last document counts whole, though `max_tokens` have cut it.
-            read: tokens that the run reads. A corpus that was cut at no fewer stands for a longer text.
+            corpus: one that `max_tokens` have cut stands for a longer text, unless the run reads it again.
+            read: tokens that the run reads.
         """
-        lengths = corpus.lengths
-        lengths[-1] += corpus.rest or 0
-        return cls(lengths, corpus.rest is None or corpus.tokens < read)
+        lengths, rest = corpus.lengths, corpus.rest
+        if rest is None or corpus.tokens < read:
+            return cls(lengths, whole=True)
+        lengths[-1] += rest
+        return cls(lengths, whole=False)

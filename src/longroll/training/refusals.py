@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longroll.errors import LongrollError
+from longroll.errors import LongrollError, first_line
 from longroll.families._rope import RopeScaling, scaled_rope
 from longroll.model import RecurrentLM
 from longroll.training.graphs import check_device
@@ -29,9 +29,10 @@ def check_settings(lm: RecurrentLM, options: PosttrainOptions, *, intervenes: bo
         with scaled_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length):
             pass
     if options.gradient_checkpointing and not getattr(lm.model, "supports_gradient_checkpointing", True):
-        raise LongrollError(
-            f"`gradient_checkpointing`: {lm.model.config.model_type} does not know it: leave it out."
-        )
+        try:
+            lm.model.gradient_checkpointing_enable()  # which says why not
+        except ValueError as error:
+            raise LongrollError(f"`gradient_checkpointing`: {first_line(error)} Leave it out.") from None
     if options.cuda_graphs:
         check_device(trains_on(lm, options))
     if options.until_healthy and options.fsdp:
