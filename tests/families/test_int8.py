@@ -63,6 +63,7 @@ def test_what_decides_the_decays_keeps_its_numbers():
             step = weight[:-heads].abs().amax(dim=1, keepdim=True) / 127
             assert ((layer.weight - weight)[:-heads].abs() <= 0.501 * step).all()
             assert layer.codes.dtype == torch.int8
+    assert sum(p.numel() for p in lm.model.parameters()) == sum(p.numel() for p in full.parameters())
     linear = {path for path, module in lm.model.named_modules() if isinstance(module, nn.Linear)}
     eight = {path for path, module in lm.model.named_modules() if isinstance(module, Int8Linear)}
     assert linear - eight == {"lm_head"}

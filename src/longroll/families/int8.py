@@ -41,6 +41,8 @@ class Int8Linear(nn.Linear):
         keep: whether the weight of `linear` is kept in the memory of the machine, for `restore`.
     """
 
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear, exact: int, device: torch.device | None, keep: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -51,7 +53,7 @@ class Int8Linear(nn.Linear):
         scale = wide.abs().amax(dim=1, keepdim=True) / 127
         codes = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)  # float32 in any model
+        self.register_buffer("scale", scale)  # float32 in any model, and no number of the model
         self.exact = nn.Parameter(here[rows:].clone(), requires_grad=False)
         bias = linear.bias
         self.register_parameter(
