@@ -62,20 +62,21 @@ def _restarted(
     """Return mean loss of the last half of the `train_length` tokens before each end, read afresh, (B, K)."""
     size = train_length - train_length // 2
     starts = window_starts(ends, train_length)
-    fresh = torch.full(tokens[:, 1:].shape, torch.nan)
+    tokens = tokens.to(lm.device)
+    fresh = torch.full(tokens[:, 1:].shape, torch.nan, device=lm.device)  # no window waits for the last one
     texts = tokens.shape[0]
     rows = max(1, rows_at_once(lm, train_length, texts * len(starts)) // texts)
     for i in range(0, len(starts), rows):
         some = starts[i : i + rows]
         windows = torch.stack([tokens[:, s : s + train_length + 1] for s in some], dim=1)
-        windows = windows.flatten(0, 1).to(lm.device)  # (B * K, T + 1)
+        windows = windows.flatten(0, 1)  # (B * K, T + 1)
         hidden, _ = lm(windows[:, :-1], logits=False)
-        losses = token_losses(lm, hidden[:, -size:], windows[:, -size:]).cpu()
+        losses = token_losses(lm, hidden[:, -size:], windows[:, -size:]).to(fresh.device)
         for start, piece in zip(some, losses.unflatten(0, (-1, len(some))).unbind(1), strict=True):
             fresh[:, start + train_length - size : start + train_length] = piece
         if progress is not None:
             progress(i + len(some), len(starts))
-    return probe_losses(PositionLoss(fresh), ends, train_length)
+    return probe_losses(PositionLoss(fresh.cpu()), ends, train_length)
 
 
 def window_starts(ends: list[int], train_length: int) -> list[int]:
