@@ -84,6 +84,7 @@ def reproduce(
     from longroll.cli._console import console, out
     from longroll.data import load_tokenizer
     from longroll.errors import LongrollError
+    from longroll.interventions.recipes import DEFAULT
     from longroll.ranks import world_size
     from longroll.reproduce import ARMS, Machine, Work, check_present, find_checkpoints, needs
     from longroll.reproduce.checkpoints import TOKENIZER, TRAIN_LENGTH
@@ -125,6 +126,9 @@ def reproduce(
     corpus = o.read_training_text(
         text, tok, column=text_column, max_tokens=steps * batch_size * TRAIN_LENGTH + 1, seed=seed
     )
+    documents = None
+    if DEFAULT in arms:
+        documents = o.count_documents(text, tok, column=text_column, length=TRAIN_LENGTH, rows=batch_size)
     write_json(output / _SETTINGS, settings)
     for one, need in zip(chosen, taken, strict=True):
         model = _Model(one, checkpoints, output / one.name, tokens, bytes_per_token, device, dtype, seed)
@@ -139,7 +143,7 @@ def reproduce(
         options |= model.micro_batch(need, batch_size)
         for arm in arms:
             if not model.done(arm):
-                model.repair(arm, corpus, tok, options, noise_std)
+                model.repair(arm, corpus, documents, tok, options, noise_std)
                 control = model.measured("none") if model.done("none") else None
                 model.measured(arm, against=base, control=control)
             if not keep_models:
@@ -220,20 +224,24 @@ class _Model:
         return found
 
     def repair(
-        self, arm: str, corpus: Any, tokenizer: Any, options: dict[str, Any], noise_std: float
+        self, arm: str, corpus: Any, documents: Any, tokenizer: Any, options: dict[str, Any], noise_std: float
     ) -> None:
         """Post-train the checkpoint by an arm, unless its folder holds the model already."""
+        from longroll.cli._console import console
         from longroll.interventions import RandomNoise
-        from longroll.training import PosttrainOptions
+        from longroll.interventions.recipes import DEFAULT
+        from longroll.training import PosttrainOptions, by_recipe
 
         if (self.folder / arm / "config.json").is_file():
             return
         lm = self.open("base")
-        chosen = RandomNoise(noise_std, seed=self.seed) if arm == "random" else arm
-        run_posttrain(
-            lm, corpus, chosen, PosttrainOptions(**options), self.folder / arm,
-            tokenizer=tokenizer, resume=True,
-        )  # fmt: skip
+        chosen: Any = RandomNoise(noise_std, seed=self.seed) if arm == "random" else arm
+        asked = PosttrainOptions(**options)
+        if arm == DEFAULT:
+            prepared = by_recipe(lm, corpus, asked, documents=documents)
+            chosen, asked = prepared.intervention, prepared.options
+            console.print(prepared.sentence, highlight=False, soft_wrap=True)
+        run_posttrain(lm, corpus, chosen, asked, self.folder / arm, tokenizer=tokenizer, resume=True)
         del lm
         gc.collect()  # the trainer's cycles hold weights and moments, and the next model needs their memory
 
