@@ -12,7 +12,8 @@ SOURCE = Path(longroll.__file__).parent
 LAYERS = (
     ("errors",),
     ("launcher", "printable", "blocks", "stacks", "heads", "checkpoint"),
-    ("files", "ops", "ranks", "sizes"),
+    ("files", "meeting", "ops", "sizes"),
+    ("ranks",),
     ("state", "results", "history"),
     ("families", "interventions", "data"),
     ("locate",),

@@ -13,13 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longroll.errors import LongrollError, first_line
+from longroll.errors import LongrollError
 from longroll.launcher import end_with_launcher, place
+from longroll.meeting import attempt_of, meet
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)  # a rank waits for the slowest one; a dead one closes its connections
 _DIED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+_TRAINING = timedelta(seconds=1800)  # `ddp_timeout` of Trainer
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""Backend of a device in training, as accelerate chooses it."""
 _apart = False  # whether this process works by itself, whatever others there are
 _store: dist.Store | None = None  # of the processes that met by `join`
 
@@ -54,17 +58,33 @@ def join() -> None:
     """
     global _store
     end_with_launcher()
-    if not _together() and place()[1] > 1:
-        try:
-            store, number, count = next(dist.rendezvous("env://"))
-        except (RuntimeError, ValueError) as error:  # a port in use, a host that is not known
-            raise LongrollError(
-                f"The processes cannot meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
-                f"{os.environ['MASTER_PORT']}: {first_line(error)}. Give the launcher another port."
-            ) from error
+    number, count = place()
+    if not _together() and count > 1:
+        store = meet()
         store.set_timeout(_PATIENCE)
         _store = dist.PrefixStore("longroll", store)
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_PATIENCE)
+
+
+def join_training(device: torch.device) -> None:
+    """Let the processes that a launcher started meet, to train together by `transformers.Trainer`.
+
+    accelerate opens the group itself, but after a restart by torchrun, where it would meet the addresses of
+    the processes before.
+
+    Args:
+        device: where this process trains.
+
+    Raises:
+        LongrollError: where they cannot meet.
+    """
+    number, count = place()
+    if _together() or count == 1 or device.type not in _BACKENDS:
+        return
+    store = meet()
+    if attempt_of():
+        backend = _BACKENDS[device.type]
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TRAINING)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ from longroll.training.options import (
     check_sizes,
     settled,
     trainer_arguments,
+    trains_on,
 )
 from longroll.training.output import FOLDER, begin, goes_on, is_done, left_as_found
 from longroll.training.recipe import by_recipe
@@ -152,7 +153,8 @@ def posttrain(
         check_original(source)
     place = opened_as(output, source, options.format)
     folder = output / FOLDER
-    arguments = trainer_arguments(lm, options, folder)  # the processes meet here
+    ranks.join_training(trains_on(lm, options))
+    arguments = trainer_arguments(lm, options, folder)
     lock = Lock(folder)
     if ranks.on_first(lambda: is_done(output, place, resume, lock)):
         return []
