@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from html import unescape
 
 import pytest
 from markup import Markup
@@ -35,6 +36,28 @@ def test_page_fetches_nothing(page):
     assert set(re.findall(r"https?://[^\s\"'<>]+", page)) == {
         "http://www.w3.org/2000/svg"
     }  # a name, no fetch
+
+
+def poisoned(value, text, key=""):
+    """A result whose names and sentences end in `text`."""
+    if isinstance(value, dict):
+        return {name: poisoned(one, text, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [poisoned(one, text, key) for one in value]
+    fixed = key in ("kind", "verdict", "date", "part", "distance") or not isinstance(value, str)
+    return value if fixed else value + text
+
+
+@pytest.mark.parametrize(
+    "text", ["</td><script>a</script>", "\"'><img src=x onerror=a>", "&amp;<b>", "$x^{$"]
+)
+def test_names_and_sentences_are_text_on_the_page(text, page):
+    hostile = [poisoned(json.loads(json.dumps(one, default=list)), text) for one in runs("base", "sp")]
+    markup = Markup(render(hostile, title=text))
+    named = [tag for tag in ("script", "img") if tag in markup.tags]
+    assert not named and markup.tags.count("b") == Markup(render(runs("base", "sp"))).tags.count("b")
+    shown = "".join(unescape(render(hostile, title=text)).split())
+    assert "".join(text.split()) in shown
 
 
 def test_every_reference_inside_the_page_is_there(page):

@@ -3,9 +3,11 @@
 import pytest
 from typer.testing import CliRunner
 
+from longroll import RecurrentLM
 from longroll.cli import app
+from longroll.conformance.tiny import build
 from longroll.results import DiagnosisResult
-from longroll.training.card import with_diagnosis
+from longroll.training.card import model_card, with_diagnosis
 
 
 def run(label, in_range, far, sentence="It breaks."):
@@ -36,6 +38,18 @@ def test_names_of_the_user_are_not_read_as_markdown():
     card = with_diagnosis("# x\n", [run("a|b\n## Diagnosis <img>", 1.0, 1.0)])
     assert "| a\\|b ## Diagnosis \\<img\\> | 1.000 |" in card
     assert card.count("\n## Diagnosis") == 1
+
+
+@pytest.mark.parametrize("name", ["me/hub-model", "x: y/<b>a|b", "# a/b\nlicense: mit"])
+def test_the_name_of_a_model_is_text_in_its_card(name):
+    lm = RecurrentLM(build("mamba2"), name=name)
+    arguments = {"batch_size": 2, "length": 8, "steps": 4, "intervention": "sp"}
+    run = {"arguments": arguments, "tokenizer": "<i>|", "versions": {"torch": "2"}, "world_size": 1}
+    card = model_card(lm, run)
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    stated = [f"base_model: {name}"] if name == "me/hub-model" else []
+    assert head.splitlines() == ["tags: [longroll]", "library_name: transformers", *stated]
+    assert "<b>" not in body and "license: mit\n" not in body and "| tokenizer | \\<i\\>\\| |" in body
 
 
 @pytest.mark.parametrize("model", ["specimen", "no/where", "me/hub"])

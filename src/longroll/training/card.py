@@ -18,6 +18,7 @@ _OPENED_BY = {
     "state-spaces": "mamba-ssm opens the model without longroll",
     "rwkv": "BlinkDL's code opens the `.pth` file without longroll",
 }
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def model_card(lm: RecurrentLM, run: Mapping[str, Any], layout: str = "transformers") -> str:
@@ -30,23 +31,23 @@ def model_card(lm: RecurrentLM, run: Mapping[str, Any], layout: str = "transform
     """
     arguments, earlier = run["arguments"], history(lm.model.config)[:-1]
     rows, length = arguments["batch_size"], arguments["length"]
+    data = {name: run[name] for name in ("data", "tokenizer", "text", "model") if name in run}
     head = ["---", "tags: [longroll]"]
     if layout == "transformers":
         head.append("library_name: transformers")
-    if lm.name.count("/") == 1 and not Path(lm.name).exists():
+    if _HUB_ID.fullmatch(lm.name) and not Path(lm.name).exists():
         head.append(f"base_model: {lm.name}")
     start = (
         "zero states" if arguments["intervention"] == "none" else f"states by `{arguments['intervention']}`"
     )
     lines = [
         *head, "---",
-        f"# {Path(lm.name).name}, post-trained from {start}",
+        f"# {_plain(Path(lm.name).name)}, post-trained from {start}",
         f"{arguments['steps']} steps of {rows} x {length} tokens by longroll. "
         f"Sequences started from {start}. {_OPENED_BY[layout]}.",
         "",
         "| option | |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in arguments.items()),
-        *(f"| {name} | {run[name]} |" for name in ("data", "tokenizer", "text", "model") if name in run),
+        *(f"| {name} | {_plain(str(value))} |" for name, value in (*arguments.items(), *data.items())),
         f"| processes | {run['world_size']} |",
         *(f"| {package} | {version} |" for package, version in run["versions"].items()),
     ]  # fmt: skip
