@@ -1,4 +1,4 @@
-"""What the options of a run and the config of its model rule out, before anything is read or written."""
+"""Refusals by the options of a run and the config of its model, before anything is read or written."""
 
 from __future__ import annotations
 

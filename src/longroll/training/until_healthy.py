@@ -72,8 +72,9 @@ def look(lm: RecurrentLM, held_out: HeldOutData, tell: Tell) -> Reading:
     reading = held_out.read(lm.eval())
     seen = f"{reading.sentence} (a look at {reading.read}, {reading.seconds:.1f} s)"
     if reading.holds:
-        said = f"{seen} {LEAVE_ALONE.sentence} Nothing is trained or written without `force`."
-        raise Declined(said, reading=reading)
+        unread = "Positions farther out were not read: longroll diagnose reads them."
+        said = f"{LEAVE_ALONE.sentence} Nothing is trained or written without `force`. {unread}"
+        raise Declined(f"{seen} {said}", reading=reading)
     tell(seen)
     return reading
 
