@@ -1,5 +1,7 @@
 """The split of blame: planted sides are told apart, and each hold is what it says."""
 
+import math
+
 import pytest
 import torch
 from planted_hybrid import TRAIN_LENGTH, texts, twin_lm
@@ -169,3 +171,34 @@ def test_a_repaired_model_is_repaired_into_another_folder(model, output):
     found = Blame(1.0, 8.0, [share("norms", 0.1)], [share("yarn", 0.9)], share("both", 0.9), parts, "rotary")
     told = of_blame(Advice("sp", "Repair it.", None, 500, 1, 1.0), found, model, 128)
     assert told.command is not None and told.command.endswith(f"--output {output}")
+
+
+@pytest.mark.parametrize("whose", ["attention", "state"])
+def test_a_loss_that_is_not_finite_is_blamed_too(whose):
+    """Angles, or heads of a state that never forget, overflow past T."""
+    lm, text = lm_of("bamba"), tokens(6, 128)
+    if whose == "attention":
+        rotary = lm.model.model.rotary_emb
+        turn = rotary.forward
+
+        def forward(x, position_ids):
+            cos, sin = turn(x, position_ids)
+            return cos.masked_fill((position_ids[..., None] * rotary.inv_freq[0]) > 40, torch.nan), sin
+
+        rotary.forward = forward
+    else:
+        mixer = lm.model.model.layers[2].mamba
+        with torch.no_grad():
+            mixer.A_log[:], mixer.dt_bias[:], mixer.D[:] = -14.0, 0.0, 0.0
+        sizes: list[torch.Tensor] = []
+        seen = mixer.norm.register_forward_hook(lambda _, given, out: sizes.append(given[0].abs().max()))
+        lm(text[:, :16])
+        seen.remove()
+        limit = 1.5 * max(sizes)
+        mixer.norm.register_forward_hook(
+            lambda _, given, out: out.masked_fill(given[0].abs().amax(-1, keepdim=True) > limit, torch.nan)
+        )
+    found = split_blame(lm, text, coverage(lm, text, 16), 16)
+    assert found.verdict == whose and not math.isfinite(found.damage)
+    assert "of the texts whose loss is not finite" in found.sentence
+    assert found.to_json()["damage"] != found.to_json()["damage"]  # NaN, null in a file

@@ -69,7 +69,8 @@ class Blame:
     """What `split_blame` found."""
 
     damage: float
-    """Nats: loss carried minus loss of a fresh start, over the last octave."""
+    """Nats: loss carried minus loss of a fresh start, over the last octave. Where it is not finite, shares
+    count the texts whose loss is not, and a reading recovers those whose loss it makes finite."""
     factor: float
     """By which positions were scaled."""
     states: list[Share]
@@ -116,8 +117,8 @@ class Blame:
         """The finding in words."""
         if self.together is None and self.states:
             return (
-                f"The attention of this model cannot be read otherwise, so {self.damage:.2f} nats of damage "
-                "are not split."
+                f"The attention of this model cannot be read otherwise, so damage of {self.damage:.2f} nats "
+                "is not split."
             )
         if self.together is None:
             return f"There is no damage to split: reading on costs {self.damage:.2f} nats."
@@ -129,7 +130,9 @@ class Blame:
             "neither": "Neither the recurrent states nor the attention do the damage",
             None: "These texts are too few or too short to tell whether states or attention do the damage",
         }[self.verdict]
-        return f"{whose}: of {self.damage:.2f} nats, {state}, {attention} (95 % intervals over texts)."
+        finite = math.isfinite(self.damage)
+        damage = f"{self.damage:.2f} nats" if finite else "the texts whose loss is not finite"
+        return f"{whose}: of {damage}, {state}, {attention} (95 % intervals over texts)."
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for results."""
@@ -211,12 +214,15 @@ def _split(
     far = far_probes(ends, train_length, length)
     whole = excess[:, far].double().mean(dim=1)  # (B,)
     damage = whole.mean().item()
-    if damage <= DAMAGE or not math.isfinite(damage):
+    if damage <= DAMAGE:
         return Blame(damage, factor, [], [], None, {}, positions.kind)
     share = ranks.deal(len(tokens))
     mine = tokens[share.rows]
     readings = _Readings(lm, mine, train_length, [(ends[i] - half, ends[i]) for i in far], progress)
     before = readings.mean(carried.losses.double())
+    lost = ~whole.isfinite()
+    if lost.any():  # a text of no finite loss is lost or read again; the others do not count
+        whole = whole[lost].new_ones(int(lost.sum()))
 
     stride, keep = readings.stride, max(1, train_length - readings.stride)
     states: dict[str, Callable[[], Hold]] = {
@@ -234,11 +240,12 @@ def _split(
     scalings = {kind: RopeScaling(kind, factor) for kind in KINDS}
 
     def recovered(state: str | None, attention: str | None) -> Tensor:
-        """Return nats of each text, (B,)."""
+        """Return nats of each text, (B,); of texts that are lost, whether each is read now."""
         made = [states[state]()] if state else []
         made += [attentions[attention]()] if attention in attentions else []
         read = readings.read(both(*made), scalings.get(attention or ""))
-        return before - ranks.gather_rows(read if share.part == 0 else read[:0])
+        read = ranks.gather_rows(read if share.part == 0 else read[:0])
+        return read[lost].isfinite().double() if lost.any() else before - read
 
     alone_states = {name: recovered(name, None) for name in states}
     alone_attentions = {name: recovered(None, name) for name in attentions}
