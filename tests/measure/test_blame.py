@@ -39,6 +39,12 @@ def test_diagnose_says_which_side_and_what_to_do():
     assert "window of 16 tokens" in found.advice and "no intervention on them" in found.advice
 
 
+@pytest.mark.parametrize("explain", [True, False])
+def test_damage_that_was_not_split_is_said_to_be(explain):
+    found = diagnose(twin_lm(attention=True), texts(True), train_length=TRAIN_LENGTH, explain=explain)
+    assert ("Its attention may do the damage instead" in found.advice) == (not explain)
+
+
 def test_refusals():
     text = tokens(4, 64)
     with pytest.raises(LongrollError, match="no hybrid"):

@@ -21,6 +21,7 @@ from longroll.measure.advice import (
     NO_STATE,
     advise,
     after_repair,
+    not_split,
     of_ablation,
     of_blame,
     of_dtype,
@@ -287,6 +288,8 @@ def _diagnose(
                 details["blame"] = blame.to_json()
                 opened = lm.name if lm.flags is not None else None
                 advice = of_blame(advice, blame, opened, train_length, lm.flags or ())
+        if suffers and watch.has_attention and "blame" not in details:
+            advice = not_split(advice, train_length)
     if explain:
         details["remembrance"] = kept.once(
             "remembrance", lambda: explain_remembrance(lm, tokens, progress=progress)

@@ -249,6 +249,12 @@ def of_blame(
     return replace(advice, intervention="none", sentence=sentence, command=command)
 
 
+def not_split(advice: Advice, train_length: int) -> Advice:
+    """Return the advice for a hybrid whose damage was not split between its states and its attention."""
+    told = "Its attention may do the damage instead: `explain`, on texts of"
+    return replace(advice, sentence=f"{advice.sentence} {told} {2 * train_length:,} tokens or more, tells.")
+
+
 def _command(model: str, flags: Sequence[str], arguments: Sequence[str]) -> str:
     """Return the command of a repair, whose folder is another than the model's."""
     found = re.fullmatch(r"repaired(?:-(\d+))?", Path(model).name)
