@@ -1,7 +1,7 @@
 """Run a model without its weights, and count the memory that the run would take.
 
 Tensors here have shapes, dtypes and devices, and no numbers (PyTorch's `FakeTensorMode`), and GPU kernels are
-not launched, so that a model of any size runs on any machine in seconds. The operations are those of a real
+not launched, so that a model of any size runs on any machine. The operations are those of a real
 run, forward and backward, so that the tensors that live at once are those of a real run too.
 """
 

@@ -363,6 +363,7 @@ class _Trials:
         texts, length = self.tokens.shape[0], self.tokens.shape[1] - 1
         held = {key: self._mask(layer, choices) for key, layer in self.layers.items()}
         losses = torch.full((len(choices), texts, length), torch.nan, dtype=torch.float64)
+        read: list[tuple[int, int, Tensor]] = []
         state = self.at_edge.map(lambda t: t.repeat(len(choices), *[1] * (t.ndim - 1)))
         first = min(a for a, _ in spans)
         for start in range(self.start, length, self.interval):
@@ -370,8 +371,9 @@ class _Trials:
             piece = self.tokens[:, start : stop + 1].repeat(len(choices), 1)
             hidden, state = self.lm(piece[:, :-1], self._hold(state, held), logits=False)
             if stop > first:
-                piece_losses = token_losses(self.lm, hidden, piece[:, 1:]).double().cpu()
-                losses[:, :, start:stop] = piece_losses.unflatten(0, (len(choices), texts))
+                read.append((start, stop, token_losses(self.lm, hidden, piece[:, 1:])))
+        for start, stop, piece_losses in read:  # no piece waits for the losses of the one before
+            losses[:, :, start:stop] = piece_losses.cpu().double().unflatten(0, (len(choices), texts))
         return losses
 
     def _mask(self, layer: LayerCoverage, choices: list[set[Head]]) -> Tensor:

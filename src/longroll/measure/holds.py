@@ -149,7 +149,7 @@ def held_loss(
     """
     check_ids(lm, tokens)
     tokens, length = tokens.to(lm.device), tokens.shape[1] - 1
-    losses = torch.full((len(tokens), length), torch.nan)
+    losses = torch.full((len(tokens), length), torch.nan, device=lm.device)  # nothing waits for the GPU
     if kept is not None:
         start, state = kept.go_on(losses)
     for begin in range(start, length, stride):
@@ -157,12 +157,12 @@ def held_loss(
         ids = tokens[:, begin : stop + 1]
         hidden, state = lm(ids[:, :-1], state if state is None else hold(begin, state), logits=False)
         if stop > measured_from:
-            losses[:, begin:stop] = token_losses(lm, hidden, ids[:, 1:]).float().cpu()
+            losses[:, begin:stop] = token_losses(lm, hidden, ids[:, 1:]).float()
         if progress is not None:
             progress(stop)
         if kept is not None:
             kept.note(stop, state, losses)
-    return PositionLoss(losses)
+    return PositionLoss(losses.cpu())
 
 
 def loss_under(
