@@ -556,14 +556,6 @@ RIVALS = {
 }
 
 
-RIVALS_RECALL = {
-    "base": "the base, read plainly",
-    **{name: RIVALS[name] for name in ("clip", "decay", "reset")},
-    "chunk": "reading: the one chunk after which the answer is surest",
-    **{name: RIVALS[name] for name in ("none", "sp", "tbptt", "fitted")},
-}
-
-
 def rivals() -> str:
     """Readings, calibrations and training of the specimen: tokens read and the loss by positions."""
     ways = {way["way"]: way for way in result("rivals-specimen_cpu_2026-11-26")["ways"]}
@@ -575,46 +567,43 @@ def rivals() -> str:
     return markdown(["", "tokens", "in range", "128-256", "512-1k", "2k-4k", "4k-8k"], rows)
 
 
-def rivals_recall() -> str:
-    """Readings and training of a model that recalls: accuracy at T to 64 T, with its interval."""
-    ways = {way["way"]: way for way in result("rivals-recall_h200_2026-11-26")["ways"]}
-    rows = []
-    for name, what in RIVALS_RECALL.items():
-        cells = [cell["scores"]["recalled"] for cell in ways[name]["cells"]]
-        levels = [f"{cell['mean']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" for cell in cells]
-        rows.append([what, f"{ways[name]['tokens']:,}", *levels])
-    return markdown(["", "tokens", "T", "4 T", "16 T", "64 T"], rows)
-
-
 RIVALS_TASKS = {
-    **RIVALS_RECALL,
-    "rescan": "reading: states read again from the last T tokens, all keys kept",
+    "base": "the base, read plainly",
+    **{name: RIVALS[name] for name in ("clip", "decay", "reset")},
+    "rescan": "reading: states read again from the last T tokens",
     "window": "reading: attention keeps the last T keys",
+    "chunk": "reading: the one chunk after which the answer is surest",
+    **{name: RIVALS[name] for name in ("A-head", "A-layer", "dt-layer", "none")},
     "longer": "trained from zero states at 4 T",
+    **{name: RIVALS[name] for name in ("sp", "tbptt", "fitted")},
     "none+linear": "trained from zero states, positions scaled linearly",
     "sp+linear": "trained by State Passing, positions scaled linearly",
-    **{name: RIVALS[name] for name in ("A-head", "A-layer", "dt-layer")},
 }
 
 
-def rivals_tasks(*names: str) -> str:
-    """Readings, calibrations and training of several bases: loss in range, loss far out, and accuracy."""
-    bases = [{way["way"]: way for way in result(name)["ways"]} for name in names]
+def rivals_tasks(task: str, *, loss: bool) -> str:
+    """Readings, calibrations and training of a recurrent and a hybrid base: loss in range and far out, and
+    accuracy.
+    """
+    bases = [
+        {way["way"]: way for way in result(f"rivals-{task}-{shape}_h200_2026-11-27")["ways"]}
+        for shape in ("mamba2", "bamba")
+    ]
     rows = []
-    for way, what in RIVALS_TASKS.items():
+    for name, what in RIVALS_TASKS.items():
         cells: list[str] = []
-        for ways in bases:
-            octaves = ways.get(way, {}).get("octaves")
-            cells += [f"{mean:.2f}" for _, _, mean, *_ in (octaves[0], octaves[-1])] if octaves else ["", ""]
+        for base in bases:
+            way = base.get(name, {})
+            ends = [way["octaves"][at][2] for at in (0, -1)] if "octaves" in way else []
             scores: dict[int, list[float]] = {}
-            for cell in ways.get(way, {}).get("cells", []):
+            for cell in way.get("cells", []):
                 (score, *_) = cell["scores"].values()
                 scores.setdefault(cell["length"], []).append(score["mean"])
+            cells += ([f"{value:.2f}" for value in ends] or ["", ""]) if loss else []
             cells += [f"{statistics.mean(some):.2f}" for some in scores.values()] or [""] * 4
-        if any(cells):
-            rows.append([what, *cells])
-    head = ["", *["in range", "last octave", "T", "4 T", "16 T", "64 T"] * len(names)]
-    return markdown(head, rows)
+        rows.append([what, *cells])
+    head = [*(["in range", "last octave"] if loss else []), "T", "4 T", "16 T", "64 T"]
+    return markdown(["", *(f"{column}{of}" for of in ("", ", hybrid") for column in head)], rows)
 
 
 def tracking() -> str:
@@ -825,7 +814,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "blame-trained": blame_trained,
     "predictor": predictor,
     "rivals": rivals,
-    "rivals-recall": rivals_recall,
+    "rivals-passkey": partial(rivals_tasks, "passkey", loss=True),
+    "rivals-recall": partial(rivals_tasks, "recall", loss=False),
     "tracking": tracking,
     "hybrid-repair": hybrid_repair,
     "loss": loss,

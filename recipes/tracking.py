@@ -30,7 +30,7 @@ from longroll.data import HFTokenizer
 from longroll.families.fla_models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from longroll.families.fla_models.gla import GLAConfig, GLAForCausalLM
 from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
-from longroll.results import provenance, write_json
+from longroll.results import provenance, read_json, write_json
 from longroll.tasks import Row, StateTracking, TrackingRows, evaluate_grid, tracking_tokenizer
 
 GROUPS = ("parity", "z3", "s3", "s5-swaps")
@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--groups", nargs="+", default=list(GROUPS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--resume", type=Path, help="an earlier tracking.json, whose runs are kept")
     parser.add_argument("--size", type=int, default=128, help="d_model")
     parser.add_argument("--length", type=int, default=64, help="T")
     parser.add_argument("--steps", type=int, default=5000, help="of training a base, at most")
@@ -212,15 +213,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    jobs = list(product(range(options.seeds), options.families, options.groups))
-    runs: list[dict[str, Any]] = []
+    before = read_json(options.resume) if options.resume else {"runs": []}
+    runs: list[dict[str, Any]] = before["runs"]
+    earlier = [*before.get("earlier", []), before["provenance"]] if runs else []
+    done = {(run["seed"], run["family"], run["group"]) for run in runs}
+    jobs = [job for job in product(range(options.seeds), options.families, options.groups) if job not in done]
     lm = RecurrentLM(mamba2(128, 32).to(options.device), name="several")
     with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
         for run in filter(None, pool.imap_unordered(_job, jobs)):
             runs += run
-            settings = {name: value for name, value in vars(options).items() if name != "output"}
+            settings = {
+                name: value for name, value in vars(options).items() if name not in ("output", "resume")
+            }
             made = provenance(lm, seed=0, seconds=time.time() - timed.BEGAN)
             whole = {"settings": settings, "summary": summary(runs), "runs": runs, "provenance": made}
+            whole |= {"earlier": earlier} if earlier else {}
             write_json(options.output / "tracking.json", whole)
 
 
