@@ -91,7 +91,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "B and C: 3 stages": {"OF_B_AND_C": {"num_stages": 3}},
     "B and C: all columns": {"OF_B_AND_C": {"N": 128, "HEADS": 8}},
     "B and C: 8 warps": {"OF_B_AND_C": {"num_warps": 8}},
-    "wide heads: 4 warps": {"WIDE": {"num_warps": 4}},
     "all: 8 warps": {"OUTPUTS": {"num_warps": 8}, "OF_X": {"num_warps": 8}, "OF_B_AND_C": {"num_warps": 8}},
 }
 """Name -> what is other in `longroll.ops.gpu.ssd`."""
@@ -124,7 +123,7 @@ def replayed(call: Callable[[], object]) -> float:
 def variants(name: str, kinds: Iterable[str]) -> dict[str, dict]:
     """Variant -> milliseconds forward and in both directions, and how far its results are from today's."""
     forward, leaves = ssd_inputs(HEADS[name])
-    usual = {key: getattr(kernels, key) for key in ("CHUNK", "WALK", "OUTPUTS", "OF_X", "OF_B_AND_C", "WIDE")}
+    usual = {key: getattr(kernels, key) for key in ("CHUNK", "WALK", "OUTPUTS", "OF_X", "OF_B_AND_C")}
     today: list[torch.Tensor] = []
     rows: dict[str, dict] = {}
 

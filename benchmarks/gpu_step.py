@@ -63,43 +63,16 @@ STEPS: dict[str, Settings] = {
 """The first has none of the changes that can be left out, the second all."""
 
 
-def _tiles(name: str, **choices: tuple[Any, ...]) -> Iterator[tuple[str, Settings]]:
-    """Settings of one dict of options, each entry changed by itself."""
-    for key, values in choices.items():
-        for value in values:
-            yield f"{name.lower()}: {key} {value}", {f"{SSD}:{name}": {key: value}}
-
-
 SSDS: dict[str, Settings] = {
     "as it is": {},
-    "of_x: 8 warps, 128 registers": {f"{SSD}:OF_X": {"num_warps": 8, "maxnreg": 128}},
-    "of_x: later loads, 8 warps, 128 registers": {
-        f"{SSD}:OF_X": {"EARLY": False, "num_warps": 8, "maxnreg": 128}
-    },
     "of_x: later loads, 168 registers": {f"{SSD}:OF_X": {"EARLY": False, "maxnreg": 168}},
-    "of_x: later loads": {f"{SSD}:OF_X": {"EARLY": False}},
-    "of_b_and_c: summed": {f"{SSD}:OF_B_AND_C": {"SUM": True}},
-    "of_b_and_c: summed, 2 stages": {f"{SSD}:OF_B_AND_C": {"SUM": True, "num_stages": 2}},
-    "of_b_and_c: summed, 8 warps, 128 registers": {
-        f"{SSD}:OF_B_AND_C": {"SUM": True, "num_warps": 8, "maxnreg": 128}
-    },
-    "of_b_and_c: summed, 128 columns, 8 warps": {
-        f"{SSD}:OF_B_AND_C": {"SUM": True, "N": 128, "num_warps": 8, "num_stages": 2}
-    },
-    "walk: 32 columns, 4 warps": {f"{SSD}:WALK": {"N": 32, "num_warps": 4}},
     "walk: 2 chunks": {f"{SSD}:WALK": {"AT_ONCE": 2}},
-    "walk: 2 chunks, 64 columns": {f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64}},
     "walk: 2 chunks, 64 columns, 4 warps": {f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64, "num_warps": 4}},
-    "walk: 4 chunks, 32 columns, 4 warps": {
-        f"{SSD}:WALK": {"AT_ONCE": 4, "N": 32, "num_warps": 4, "num_stages": 2}
-    },
-    "walk: 32 columns, 8 warps": {f"{SSD}:WALK": {"N": 32}},
+    "walk: 4 stages": {f"{SSD}:WALK": {"num_stages": 4}},
+    "of_x: 2 heads": {f"{SSD}:OF_X": {"HEADS": 2}},
+    "outputs: 32 heads": {f"{SSD}:OUTPUTS": {"HEADS": 32}},
+    "of_x: 8 warps, 128 registers": {f"{SSD}:OF_X": {"num_warps": 8, "maxnreg": 128}},
     "walk: 64 columns, 4 warps": {f"{SSD}:WALK": {"N": 64, "num_warps": 4}},
-    "walk: 64 columns, 8 warps": {f"{SSD}:WALK": {"N": 64}},
-    "outputs: HEADS 32": {f"{SSD}:OUTPUTS": {"HEADS": 32}},
-    "outputs: 8 warps, 128 registers": {f"{SSD}:OUTPUTS": {"num_warps": 8, "maxnreg": 128}},
-    "of_x: 8 warps": {f"{SSD}:OF_X": {"num_warps": 8}},
-    **dict(_tiles("WALK", num_warps=(4,), num_stages=(4,))),
 }
 """Kernel, colon, what is other. `best` takes the fastest of each kernel."""
 CONVS: dict[str, Settings] = {

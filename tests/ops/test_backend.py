@@ -74,10 +74,10 @@ def test_float16_takes_the_room_of_float32(op, room, reason, monkeypatch):
     monkeypatch.setattr(_backend, "_installed", lambda package: True)
     gpu = SimpleNamespace(shared_memory_per_block_optin=room << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert "float16 holds no state" in str(_backend._refusal(op, CUDA, torch.float16, (64, 128)))
-    monkeypatch.setattr(_backend, "TF32_FOR_FLOAT16", True)
     refusal = _backend._refusal(op, CUDA, torch.float16, (64, 128))
     assert refusal is None if reason is None else reason in refusal
+    monkeypatch.setattr(_backend, "TF32_FOR_FLOAT16", False)
+    assert "float16 holds no state" in str(_backend._refusal(op, CUDA, torch.float16, (64, 128)))
 
 
 def test_a_gpu_that_does_not_say_what_a_block_may_opt_in_to(monkeypatch):

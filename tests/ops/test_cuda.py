@@ -12,7 +12,6 @@ from agreement import assert_close, drop, run
 from longroll.conformance import laws
 from longroll.conformance.tiny import VOCAB, build
 from longroll.model import RecurrentLM
-from longroll.ops import _backend
 from longroll.ops._backend import SWITCH
 from longroll.training.loss import loss_and_state, next_token_loss
 
@@ -289,7 +288,6 @@ def test_float16_states_beyond_its_range(sizes, time, monkeypatch):
     half = {k: v.float().cuda() for k, v in arguments.items()}
     half |= {name: half[name].half() for name in ("dt", "B", "C")}
     monkeypatch.setenv(SWITCH, "triton")
-    monkeypatch.setattr(_backend, "TF32_FOR_FLOAT16", True)
     for one, other in zip(test_ssd.fast(**half, dt_softplus=True), exact, strict=True):
         assert (one.cpu().double() - other).norm() < 2e-3 * other.norm()
 

@@ -90,6 +90,8 @@ def run(
 ):  # fmt: skip
     """Post-train a tiny model; the result is `output`, or an interrupted run in it."""
     lm = RecurrentLM(build(family, 0, getattr(torch, dtype), **(config or {})))
+    if options.get("cuda_graphs") is not None:
+        lm.model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     makes = {"zero_probability": 0.3, "seed": 3}
     intervention = None if kind == "none" else INTERVENTIONS[kind](**makes)
     callbacks = [] if kill is None else [Killed(kill, kill_rank)]

@@ -42,8 +42,8 @@ WIDEST_FLOAT32 = 64 * 64
 WIDEST_AT_ONCE = 64 * 256
 """Numbers of a head's state that the SSD's kernels take at once; wider ones go in parts."""
 
-TF32_FOR_FLOAT16 = False
-"""Whether the SSD of float16 models runs in kernels that multiply in tf32; no GPU has run them yet."""
+TF32_FOR_FLOAT16 = True
+"""Whether the SSD of float16 models runs in kernels that multiply in tf32, as many digits as float16 has."""
 
 SWITCH = "LONGROLL_KERNELS"
 """Environment variable: with `torch` the ops run in plain PyTorch; otherwise GPU kernels run where they

@@ -32,11 +32,9 @@ WALK = {"P": 64, "N": 128, "AT_ONCE": 1, "num_warps": 8, "num_stages": 3}
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
 OF_X = {"HEADS": 1, "EARLY": True, "num_warps": 4, "num_stages": 1}
-OF_B_AND_C = {"HEADS": 32, "N": 64, "SUM": False, "num_warps": 4, "num_stages": 3}
+OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
 NARROW = 64
 """Triton 3.6 and 3.7 miscompile products of narrower tiles by four warps: triton issue 11366."""
-WIDE = {"num_warps": 8}
-"""How programs on heads wider than NARROW run: fewer warps have no registers for their sums."""
 FEWEST = 256  # programs that keep a GPU busy
 LOG2_E = tl.constexpr(_LOG2_E)
 
@@ -198,11 +196,8 @@ def _ssd_walk(
             x = tl.load(x_at, mask=in_t[:, None] & in_p[None, :], other=0.0)
             B_at = B_ptr + first * Bt + step[:, None] * Bt + n[None, :] * Bn
             B = tl.load(B_at, mask=in_t[:, None] & in_n[None, :], other=0.0)
-            if N < P:  # the smaller one is weighted
-                B = (B.to(tl.float32) * weight[:, None]).to(x.dtype)
-            else:
-                x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-            new = tl.dot(tl.trans(x), B, input_precision=PRECISION)
+            weighted = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+            new = tl.dot(tl.trans(weighted), B, input_precision=PRECISION)
             at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
             found = found + (at, tl.exp2(total), new)  # type: ignore  # noqa: RUF005
         for j in tl.static_range(AT_ONCE):
@@ -221,8 +216,8 @@ def _ssd_outputs(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H, P), contiguous, from the chunk's inputs and the states at its start."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
+    row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
     in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
     in_tp = in_t[:, None] & in_p[None, :]
@@ -235,7 +230,7 @@ def _ssd_outputs(
         products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
-        head = tl.program_id(2) * HEADS + i
+        head = tl.program_id(0) * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
         dt, a, _ = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh + step[:, None] * xt + p[None, :] * xp
@@ -271,8 +266,8 @@ def _ssd_gradients_of_x(
     From the states at the chunk's start and the gradients of those at its end. EARLY loads all before the
     first product; otherwise each is loaded where it is first multiplied, which holds fewer registers.
     """
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, group = chunk * CHUNK, tl.program_id(2) * HEADS // RATIO
+    row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
     in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
     in_tp = in_t[:, None] & in_p[None, :]
@@ -282,7 +277,7 @@ def _ssd_gradients_of_x(
         B, C = _B_and_C(B_ptr, C_ptr, step, n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
     causal = step[:, None] >= step[None, :]
     for i in range(0, HEADS):
-        head = tl.program_id(2) * HEADS + i
+        head = tl.program_id(0) * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
         dt, a, total = _decays(sizes_ptr, levels_ptr, times, step, CHUNK)
         x_at = x_ptr + row * xb + first * xt + head * xh
@@ -349,16 +344,12 @@ def _ssd_gradients_of_B_and_C(
     dBb, dBt, dBh, dCb, dCt, dCh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    SUM: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns.
-
-    With SUM the gradients of the products of B and C are summed before they are multiplied.
-    """
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
+    row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
-    heads, first = tl.program_id(2) // blocks, chunk * CHUNK
-    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.program_id(2) % blocks * N + tl.arange(0, N)
+    heads, first = tl.program_id(0) // blocks, chunk * CHUNK
+    step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.program_id(0) % blocks * N + tl.arange(0, N)
     in_t, in_p = _inside(step, T - first, WHOLE_T), _inside(p, P_SIZE, WHOLE)
     in_n = _inside(n, N_SIZE, WHOLE)
     in_tp, in_tn = in_t[:, None] & in_p[None, :], in_t[:, None] & in_n[None, :]
@@ -370,7 +361,6 @@ def _ssd_gradients_of_B_and_C(
     C = tl.load(C_at + step[:, None] * Ct + n[None, :] * Cn, mask=in_tn, other=0.0)
     causal = step[:, None] >= step[None, :]
     dB, dC = tl.zeros((CHUNK, N), tl.float32), tl.zeros((CHUNK, N), tl.float32)
-    dproducts = tl.zeros((CHUNK, CHUNK), tl.float32)
     for i in range(0, HEADS):
         head = heads * HEADS + i
         times = ((row * H + head) * CHUNKS + chunk) * CHUNK
@@ -388,16 +378,9 @@ def _ssd_gradients_of_B_and_C(
         given = (x.to(tl.float32) * (dt * tl.exp2(total - a))[:, None]).to(x.dtype)
         dC += tl.dot(asked, state, input_precision=PRECISION)
         dB += tl.dot(given, dend, input_precision=PRECISION)
-        if SUM:
-            dproducts += dscores
-        else:
-            rounded = dscores.to(x.dtype)
-            dC += tl.dot(rounded, B, input_precision=PRECISION)
-            dB += tl.dot(tl.trans(rounded), C, input_precision=PRECISION)
-    if SUM:
-        rounded = dproducts.to(B.dtype)
-        dC += tl.dot(rounded, B, input_precision=PRECISION)
-        dB += tl.dot(tl.trans(rounded), C, input_precision=PRECISION)
+        dscores = dscores.to(x.dtype)
+        dC += tl.dot(dscores, B, input_precision=PRECISION)
+        dB += tl.dot(tl.trans(dscores), C, input_precision=PRECISION)
     dB_at = dB_ptr + row * dBb + first * dBt + heads * dBh + step[:, None] * dBt + n[None, :]
     dC_at = dC_ptr + row * dCb + first * dCt + heads * dCh + step[:, None] * dCt + n[None, :]
     tl.store(dB_at, dB.to(dB_ptr.dtype.element_ty), mask=in_tn)
@@ -539,20 +522,20 @@ class _Call:
 
         With N in its options a program has that many of the state's columns; else all, in so many parts.
         """
-        p, n = self.blocks
-        split = WIDE if p > NARROW else {}
+        p, n, split = *self.blocks, dict[str, int]()
         programs = self.heads // options["HEADS"]
         if "N" in options:
             n = min(n, options["N"])
             programs *= triton.cdiv(self.order, n)
-            split = split | self.stages(options["num_stages"], p, n)
+            split = self.stages(options["num_stages"], p, n)
         else:
             if p * n > WIDEST_AT_ONCE:  # neither registers nor shared memory hold it and loads ahead
                 n = max(16, WIDEST_AT_ONCE // 2 // p)
-                split = split | {"num_stages": 1}
-            split = split | {"PARTS": triton.cdiv(self.order, n)}
+                split = {"num_stages": 1}
+            split["PARTS"] = triton.cdiv(self.order, n)
         strides = (*self.x.stride(), *self.B.stride(), *self.C.stride())
-        kernel[self.batch, self.chunks, programs](
+        # side by side run heads, whose x lies side by side in memory
+        kernel[programs, self.chunks, self.batch](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
             HAS_D=self.D is not None, CHUNK=CHUNK, **self.sureties(p, n),
             **options | {"P": p, "N": n} | split | self.few_warps,
