@@ -517,7 +517,7 @@ def blame() -> str:
 def blame_trained() -> str:
     """The same for small hybrids, sides of which were trained to T and the others to 16 T."""
     return _blame(
-        [(kind, "blame-trained_h200_2026-11-26") for kind in ("state", "attention", "both", "sound")]
+        [(kind, "blame-trained_h200_2026-11-27") for kind in ("state", "attention", "both", "sound")]
     )
 
 
