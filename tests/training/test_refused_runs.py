@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ranked import corpus_of
 from transformers import TrainerCallback
 
@@ -139,3 +140,21 @@ def test_what_no_run_wrote_is_not_removed(tmp_path):
         with pytest.raises(LongrollError, match=r"holds best\.pt.*name another folder"):
             run(tmp_path, resume=resume)
     assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"trainable": "decays"}, {}], ids=str)
+@pytest.mark.parametrize("ends", ["early", "done"])
+def test_a_run_gives_the_model_back_trainable_and_without_adapters(ends, options, tmp_path):
+    """As in a notebook, where the next cell trains the same model."""
+    lm = RecurrentLM(build("mamba2"))
+    names = [name for name, _ in lm.model.named_parameters()]
+    given = PosttrainOptions(**OPTIONS | options)
+    if ends == "early":
+        with pytest.raises(LongrollError, match=LATE):
+            posttrain(lm, corpus_of(), "sp", given, tmp_path / "one", force=True, callbacks=[Refuses()])
+        before = build("mamba2").state_dict()
+        assert all(torch.equal(t, before[name]) for name, t in lm.model.state_dict().items())
+    else:
+        posttrain(lm, corpus_of(), "sp", given, tmp_path / "one", force=True)
+    assert [name for name, p in lm.model.named_parameters() if p.requires_grad] == names
+    assert posttrain(lm, corpus_of(), "sp", given, tmp_path / "two", force=True)[-1]["step"] == 2

@@ -178,6 +178,7 @@ def posttrain(
         ranks.on_first(lambda: check_same_run(checkpoints.described_by(folder), started))
     kept: dict[str, Any] = {}
     with (
+        _given_back(lm) as adapters,
         left_as_found(output, lock),
         faults_are_said(output, lm, options),
         _same_bits(options.deterministic),
@@ -185,7 +186,8 @@ def posttrain(
         set_seed(options.seed)  # of the adapters
         model: Any = lm.adapted or with_lora(lm.model, options.lora_rank)
         adapted, replaced = model is not lm.model, "forward" in vars(model)
-        frozen = train_only(model, options.trainable or "all")
+        adapters += [model] if adapted and lm.adapted is None else []
+        train_only(model, options.trainable or "all")
         tell(trained_parameters(model, options.trainable or "all"))
         if options.bf16 is False:
             widen(model)
@@ -210,8 +212,6 @@ def posttrain(
             _train(trainer, options, watched, tell, resumes, before)
         if watched is not None:
             kept = keep_best(trainer, options.price, tell)
-        for parameter in frozen:
-            parameter.requires_grad_()
         check_weights(model)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else `lm` goes on in bfloat16
         if not replaced:  # accelerate leaves the forward of the class there, without its decorators
@@ -258,6 +258,26 @@ def posttrain(
             checkpoints.remove(folder)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the rank that saves when another fails at exit
     return list(trainer.state.log_history)
+
+
+@contextlib.contextmanager
+def _given_back(lm: RecurrentLM) -> Iterator[list[Any]]:
+    """Have a run, however it ends, leave the parameters of `lm` trainable that were so before.
+
+    Yields a list for the model that the run put adapters into, which come out where the run ends early.
+    """
+    trainable = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    adapters: list[Any] = []
+    try:
+        yield adapters
+    except BaseException:
+        for model in adapters:
+            model.unload()
+        raise
+    finally:
+        for name, parameter in lm.model.named_parameters():
+            if name in trainable and not parameter.requires_grad:
+                parameter.requires_grad_()
 
 
 def _rows_of(corpus: Corpus, intervention: Intervention | None, options: PosttrainOptions) -> Dataset[Item]:

@@ -120,9 +120,10 @@ def _refuse_others(before: dict[str, Any], now: dict[str, Any], kinds: dict[str,
     for name, what in kinds.items():
         was, given = before.get(name), now.get(name)
         if was != given:
+            again = ", with the model loaded again if a run has trained it," if name == "model" else ""
             raise LongrollError(
                 f"`resume`: the run was started with {what} ({was}, not {given}): go on as it was "
-                "started, or name another `output`."
+                f"started{again or ','} or name another `output`."
             )
 
 
