@@ -1,5 +1,6 @@
 """A run that is refused leaves its output as it was found, and the next correct one needs no `resume`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,40 @@ def test_a_run_gives_the_model_back_trainable_and_without_adapters(ends, options
         posttrain(lm, corpus_of(), "sp", given, tmp_path / "one", force=True)
     assert [name for name, p in lm.model.named_parameters() if p.requires_grad] == names
     assert posttrain(lm, corpus_of(), "sp", given, tmp_path / "two", force=True)[-1]["step"] == 2
+
+
+UNEVEN = """
+import json, os, sys
+from longroll import RecurrentLM, ranks
+from longroll.conformance.tiny import build
+from longroll.training import PosttrainOptions, posttrain
+sys.path[:0] = sys.argv[3:]
+from ranked import corpus_of
+
+own = json.loads(sys.argv[2])[int(os.environ["RANK"])]
+corpus = corpus_of(seed=own.pop("text", 0))
+kind = own.pop("kind", "sp")
+posttrain(RecurrentLM(build("mamba2")), corpus, kind, PosttrainOptions(**own), sys.argv[1], force=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "differs", [{"steps": 3}, {"batch_size": 1}, {"kind": "random"}, {"text": 1}], ids=str
+)
+def test_processes_that_were_started_to_do_something_else_are_refused(differs, tmp_path):
+    (tmp_path / "run.py").write_text(UNEVEN)
+    here = Path(__file__).parent
+    told = [tmp_path / "out", json.dumps([OPTIONS, OPTIONS | differs]), here, here.parent]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        tmp_path / "run.py",
+        *told,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    name = {"kind": "intervention"}.get(*differs, *differs)
+    assert done.returncode and f"Rank 1 was started with `{name}` " in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ from longroll.training import checkpoints, sharding
 from longroll.training.card import model_card
 from longroll.training.faults import faults_are_said
 from longroll.training.guard import check_loss, check_weights
-from longroll.training.identity import check_same_run, describe_run
+from longroll.training.identity import check_same_everywhere, check_same_run, describe_run, settings_of
 from longroll.training.lora import with_lora
 from longroll.training.options import (
     PosttrainOptions,
@@ -155,6 +155,8 @@ def posttrain(
     folder = output / FOLDER
     ranks.join_training(trains_on(lm, options))
     arguments = trainer_arguments(lm, options, folder)
+    chosen = {"intervention": getattr(intervention, "name", "none")} | settings_of(intervention)
+    check_same_everywhere(vars(options) | chosen | {"resume": resume})
     lock = Lock(folder)
     if ranks.on_first(lambda: is_done(output, place, resume, lock)):
         return []
@@ -174,6 +176,7 @@ def posttrain(
     started = describe_run(lm, corpus, options, intervention, ranks.world_size(), held_out=watched)
     # in 16 bits the look read in another precision than training has
     before = None if narrow or options.rope_scaling is not None else seen
+    check_same_everywhere({name: started[name] for name in ("text", "tokenizer", "data", "held_out")})
     if resumes:
         ranks.on_first(lambda: check_same_run(checkpoints.described_by(folder), started))
     kept: dict[str, Any] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from longroll import ranks
 from longroll.data import Corpus
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
@@ -109,6 +111,25 @@ def check_same_run(file: Path, now: dict[str, Any]) -> None:
             )
     _refuse_others(before, now, _WHAT)
     warn_of_changes(before, now)
+
+
+def check_same_everywhere(own: Mapping[str, Any]) -> None:
+    """Refuse processes of one run that were started to do something else each; every rank must call this.
+
+    Args:
+        own: what this process was started with, by names that a user knows.
+
+    Raises:
+        LongrollError: on every rank, naming the first rank that differs from rank 0, and in what.
+    """
+    first, *others = ranks.gather(dict(own))
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise LongrollError(
+                    f"Rank {rank} was started with `{name}` {other.get(name)}, and rank 0 with {value}: "
+                    "start all processes by the same command, on the same files."
+                )
 
 
 def _counts_rows(run: dict[str, Any]) -> bool:
