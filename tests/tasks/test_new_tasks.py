@@ -7,6 +7,7 @@ import pytest
 
 import zoo
 from longroll import LongrollError
+from longroll.cli._tasks import warn_of
 from longroll.data import ByteTokenizer, HFTokenizer
 from longroll.data.lanes import IGNORED
 from longroll.tasks import (
@@ -193,3 +194,12 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(LongrollError, match=said):
             make()
+
+
+@pytest.mark.parametrize(
+    ("windows", "hybrid", "warned"), [(1, True, False), (2, False, False), (2, True, True)]
+)
+def test_a_hybrid_is_warned_of_samples_over_several_rows(windows, hybrid, warned, capsys):
+    rows = TaskRows([Recall(RECALL, 2)], 32, 4, lanes=2, windows=windows)
+    warn_of("recall", rows, "none", hybrid=hybrid)
+    assert ("attention of a hybrid starts each row" in capsys.readouterr().err.replace("\n", " ")) == warned

@@ -375,7 +375,7 @@ def posttrain(
     check_read(context, prepared.name)
     options = prepared.options
     if task is not None:
-        t.warn_of(task, data, prepared.name)
+        t.warn_of(task, data, prepared.name, hybrid=lm.has_attention)
     held_out: HeldOutData | None = None
     unseen = not goes_on(output, resume) and not force and task is None and prepared.name != "none"
     if unseen and fsdp:

@@ -340,8 +340,8 @@ def held_out_rows(
     return HeldOutSamples.of_tasks(tasks, options.length, seed=options.seed)
 
 
-def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
-    """Warn where State Passing will do harm to a task."""
+def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str, *, hybrid: bool) -> None:
+    """Warn where State Passing will do harm to a task, and where attention does not see a whole sample."""
     from longroll.cli._console import console
     from longroll.tasks import TaskRows
 
@@ -351,6 +351,12 @@ def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str) -> None:
             f"Warning: --intervention {intervention} is the wrong tool for {task}: the final state of one "
             "sample holds an answer that no next text is about (the data are not stationary). Use "
             "--intervention fitted.",
+            style="yellow",
+        )
+    if hybrid and isinstance(rows, TaskRows) and rows.windows > 1:
+        console.print(
+            f"Warning: --windows {rows.windows}: the attention of a hybrid starts each row without keys, so "
+            "only the recurrent states carry what a sample tells in an earlier row. Leave --windows out.",
             style="yellow",
         )
 
