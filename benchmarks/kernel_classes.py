@@ -15,7 +15,7 @@ CLASSES = {
     "copies and fills": ("Memcpy", "Memset", "memset", "FillFunctor", "CatArray"),
     "casts": ("copy_kernel",),
     "additions": ("CUDAFunctor_add",),
-    "sums": ("reduce_kernel",),
+    "sums": ("reduce_kernel", "_column_sums"),
     "embedding": ("embedding", "radix", "compute_grad_weight", "sum_and_scatter", "gather"),
 }
 

@@ -709,32 +709,32 @@ def planned_memory() -> str:
 
 def step_kernels() -> str:
     """Return the time of a step by class of kernel."""
-    row = result("big-steps-first_h100_2026-11-26")["rows"]["profile-step"]
-    classes = by_class(row["kernels"])
-    total = sum(classes.values())
+    (row,) = result("step-profile_h200_2026-11-27")["rows"].values()
+    classes, total = by_class(row["kernels"]), row["gpu_ms"]
     lines = [[name, f"{ms:.1f}", f"{ms / total:.0%}"] for name, ms in classes.items()]
     return markdown(["kernels", "ms a step", "share"], [*lines, ["all", f"{total:.1f}", ""]])
 
 
 def step_changes() -> str:
-    """Return the time of a step with one change each."""
-    rows = result("step-changes_h200_2026-11-26")["rows"]
+    """Return the time of a step without and with changes."""
     lines = []
-    for name, row in rows.items():
+    for name, row in result("step-changes_h200_2026-11-27")["rows"].items():
         speed = f"{row['tokens_per_second']:,.0f}"
         spread = f"{digits(min(row['ms']), 4)} to {digits(max(row['ms']), 4)}"
-        if not name.startswith("all"):
-            lines.append([name, digits(row["median_ms"], 4), spread, speed, f"{row['mfu']:.3f}"])
-    return markdown(["change", "median step (ms)", "range (ms)", "tokens/s", "MFU"], lines)
+        lines.append([name, digits(row["median_ms"], 4), spread, speed, f"{row['mfu']:.3f}"])
+    return markdown(["step", "median (ms)", "range (ms)", "tokens/s", "MFU"], lines)
 
 
 def ssd_graph() -> str:
     """Return the time of the SSD of the 370M Mamba-2 as one CUDA graph."""
     lines = []
-    for name, file in (("before", "ssd-tiles-first"), ("now", "ssd-tiles")):
-        found = result(f"{file}_h200_2026-11-26")["rows"]
-        row = found["ssd, as it is" if name == "now" else "ssd, two kernels"]
-        lines.append([name, *(digits(row[way]["ms"], 3) for way in ("forward", "forward_backward"))])
+    for name, file, row in (
+        ("in the evening of 26 November", "ssd-tiles-first_h200_2026-11-26", "ssd, two kernels"),
+        ("at night", "ssd-tiles_h200_2026-11-26", "ssd, as it is"),
+        ("now", "ssd-tiles_h200_2026-11-27", "ssd, as it is"),
+    ):
+        found = result(file)["rows"][row]
+        lines.append([name, *(digits(found[way]["ms"], 3) for way in ("forward", "forward_backward"))])
     return markdown(["SSD", "forward (ms)", "forward and backward (ms)"], lines)
 
 
