@@ -120,6 +120,45 @@ def _over_models(names: Mapping[str, str], arms: Sequence[str], file: str = "") 
     return compared_table({label: Model(found[name]) for name, label in names.items() if name in found}, arms)
 
 
+def repair_short() -> str:
+    """Return the default recipe on documents of 4 T, and with faster decays, beside plain steps."""
+    arms = ["base", "none", "default", "default speed=100", "default rate=0.003", "default windows=4"]
+    arms += [f"default {how} windows=4" for how in ("speed=100", "rate=0.003")]
+    arms += [f"tbptt zero=0.1 speed=30 rate=0.001 train={what}" for what in
+             ("gates rows=16", "scales rows=16 windows=4")]  # fmt: skip
+    return _over_models(DEFAULTS | {"gla-36m-bias": "GLA 36M, biases free"}, arms, REPAIR_SHORT)
+
+
+def repair_scores() -> str:
+    """Return lm-eval's scores before and after the default recipe and plain steps."""
+    from repair_table import scores_table
+
+    names = {"base": "before", "none rate=0.0001": "plain steps", "default": "default recipe"}
+    names["default windows=4"] = "documents of 4 T: State Passing, decays x 30"
+    models = result(SCORES)["models"]
+    return scores_table(
+        {DEFAULTS[name]: models[name] for name in DEFAULTS if name in models}, names, "none rate=0.0001"
+    )
+
+
+def tasks_at_size() -> str:
+    """Return passkey and BABILong at 103M parameters, the mean over depths and questions, by length."""
+    runs, rows = result(LONG_TASKS)["runs"], []
+    names = {"plain": "plain steps", "fitted": "Fitted Noise", "sp": "State Passing", "tbptt": "TBPTT"}
+    longest = 0
+    for task in ("passkey", "babilong"):
+        for arm, label in names.items():
+            run = runs.get(f"{task}-{arm}")
+            if run:
+                means = [statistics.mean(cells) for cells in run["tasks"][task]["accuracy"]]
+                longest = max(longest, len(means))
+                rows.append(
+                    [f"{'BABILong' if task == 'babilong' else task}, {label}", *(f"{m:.2f}" for m in means)]
+                )
+    heads = ["", "T", *(f"{2**i} T" for i in range(1, longest))]
+    return markdown(heads, [row + [""] * (len(heads) - len(row)) for row in rows])
+
+
 def repair_aim() -> str:
     """Return the gap of the default recipe on each model, and what the text alone makes of it."""
     from repair_table import Model, aim_table
@@ -490,6 +529,9 @@ H200, H100 = "_h200_2026-11-25", "_h100_2026-11-25"
 REPAIR = "repair_h100_2026-11-26"
 FAST = {"sp": "State Passing", "tbptt": "TBPTT"}
 REPAIR_DEFAULT = "repair-default_h200_2026-11-26"
+REPAIR_SHORT = "repair-short_h200_2026-11-27"
+SCORES = "repair-lm-eval_h200_2026-11-27"
+LONG_TASKS = "long-tasks-103m_h200_2026-11-27"
 DEFAULTS = {
     "mamba2-22m": "Mamba-2 22M",
     "mamba2-22m-t128": "the same, T = 128",
@@ -843,6 +885,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "repair-rates": repair_rates,
     "repair-default": repair_default,
     "repair-aim": repair_aim,
+    "repair-short": repair_short,
+    "repair-scores": repair_scores,
+    "tasks-at-size": tasks_at_size,
     "repair-ladder": repair_ladder,
     "repair-settings": repair_settings,
     "repair-documents": repair_documents,

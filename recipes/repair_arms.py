@@ -30,7 +30,8 @@ class Arm:
     - tbptt-depths: the same depths; the row's text goes to another place where the state starts anew.
     - mixed: the first half of the rows is TBPTT, the second half State Passing.
     - default, default-sp: `longroll posttrain` by its default recipe, without and with `--intervention sp`,
-      which had a tenth of zero rows when results/repair-default_h200_2026-11-26.json was made;
+      which had a tenth of zero rows when results/repair-default_h200_2026-11-26.json was made, and decays
+      at 30 times the rate until results/repair-short_h200_2026-11-27.json;
       its own batch, 16 rows, and no row that holds a span twice; of what is below, the seed counts, `speed`
       and `rate` where they are not those below, and `windows`, of which the documents of the text are made.
     """

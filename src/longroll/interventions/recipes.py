@@ -59,7 +59,7 @@ COUNTED = 2**20
 """Tokens of whole documents that tell how long the documents of a text are."""
 WINDOWS = 16
 """A document is long where it fills this many windows of the training length. On shorter ones State Passing
-does as well (docs/ablation.md)."""
+does as well or better (docs/ablation.md)."""
 LONG_SHARE = 0.5
 """The documents of a text are long where long ones hold at least this share of its tokens."""
 NON_STATIONARY = "fitted"
@@ -68,7 +68,7 @@ NON_STATIONARY = "fitted"
 _SCALES = Settings(
     zero_probability=0.1, decay_speed=30.0, learning_rate=1e-3, trainable="scales", whole_rate=3e-4
 )
-_PASSED = replace(_SCALES, zero_probability=0.5, frozen_zero_probability=0.1)
+_PASSED = replace(_SCALES, zero_probability=0.5, frozen_zero_probability=0.1, decay_speed=100.0)
 _ALL = Settings(zero_probability=0.1)
 RECIPES = {
     "longroll": Recipe(
