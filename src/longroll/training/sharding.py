@@ -171,8 +171,8 @@ def within(module: nn.Module, compute: Callable[[], T], *inputs: Tensor) -> T:
     of the logits has to be one call of the embedding.
 
     Args:
-        module: of a model; one that is not sharded by itself is not called.
-        compute: no argument is passed.
+        module: a part of a model; one that is not sharded by itself is not called.
+        compute: a function without arguments.
         *inputs: arguments of the module, which FSDP2 sees.
     """
     if not isinstance(module, FSDPModule):
