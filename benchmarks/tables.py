@@ -648,21 +648,26 @@ def rivals_tasks(task: str, *, loss: bool) -> str:
     return markdown(["", *(f"{column}{of}" for of in ("", ", hybrid") for column in head)], rows)
 
 
-def tracking() -> str:
-    """Word problems of groups: accuracy at T to 64 T over seeds, by group and initial state."""
-    names = {"base": "base", "none": "zero states", "sp": "State Passing", "tbptt": "TBPTT"}
+def tracking(name: str) -> str:
+    """Word problems of groups: accuracy at T to 64 T over seeds, by model, group and initial state."""
+    ways = {"base": "base", "none": "zero states", "sp": "State Passing", "tbptt": "TBPTT"}
+    models = {"delta_net": "DeltaNet", "mamba2": "Mamba-2", "gla": "GLA"}
     rows = []
-    data = result("tracking_cpu_2026-11-27")
-    groups = Counter(run["group"] for run in data["runs"] if run["intervention"] == "base")
-    for row in data["summary"]:
+    data = result(name)
+    seeds = Counter((run["family"], run["group"], run["intervention"]) for run in data["runs"])
+    order = list(models)
+    for row in sorted(data["summary"], key=lambda row: order.index(row["family"])):
         cells = [f"{mean:.2f} +- {std:.2f}" for _, mean, std, _, _ in row["accuracy"]]
         asked = [
             f"{free:.2f} +- {spread:.2f}" for *_, free, spread in (row["accuracy"][0], row["accuracy"][3])
         ]
-        group = row["group"]
-        rows.append([group, names[row["intervention"]], str(groups[group]), *cells, *asked])
-    head = ["group", "trained on from", "seeds", "T", "2 T", "4 T", "16 T", "64 T", "asked, T", "asked, 16 T"]
-    return markdown(head, rows)
+        key = (row["family"], row["group"], row["intervention"])
+        if seeds[key] == 1:
+            cells, asked = ([cell.partition(" ")[0] for cell in some] for some in (cells, asked))
+        what = [models[key[0]], key[1], ways[key[2]], str(seeds[key])]
+        rows.append([*what, *cells, *asked])
+    columns = ["T", "2 T", "4 T", "16 T", "64 T", "asked, T", "asked, 16 T"]
+    return markdown(["model", "group", "trained on from", "seeds", *columns], rows)
 
 
 def predictor() -> str:
@@ -858,7 +863,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "rivals-passkey": partial(rivals_tasks, "passkey", loss=True),
     "rivals-recall": partial(rivals_tasks, "recall", loss=False),
-    "tracking": tracking,
+    "tracking": partial(tracking, "tracking_cpu_2026-11-27"),
+    "tracking-families": partial(tracking, "tracking_h200_2026-11-27"),
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
