@@ -94,4 +94,8 @@ def calibrate(
             }
         ).write(json)
     out.print(found.sentence, soft_wrap=True)
+    if found.scaled:
+        out.print(
+            "Test it by `longroll evaluate`: scales that lower the far loss can lose what a task asks for."
+        )
     out.print(str(output))

@@ -52,11 +52,16 @@ class Calibration:
     """Tokens read by all of them."""
 
     @property
+    def scaled(self) -> bool:
+        """Whether any scale differs from 1."""
+        return any(scale != 1 for some in self.scales.values() for scale in some)
+
+    @property
     def sentence(self) -> str:
         """The finding in words."""
         scales = [scale for some in self.scales.values() for scale in some]
         start, stop = self.octaves[-1]
-        if all(scale == 1 for scale in scales):
+        if not self.scaled:
             return (
                 f"{self.passes} readings of {self.tokens // self.passes:,} tokens: no scale of {self.what} "
                 f"reads these texts of {stop} tokens better, so the model is as it was."
