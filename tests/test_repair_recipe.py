@@ -13,7 +13,7 @@ from longroll.state import RecurrentState, StateKey
 sys.path.append(str(Path(__file__).parent.parent / "recipes"))
 
 from repair_arms import KINDS, SCREENS, Arm, Mixed, arm_of, at_zero, design
-from repair_table import Model
+from repair_table import Model, scores_table
 from repair_text import SPAN, Books, Feed, recall_rows, windows
 
 T = 80
@@ -139,6 +139,24 @@ def test_the_price_is_against_the_best_plain_steps_and_the_gap_against_the_lowes
     assert model.gap(found["sp"])[0] == pytest.approx(3.85 - 3.9)
     assert model.excess(found["sp"])[0] == pytest.approx(3.85 - 3.9)
     assert [r["label"] for r in model.arms()][:2] == ["none c", "sp"]
+    assert model.difficulty() == pytest.approx(0.0)  # base and control read every text at 3.9
+    for harder in ("base", "none b"):
+        found[harder]["read_fresh"] = [4.1] * 3
+    assert model.difficulty() == pytest.approx(0.2)
+
+
+def test_scores_are_compared_with_the_controls_on_the_same_items():
+    def scored(sets, right):
+        figures = {"blimp": sum(sets) / 2, "lambada_books": 0.5, "lambada_books_perplexity": 9.0}
+        figures |= {"wikitext_paragraphs": 7.0, "wikitext_articles": 8.0}
+        tasks = {f"blimp_{i}": {"acc": acc} for i, acc in enumerate(sets)}
+        return {"figures": figures, "tasks": tasks | {"lambada_books": {"right": right}}}
+
+    models = {"one": {"control": scored([0.5, 0.6], "0110"), "arm": scored([0.6, 0.7], "0010")}}
+    rows = scores_table(models, {"control": "plain", "arm": "repaired", "late": "cut off"}, "control")
+    *_, plain, repaired = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows.splitlines()]
+    assert plain[:6] == ["one", "plain", "55.00", "", "50.00", ""]
+    assert repaired[3] == "+10.00 [+10.00, +10.00]" and repaired[5].startswith("-25.00 [")
 
 
 def test_books_are_cut_into_documents_of_one_length_and_one_book():
