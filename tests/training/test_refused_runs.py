@@ -1,6 +1,7 @@
 """A run that is refused leaves its output as it was found, and the next correct one needs no `resume`."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 from longroll import LongrollError, RecurrentLM
 from longroll.conformance.tiny import build
 from longroll.training import PosttrainOptions, checkpoints, posttrain
+from longroll.training.faults import full_disk_is_said
+from longroll.training.saving import save_checkpoint
 
 OPTIONS = {"length": 8, "steps": 2, "batch_size": 2, "learning_rate": 1e-3}
 LATE = "refused late"
@@ -159,6 +162,20 @@ def test_a_run_gives_the_model_back_trainable_and_without_adapters(ends, options
         posttrain(lm, corpus_of(), "sp", given, tmp_path / "one", force=True)
     assert [name for name, p in lm.model.named_parameters() if p.requires_grad] == names
     assert posttrain(lm, corpus_of(), "sp", given, tmp_path / "two", force=True)[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("size", [0, 4096, 40_000])
+def test_a_result_that_the_disk_does_not_hold_leaves_nothing(size, tmp_path):
+    model, before = build("mamba2"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    output = tmp_path / "new/out"
+    try:
+        with pytest.raises(LongrollError, match=r"`output` .*new/out cannot be written to: .*File too large"):  # noqa: SIM117
+            with full_disk_is_said(output), checkpoints.aside(output) as partial:
+                save_checkpoint(model, partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "new").exists()
 
 
 UNEVEN = """

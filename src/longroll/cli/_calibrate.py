@@ -59,6 +59,7 @@ def calibrate(
     from longroll.ranks import rank
     from longroll.results import CalibrationResult, provenance
     from longroll.training.checkpoints import aside
+    from longroll.training.faults import full_disk_is_said
     from longroll.training.output import refuse_model
     from longroll.training.saving import save_checkpoint
 
@@ -80,7 +81,7 @@ def calibrate(
             chunk_size=chunk_size, progress=advance,
         )  # fmt: skip
     lm.model.config.train_length = train_length
-    with aside(output) as partial:
+    with full_disk_is_said(output), aside(output) as partial:
         save_checkpoint(lm.model, partial, lm.checkpoint or Checkpoint(Path(), lm.model.dtype))
         tok.save(partial)
     if json:

@@ -125,7 +125,7 @@ def kept_beside(*files: Path | None) -> Kept:
 
     file = next((file for file in files if file and not is_stream(file)), None)
     folder = file and file.with_name(f"{file.name}.kept")
-    if folder and folder.is_dir():
+    if folder and folder.is_dir() and any(folder.iterdir()):
         console.print(f"Goes on from what is kept in {folder}.", soft_wrap=True)
     return Kept(folder)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from longroll.errors import LongrollError, named
-from longroll.files import delete, write_whole
+from longroll.files import delete, existing, remove_empty, write_whole
 from longroll.results import read_json
 
 MANIFEST = "manifest.json"
@@ -202,11 +202,19 @@ def readable(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
 
 @contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write in, whose files are moved into `folder` when they are whole and on the disk."""
-    partial = folder / PARTIAL
+    """Yield a folder to write in, whose files are moved into `folder` when they are whole and on the disk.
+
+    Where they cannot be written, nothing of them is left.
+    """
+    partial, found = folder / PARTIAL, existing(folder)
     delete(partial)
-    partial.mkdir(parents=True)
-    yield partial
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except BaseException:
+        delete(partial)
+        remove_empty(folder, found)
+        raise
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         sync(file)
         file.replace(folder / file.name)

@@ -29,7 +29,7 @@ def faults_are_said(output: Path, lm: RecurrentLM, options: PosttrainOptions) ->
             raise LongrollError(_what_would_fit(options) + fitting_line(lm, options)) from error
         if lost := ranks.loss_of_another(error):
             raise LongrollError(f"{lost} Go on by `resume`.") from error
-        if any(sign in str(error) for sign in _FULL):
+        if _is_full(error):
             mend = "Make room"
         elif isinstance(error, OSError) and _lies_in(error.filename, output):
             mend = "Mend that"
@@ -39,6 +39,21 @@ def faults_are_said(output: Path, lm: RecurrentLM, options: PosttrainOptions) ->
             f"`output` {output} cannot be written to: {error}. {mend} and go on by `resume`, where a "
             "checkpoint was written."
         ) from error
+
+
+@contextlib.contextmanager
+def full_disk_is_said(output: Path) -> Iterator[None]:
+    """One line for a disk that is full while a result is written, which the same command writes again."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise LongrollError(f"`output` {output} cannot be written to: {error}. Make room.") from error
+
+
+def _is_full(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in _FULL)
 
 
 def _lies_in(file: Any, folder: Path) -> bool:
