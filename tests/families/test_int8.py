@@ -98,3 +98,19 @@ def test_shared_weights_are_held_once():
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, Int8Linear]
     restore(model)
     assert not holds_int8(model) and type(model[2]) is nn.Linear
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_multiplies_the_same_numbers():
+    torch.manual_seed(0)
+    plain = nn.Linear(512, 768, bias=False, dtype=torch.bfloat16)
+    layer = Int8Linear(plain, 16, torch.device("cuda"), True)
+    here = Int8Linear(plain, 16, None, False)
+    assert torch.equal(layer.codes.cpu(), here.codes) and torch.equal(layer.weight.cpu(), here.weight)
+    assert layer.full.device.type == "cpu" and layer.codes.device.type == "cuda"
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    wide = here.weight.double()
+    assert_close(y.double().cpu(), x.detach().double().cpu() @ wide.T, 0.01)
+    assert_close(grad.double().cpu(), torch.ones(64, 768).double() @ wide, 0.01)
