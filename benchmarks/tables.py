@@ -48,6 +48,7 @@ REAL_SIZES = {
     "diagnose": "`diagnose --no-explain`, 9.8B hybrid, 4 x 16,384",
     "diagnose-causes": "`diagnose`, 9.8B hybrid, 4 x 16,384",
     "lora": "LoRA 16, 9.8B hybrid, 2 x 4,096",
+    "lora-int8": "the same, weights in 8 bits",
     "all-weights": "all weights, 2.7B Mamba-2, 4 x 2,048",
     "all-weights-graphs": "the same as a CUDA graph, 3 x 2,048",
     "all-weights-accumulated": "the same without a graph, 4 micro-batches of 3 x 2,048",
@@ -747,7 +748,9 @@ def memory_by_arithmetic() -> str:
 def planned_memory() -> str:
     """Return the memory that `longroll plan` counts beside that which was measured."""
     lines = []
-    for case, row in result(f"plan-memory{BIG}")["rows"].items():
+    earlier, later = (result(f"plan-memory_h200_{date}")["rows"] for date in ("2026-11-26", "2026-11-27"))
+    again = {f"{case}, again": row for case, row in later.items() if case in earlier}
+    for case, row in (earlier | {c: row for c, row in later.items() if c not in earlier} | again).items():
         if "error" not in row:
             sizes = [f"{row[name]:.1f}" for name in ("planned_gib", "measured_gib")]
             lines.append([case, *sizes, f"{row['ratio']:.2f}"])
