@@ -7,7 +7,7 @@ takes constant memory, and a model of thousands of heads hardly more time than i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longroll import ranks
 from longroll.errors import LongrollError
-from longroll.heads import channels_of, heads_of
+from longroll.heads import channels_of, has_heads, heads_of
 from longroll.measure.roll_out import roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
@@ -50,11 +50,8 @@ class StateRecorder:
             return
         keys = sorted(state)
         self.rows = state.batch_size
-        recurrent = [
-            _of_heads(state[key]) | {"rank": head_rank(state[key][: self.rank_rows])}
-            for key in keys
-            if key.part == "recurrent"
-        ]
+        states = [state[key] for key in keys if key.part == "recurrent"]
+        recurrent = [found for group in _alike(states) for found in _of_layers(group, self.rank_rows)]
         tails: dict[int, list[Tensor]] = {}
         for key in keys:
             if key.part == "conv" and state[key].is_floating_point():
@@ -186,6 +183,37 @@ def _of_all(
     if "rank" in parts[0]:
         found["rank"] = mean((part["rank"] for part in parts), ranked)
     return found
+
+
+AT_ONCE = {"cpu": 0, "cuda": 1 << 28}
+"""Bytes of the states of several layers whose statistics are taken together, by device: a GPU would wait for
+Python."""
+
+
+def _alike(states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield runs of layers whose heads can be put side by side."""
+    group: list[Tensor] = []
+    for tensor in states:
+        room = AT_ONCE.get(tensor.device.type, 0) - sum(t.nbytes for t in group)
+        like = group and (tensor.shape, tensor.dtype, tensor.device) == (
+            group[0].shape, group[0].dtype, group[0].device,
+        )  # fmt: skip
+        if group and not (like and has_heads(tensor) and tensor.nbytes <= room):
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
+
+
+def _of_layers(states: Sequence[Tensor], rank_rows: int) -> list[dict[str, Tensor]]:
+    """Return statistics of the heads of each layer, of states (B, H, ...) that are alike."""
+    joined = states[0] if len(states) == 1 else torch.cat(list(states), dim=1)
+    found = _of_heads(joined) | {"rank": head_rank(joined[:rank_rows])}
+    if len(states) == 1:
+        return [found]
+    parts = {name: t.split(states[0].shape[1]) for name, t in found.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(states))]
 
 
 def _of_heads(tensor: Tensor) -> dict[str, Tensor]:
