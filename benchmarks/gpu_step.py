@@ -52,9 +52,11 @@ ALL: Settings = {**KEPT, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
     "all": ALL,
-    "all, norm by 1024 programs": {**ALL, f"{NORM}:_PROGRAMS": 1024},
-    "all, norm by 256 programs": {**ALL, f"{NORM}:_PROGRAMS": 256},
-    "all, convolution in 64 steps": {**ALL, f"{CONV}:BACKWARD": {"STEPS": 64}},
+    "all, gated norm by 512 programs": {**ALL, f"{NORM}:_PROGRAMS": {"gated": 512}},
+    "all, convolution forward in 32 steps by 2 warps": {
+        **ALL,
+        f"{CONV}:FORWARD": {"STEPS": 32, "num_warps": 2},
+    },
     "all, nothing kept": {**SUMS, **LINEAR},
     "states and convolutions kept": KEPT,
     "residual added by the next norm": SUMS,
@@ -85,7 +87,8 @@ CONVS: dict[str, Settings] = {
     for channels, warps in ((256, 2), (256, 4))
 }
 NORM_TILES: dict[str, Settings] = {
-    f"{programs} programs": {f"{NORM}:_PROGRAMS": programs} for programs in (256, 512, 1024, 2048)
+    f"{programs} programs": {f"{NORM}:_PROGRAMS": {"plain": programs, "gated": programs}}
+    for programs in (132, 264, 512, 1024)
 }
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from longroll.ops.gpu._math import sigmoid
 from longroll.ops.gpu._sums import column_sums
 
-_PROGRAMS = 512  # of backward, each of which sums the weight's gradient over its rows
+_PROGRAMS = {"plain": 512, "gated": 256}  # of backward; each sums the weight's gradient over its rows
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     more = None if more is None else more.contiguous()
     dgates = _rows(dx) if dgate is None else dgate.view(-1, dgate.shape[-1])
-    programs = min(len(rows), _PROGRAMS)
+    programs = min(len(rows), _PROGRAMS["plain" if gate is None else "gated"])
     dweight = rstd.new_empty(1, programs, weight.numel())
     _norm_backward[(programs, groups)](
         rows, rows if gates is None else gates, weight, rstd,

@@ -20,7 +20,7 @@ from longroll.ops.gpu._math import sigmoid
 from longroll.ops.gpu._sums import column_sums
 
 TILE, CHANNELS = 8, 256
-FORWARD = {"STEPS": 32, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 2}
+FORWARD = {"STEPS": 16, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
 BACKWARD = {"STEPS": 128, "TILE": TILE, "CHANNELS": CHANNELS, "num_warps": 4}
 """Sizes of a program: TILE steps are unrolled, so that their inputs are read together; nothing is tuned."""
 
