@@ -36,6 +36,7 @@ def test_diagnose_and_posttrain_choose_the_same_for_the_same_text(size, interven
     name = {"tbptt": "TBPTT", "sp": "State Passing"}[intervention]
     assert f"Repair it by {name}: documents of 16 or more windows of 128 tokens hold " in said
     _, *command = shlex.split(advice["command"])
+    assert "--force" in command
     command[-1] = str(tmp_path / "repaired")
     said = ran(*command, "--steps", 1, "--device", "cpu", "--seed", 5, "--json", tmp_path / "run.json")
     assert f"Recipe longroll: {name}, " in said and "documents of 16 or more windows of 128 tokens" in said

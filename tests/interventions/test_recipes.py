@@ -8,7 +8,7 @@ import torch
 
 import longroll
 import zoo
-from longroll.data import ByteTokenizer, Corpus, DocumentLengths
+from longroll.data import ByteTokenizer, Corpus, DocumentLengths, Lanes, Windows
 from longroll.errors import LongrollError
 from longroll.interventions.recipes import LONG_SHARE, RECIPES, WINDOWS, Settings, choose, enough_tokens
 from longroll.measure.advice import advise
@@ -130,6 +130,15 @@ def test_settings_are_the_recipe_s_where_none_are_given(corpus, recipe):
     assert said in found.sentence
 
 
+def test_rows_of_text_are_text():
+    lm, options = zoo.lm_of("mamba2"), PosttrainOptions(T, batch_size=ROWS)
+    text = documents(*[LONG] * 40)
+    for rows, name in ((Lanes(text, T, ROWS), "tbptt"), (Windows(text, T), "sp")):
+        found, told = by_recipe(lm, rows, options), RECIPES["longroll"].text[name]
+        assert found.name == name and found.options.trainable == told.trainable
+        assert found.options.learning_rate == told.learning_rate
+
+
 def test_what_is_given_wins():
     lm, corpus = zoo.lm_of("mamba2"), documents(*[LONG] * 40)
     options = PosttrainOptions(T, batch_size=ROWS, learning_rate=1e-4, decay_speed=7.0)
@@ -139,6 +148,11 @@ def test_what_is_given_wins():
         assert (found.options.learning_rate, found.options.decay_speed) == (1e-4, 7.0)
     assert by_recipe(lm, corpus, options, intervention="none").intervention is None
     assert by_recipe(lm, corpus, options, intervention="random", std=0.5).intervention.std == 0.5
+    for name, argument in (("tbptt", "momentum"), ("sp", "std"), ("random", "momentum")):
+        with pytest.raises(
+            LongrollError, match=f"`{argument}` is no argument of .*`intervention` (fitted|random)"
+        ):
+            by_recipe(lm, corpus, options, intervention=name, **{argument: 0.5})
     with pytest.raises(LongrollError, match="`recipe` other is not one of longroll, paper"):
         by_recipe(lm, corpus, options, recipe="other")
 

@@ -109,7 +109,8 @@ def test_a_repaired_model_is_known_as_one(monkeypatch):
     monkeypatch.setattr(lm.model.config, "longroll", None, raising=False)
     record(lm.model.config, {"intervention": "none", "steps": 3})
     control = diagnose(lm, texts, train_length=TRAIN_LENGTH, explain=False)
-    assert control.details["label"] == "none" and control.advice.startswith("Leave it alone")
+    assert control.details["label"] == "none"
+    assert control.advice.endswith(f"read {16 * TRAIN_LENGTH} positions or more (`length`).")
     record(lm.model.config, {"intervention": "sp", "steps": 5})
     assert [step["steps"] for step in history(lm.model.config)] == [3, 5]
     found = diagnose(lm, texts, train_length=TRAIN_LENGTH, explain=False)

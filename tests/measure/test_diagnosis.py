@@ -31,7 +31,7 @@ def test_a_planted_head_is_explained():
         "Repair it by TBPTT: documents of 16 or more windows of 16 tokens hold 100 %"
     )
     assert data["advice"]["intervention"] == "tbptt" and data["advice"]["seconds"] > 0
-    assert data["advice"]["command"].endswith(" --train-length 16 --output repaired")
+    assert data["advice"]["command"].endswith(" --train-length 16 --force --output repaired")
     remembered = data["remembrance"]
     assert remembered["starts"][0] == 0 and remembered["ends"][-1] == 384
     assert remembered["mean"][0][-1] == 0

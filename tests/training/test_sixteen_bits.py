@@ -38,6 +38,31 @@ def run(lm, output, **options):
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype", "bf16"),
+    [
+        ("mamba2", SIXTEEN[0], None),
+        ("mamba", SIXTEEN[1], None),
+        ("rwkv7", SIXTEEN[0], True),
+        ("gla", SIXTEEN[1], False),
+    ],
+)
+@pytest.mark.parametrize("trainable", ["scales", "decays"])
+def test_what_is_frozen_in_16_bits_is_multiplied(name, dtype, bf16, trainable, tmp_path):
+    build(name, dtype=dtype).save_pretrained(tmp_path / "in")
+    lm = longroll.load(tmp_path / "in", dtype="auto", device="cpu")
+    run(lm, tmp_path / "out", trainable=trainable, bf16=bf16)
+    assert torch.isfinite(lm(torch.zeros(1, 4, dtype=torch.long))[0]).all()  # as it is left in memory
+    saved, start = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(tmp_path / "in" / "model.safetensors"),
+    )
+    matrices = projects(lm.model) & set(start)
+    assert {saved[key].dtype for key in matrices} == {dtype}
+    kept = {key for key in start if torch.equal(saved[key], start[key])}
+    assert matrices <= kept and kept < set(start)
+
+
+@pytest.mark.parametrize(
     ("name", "dtype"),
     [("mamba2", SIXTEEN[0]), ("mamba", SIXTEEN[1]), ("jamba", SIXTEEN[0]), ("rwkv7", SIXTEEN[1])],
 )

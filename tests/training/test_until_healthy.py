@@ -192,7 +192,8 @@ def test_decisions_keep_their_word(seed):
     ]  # fmt: skip
     before, *after = found
     decision = decide(found, price)
-    within = [m for m in after if m.in_range - before.in_range <= price and not m.far >= before.far]
+    gained = [m for m in after if math.isfinite(m.far) and not m.far >= before.far]
+    within = [m for m in gained if m.in_range - before.in_range <= price]
     assert (decision.best is None) == (not within)
     if decision.best:
         assert decision.best in within
@@ -202,6 +203,14 @@ def test_decisions_keep_their_word(seed):
     assert not decision.stop or len(after) >= PATIENCE
     for cut in range(1, len(found)):  # what a run decides at a step, it decides again when it is resumed
         assert decide(found[:cut], price) == decide(list(found[:cut]), price)
+
+
+@pytest.mark.parametrize("before", [5.0, math.nan, math.inf])
+def test_a_far_loss_that_is_not_finite_is_no_gain(before):
+    start = measure(0, 1.0, before)
+    for worse in (math.nan, math.inf, 6.0 if before == 5.0 else math.nan):
+        assert decide([start, measure(1, 1.0, worse)], 0.05).best is None
+        assert decide([start, measure(1, 1.0, worse), measure(2, 1.02, 4.0)], 0.05).best.step == 2
 
 
 def test_a_run_ends_when_nothing_is_gained_or_the_budget_is_spent():
@@ -287,7 +296,9 @@ def test_the_best_checkpoint_is_kept_and_a_killed_run_resumes(kind, tmp_path, mo
     assert again.in_range == pytest.approx(best.in_range, abs=1e-4)
     assert again.far == pytest.approx(best.far, abs=1e-4)
     assert sum(line.startswith("Step ") for line in told) == len(measures)
-    assert told[-1].startswith(f"Kept step {kept} of ") and "(budget: 9)" in told[-1]
+    said = next(line for line in told if line.startswith(f"Kept step {kept} of "))
+    assert "(budget: 9)" in said and log[-1]["holds"] == best.holds
+    assert told[-1].startswith("Kept step" if best.holds else "The kept model still breaks.")
     (run,) = lm.model.config.longroll["posttrain"]
     assert run["kept_step"] == kept and run["until_healthy"]
     for step in (3, 5) if kind == "plain" else (5,):

@@ -103,6 +103,7 @@ def reproduce(
         "text": text, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
         "noise_std": noise_std, "length": length, "sequences": sequences, "concatenate": concatenate,
         "text_column": text_column, "tokenizer": tokenizer or TOKENIZER, "dtype": dtype, "seed": seed,
+        "checkpoints": None if checkpoints is None else str(checkpoints.resolve()),
     }  # fmt: skip
     _same_settings(output, settings)
     _check_inputs(text, text_column, tokenizer, device, dtype)

@@ -17,7 +17,6 @@ from longroll.interventions.recipes import NAMES
 from longroll.measure._blame import Blame, Share
 from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure.advice import (
-    LEAVE_ALONE,
     NO_STATE,
     advise,
     after_repair,
@@ -25,6 +24,7 @@ from longroll.measure.advice import (
     of_ablation,
     of_blame,
     of_dtype,
+    of_sound,
 )
 from longroll.measure.compare import check_comparable, compare, text_losses
 from longroll.measure.excess_loss import excess_loss
@@ -246,7 +246,7 @@ def _diagnose(
     details["precision"] = precision.to_json()
     breaks = judged.edge is not None
     suffers = ranks.on_first(lambda: judged.suffers)
-    advice = NO_STATE if suffers else LEAVE_ALONE
+    advice = NO_STATE if suffers else of_sound(length, train_length)
     if watch is not None:
         iid = ranks.on_first(watch.iid)
         drift = end_drift(tokens, max(16, train_length // 8), seed=seed)

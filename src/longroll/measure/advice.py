@@ -49,12 +49,26 @@ class Advice:
 
 
 LEAVE_ALONE = Advice(None, "Leave it alone: a repair would only cost loss in range.")
+ENOUGH = 16
+"""Training lengths over which a model that holds is left alone; one that holds over fewer may break soon
+after."""
 SOUND = "Its states are sound, so no intervention on them would repair it"
 NEITHER = (
     "Its recurrent states are not the cause, so no intervention on them would repair it, and no other "
     "reading of its attention helps either."
 )
 NO_STATE = Advice(None, "It has no recurrent state, so there is none to repair: an intervention needs one.")
+
+
+def of_sound(length: int, train_length: int) -> Advice:
+    """Return what to do with a model that holds over `length` positions."""
+    if length >= ENOUGH * train_length:
+        return LEAVE_ALONE
+    return Advice(
+        None,
+        f"It holds as far as it was read, which does not tell whether it breaks soon after: read "
+        f"{ENOUGH * train_length:,} positions or more (`length`).",
+    )
 
 
 def of_dtype(model: str, dtype: str, *, told: bool) -> Advice:
@@ -174,7 +188,8 @@ def advise(
             )
         else:
             why += f"its states could be IID ({ranks}), yet Fitted Noise repaired the loss less where tried"
-    command = model and _command(model, flags, [*named, "--train-length", str(train_length)])
+    # the diagnosis has read farther than the look of posttrain
+    command = model and _command(model, flags, [*named, "--train-length", str(train_length), "--force"])
     if not (breaks or severity > TOLERANCE):
         might = f"a repair by {name} may win that back, at some loss in range"
         return Advice(None, f"It keeps its level, so leave it alone; {might}.")

@@ -14,6 +14,7 @@ from longroll import ranks
 from longroll.data import Corpus, long_sequences
 from longroll.errors import LongrollError
 from longroll.measure._position_loss import position_loss
+from longroll.measure.advice import ENOUGH
 from longroll.measure.excess_loss import excess_loss
 from longroll.measure.judge import judge
 from longroll.model import RecurrentLM
@@ -23,9 +24,8 @@ TEXTS, FEWEST = 8, 4
 """Long texts that are read, and the fewest that are enough for an interval."""
 BEGINNINGS = 64
 """Windows of the training length that the loss in range is a mean over, at most."""
-LENGTHS = (64, 32, 16)
-"""Training lengths of a long text, the longest that the text has first. A model that holds over fewer may
-break soon after."""
+LENGTHS = (64, 32, ENOUGH)
+"""Training lengths of a long text, the longest that the text has first."""
 
 
 @dataclass(frozen=True)

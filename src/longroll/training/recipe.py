@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from longroll import ranks
-from longroll.data import Corpus, DocumentLengths
+from longroll.data import Corpus, DocumentLengths, Lanes, Windows
 from longroll.data.windows import Item
+from longroll.errors import LongrollError
 from longroll.interventions import INTERVENTIONS, Intervention
 from longroll.interventions.recipes import (
     DEFAULT,
@@ -69,14 +71,15 @@ def by_recipe(
         **more: arguments of the intervention's class.
 
     Raises:
-        LongrollError: for a recipe that does not exist, and as the intervention's class and its options.
+        LongrollError: for a recipe that does not exist, for an argument that the intervention does not take,
+            and as the intervention's class and its options.
     """
     if intervention is None:
         choice = _choose(recipe, data, options, documents)
     else:
         choice = Choice(intervention, "the intervention was named")
     asked, why = recipe_of(recipe), choice.why
-    table = asked.text if isinstance(data, Corpus) else asked.task
+    table = asked.text if isinstance(data, Corpus | Lanes | Windows) else asked.task
     settings = table.get(choice.intervention, Settings())
     whole = _needs_matrices(lm, options)
     if whole and settings.trainable != "all" and options.trainable is None:
@@ -101,7 +104,7 @@ def by_recipe(
     made = None
     if choice.intervention != "none":
         zero = settings.zero_probability if zero_probability is None else zero_probability
-        made = INTERVENTIONS[choice.intervention](zero_probability=zero, seed=options.seed, **more)
+        made = _made(choice.intervention, more, zero_probability=zero, seed=options.seed)
         told = f"zero probability {zero:g}, {told}"
     sentence = f"Recipe {recipe}: {NAMES[choice.intervention]}, {told} ({why})."
     return Prepared(made, chosen, choice.intervention, sentence)
@@ -113,13 +116,33 @@ def _choose(recipe: str, data: Any, options: PosttrainOptions, documents: Docume
         found = documents or DocumentLengths.of(data, options.tokens * ranked)
         rows = options.batch_size * ranked
         return choose(recipe, found.tokens, options.length, rows, whole=found.whole)
-    asked, windows = recipe_of(recipe), getattr(data, "windows", 1)
+    asked = recipe_of(recipe)
+    if isinstance(data, Lanes):
+        return Choice(asked.long, "a document goes on from row to row")
+    if isinstance(data, Windows):
+        return Choice(asked.short, "no window continues another")
+    windows = getattr(data, "windows", 1)
     tasks = getattr(data, "tasks", [getattr(data, "task", None)])
     if windows > 1:
         return Choice(asked.long, f"each sample goes on over {windows} rows")
     if not all(getattr(task, "stationary", True) for task in tasks):
         return Choice(NON_STATIONARY, "the final state of one sample starts no other: it holds an answer")
     return Choice(asked.short, "each row is a sample of its own")
+
+
+def _made(name: str, more: dict[str, Any], **common: Any) -> Intervention:
+    """Return the intervention of a name; refuse arguments that are another's."""
+    made, taken = INTERVENTIONS[name], inspect.signature(INTERVENTIONS[name]).parameters
+    for argument in more:
+        if argument not in taken:
+            others = [
+                other for other, cls in INTERVENTIONS.items() if argument in inspect.signature(cls).parameters
+            ]
+            mend = f"`intervention` {' or '.join(others)}" if others else "another `intervention`"
+            raise LongrollError(
+                f"`{argument}` is no argument of {NAMES[name]}: leave it out, or name {mend}."
+            )
+    return made(**common, **more)
 
 
 def _needs_matrices(lm: RecurrentLM, options: PosttrainOptions) -> str:

@@ -7,6 +7,7 @@ measures in Trainer's log alone, which a checkpoint keeps: a resumed run decides
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def decide(measures: Sequence[Measure], price: float) -> Decision:
     """
     before, *after = measures
     within = [m for m in after if m.in_range - before.in_range <= price]
-    better = [m for m in within if not m.far >= before.far]
+    better = [m for m in within if _gains(m, before)]
     best = min(better, key=lambda m: (round(m.far, PLACES), round(m.in_range, PLACES)), default=None)
     last = after[-PATIENCE:]
     if len(last) == PATIENCE and not any(m in within for m in last):
@@ -122,6 +123,11 @@ def decide(measures: Sequence[Measure], price: float) -> Decision:
     if best is not None and best.holds and sum(m.step > best.step for m in after) >= PATIENCE:
         return Decision(best, "the far loss is level, and nothing is gained any more")
     return Decision(best, None)
+
+
+def _gains(measure: Measure, before: Measure) -> bool:
+    """Return whether the far loss is lower; a finite loss is lower than one that is not."""
+    return math.isfinite(measure.far) and not measure.far >= before.far
 
 
 class UntilHealthy(TrainerCallback):
@@ -198,7 +204,8 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
     """Load the weights of the best measure whose checkpoint is there, and tell what they cost.
 
     Returns:
-        `kept_step`; `paid` and `price`, nats in range.
+        `kept_step`; `paid` and `price`, nats in range; `holds`, whether the far loss of the kept model is
+        level.
 
     Raises:
         NoGain: where no measure within the budget is better far out than the model before.
@@ -208,7 +215,7 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
     there = [m for m in after if _is_there(trainer, m.step)]
     best = decide([before, *there], price).best
     if best is None:
-        gained = [m for m in there if not m.far >= before.far]
+        gained = [m for m in there if _gains(m, before)]
         stay = f"The checkpoints stay in {trainer.args.output_dir}; another run needs another `output`."
         raise NoGain(f"{_too_dear(before, gained, price)} {stay}", log=trainer.state.log_history)
     if best.step != trainer.state.global_step:
@@ -222,7 +229,9 @@ def keep_best(trainer: Any, price: float, tell: Tell) -> dict[str, Any]:
         f"far {before.far:.3f} -> {best.far:.3f}, in range {before.in_range:.3f} -> {best.in_range:.3f}, "
         f"which {'costs' if paid > 0 else 'gains'} {abs(paid):.3f} nats (budget: {price:g})."
     )
-    return {"kept_step": best.step, "paid": paid, "price": price}
+    if not best.holds:
+        tell("The kept model still breaks. More `steps`, or a higher `price`, may repair it.")
+    return {"kept_step": best.step, "paid": paid, "price": price, "holds": best.holds}
 
 
 def _is_there(trainer: Any, step: int) -> bool:

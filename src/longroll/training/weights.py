@@ -141,15 +141,16 @@ def in_16_bits(parameter: torch.Tensor) -> bool:
     return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
-def widen(model: nn.Module) -> bool:
-    """Hold the parameters that are trained in float32 where they are in 16 bits; whether any was.
+def widen(model: nn.Module) -> None:
+    """Hold parameters that are in 16 bits in float32; the base of adapters, which cast, stays as it is.
 
     AdamW's updates are smaller than 16 bits can add: 1/256 of a weight in bfloat16, 1/2048 in float16.
+    Frozen matrices are widened too: without autocast nothing multiplies them by wider activations.
     """
-    narrow = [p for p in model.parameters() if p.requires_grad and in_16_bits(p)]
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    return bool(narrow)
+    whole = not hasattr(model, "peft_config")
+    for parameter in model.parameters():
+        if in_16_bits(parameter) and (whole or parameter.requires_grad):
+            parameter.data = parameter.data.float()
 
 
 def set_precision(model: nn.Module, dtype: torch.dtype) -> None:
@@ -176,7 +177,7 @@ def precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def hold_weights(model: nn.Module, args: Any, weights: str) -> torch.dtype | None:
     """Hold what is trained as `weights` says, under autocast where that is narrower than the weights.
 
-    `float32` widens parameters that are in 16 bits; frozen ones, as under LoRA, stay as they are. `bf16`
+    `float32` widens parameters that are in 16 bits; the base of adapters stays as it is. `bf16`
     keeps matrices in bfloat16 and all else in float32.
 
     Args:
