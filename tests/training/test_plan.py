@@ -47,7 +47,11 @@ def test_settings_take_less_in_turn_and_the_first_that_fits_is_found():
     shards = subject.training(Setting(rows=16, length=64, shards=4, autocast=False))
     assert adapters.optimizer < whole.optimizer and adapters.total < whole.total
     assert shards.optimizer == whole.optimizer // 4 and shards.states == whole.states
-    assert len(settings_for(asked, 1)) == 4 and len(settings_for(asked, 2)) == 8
+    scales = subject.training(Setting(rows=16, length=64, trainable="scales", autocast=False))
+    assert 0 < scales.gradients < 0.1 * whole.gradients and scales.optimizer == 2 * scales.gradients
+    assert scales.weights == whole.weights and scales.total < whole.total
+    assert len(settings_for(asked, 1)) == 5 and len(settings_for(asked, 2)) == 10
+    assert not any(setting.lora_rank and setting.trainable != "all" for setting in settings_for(asked, 2))
     least = settings_for(asked, 2, int8=subject.takes_int8)[-1]
     assert (
         least.int8

@@ -97,14 +97,14 @@ def plan(
         f"{kept:.3g} MiB of keys and values after {length:,} tokens.",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
-    table = Table(title=f"GiB at the peak, of {held / GIB:.3g} GiB a device", title_justify="left")
-    table.add_column("")
+    table = Table(title=f"GiB at the peak, of {held / GIB:.3g} GiB a device", title_justify="left", padding=0)
+    table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_column(row["name"])
+        table.add_column(row["name"].replace("checkpointing", "ckpt."), overflow="fold")
     for name in _PARTS:
-        table.add_row(name.replace("_", " "), *(f"{row['memory'][name] / GIB:.3g}" for row in rows))
+        table.add_row(_LABELS.get(name, name), *(_gib(row["memory"][name]) for row in rows))
     table.add_section()
-    table.add_row("total", *(f"{row['total'] / GIB:.3g}" for row in rows))
+    table.add_row("total", *(_gib(row["total"]) for row in rows))
     table.add_row("fits", *("yes" if row["fits"] else "no" for row in rows))
     table.add_row("tokens", *(row["tokens"] for row in rows))
     table.add_row("tokens/s", *(f"{row['tokens_per_second']:,.0f}" for row in rows))
@@ -140,6 +140,14 @@ def plan(
 
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "states", "keys_and_values", "logits")
+
+_LABELS = {"keys_and_values": "KV"}
+
+
+def _gib(size: int) -> str:
+    """Return bytes in GiB, in few characters."""
+    found = size / 2**30
+    return f"{found:.3g}" if found >= 0.005 or not size else "<0.01"
 
 
 def _row(name: str, setting: str, tokens: str, memory: Memory, speed: float, room: float) -> dict[str, Any]:

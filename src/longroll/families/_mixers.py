@@ -36,8 +36,11 @@ LINEAR = True
 
 def own_mixers(model: PreTrainedModel) -> None:
     """Give the mixers of `model` the forwards below; doing it twice is harmless."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     for module in model.modules():
         if type(module) in _FORWARDS:
+            # from now on `gradient_checkpointing_enable` sets it
+            vars(module)["gradient_checkpointing"] = checkpointing
             replace_forward(module, functools.partial(_in_longroll, _FORWARDS[type(module)], module))
 
 
@@ -110,7 +113,10 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
         norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
-    shape = shape._replace(keep=_has_room(projected, (layer + 1) * shape.kept_bytes(projected)))
+    room = not mixer.gradient_checkpointing and _has_room(
+        (layer + 1) * shape.kept_bytes(projected), projected
+    )
+    shape = shape._replace(keep=room)
     bias = None if conv.bias is None else conv.bias.float()
     y, final_state = kernel(
         projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), mixer.A_log.float(),
@@ -124,11 +130,8 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     return y
 
 
-def _has_room(tensor: Tensor, size: int) -> bool:
-    """Return whether all layers so far may keep `size` bytes for a faster backward.
-
-    The answer depends on the layer alone: gradient checkpointing asks a second time.
-    """
+def _has_room(size: int, tensor: Tensor) -> bool:
+    """Return whether all layers so far may keep `size` bytes on the GPU of a tensor for a faster backward."""
     return KEPT > 0 and size <= KEPT * torch.cuda.get_device_properties(tensor.device).total_memory
 
 

@@ -33,6 +33,7 @@ from longroll.state import RecurrentState
 from longroll.training.lora import with_lora
 from longroll.training.loss import LOGITS, hidden_loss
 from longroll.training.options import PosttrainOptions, autocasts
+from longroll.training.weights import train_only
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ an H100: the loss of a 370M Mamba-2 and of a 9.8B Bamba; steps of a 370M Mamba-2
 _SMALL, _LARGE = 4e8, 1e10
 ROOM = 0.94
 """Share of a device's memory that tensors can take: the rest holds the driver, libraries and gaps."""
+_TRAINED = {"all": "all weights", "scales": "all but matrices", "decays": "decays"}
 _SQUARE = {"cuda": 8192, "cpu": 1024}  # sizes of the product whose rate is measured
 
 
@@ -56,7 +58,9 @@ class Setting:
     length: int
     """Tokens of a row."""
     lora_rank: int = 0
-    """Rank of the adapters; 0: all weights are trained."""
+    """Rank of the adapters; 0: there are none."""
+    trainable: str = "all"
+    """Which weights are trained, one of `longroll.training.weights.TRAINABLE`."""
     gradient_checkpointing: bool = False
     """Layers run again in the backward pass."""
     shards: int = 1
@@ -72,6 +76,7 @@ class Setting:
     def arguments(self) -> str:
         """The arguments of a run that make the setting, in backticks."""
         parts = [f"`lora_rank` {self.lora_rank}"] if self.lora_rank else []
+        parts += [f"`trainable` {self.trainable}"] if self.trainable != "all" else []
         parts += ["`dtype` int8"] if self.int8 else []
         parts += ["`gradient_checkpointing`"] if self.gradient_checkpointing else []
         parts += [f"`fsdp` on {self.shards} GPUs"] if self.shards > 1 else []
@@ -80,7 +85,7 @@ class Setting:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        parts = [f"LoRA {self.lora_rank}" if self.lora_rank else "all weights"]
+        parts = [f"LoRA {self.lora_rank}" if self.lora_rank else _TRAINED[self.trainable]]
         parts += ["int8"] if self.int8 else []
         parts += ["checkpointing"] if self.gradient_checkpointing else []
         parts += [f"FSDP {self.shards}"] if self.shards > 1 else []
@@ -213,6 +218,7 @@ class Outline:
             model = lm.model
             if adapters:
                 with_lora(model, setting.lora_rank)
+            train_only(model, setting.trainable)
             if setting.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
             lm.train()
@@ -250,7 +256,8 @@ class Outline:
         share = small + (large - small) * min(1.0, max(0.0, place))
         passes = 1
         if setting is not None:  # forward, gradients of inputs, those of weights; forward again
-            passes = (2 if setting.lora_rank else 3) + setting.gradient_checkpointing
+            narrow = setting.lora_rank or setting.trainable != "all"
+            passes = (2 if narrow else 3) + setting.gradient_checkpointing
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         return share * matrix_rate(self.device, dtype) / (passes * max(self.sizes.operations, 1))
 
@@ -304,6 +311,7 @@ def setting_of(lm: RecurrentLM, options: PosttrainOptions) -> Setting:
         rows=options.batch_size,
         length=options.length,
         lora_rank=options.lora_rank,
+        trainable=options.trainable or "all",
         gradient_checkpointing=options.gradient_checkpointing,
         shards=ranks.world_size() if options.fsdp else 1,
         autocast=autocasts(lm, options),
@@ -340,7 +348,9 @@ def settings_for(setting: Setting, gpus: int, *, int8: bool = False) -> list[Set
     """
     rank = setting.lora_rank or 16
     choices = [setting, replace(setting, gradient_checkpointing=True)]
-    choices += [replace(choice, lora_rank=rank) for choice in choices]
+    adapters = [replace(choice, lora_rank=rank, trainable="all") for choice in choices]
+    choices += [] if setting.lora_rank else [replace(setting, trainable="scales")]
+    choices += adapters
     least = replace(choices[-1], int8=True, shards=1)
     if gpus > 1 and not setting.int8:
         choices += [replace(choice, shards=gpus) for choice in choices]
