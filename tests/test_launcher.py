@@ -89,6 +89,7 @@ def test_a_process_says_whom_it_waits_for_and_ends(join, monkeypatch, caplog, ca
     (record,) = caplog.records
     assert "Rank 0 of 3 waits at MASTER_ADDR localhost" in record.message
     assert record.message.endswith("for rank 1, rank 2 (0 s of 1).")
+    capfd.readouterr()  # another test may have left a handler that writes there
     launched(monkeypatch, 1, free_port())
     with pytest.raises(LongrollError, match=r"rank 0 does not answer in 1 s \(Connection refused\)"):
         JOINS[join]()

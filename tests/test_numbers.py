@@ -143,6 +143,21 @@ def test_every_number_is_in_the_result_file_named_for_it(page):
     assert not faults, f"{page}: " + "; ".join(faults)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_output_of_the_quickstart_is_that_of_its_result_file(page):
+    """Fenced blocks are not read above."""
+    file = max((ROOT / "recipes/results").glob("quickstart_cpu_*.json"))
+    ran, text = json.loads(file.read_text()), (ROOT / page).read_text()
+    said = " ".join(text.split())
+    assert f"Before: {ran['sentence_before']}" in said and f"After: {ran['sentence_after']}" in said
+    seconds = re.search(r"about (\d+) seconds", said)
+    assert seconds and abs(int(seconds[1]) - ran["seconds"]) < 10
+    if table := [line for line in text.split("\n") if line.startswith("│")]:
+        for row, when in (("in range", "loss_in_range"), ("last octave", "loss_far")):
+            cells = next(line for line in table if row in line)
+            assert all(f"{ran[f'{when}_{side}']:.3f}" in cells for side in ("before", "after"))
+
+
 PAGE = """# Title
 <!-- numbers: {file}#levels; settings: 5e-4 .1; cited: .27 -->
 The loss falls from 5.69 to **.98** nats, 12.5 % of it, with a rate of .1; the paper has .27.

@@ -16,6 +16,7 @@ REFUSED = {
     "calibrate": ("calibrate", "specimen", *SHORT),
     "posttrain": ("posttrain", "specimen", "--text", "no/text"),
     "posttrain with a scaled position": ("posttrain", "specimen", "--rope-scaling", "yarn:4", "--steps", "1"),
+    "posttrain with a price of nothing": ("posttrain", "specimen", "--price", "0.1", "--steps", "1"),
     "reproduce": ("reproduce", "--text", "no/text", "--models", "130m", "--device", "cpu"),
     "reproduce with arms": ("reproduce", "--text", "no/text", "--interventions", "all"),
     "report": ("report", "no.json"),

@@ -301,6 +301,9 @@ def posttrain(
     check_read(context, *([intervention] if intervention else [asked.long, asked.short, NON_STATIONARY]))
     for left_out in unread(context, "task", task, READ_BY_TASK):
         console.print(f"Warning: {left_out}: it is left out.", style="yellow", soft_wrap=True)
+    if not until_healthy and (idle := given(context, price=price, measure_steps=measure_steps)):
+        flag = next(iter(idle)).replace("_", "-")
+        raise LongrollError(f"--{flag} is read with --until-healthy alone: add it, or leave --{flag} out.")
     if task in ("copying", "tracking") and intervention == "tbptt":
         raise LongrollError(
             f"--task {task.value} has no text that goes on from row to row: use --intervention sp."

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from longroll.results import DiagnosisResult, QuickstartResult
 
 STEPS = 200
-"""Fewer than `longroll posttrain` takes, so that all is done in 3 minutes on two cores."""
+"""Fewer than `longroll posttrain` takes, so that all is done in 2 minutes on two cores."""
 
 
 def quickstart(
