@@ -146,7 +146,9 @@ _LABELS = {"keys_and_values": "KV"}
 
 def _gib(size: int) -> str:
     """Return bytes in GiB, in few characters."""
-    found = size / 2**30
+    from longroll.memory import GIB
+
+    found = size / GIB
     return f"{found:.3g}" if found >= 0.005 or not size else "<0.01"
 
 

@@ -33,7 +33,7 @@ from longroll.state import RecurrentState
 from longroll.training.lora import with_lora
 from longroll.training.loss import LOGITS, hidden_loss
 from longroll.training.options import PosttrainOptions, autocasts
-from longroll.training.weights import train_only
+from longroll.training.weights import TRAINABLE, train_only
 
 T = TypeVar("T")
 
@@ -45,7 +45,6 @@ an H100: the loss of a 370M Mamba-2 and of a 9.8B Bamba; steps of a 370M Mamba-2
 _SMALL, _LARGE = 4e8, 1e10
 ROOM = 0.94
 """Share of a device's memory that tensors can take: the rest holds the driver, libraries and gaps."""
-_TRAINED = {"all": "all weights", "scales": "all but matrices", "decays": "decays"}
 _SQUARE = {"cuda": 8192, "cpu": 1024}  # sizes of the product whose rate is measured
 
 
@@ -85,7 +84,7 @@ class Setting:
     @property
     def name(self) -> str:
         """What a table calls it."""
-        parts = [f"LoRA {self.lora_rank}" if self.lora_rank else _TRAINED[self.trainable]]
+        parts = [f"LoRA {self.lora_rank}" if self.lora_rank else TRAINABLE[self.trainable]]
         parts += ["int8"] if self.int8 else []
         parts += ["checkpointing"] if self.gradient_checkpointing else []
         parts += [f"FSDP {self.shards}"] if self.shards > 1 else []

@@ -23,13 +23,10 @@ from longroll.interventions.recipes import (
     recipe_of,
 )
 from longroll.model import RecurrentLM
-from longroll.training.weights import trained_decays
+from longroll.training.weights import TRAINABLE, trained_decays
 
 if TYPE_CHECKING:
     from longroll.training.options import PosttrainOptions
-
-
-_TRAINED = {"all": "all weights", "scales": "all but the matrices", "decays": "the decays"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def by_recipe(
     )
     rates = f"decay speed {chosen.decay_speed:g}, learning rate {chosen.learning_rate:g}"
     adapted = options.lora_rank or lm.adapted is not None
-    told = f"trains {'adapters' if adapted else _TRAINED[trainable]}, {rates}"
+    told = f"trains {'adapters' if adapted else TRAINABLE[trainable]}, {rates}"
     made = None
     if choice.intervention != "none":
         zero = settings.zero_probability if zero_probability is None else zero_probability

@@ -20,8 +20,8 @@ logger = logging.getLogger("longroll")
 WEIGHTS = ("float32", "bf16")
 """How the weights that are trained can be held."""
 
-TRAINABLE = ("all", "scales", "decays")
-"""Which parameters a run can train: all, all but the matrices (`projects`), or `DECAYS`."""
+TRAINABLE = {"all": "all weights", "scales": "all but the matrices", "decays": "the decays"}
+"""Which parameters a run can train, in words: all, all but the matrices (`projects`), or `DECAYS`."""
 
 DECAYS = (
     *("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias"),  # Mamba, Zamba, Gated DeltaNet, KDA
@@ -130,10 +130,10 @@ def trained_parameters(model: nn.Module, what: str) -> str:
         return f"{counted}: adapters."
     if what == "scales":
         return (
-            f"{counted}: all but the matrices, which repairs the states and teaches no new text; "
+            f"{counted}: {TRAINABLE[what]}, which repairs the states and teaches no new text; "
             "`trainable` all teaches it."
         )
-    return f"{counted}{': the decays' if what == 'decays' else ''}."
+    return f"{counted}{f': {TRAINABLE[what]}' if what == 'decays' else ''}."
 
 
 def in_16_bits(parameter: torch.Tensor) -> bool:
