@@ -79,14 +79,15 @@ def _block(
     x, own = hidden_states, block.norm
     wide = x.dtype == own.weight.dtype and (x.dtype == torch.float32 or not block.residual_in_fp32)
     given = isinstance(options.get("cache_params"), StateCache) and needs_graph(x)
-    if not ADDS or not wide or not given or not _plain(own, x):
+    again = block.gradient_checkpointing and block.training  # which is in `original`
+    if again or not ADDS or not wide or not given or not _plain(own, x):
         return cast(Tensor, original(hidden_states, *args, **options))
     if (normed := _made_before(x, own)) is None:
         normed, x = _norm_of_sum(x, None, own)
     y = block.mixer(normed, *args, **options)
     # a hook may change the result; the weights of a hooked block may lie elsewhere until it runs
     alone = hooked(block) or (following is not None and hooked(following))
-    if alone or block.gradient_checkpointing or not _plain(norm, x):
+    if alone or not _plain(norm, x):
         return x + cast(Tensor, y)
     normed, total = _norm_of_sum(x, y, norm)
     total._normed = norm, total._version, normed  # type: ignore[attr-defined]
