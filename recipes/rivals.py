@@ -1,9 +1,9 @@
 """State Passing and its rivals side by side: readings, calibrations, and training at equal tokens.
 
     python recipes/rivals.py --base specimen --batch 16 --steps 100 --calibrated 4 --output rivals  # CPU
-    python recipes/rivals.py --base passkey-mamba2 --workers 12 --seconds 110 --output rivals  # GPU
-    python recipes/rivals.py --base passkey-bamba  --workers 12 --seconds 110 --output rivals
-    python recipes/rivals.py --base recall-mamba2  --workers 12 --seconds 110 --output rivals
+    python recipes/rivals.py --base passkey-mamba2 --workers 12 --seeds 0 1 2 --output rivals  # GPU
+    python recipes/rivals.py --base passkey-bamba  --workers 12 --seeds 0 1 2 --output rivals
+    python recipes/rivals.py --base recall-mamba2  --workers 12 --seeds 0 1 2 --output rivals
 
 `specimen` is the model inside the package, measured by loss only.
 `passkey-*` is a byte model that learns text and passkeys at T = 256 from the zero state, `recall-*` learns
@@ -17,14 +17,17 @@ weights:
   1e-3; decays x 30); `longer`: plain steps at 4 T, all with as many tokens; of a hybrid also `none+linear`
   and `sp+linear`, whose rotary positions are scaled, too.
 
-OUTPUT/BASE.json: loss by octaves of positions and accuracy at T to 64 T, with intervals, tokens and seconds.
+OUTPUT/BASE.json: loss by octaves of positions and accuracy at T to 64 T of every seed, with intervals, tokens
+and seconds, and mean, least and largest over seeds.
 """
 
 import timed  # isort: skip  (its clock starts first)
 
 import argparse
 import multiprocessing
+import statistics
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,7 @@ TIMES = 64
 TRAINED = {"none": None, "fitted": FittedNoise, "sp": StatePassing, "tbptt": TBPTT, "longer": None}
 SCALED = {"none+linear": "none", "sp+linear": "sp"}
 """Ways of a hybrid: its rotary positions are scaled, too."""
-READ = ("reset", "rescan", "decay", "clip", "window", "chunk")
+READ = ("clip", "chunk", "decay", "reset", "window", "rescan")
 CALIBRATED = {"A-layer": ("A", "layer"), "A-head": ("A", "head"), "dt-layer": ("dt", "layer")}
 DEPTHS = (0.1, 0.5, 0.9)
 LONGER = 4
@@ -111,7 +114,7 @@ class Base:
             lm = RecurrentLM(model, name=options.base)
         return freeze(lm).to(options.device)
 
-    def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0) -> Any:
+    def rows(self, *, steps: int, longer: int = 1, windows: int = 1, seed: int = 0, makers: int = 1) -> Any:
         """Rows of the task, and one of EVERY of text; of recall, the one whose tokens are all learned."""
         if self.kind == "specimen":
             return self.train
@@ -119,7 +122,7 @@ class Base:
         every = EVERY[self.kind]
         if self.kind == "passkey":
             tasks = [Passkey(self.tokenizer, haystack=TextHaystack(self.train, "text"), instruction=False)]
-            text: Any = Windows(self.train, length, seed=seed, num_items=20_000)
+            text: Any = Windows(self.train, length, seed=seed, num_items=steps * lanes // every + 1)
         else:  # few pairs are learned first
             tasks = [Recall(self.tokenizer, pairs) for pairs in (1, self.options.pairs, 2)]
             text = TaskRows(
@@ -131,7 +134,8 @@ class Base:
             answers_only=self.kind == "recall",
         )  # fmt: skip
         mixed = timed.MixedRows(rows, text, every=every)
-        return timed.StoredRows(mixed, min(self.options.kept, steps * lanes), lanes=lanes)
+        kept = min(self.options.kept or steps * lanes, steps * lanes)
+        return timed.StoredRows(mixed, kept, lanes=lanes, workers=makers)
 
     def texts(self, longest: int, rows: int, *, train: bool) -> torch.Tensor:
         """Long texts, (rows, longest + 1): of the corpus, or prompts of recall with their answers."""
@@ -153,7 +157,10 @@ def train_base(base: Base, options: argparse.Namespace) -> dict[str, Any]:
     """From scratch at T, from the zero state; the specimen is there."""
     if base.kind == "specimen":
         return {"steps": 0}
-    rows = base.rows(steps=timed.MANY)
+    by_clock = options.seconds is not None
+    rows = base.rows(
+        steps=timed.MANY if by_clock else options.base_steps, seed=1000 * options.seed, makers=options.makers
+    )
     how = {"length": base.length, "batch_size": options.batch, "weight_decay": 0.1}
     how |= {"learning_rate": options.learning_rate, "cuda_graphs": options.cuda_graphs}
     return timed.train(
@@ -185,7 +192,8 @@ def try_way(way: str, base: Base, options: argparse.Namespace) -> dict[str, Any]
         how |= {"rope_scaling": f"linear:{options.times}"} if way in SCALED else {}
         how |= {"cuda_graphs": options.cuda_graphs}
         training = timed.train(
-            lm, base.rows(steps=options.steps, longer=longer, windows=windows, seed=options.seed + 1),
+            lm, base.rows(steps=options.steps, longer=longer, windows=windows,
+                      seed=1000 * options.seed + 1),
             chosen and chosen(zero_probability=0.1, seed=options.seed), options.output / options.base / way,
             seconds=None, steps=options.steps, length=longer * base.length,
             batch_size=options.batch // longer, **how, seed=options.seed,
@@ -236,18 +244,56 @@ def measure(way: str, lm: RecurrentLM, base: Base, options: argparse.Namespace) 
     return result
 
 
+def summary(ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean, least and largest over seeds of each loss and each accuracy, in the order of ways."""
+    rows = []
+    for name in dict.fromkeys(way["way"] for way in ways):
+        some = [way for way in ways if way["way"] == name]
+        row: dict[str, Any] = {"way": name, "seeds": sorted(way["seed"] for way in some)}
+        if "octaves" in some[0]:
+            columns = zip(*(way["octaves"] for way in some), strict=True)
+            row["octaves"] = [[*found[0][:2], *_spread([one[2] for one in found])] for found in columns]
+        if "cells" in some[0]:
+            scores: dict[int, list[float]] = {}
+            for way in some:
+                for length, mean in accuracy(way["cells"]).items():
+                    scores.setdefault(length, []).append(mean)
+            row["accuracy"] = [[length, *_spread(found)] for length, found in scores.items()]
+        rows.append(row)
+    return rows
+
+
+def accuracy(cells: list[dict[str, Any]]) -> dict[int, float]:
+    """Return the mean of the first score over the rows of the grid, by length."""
+    scores: dict[int, list[float]] = {}
+    for cell in cells:
+        (score, *_) = cell["scores"].values()
+        scores.setdefault(cell["length"], []).append(score["mean"])
+    return {length: statistics.mean(some) for length, some in scores.items()}
+
+
+def _spread(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in (statistics.mean(values), min(values), max(values))]
+
+
 def _begin(options: argparse.Namespace) -> None:
-    global _base, _options
+    global _base
     torch.set_num_threads(1)
-    _options, _base = options, Base(options)
+    _base = Base(options)
 
 
-def _way(way: str) -> dict[str, Any] | None:
-    return timed.attempt(try_way, way, _base, _options)
+def _train(options: argparse.Namespace) -> dict[str, Any] | None:
+    _base.options = options
+    return timed.attempt(train_base, _base, options)
+
+
+def _way(way: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    _base.options = options
+    return timed.attempt(try_way, way, _base, options)
 
 
 def main() -> None:
-    """Train the base, then every way, several at a time."""
+    """Train the base of each seed, then every way of it, several at a time; the file is whole after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--text", default="stdlib")
@@ -265,27 +311,52 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of training the base, from the start of the script")
     parser.add_argument("--steps", type=int, default=300, help="of training on")
     parser.add_argument("--calibrated", type=int, default=8, help="texts that scales are found on")
-    parser.add_argument("--kept", type=int, default=40_000, help="rows made beforehand")
+    parser.add_argument("--kept", type=int, help="read so many rows again and again; default: no row twice")
+    parser.add_argument("--makers", type=int, default=1, help="processes that make the rows of the base")
     parser.add_argument("--times", type=int, default=TIMES, help="longest text, in training lengths")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
+    if options.seconds is not None and not options.kept:
+        parser.error("--seconds trains for an unknown number of steps: give --kept, or --base-steps instead")
     scaled = SCALED if options.base.endswith("bamba") else {}
-    options.ways = options.ways or ["base", *READ, *TRAINED, *scaled, *CALIBRATED]
-    (options.output / options.base).mkdir(parents=True, exist_ok=True)
-    trained = train_base(Base(options), options)
-    rows = []
-    with multiprocessing.get_context("spawn").Pool(options.workers, _begin, (options,)) as pool:
-        for row in pool.imap_unordered(_way, options.ways):
-            rows += [row] if row else []
-            made = provenance(open_base(options), seed=options.seed, seconds=time.time() - timed.BEGAN)
-            settings = {name: value for name, value in vars(options).items() if name != "output"}
-            table = {"settings": settings, "base": trained, "ways": rows, "provenance": made}
-            write_json(options.output / f"{options.base}.json", table)
+    options.ways = options.ways or ["base", *TRAINED, *scaled, *CALIBRATED, *READ]
+    bases: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    made = provenance(seed=options.seeds[0], seconds=0.0, device=options.device)
+    with ProcessPoolExecutor(options.workers, context, _begin, (options,)) as pool:
+        of_seed = {seed: argparse.Namespace(**vars(options), seed=seed) for seed in options.seeds}
+        waiting: dict[Future[Any], tuple[int, str | None]] = {}
+        left: list[tuple[int, int]] = []  # ways and seeds: all seeds of a way come before the next way
+        for seed, own in of_seed.items():
+            own.output = options.output / str(seed)
+            (own.output / options.base).mkdir(parents=True, exist_ok=True)
+            waiting[pool.submit(_train, own)] = (seed, None)
+        while waiting or left:
+            while left and len(waiting) < options.workers:
+                place, seed = left.pop(0)
+                name = options.ways[place]
+                waiting[pool.submit(_way, name, of_seed[seed])] = (seed, name)
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                seed, way = waiting.pop(done)
+                found = done.result()
+                if found is None:
+                    continue
+                if way is None:
+                    bases[str(seed)] = found
+                    left = sorted(left + [(place, seed) for place in range(len(options.ways))])
+                    continue
+                rows.append({"seed": seed, **found})
+                rows.sort(key=lambda row: (options.ways.index(row["way"]), row["seed"]))
+                made["seconds"] = round(time.time() - timed.BEGAN, 1)
+                table = {"settings": settings, "summary": summary(rows), "bases": bases, "ways": rows}
+                write_json(options.output / f"{options.base}.json", table | {"provenance": made})
 
 
 if __name__ == "__main__":

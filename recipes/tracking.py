@@ -22,19 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
-from transformers import Mamba2Config, Mamba2ForCausalLM, TrainerCallback
+from steps import fit
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from longroll import TBPTT, RecurrentLM, StatePassing
+from longroll import TBPTT, FittedNoise, RecurrentLM, StatePassing
 from longroll.data import HFTokenizer
+from longroll.data.lanes import IGNORED
 from longroll.families.fla_models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from longroll.families.fla_models.gla import GLAConfig, GLAForCausalLM
 from longroll.families.fla_models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from longroll.results import provenance, read_json, write_json
-from longroll.tasks import Row, StateTracking, TrackingRows, evaluate_grid, tracking_tokenizer
+from longroll.tasks import Row, StateTracking, evaluate_grid, tracking_tokenizer
+from longroll.tasks.state_tracking import ASKED, drawn_elements
 
 GROUPS = ("parity", "z3", "s3", "s5-swaps")
-WAYS = {"none": None, "sp": StatePassing, "tbptt": TBPTT}
+WAYS = {"none": None, "sp": StatePassing, "fitted": FittedNoise, "tbptt": TBPTT}
 PIECES = 8
 """Rows of a word of TBPTT."""
 LEARNED = 0.03
@@ -82,34 +84,66 @@ def gla(vocabulary: int, size: int) -> Any:
 FAMILIES = {"rwkv7": rwkv7, "mamba2": mamba2, "delta_net": delta_net, "gla": gla}
 
 
-class LongWords(Dataset):
-    """Rows of `length` tokens, `pieces` of which are one word; item k * lanes + l is step k of lane l."""
+class Words:
+    """Batches of words drawn on the model's device, none twice; called with the number of the step.
+
+    They are distributed as `longroll.tasks.TrackingRows`. A word goes on over `pieces` batches. With a
+    `curriculum` of so many steps the share of elements that move at most two points falls from 1 to 0.
+    """
 
     def __init__(
-        self, task: StateTracking, length: int, rows: int, *, lanes: int, pieces: int, seed: int
-    ) -> None:
-        self.words = TrackingRows([task], length * pieces, rows, seed=seed)
-        self.length, self.lanes, self.pieces = length, lanes, pieces
+        self, task: StateTracking, length: int, rows: int, *, pieces: int, seed: int, device: torch.device,
+        curriculum: int = 0,
+    ) -> None:  # fmt: skip
+        self.shape, self.length = (rows, length * pieces), length
+        self.pieces, self.curriculum = pieces, curriculum
+        self.table, self.elements, self.drawn = (
+            torch.from_numpy(array).to(device).long() for array in (task.table, task.elements, task.drawn)
+        )
+        easy = drawn_elements(f"{task.group}-swaps") if curriculum else task.drawn
+        self.easy = torch.from_numpy(easy).to(device).long()
+        self.start, self.ask = task.start, task.ask_id
+        self.random = torch.Generator(device).manual_seed(seed)
+        self.device = device
 
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        step, lane = divmod(index, self.lanes)
-        word, piece = divmod(step, self.pieces)
-        row = self.words[word * self.lanes + lane]
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `shift_labels` (B, T) and `starts` (B,)."""
+        piece = step % self.pieces
+        if piece == 0:
+            self.word = self._draw(1 - step / self.curriculum if step < self.curriculum else 0.0)
         part = slice(piece * self.length, (piece + 1) * self.length)
-        names = ("input_ids", "shift_labels")
-        return {name: row[name][part] for name in names} | {"starts": torch.tensor(piece == 0)}
+        starts = torch.full(self.shape[:1], piece == 0, device=self.device)
+        ids, labels = (tensor[:, part].contiguous() for tensor in self.word)
+        return {"input_ids": ids, "shift_labels": labels, "starts": starts}
+
+    def _draw(self, easy: float) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = self._any_of(self.drawn)
+        if easy:
+            drawn = torch.where(self._chance() < easy, self._any_of(self.easy), drawn)
+        asked = self._chance() < ASKED
+        asked[:, 0] = True  # the start token: no element, and no product to learn
+        products = products_of(self.table, drawn.masked_fill(asked, 0))
+        ids = torch.where(asked, self.ask, self.elements[drawn])
+        labels = self.elements[products]
+        ids[:, 0], labels[:, 0] = self.start, IGNORED
+        return ids, labels
+
+    def _any_of(self, elements: torch.Tensor) -> torch.Tensor:
+        places = torch.randint(len(elements), self.shape, generator=self.random, device=self.device)
+        return elements[places]
+
+    def _chance(self) -> torch.Tensor:
+        return torch.rand(self.shape, generator=self.random, device=self.device)
 
 
-class Learned(TrainerCallback):
-    """Ends training where the loss says that the task is learned in range."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Stop below the loss of a model that is right in 99 of 100."""
-        if (logs or {}).get("loss", 1.0) < LEARNED:
-            control.should_training_stop = True
+def products_of(table: torch.Tensor, elements: torch.Tensor) -> torch.Tensor:
+    """Return the product of the first t elements, for every t, (B, T), in log2 T steps."""
+    products, ahead = elements, 1
+    while ahead < elements.shape[1]:
+        joined = table[products[:, :-ahead], products[:, ahead:]]
+        products = torch.cat([products[:, :ahead], joined], dim=1)
+        ahead *= 2
+    return products
 
 
 def try_one(job: tuple[int, str, str]) -> list[dict[str, Any]]:
@@ -130,21 +164,16 @@ def try_one(job: tuple[int, str, str]) -> list[dict[str, Any]]:
         if way != "base":
             model.load_state_dict(base)
         pieces = PIECES if way == "tbptt" else 1
-        rows = LongWords(
-            task, options.length, steps * options.batch, lanes=options.batch, pieces=pieces,
-            seed=seed if way == "base" else seed + 1000,
+        curriculum = options.curriculum * steps if way == "base" and group in ("s3", "s4", "s5") else 0
+        words = Words(
+            task, options.length, options.batch, pieces=pieces, seed=seed if way == "base" else seed + 1000,
+            device=lm.device, curriculum=round(curriculum),
         )  # fmt: skip
-        whole = options.batch * pieces  # a word is stored whole
-        kept = max(whole, min(options.kept, len(rows)) // whole * whole)
-        stored = timed.StoredRows(rows, kept, lanes=options.batch)
         chosen = WAYS.get(way)
-        told = timed.train(
-            lm, stored, chosen and chosen(seed=seed),
-            options.output / "-".join(map(str, (*job, way))), seconds=None, steps=steps,
-            length=options.length, batch_size=options.batch, seed=seed, bf16=False,
-            cuda_graphs=options.cuda_graphs,
-            callbacks=[Learned()] if way == "base" else [],
+        told = fit(
+            lm, words, chosen and chosen(seed=seed), steps=steps,
             learning_rate=options.learning_rate if way == "base" else options.learning_rate / 4,
+            learned=LEARNED if way == "base" else 0.0, cuda_graphs=options.cuda_graphs,
         )  # fmt: skip
         lengths = [times * options.length - 2 for times in (1, 2, 4, 16, 64) if times <= options.times]
         cells = evaluate_grid(
@@ -203,10 +232,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000, help="of training a base, at most")
     parser.add_argument("--more", type=int, default=1000, help="steps of training it on")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--kept", type=int, default=60_000, help="rows made beforehand")
+    parser.add_argument(
+        "--curriculum", type=float, default=0.0, help="share of the steps of sN that begin with swaps"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--times", type=int, default=64, help="longest word, in training lengths")
-    parser.add_argument("--cuda-graphs", action="store_true", default=None, help="of every family")
+    parser.add_argument("--no-graphs", dest="cuda_graphs", action="store_false", help="eager steps")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

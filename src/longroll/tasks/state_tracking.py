@@ -38,7 +38,8 @@ GROUPS = ("parity", "z5", "s3", "s5")
 """Groups that are tried, unless it is said otherwise."""
 TAGGED = 32
 """Elements at the end of a text whose products are scored."""
-_ASKED = 1 / 16  # of the tokens of a training row
+ASKED = 1 / 16
+"""Share of the tokens of a training row that ask."""
 
 
 @functools.cache
@@ -183,7 +184,7 @@ class TrackingRows(Dataset[Item]):
         number = range(self.rows)[index]
         rng, task = random_of(TRAINING, self.seed, number), self.tasks[number % len(self.tasks)]
         drawn = task.drawn[rng.integers(len(task.drawn), size=self.length - 1)]
-        asked = rng.random(self.length - 1) < _ASKED
+        asked = rng.random(self.length - 1) < ASKED
         products = task.products(np.where(asked, 0, drawn))  # asking multiplies by the identity
         ids = np.where(asked, task.ask_id, task.elements[drawn])
         labels = np.concatenate([[IGNORED], task.elements[products]]).astype(np.int64)
