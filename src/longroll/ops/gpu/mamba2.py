@@ -123,14 +123,14 @@ class _Mamba2(torch.autograd.Function):
             convolved = short_conv.forward(convolves, conv_weight, conv_bias, past, True)
             x, B, C = shape.split_convolved(convolved)
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
-            A = -A_log.exp()
-            y, final, kept = ssd.forward(x, steps, A, B, C, D, state, keep=shape.keep)
+            sizes, A = steps.sizes(A_log, logs=True)
+            y, final, starts = ssd.forward(x, sizes, A, B, C, D, state, keep=shape.keep)
             normed, rstd, _ = rms_norm.forward(
                 y.flatten(-2), norm_weight, gate, shape.eps, shape.group_size, shape.dtype
             )
         ctx.save_for_backward(
             projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, y, rstd, out,
-            convolved if shape.keep else None, *kept,
+            convolved if shape.keep else None, sizes, starts,
         )  # fmt: skip
         ctx.shape = shape
         ctx.set_materialize_grads(False)
@@ -141,7 +141,7 @@ class _Mamba2(torch.autograd.Function):
     def backward(ctx: Any, dnormed: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         (
             projected, conv_weight, conv_bias, dt_bias, A, D, norm_weight, past, state, y, rstd, out,
-            convolved, *kept,
+            convolved, sizes, starts,
         ) = ctx.saved_tensors  # fmt: skip
         shape: Shape = ctx.shape
         if dnormed is None:
@@ -157,14 +157,13 @@ class _Mamba2(torch.autograd.Function):
             dconvolved = torch.empty_like(convolved)
             dx, dB, dC = shape.split_convolved(dconvolved)
             steps = ssd.Steps(dt, dt_bias, True, shape.dt_limit, out)
-            ddt_bias, dA, dD, dstate = ssd.backward(
-                dy.view_as(y), dfinal, (x, A, B, C, D), steps, state, tuple(kept), (dx, ddt, dB, dC),
-                of_state=ctx.needs_input_grad[8],
+            ddt_bias, dA_log, dD, dstate = ssd.backward(
+                dy.view_as(y), dfinal, (x, A, B, C, D), steps, sizes, state, starts, (dx, ddt, dB, dC),
+                of_state=ctx.needs_input_grad[8], logs=True,
             )  # fmt: skip
             dweight, dbias, dpast = short_conv.backward(
                 dconvolved, convolves, conv_weight, conv_bias, past, True, dconvolves
             )
-        assert dA is not None
         return (
-            dprojected, dweight, dbias, ddt_bias, dA * A, dD, dnorm_weight, dpast, dstate, None, None,
+            dprojected, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dpast, dstate, None, None,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from longroll.ops._backend import WIDEST_AT_ONCE, shared_memory
 from longroll.ops._common import LOG2_E as _LOG2_E
 from longroll.ops._common import NO_LIMIT, no_autocast
+from longroll.ops.gpu._overlap import begin, overlap
 from longroll.ops.gpu._sums import column_sums
 from longroll.ops.gpu.selective_scan import _step_size
 
@@ -31,6 +32,8 @@ WALK = {"P": 64, "N": 128, "AT_ONCE": 1, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
+SUMS = False
+"""Whether the kernel of B's and C's gradients makes the sums over the states at the chunks' starts, too."""
 OF_X = {"HEADS": 1, "EARLY": True, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
 NARROW = 64
@@ -61,11 +64,16 @@ def _step_sizes(
 
 @triton.jit
 def _ssd_steps(
-    dt_ptr, bias_ptr, out_ptr, A_ptr, sizes_ptr, levels_ptr, T, H, CHUNKS, db, dt_stride, dh, low, high,
+    dt_ptr, bias_ptr, out_ptr, A_ptr, sizes_ptr, levels_ptr, rates_ptr,
+    T, H, CHUNKS, db, dt_stride, dh, low, high,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_OUT: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
-    """Step sizes (B, H, CHUNKS CHUNK) of dt (B, T, H), and sums of dt A within chunks, in powers of 2."""
+    """Step sizes (B, H, CHUNKS CHUNK) of dt (B, T, H), and sums of dt A within chunks, in powers of 2.
+
+    With LOGS the A that is given is log(-A), and A is written into `rates`.
+    """
+    begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     sizes, _slopes = _step_sizes(
@@ -75,8 +83,12 @@ def _ssd_steps(
     to = (row * H + h[None, :]) * CHUNKS * CHUNK + t[:, None]
     mask = (h < H)[None, :] & (t >= 0)[:, None]
     tl.store(sizes_ptr + to, sizes, mask=mask)
-    rates = sizes * tl.load(A_ptr + h, mask=h < H, other=0.0)[None, :] * LOG2_E
-    tl.store(levels_ptr + to, tl.cumsum(rates, axis=0), mask=mask)
+    A = tl.load(A_ptr + h, mask=h < H, other=0.0)
+    if LOGS:
+        A = -tl.exp(A)
+        if row + chunk == 0:
+            tl.store(rates_ptr + h, A, mask=h < H)
+    tl.store(levels_ptr + to, tl.cumsum(sizes * A[None, :] * LOG2_E, axis=0), mask=mask)
 
 
 @triton.jit
@@ -87,6 +99,7 @@ def _ssd_steps_backward(
     CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """ddt, of any strides, and the sum of each chunk's (B, CHUNKS, H)."""
+    begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     _sizes, slopes = _step_sizes(
@@ -169,6 +182,7 @@ def _ssd_walk(
 
     In reverse it carries the gradient of the state, to which dy and C are what x and B are to the state.
     """
+    begin()
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * P + tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
     in_p, in_n = _inside(p, P_SIZE, WHOLE), _inside(n, N_SIZE, WHOLE)
@@ -216,6 +230,7 @@ def _ssd_outputs(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H, P), contiguous, from the chunk's inputs and the states at its start."""
+    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
@@ -255,17 +270,20 @@ def _ssd_outputs(
 @triton.jit
 def _ssd_gradients_of_x(
     x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
-    dx_ptr, dsizes_ptr, dA_ptr, dD_ptr,
+    starting_ptr, carried_ptr, dx_ptr, dsizes_ptr, dA_ptr, dD_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE, dxb, dxt, dxh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PARTS: tl.constexpr, EARLY: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCKS: tl.constexpr, LOGS: tl.constexpr,
 ):  # fmt: skip
     """dx, its last axis contiguous; dsizes (B, H, CHUNKS CHUNK) float32; dA, dD (B, CHUNKS, H).
 
     From the states at the chunk's start and the gradients of those at its end. EARLY loads all before the
     first product; otherwise each is loaded where it is first multiplied, which holds fewer registers.
+    With BLOCKS the sums that need the state at the start are those that `_ssd_gradients_of_B_and_C` left.
+    With LOGS dA is the gradient of log(-A).
     """
+    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
@@ -284,7 +302,8 @@ def _ssd_gradients_of_x(
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
-        state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
+        if BLOCKS == 0:
+            state = _state(starts_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
         if EARLY:
             x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
             dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
@@ -293,28 +312,40 @@ def _ssd_gradients_of_x(
         dy32 = dy.to(tl.float32)
 
         # what the chunk's start gives to y, and its end asks of dt x
-        da = tl.sum(tl.dot(C, tl.trans(state), input_precision=PRECISION) * dy32, axis=1)
+        if BLOCKS == 0:
+            da = tl.sum(tl.dot(C, tl.trans(state), input_precision=PRECISION) * dy32, axis=1)
         if not EARLY:
             x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
             dend = _state(dends_ptr + at, p, n, P_SIZE, N_SIZE, WHOLE)
         x32 = x.to(tl.float32)
-        carried = _trace(tl.dot(state, tl.trans(dend), input_precision=PRECISION), p)
+        if BLOCKS == 0:
+            carried = _trace(tl.dot(state, tl.trans(dend), input_precision=PRECISION), p)
         if not EARLY:
             B = _columns(B_ptr, step, n, in_t, Bt, Bn, N_SIZE, WHOLE)
         products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         dxdt = tl.zeros((CHUNK, P), tl.float32)
         for part in range(1, PARTS):
             B2, C2 = _B_and_C(B_ptr, C_ptr, step, part * N + n, in_t, Bt, Bn, Ct, Cn, N_SIZE, WHOLE)
-            state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
             dend2 = _state(dends_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
             products += tl.dot(C2, tl.trans(B2), input_precision=PRECISION)
-            carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision=PRECISION), p)
-            da += tl.sum(tl.dot(C2, tl.trans(state2), input_precision=PRECISION) * dy32, axis=1)
+            if BLOCKS == 0:
+                state2 = _state(starts_ptr + at, p, part * N + n, P_SIZE, N_SIZE, WHOLE)
+                carried += _trace(tl.dot(state2, tl.trans(dend2), input_precision=PRECISION), p)
+                da += tl.sum(tl.dot(C2, tl.trans(state2), input_precision=PRECISION) * dy32, axis=1)
             dxdt += tl.dot(B2, tl.trans(dend2), input_precision=PRECISION)
         # within the chunk, by scores as they are multiplied: what cancels then cancels exactly
         scores = (products * _decays_between(a, causal)).to(x.dtype)
         pairs = tl.dot(dy, tl.trans(x), input_precision=PRECISION)
-        da = da * tl.exp2(a) + tl.sum(pairs * scores.to(tl.float32) * dt[None, :], axis=1)
+        within = tl.sum(pairs * scores.to(tl.float32) * dt[None, :], axis=1)
+        if BLOCKS == 0:
+            da = da * tl.exp2(a) + within
+        else:
+            da, left = within, tl.zeros((P,), tl.float32)
+            for block in tl.static_range(BLOCKS):
+                to = row * BLOCKS + block
+                da += tl.load(starting_ptr + ((to * H + head) * CHUNKS + chunk) * CHUNK + step)
+                left += tl.load(carried_ptr + ((to * CHUNKS + chunk) * H + head) * P + p)
+            carried = tl.sum(left, axis=0)
         if HAS_D:
             tl.store(dD_ptr + (row * CHUNKS + chunk) * H + head, _trace(pairs, step))
 
@@ -332,20 +363,30 @@ def _ssd_gradients_of_x(
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=in_tp)
         # da is of the running sums a; of each dt A: all from its step on
         drate = tl.cumsum(da, axis=0, reverse=True) + written + tl.exp2(total) * carried
-        dsizes = given + drate * tl.load(A_ptr + head)
-        tl.store(dsizes_ptr + times + step, dsizes)
-        tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, tl.sum(drate * dt, axis=0))
+        A = tl.load(A_ptr + head)
+        tl.store(dsizes_ptr + times + step, given + drate * A)
+        dA = tl.sum(drate * dt, axis=0)
+        if LOGS:
+            dA *= A
+        tl.store(dA_ptr + (row * CHUNKS + chunk) * H + head, dA)
 
 
 @triton.jit
 def _ssd_gradients_of_B_and_C(
-    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr, dB_ptr, dC_ptr,
+    x_ptr, sizes_ptr, levels_ptr, A_ptr, B_ptr, C_ptr, D_ptr, starts_ptr, dends_ptr, dy_ptr,
+    starting_ptr, carried_ptr, dB_ptr, dC_ptr,
     T, H, CHUNKS, RATIO, xb, xt, xh, xp, Bb, Bt, Bg, Bn, Cb, Ct, Cg, Cn, P_SIZE, N_SIZE,
     dBb, dBt, dBh, dCb, dCt, dCh,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, WHOLE_T: tl.constexpr,
     HAS_D: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns."""
+    """dB and dC (B, T, H / HEADS, N): a program sums those of its heads, for N of their columns.
+
+    With SUMS, for each block of N columns, what the state at the start gives to y by dy, (B, blocks, H,
+    CHUNKS CHUNK), and the rows of that state by those of the gradient at the end, (B, blocks, CHUNKS, H, P).
+    """
+    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(0) // blocks, chunk * CHUNK
@@ -369,15 +410,29 @@ def _ssd_gradients_of_B_and_C(
         x = tl.load(x_at + step[:, None] * xt + p[None, :] * xp, mask=in_tp, other=0.0)
         dy_at = dy_ptr + ((row * T + first) * H + head) * P_SIZE
         dy = tl.load(dy_at + step[:, None] * (H * P_SIZE) + p[None, :], mask=in_tp, other=0.0)
-        decay = _decays_between(a, causal)
-        dscores = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay * dt[None, :]
+        if not SUMS:
+            decay = _decays_between(a, causal)
+            dscores = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay * dt[None, :]
         at = ((row * CHUNKS + chunk) * H + head) * P_SIZE * N_SIZE
         state = tl.load(starts_ptr + at + pn, mask=in_pn, other=0.0)
         dend = tl.load(dends_ptr + at + pn, mask=in_pn, other=0.0)
         asked = (dy.to(tl.float32) * tl.exp2(a)[:, None]).to(x.dtype)
         given = (x.to(tl.float32) * (dt * tl.exp2(total - a))[:, None]).to(x.dtype)
-        dC += tl.dot(asked, state, input_precision=PRECISION)
+        if SUMS:
+            block = row * blocks + tl.program_id(0) % blocks
+            both = tl.dot(state, tl.trans(dend), input_precision=PRECISION)
+            left = tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), axis=1)
+            tl.store(carried_ptr + ((block * CHUNKS + chunk) * H + head) * P + p, left)
+            from_start = tl.dot(asked, state, input_precision=PRECISION)
+            starting_at = starting_ptr + ((block * H + head) * CHUNKS + chunk) * CHUNK
+            tl.store(starting_at + step, tl.sum(from_start * C.to(tl.float32), axis=1))
+            dC += from_start
+        else:
+            dC += tl.dot(asked, state, input_precision=PRECISION)
         dB += tl.dot(given, dend, input_precision=PRECISION)
+        if SUMS:  # here it holds the fewest registers
+            decay = _decays_between(a, causal)
+            dscores = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * decay * dt[None, :]
         dscores = dscores.to(x.dtype)
         dC += tl.dot(dscores, B, input_precision=PRECISION)
         dB += tl.dot(tl.trans(dscores), C, input_precision=PRECISION)
@@ -434,7 +489,9 @@ class Steps(NamedTuple):
     limit: tuple[float, float]
     out: Tensor | None = None
 
-    def run(self, kernel: Any, chunks: int, *tensors: Tensor, more: tuple[int, ...] = ()) -> None:
+    def run(
+        self, kernel: Any, chunks: int, *tensors: Tensor, more: tuple[int, ...] = (), **options: bool
+    ) -> None:
         """Run a kernel on all chunks, with `more` strides."""
         batch, time, heads = self.dt.shape
         tile = min(STEPS["HEADS"], triton.next_power_of_2(heads))
@@ -444,16 +501,21 @@ class Steps(NamedTuple):
             *(self.dt if t is None else t for t in (self.dt, bias, out)), *tensors,
             time, heads, chunks, *self.dt.stride(), *map(float, self.limit), *more,
             HAS_BIAS=self.bias is not None, SOFTPLUS=self.softplus, LIMITED=tuple(self.limit) != NO_LIMIT,
-            HAS_OUT=self.out is not None, CHUNK=CHUNK, **STEPS | {"HEADS": tile},
+            HAS_OUT=self.out is not None, CHUNK=CHUNK, **STEPS | {"HEADS": tile}, **options,
+            **overlap(self.dt.device),
         )  # fmt: skip
 
-    def sizes(self, A: Tensor) -> Tensor:
-        """Return step sizes and the running sums of dt A in each chunk, (2, B, H, chunks CHUNK)."""
+    def sizes(self, A: Tensor, *, logs: bool = False) -> tuple[Tensor, Tensor]:
+        """Return step sizes and the running sums of dt A in each chunk, (2, B, H, chunks CHUNK), and A.
+
+        With `logs` the A that is given is log(-A).
+        """
         batch, time, heads = self.dt.shape
         chunks = triton.cdiv(time, CHUNK)
-        found = A.new_empty(2, batch, heads, chunks * CHUNK)
-        self.run(_ssd_steps, chunks, A, found[0], found[1])
-        return found
+        found, given = A.new_empty(2, batch, heads, chunks * CHUNK), A.contiguous()
+        rates = torch.empty_like(given) if logs else given
+        self.run(_ssd_steps, chunks, given, found[0], found[1], rates, LOGS=logs)
+        return found, rates
 
     def backward(self, dsizes: Tensor, ddt: Tensor, dbias: Tensor) -> None:
         """Write the gradient of dt into `ddt`, and that of the bias, of each chunk, into (B, chunks, H)."""
@@ -511,7 +573,7 @@ class _Call:
             *self.sizes, *((0, 0) if first is None else first.stride()[:2]), *x.stride(), *B.stride(),
             *self.ends,
             REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last, CHUNK=CHUNK,
-            **self.sureties(options["P"], options["N"]), **options | self.few_warps,
+            **self.sureties(options["P"], options["N"]), **options | self.few_warps, **overlap(x.device),
         )  # fmt: skip
         return met, after
 
@@ -538,7 +600,7 @@ class _Call:
         kernel[programs, self.chunks, self.batch](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
             HAS_D=self.D is not None, CHUNK=CHUNK, **self.sureties(p, n),
-            **options | {"P": p, "N": n} | split | self.few_warps,
+            **options | {"P": p, "N": n} | split | self.few_warps, **overlap(self.x.device),
         )  # fmt: skip
 
     def stages(self, most: int, p: int, n: int) -> dict[str, int]:
@@ -565,7 +627,7 @@ class _Call:
 
 def forward(
     x: Tensor,
-    steps: Steps,
+    sizes: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
@@ -574,21 +636,19 @@ def forward(
     *,
     keep: bool = False,
     tf32: bool = False,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | None]]:
-    """Compute the recurrence without a gradient; `state` None is zero.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute the recurrence without a gradient, of `Steps.sizes`; `state` None is zero.
 
     Returns:
-        y (B, T, H, P), contiguous, the final state, and what `backward` takes: the step sizes, and the states
-        that the chunks meet, which it computes again unless asked to `keep` them.
+        y (B, T, H, P), contiguous, the final state, and what `backward` takes: the states that the chunks
+        meet, which it computes again unless asked to `keep` them.
     """
-    A = A.contiguous()
-    sizes = steps.sizes(A)
     call = _Call(x, sizes, A, B, C, D, tf32=tf32)
     starts, final = call.walk(x, B, state)
     assert final is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     call.side_by_side(_ssd_outputs, call.sharing(OUTPUTS), starts, y)
-    return y, final, (sizes, starts if keep else None)
+    return y, final, starts if keep else None
 
 
 def backward(
@@ -596,12 +656,14 @@ def backward(
     dfinal: Tensor | None,
     inputs: tuple[Tensor, ...],
     steps: Steps,
+    sizes: Tensor,
     state: Tensor | None,
-    kept: tuple[Tensor, Tensor | None],
+    starts: Tensor | None,
     into: tuple[Tensor, ...],
     *,
     of_state: bool = True,
     tf32: bool = False,
+    logs: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of the bias of dt, A, D and the state; others are written `into` tensors.
 
@@ -609,15 +671,16 @@ def backward(
         dy: gradient of y.
         dfinal: gradient of the final state; None is zero.
         inputs: x, A, B, C and D of `forward`.
-        steps: its step sizes.
+        steps: how its step sizes were made.
+        sizes: these.
         state: the initial one; None is zero.
-        kept: what `forward` returned.
+        starts: what `forward` kept.
         into: tensors for dx, ddt, dB and dC; the last axis of dx, dB and dC is contiguous.
         of_state: whether the gradient of the state is asked for; None is returned for it otherwise.
         tf32: multiply float32 in tf32.
+        logs: return the gradient of log(-A) instead of that of A.
     """
-    (x, A, B, C, D), (sizes, starts), (dx, ddt, dB, dC) = inputs, kept, into
-    A, dy = A.contiguous(), dy.contiguous()
+    (x, A, B, C, D), (dx, ddt, dB, dC), dy = inputs, into, dy.contiguous()
     call = _Call(x, sizes, A, B, C, D, tf32=tf32)
     if starts is None:
         starts, _ = call.walk(x, B, state, last=False)
@@ -625,15 +688,24 @@ def backward(
     dsizes = torch.empty_like(call.dt)
     # a sum for each chunk: programs that add to one number do so in any order
     dA, dD, dbias = sums = A.new_empty(3, call.batch, call.chunks, call.heads)
-    call.side_by_side(
-        _ssd_gradients_of_x, call.sharing(OF_X), starts, dends, dy, dx, dsizes, dA, dD, more=dx.stride()[:3]
-    )
     options = call.sharing(OF_B_AND_C)
     programs = call.heads // options["HEADS"]
     whole = programs == B.shape[2]  # each program has all heads of its B and C
     parts = (dB, dC) if whole else tuple(A.new_empty(2, *x.shape[:2], programs, call.order))
     strides = (*parts[0].stride()[:3], *parts[1].stride()[:3])
-    call.side_by_side(_ssd_gradients_of_B_and_C, options, starts, dends, dy, *parts, more=strides)
+    left, blocks = (A, A), 0  # any pointers, which are not read
+    if SUMS:
+        width, n = call.blocks[0], min(call.blocks[1], options["N"])
+        blocks = triton.cdiv(call.order, n)
+        shape = (call.batch, blocks, call.heads * call.chunks)
+        left = A.new_empty(*shape, CHUNK), A.new_empty(*shape, width)
+    call.side_by_side(
+        _ssd_gradients_of_B_and_C, options | {"SUMS": SUMS}, starts, dends, dy, *left, *parts, more=strides
+    )
+    call.side_by_side(
+        _ssd_gradients_of_x, call.sharing(OF_X) | {"BLOCKS": blocks, "LOGS": logs}, starts, dends, dy, *left,
+        dx, dsizes, dA, dD, more=dx.stride()[:3],
+    )  # fmt: skip
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
         total.copy_(part.unflatten(2, (B.shape[2], -1)).sum(3))
     steps.backward(dsizes, ddt, dbias)
@@ -658,22 +730,23 @@ class _SSD(torch.autograd.Function):
         tf32: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y, final, kept = forward(x, Steps(dt, bias, softplus, limit), A, B, C, D, state, tf32=tf32)
-        ctx.save_for_backward(x, dt, A, B, C, D, state, bias, *kept)
+        sizes, A = Steps(dt, bias, softplus, limit).sizes(A)
+        y, final, _ = forward(x, sizes, A, B, C, D, state, tf32=tf32)
+        ctx.save_for_backward(x, dt, A, B, C, D, state, bias, sizes)
         ctx.how, ctx.tf32 = (softplus, limit), tf32
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, state, bias, *kept = ctx.saved_tensors
+        x, dt, A, B, C, D, state, bias, sizes = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
         into = dx, ddt, dB, dC = tuple(
             torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C)
         )
         steps = Steps(dt, bias, *ctx.how)
         dbias, dA, dD, dstate = backward(
-            dy, dfinal, (x, A, B, C, D), steps, state, tuple(kept), into,
+            dy, dfinal, (x, A, B, C, D), steps, sizes, state, None, into,
             of_state=ctx.needs_input_grad[6], tf32=ctx.tf32,
         )  # fmt: skip
         return dx, ddt, dA, dB, dC, dD, dstate, dbias, None, None, None
