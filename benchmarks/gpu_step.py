@@ -51,7 +51,7 @@ SUMS_AT_ONCE: Settings = {f"{SSD}:SUMS": True}
 MIXERS, NORMS = "longroll.families._mixers", "longroll.families._norms"
 
 BEFORE: Settings = {f"{MIXERS}:KEPT": 0.0, f"{MIXERS}:LINEAR": False, f"{NORMS}:ADDS": False}
-KEPT: Settings = {f"{MIXERS}:KEPT": 1 / 16}
+KEPT: Settings = {f"{MIXERS}:KEPT": 1 / 4}
 SUMS: Settings = {f"{NORMS}:ADDS": True}
 LINEAR: Settings = {f"{MIXERS}:LINEAR": True}
 ALL: Settings = {**KEPT, **SUMS, **LINEAR}

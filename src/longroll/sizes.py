@@ -11,6 +11,8 @@ import psutil
 from longroll.errors import LongrollError
 
 GIB = 2**30
+ROOM = 0.94
+"""Share of a device's memory that tensors can take: the rest holds the driver, libraries and gaps."""
 SPEED = 1_000_000
 """Tokens a second that one device reads at best: a small model on a fast GPU."""
 YEAR = 365 * 24 * 3600  # seconds

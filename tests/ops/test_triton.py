@@ -1,5 +1,6 @@
 """The Triton kernels against the oracles, in its interpreter (tests/conftest.py): `pip install triton`."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -184,7 +185,7 @@ def test_a_mamba2_block_at_once_is_the_block(limit, keep, monkeypatch):
     from longroll.families import _mixers
     from longroll.ops.gpu.mamba2 import mamba2
 
-    monkeypatch.setattr(_mixers, "_has_room", lambda *_: keep)
+    monkeypatch.setattr(_mixers, "_room", lambda *_: math.inf if keep else 0.0)
     lm = RecurrentLM(build("mamba2")).train()
     for block in lm.model.modules():
         if hasattr(block, "time_step_limit"):

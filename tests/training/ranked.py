@@ -1,5 +1,6 @@
 """What the processes of test_ranks.py run: `torchrun ranked.py RUNS`, each run a call of `posttrain`."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -170,7 +171,9 @@ def write(output, data):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(60, repeat=True)  # tells where a run stands that does not end
     for one in json.loads(sys.argv[1]):
+        print(f"rank {ranks.rank()}, {time.process_time():.1f} s of CPU: {one}", file=sys.stderr, flush=True)
         try:
             works = {"kind": run, "explained": explain, "arguments": train}
             next((work for key, work in works.items() if key in one), measure)(**one)

@@ -26,15 +26,19 @@ ALONE = BASE | {"batch_size": 4}
 SECONDS = 20  # in which a rank ends after another died; the launcher's own limit is 30
 
 
-def torchrun(runs: list[dict], processes: int = 2) -> subprocess.CompletedProcess:
-    """Run them one after another on so many processes."""
+def torchrun(runs: list[dict], processes: int = 2, seconds: int = 240) -> subprocess.CompletedProcess:
+    """Run them one after another on so many processes; say where they stand if they do not end."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(here / "ranked.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, json.dumps(runs)], capture_output=True, text=True, timeout=240, env=environment
-    )
+    try:
+        return subprocess.run(
+            [*command, json.dumps(runs)], capture_output=True, text=True, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr if isinstance(late.stderr, str) else (late.stderr or b"").decode(errors="replace")
+        pytest.fail(f"{len(runs)} runs did not end in {seconds} s:\n{said}")
 
 
 def spec(root: Path, name: str, kind: str, **more) -> dict:
@@ -116,8 +120,9 @@ def test_a_state_that_is_dropped_on_one_rank_is_dropped_in_one_process(kind, roo
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_graphs_on_two_gpus_are_the_steps_of_ddp(tmp_path):
     kinds = {"plain": False, "graphs": True}
-    runs = [spec(tmp_path, k, "sp", options=BASE | {"cuda_graphs": graphs}) for k, graphs in kinds.items()]
-    done = torchrun(runs)
+    few = BASE | {"steps": 3, "save_steps": 3}
+    runs = [spec(tmp_path, k, "sp", options=few | {"cuda_graphs": graphs}) for k, graphs in kinds.items()]
+    done = torchrun(runs, seconds=130)
     assert done.returncode == 0, done.stderr
     found, expected = (tmp_path / kind / "sp" for kind in ("graphs", "plain"))
     assert_same_weights(found, expected, 1e-3)

@@ -48,8 +48,8 @@ def plan(
     from longroll.memory import GIB, memory_of
     from longroll.outline import outline
     from longroll.results import PlanResult, provenance
-    from longroll.sizes import check_bytes, check_tokens
-    from longroll.training.plan import ROOM, Outline, Setting, in_words, settings_for
+    from longroll.sizes import ROOM, check_bytes, check_tokens
+    from longroll.training.plan import Outline, Setting, in_words, settings_for
 
     hush_libraries()
     began = time.perf_counter()
@@ -62,8 +62,8 @@ def plan(
     int8 = dtype == "int8"
     if int8 and fsdp:
         raise LongrollError("--dtype int8 does not go with --fsdp, which shards weights: leave one out.")
-    subject = Outline(config, weights_dtype, place, int8=int8)
     held = int(memory * GIB) if memory else memory_of(place)
+    subject = Outline(config, weights_dtype, place, int8=int8, held=held)
     room = ROOM * held
     token = 8 + 2 * getattr(config.get_text_config(), "hidden_size", 0)  # its id, one layer's hidden state
     micro_batch = f"`batch_size` {batch_size} x `train_length` {trained}"

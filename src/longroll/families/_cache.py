@@ -89,6 +89,8 @@ class StateCache(DynamicCache):
         self.reads_tail = reads_tail
         self.context = context
         self.in_blocks = in_blocks
+        self.room: dict[torch.device, float] = {}
+        """Bytes that layers on a GPU may keep for a faster backward, once the first one has asked."""
         self._final = Finals()
         clear_handoffs()
         self._place_indexer()

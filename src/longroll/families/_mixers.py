@@ -23,13 +23,15 @@ from longroll.families._cache import StateCache
 from longroll.families._norms import hooked, is_fused
 from longroll.families._padding import limited_steps, no_step
 from longroll.families._replace import replace_forward
+from longroll.families._room import free_bytes
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
 from longroll.ops._short_conv import last_inputs
 
-KEPT = 1 / 16
-"""Share of a GPU's memory that may hold what backward would compute again: that of an 80 GB GPU holds all of
-a 370M Mamba-2's 8,192 tokens, which saves a twentieth of the step (benchmarks/results/step-*)."""
+KEPT = 1 / 4
+"""Share of a GPU's spare memory that may hold what backward would compute again. On an 80 GB GPU it holds all
+of a 370M Mamba-2's 8,192 tokens, which saves a twentieth of the step (benchmarks/results/step-*)."""
+_SAVED = 3  # bytes that a layer saves for backward anyway, in those of its first projection's result
 LINEAR = True
 """Whether the gradients of projections' weights are written in float32 under autocast."""
 
@@ -113,10 +115,8 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
         mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, tuple(mixer.time_step_limit),
         norm.variance_epsilon, norm.group_size, product_dtype(norm.weight, projected),
     )  # fmt: skip
-    room = not mixer.gradient_checkpointing and _has_room(
-        (layer + 1) * shape.kept_bytes(projected), projected
-    )
-    shape = shape._replace(keep=room)
+    needed = (layer + 1) * shape.kept_bytes(projected)
+    shape = shape._replace(keep=not mixer.gradient_checkpointing and needed <= _room(mixer, projected, cache))
     bias = None if conv.bias is None else conv.bias.float()
     y, final_state = kernel(
         projected, conv.weight.squeeze(1).float(), bias, mixer.dt_bias.float(), mixer.A_log.float(),
@@ -130,9 +130,20 @@ def _mamba2_at_once(kernel: Callable, mixer: Any, projected: Tensor, cache: Stat
     return y
 
 
-def _has_room(size: int, tensor: Tensor) -> bool:
-    """Return whether all layers so far may keep `size` bytes on the GPU of a tensor for a faster backward."""
-    return KEPT > 0 and size <= KEPT * torch.cuda.get_device_properties(tensor.device).total_memory
+def _room(mixer: Any, projected: Tensor, cache: StateCache) -> float:
+    """Return the bytes that all layers of a forward may keep on a GPU for a faster backward.
+
+    The first layer decides, for a forward that another library's checkpointing repeats, too. Spare is what
+    the tensors that backward reads anyway and the gradients to come leave free.
+    """
+    if not KEPT or not torch.is_grad_enabled():
+        return 0.0
+    device = projected.device
+    if device not in cache.room:
+        coming = sum(p.nbytes for p in mixer.parameters() if p.requires_grad and p.grad is None)
+        needed = len(cache.layers) * (coming + _SAVED * projected.nbytes)
+        cache.room[device] = KEPT * max(0.0, free_bytes(device) - needed)
+    return cache.room[device]
 
 
 def _conv(mixer: Any, x: Tensor, cache: StateCache) -> Tensor:

@@ -25,10 +25,12 @@ from longroll import ranks
 from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.errors import LongrollError, first_line, out_of_memory
 from longroll.families.int8 import large_layers
+from longroll.families._room import assume_free
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import most_tokens, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
 from longroll.model import RecurrentLM
+from longroll.sizes import ROOM
 from longroll.state import RecurrentState
 from longroll.training.lora import with_lora
 from longroll.training.loss import LOGITS, hidden_loss
@@ -43,8 +45,6 @@ SHARES = {"reading": (0.32, 0.59), "training": (0.36, 0.36)}
 """Share of the rate of matrix products that a run reached, for models of .4 and of 10 billion parameters, on
 an H100: the loss of a 370M Mamba-2 and of a 9.8B Bamba; steps of a 370M Mamba-2 (benchmarks/results)."""
 _SMALL, _LARGE = 4e8, 1e10
-ROOM = 0.94
-"""Share of a device's memory that tensors can take: the rest holds the driver, libraries and gaps."""
 _SQUARE = {"cuda": 8192, "cpu": 1024}  # sizes of the product whose rate is measured
 
 
@@ -128,12 +128,20 @@ class Outline:
         device: where it is to run. GPU kernels are planned for on a machine that has the GPU; elsewhere, and
             where a dry run of the kernels fails, PyTorch's own operations are, which take more.
         int8: whether it is read with large linear layers in 8 bits.
+        held: bytes of the device's memory; default: those of this machine's.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *, int8: bool = False
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        int8: bool = False,
+        held: int | None = None,
     ) -> None:
         self.config, self.dtype, self.device, self.int8 = config, dtype, device, int8
+        self.held = memory_of(device) if held is None else held
 
     @functools.cached_property
     def sizes(self) -> Sizes:
@@ -225,9 +233,11 @@ class Outline:
             gathered = gathered_bytes(model) if setting.shards > 1 else 0
             before = ledger.start()
             ids = torch.zeros(setting.rows, setting.length, dtype=torch.long, device=device)
+            free = ROOM * self.held - (weights + MOMENTS * trained) // setting.shards - gathered
             for _ in range(1 + setting.accumulates):
                 state = _zero_state(lm, setting.rows)
-                with torch.autocast(device.type, torch.bfloat16, enabled=setting.autocast):
+                autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.autocast)
+                with autocast, assume_free(free):
                     hidden, final = lm(ids, state, logits=False)
                     loss = hidden_loss(lm, hidden, ids)
                 loss.backward()
@@ -324,7 +334,7 @@ def fitting_line(lm: RecurrentLM, options: PosttrainOptions) -> str:
     outline = outline_of(lm)
     asked = setting_of(lm, options)
     try:
-        if outline is None or outline.training(asked).total <= (room := ROOM * memory_of(lm.device)):
+        if outline is None or outline.training(asked).total <= (room := ROOM * outline.held):
             return ""
         fits = what_fits(outline, asked, room, ranks.world_size())
         if fits is None:
