@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig
 from longroll import ranks
 from longroll.dry_run import Ledger, Sizes, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.errors import LongrollError, first_line, out_of_memory
-from longroll.families.int8 import large_layers
 from longroll.families._room import assume_free
+from longroll.families.int8 import large_layers
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import most_tokens, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
