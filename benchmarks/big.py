@@ -253,7 +253,7 @@ def loss(
     found = bench.timed(call, repeats=repeats, warm_up=False)
     found["keys_and_values_held_gib"] = held[0] / 2**30
     found |= {"tokens_per_second": length / found["median_seconds"], "length": length, **weights(lm)}
-    found["chunk_size"] = chunk_size or default_chunk(lm, 1)
+    found["chunk_size"] = chunk_size or default_chunk(lm, 1, length)
     flops = 2 * found["active_parameters"] * found["tokens_per_second"]
     return found | {"mfu": _mfu(flops)} | _state_bytes(lm, tokens, length)
 

@@ -37,10 +37,24 @@ def test_a_module_without_a_config_is_bounded(large):
 @pytest.mark.parametrize("name", ["mamba2", "bamba"])
 def test_a_plan_and_a_reading_take_the_same(name):
     lm = lm_of(name)
-    assert outline_of(lm).chunk(4, 1e12) == roll_out.default_chunk(lm, 4)
+    assert outline_of(lm).chunk(4, 100, 1e12) == roll_out.default_chunk(lm, 4, 100)
 
 
 def test_a_reading_takes_its_chunk_from_there(monkeypatch):
     lm, ids = lm_of("mamba2"), torch.zeros(2, 640, dtype=torch.long)
     monkeypatch.setattr(roll_out, "chunk_tokens", lambda _: 256)
     assert [c.hidden.shape[1] for c in roll_out.roll_out(lm, ids)] == [128] * 5
+
+
+def test_a_long_reading_of_a_hybrid_takes_a_small_part_of_its_keys(large):
+    lm = lm_of("bamba")
+    each, sizes = roll_out.planned_bytes(lm), roll_out._planned_sizes(lm)
+    large(1e12)
+    length = 2**18
+    keys = sizes.keys_and_values(length)
+    assert keys > sizes.weights
+    found = roll_out.default_chunk(lm, 1, length)
+    assert found == 4096 or found * each <= keys / 12 < 2 * found * each
+    assert roll_out.default_chunk(lm, 1, 2**12) == 65_536
+    assert roll_out.tokens_beside(16_384, 60_000, 8 * 2**30, 2 * 2**30) == 8_192
+    assert roll_out.tokens_beside(16_384, 60_000, 2**30, 2 * 2**30) == 16_384

@@ -128,7 +128,7 @@ def diagnose(
         if output:
             write_report(runs, output / "report.html")
 
-    chunk = chunk_size or default_chunk(lm, len(tokens))
+    chunk = chunk_size or default_chunk(lm, len(tokens), length)
     planned = reading_line(lm, len(tokens), length, chunk) if rank() == 0 else None
     if planned is not None:
         console.print(planned, highlight=False, soft_wrap=True)

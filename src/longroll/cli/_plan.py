@@ -74,7 +74,7 @@ def plan(
     run = f"`steps` {steps} x `accumulation` {accumulation} x {micro_batch}"
     check_tokens(run, steps * accumulation * batch_size * trained, "ask for fewer")
     check_tokens(f"`sequences` {sequences} x `length` {length}", sequences * length, "ask for fewer")
-    chunk = chunk_size or subject.chunk(sequences, room)
+    chunk = chunk_size or subject.chunk(sequences, length, room)
     reading = subject.reading(sequences, length, chunk)
     speed = subject.tokens_per_second()
     asked = Setting(

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from longroll.dry_run import forward_bytes
+from longroll.dry_run import Sizes, dry_model, dry_run, forward_bytes, sizes_of
 from longroll.errors import LongrollError, first_line
 from longroll.memory import memory_of
 from longroll.model import RecurrentLM
@@ -21,13 +21,15 @@ from longroll.state import RecurrentState
 
 logger = logging.getLogger("longroll")
 
-LOGITS = {"cpu": 2**24, "cuda": 2**26}
+LOGITS = {"cpu": 2**24, "cuda": 2**25}
 """Numbers of logits that exist at once, by device; with the softmax they take 10 bytes each in bfloat16."""
-LEAST = {"cpu": 1, "cuda": 1024}
+LEAST = {"cpu": 1, "cuda": 512}
 """Tokens whose logits exist at once whatever they take, by device: fewer keep no GPU busy."""
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 65_536  # 2-4k keep a CPU busiest; more gained nothing on an H200
 _GPU_TOKENS_WITH_KEYS = 16_384  # attention's work space is that of a few layers more
+_LONG = 2**18  # tokens of all rows, from which keys and values may outweigh the model
+_BESIDE_KEYS = 1 / 12  # share of keys and values that activations take where these outweigh the model
 _STATE_BYTES = 2**28  # of states that are read together, where the memory of the loss allows no more
 _TOKEN_BYTES = 256  # of activations that exist at once, for each number of d_model: a bound
 
@@ -65,6 +67,22 @@ def tokens_within(most: int, free: float, each: float) -> int:
     return most
 
 
+def tokens_beside(tokens: int, each: float, keys: float, weights: float) -> int:
+    """Return how many tokens, at most `tokens`, a forward reads at a time beside keys and values.
+
+    Where these outweigh the weights, activations take a small part of them; no fewer than a CPU reads.
+
+    Args:
+        tokens: as many as keep the device busy and fit.
+        each: bytes that a forward takes for each of its tokens.
+        keys: bytes of keys and values at the end of the reading.
+        weights: bytes of the model.
+    """
+    while tokens > _CPU_TOKENS and keys > weights and tokens * each > keys * _BESIDE_KEYS:
+        tokens //= 2
+    return tokens
+
+
 def planned_bytes(lm: RecurrentLM) -> float | None:
     """Return the bytes that a forward takes for each of its tokens, by a dry run; None where none can run."""
     model = lm.model
@@ -77,12 +95,38 @@ def planned_bytes(lm: RecurrentLM) -> float | None:
     return _PLANNED[model]
 
 
+def _planned_sizes(lm: RecurrentLM) -> Sizes | None:
+    """Return the bytes of weights, keys and values by a dry run; None where none can run."""
+    model = lm.model
+    if model not in _SIZES:
+        try:
+            with dry_run():
+                dry = dry_model(model.config, dtype=model.dtype, int8=lm.int8)
+                _SIZES[model] = sizes_of(dry)
+        except Exception as error:
+            logger.debug("no plan of keys and values: %s", first_line(error))
+            _SIZES[model] = None
+    return _SIZES[model]
+
+
 _PLANNED: WeakKeyDictionary[nn.Module, float | None] = WeakKeyDictionary()
+_SIZES: WeakKeyDictionary[nn.Module, Sizes | None] = WeakKeyDictionary()
 
 
-def default_chunk(lm: RecurrentLM, rows: int) -> int:
-    """Return how many tokens of each of `rows` texts a reading takes at a time where nobody says."""
-    return max(64, chunk_tokens(lm) // rows)
+def default_chunk(lm: RecurrentLM, rows: int, length: int = 0) -> int:
+    """Return how many tokens of each of `rows` texts a reading takes at a time where nobody says.
+
+    Args:
+        lm: the model.
+        rows: how many texts.
+        length: tokens of a text; long ones of a hybrid leave keys and values that outweigh the model.
+    """
+    tokens = chunk_tokens(lm)
+    if tokens > _CPU_TOKENS and lm.has_attention and rows * length >= _LONG:
+        each, sizes = planned_bytes(lm), _planned_sizes(lm)
+        if each is not None and sizes is not None:
+            tokens = tokens_beside(tokens, each, rows * sizes.keys_and_values(length), sizes.weights)
+    return max(64, tokens // rows)
 
 
 def rows_at_once(lm: RecurrentLM, tokens: int, most: int) -> int:
@@ -130,7 +174,7 @@ def roll_out(
     Args:
         lm: the model.
         input_ids: on any device; moved to the model's at once, so that no chunk waits for its tokens.
-        chunk_size: tokens of a row in one forward; default: as many as make `chunk_tokens` over all rows.
+        chunk_size: tokens of a row in one forward; default: `default_chunk`.
         stops: positions after which a chunk must end, so that the state there can be seen.
         state: the initial state.
         first: position of the first token that is read; `state` is the state before it.
@@ -143,7 +187,7 @@ def roll_out(
     if chunk_size is not None and chunk_size < 1:
         raise LongrollError(f"`chunk_size` {chunk_size}: a chunk has at least one token.")
     input_ids = input_ids.to(lm.device)
-    chunk_size = chunk_size or default_chunk(lm, rows)
+    chunk_size = chunk_size or default_chunk(lm, rows, length)
     # chunks start at multiples of chunk_size whatever the stops, so that these change nothing else
     cuts = sorted({*range(0, length, chunk_size), *(stop for stop in stops if 0 < stop < length), length})
     cuts = [cut for cut in cuts if cut >= first]
@@ -159,7 +203,7 @@ def check_rows(lm: RecurrentLM, rows: int, length: int, chunk_size: int | None) 
     Raises:
         LongrollError: with the rows, and the bytes of both.
     """
-    tokens = min(chunk_size or default_chunk(lm, rows), length)
+    tokens = min(chunk_size or default_chunk(lm, rows, length), length)
     row = 2 * sum(t.nbytes for t in lm.zero_state(1).values()) if lm.family.recurrent else 0
     row += tokens * lm.width * lm.model.dtype.itemsize
     what = f"`tokens.shape[0]` {rows} of which {tokens} tokens are read at a time"

@@ -27,7 +27,7 @@ from longroll.errors import LongrollError, first_line, out_of_memory
 from longroll.families._room import assume_free
 from longroll.families.int8 import large_layers
 from longroll.measure._position_loss import token_losses
-from longroll.measure.roll_out import most_tokens, tokens_within
+from longroll.measure.roll_out import most_tokens, tokens_beside, tokens_within
 from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
 from longroll.model import RecurrentLM
 from longroll.sizes import ROOM
@@ -174,16 +174,17 @@ class Outline:
             logger.debug("a dry run on %s failed: %s", self.device, first_line(error))
             return count(*arguments, device=torch.device("cpu"))
 
-    def chunk(self, rows: int, room: float) -> int:
+    def chunk(self, rows: int, length: int, room: float) -> int:
         """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes."""
-        tokens = self._counted(self._chunk, room - self.sizes.weights)
+        keys = rows * self.sizes.keys_and_values(length)
+        tokens = self._counted(self._chunk, room - self.sizes.weights, keys)
         return max(64, tokens // rows)
 
-    def _chunk(self, free: float, *, device: torch.device) -> int:
+    def _chunk(self, free: float, keys: float, *, device: torch.device) -> int:
         with self._model(self.dtype, device, self.int8) as (lm, _):
             most = most_tokens(lm)
         each = forward_bytes(self.config, self.dtype, device) if device.type == "cuda" else 0.0
-        return tokens_within(most, free, each)
+        return tokens_beside(tokens_within(most, free, each), each, keys, self.sizes.weights)
 
     def reading(self, rows: int, length: int, chunk: int) -> Memory:
         """Return the memory that the loss of `rows` texts takes, read `chunk` tokens of each at a time.
