@@ -18,6 +18,7 @@ from longroll.training.loss import loss_and_state, next_token_loss
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CASES = {
     "selective_scan": (test_selective_scan, (2, 1200, 40, 16), {"dt_softplus": True}),
+    "selective_scan of whole spans": (test_selective_scan, (2, 640, 64, 16), {"dt_softplus": True}),
     "ssd": (test_ssd, (2, 1200, 2, 4, 16, 32), {"dt_softplus": True}),
     "short_conv": (test_short_conv, (2, 1200, 40, 4), {"activation": "silu"}),
 } | {name: (op, (2, 600, 2, 16, 32), {}) for name, op in test_matrix_states.OPS.items()}

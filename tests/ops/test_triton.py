@@ -46,6 +46,7 @@ def ssd(**arguments):
         ((1, 1, 3, 4), (True, False, True, True), True),
         ((2, 129, 33, 5), (False, True, False, True), True),
         ((1, 64, 9, 1), (True, True, False, False), False),
+        ((1, 128, 32, 2), (True,) * 4, True),  # whole spans and blocks of channels: no masks
     ],
 )
 def test_scan_agrees_with_the_oracle(size, keep, softplus):

@@ -10,6 +10,7 @@ tile in registers. Softplus, dt bias, D and the gate are fused.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,8 +24,14 @@ from longroll.ops._common import LOG2_E, needs_graph, no_autocast, strides
 SPAN, TILE = 64, 2
 BLOCK, WARPS = 32, 1
 """A warp to a program, so that no sum over channels crosses warps; pinned, nothing is tuned."""
-REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
-"""Registers of a lane in backward, for up to 16 numbers a channel: more leave fewer programs running."""
+LOCAL: dict[str, Any] = {"GROUP": 4, "WHOLE": True}
+WRITE: dict[str, Any] = {"GROUP": 4, "WHOLE": True}
+ASK: dict[str, Any] = {"GROUP": 2, "WHOLE": True}
+BACK: dict[str, Any] = {"KEEP": 0, "maxnreg": 168}
+"""How each pass runs with up to 16 numbers a channel. GROUP: steps read together, a multiple of TILE. WHOLE:
+a lane holds all numbers of one channel, and sums over them cross no lanes. KEEP: what the walk back does not
+compute again: 1, sizes of steps; 2, decays as well. maxnreg: registers of a lane; more leave fewer programs.
+"""
 ROOM = 1 << 28
 """Numbers of the tiles' states that exist at a time: backward goes through a longer text part by part."""
 LN_2 = tl.constexpr(1 / LOG2_E)
@@ -45,10 +52,14 @@ def _step_size(raw, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr):
+def _channels(
+    bias_ptr, D_SIZE, N_SIZE, HAS_BIAS: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
     """A program's channels d and state numbers n, their masks and the bias of dt."""
     d, n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, N)
     in_d, in_n = d < D_SIZE, n < N_SIZE
+    if FULL:
+        in_d, in_n = d >= 0, n >= 0
     bias = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)
@@ -64,19 +75,22 @@ def _scan_forward(
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr, ASK: tl.constexpr,
+    FULL: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
     SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Read one span. LOCAL: from zero, for its end and the sum of its steps. SAVE: tiles' states. WRITE: y.
-    ASK: `y_ptr` holds dy; what it asks of the state before the span.
+    ASK: `y_ptr` holds dy; what it asks of the state before the span. FULL: no mask is needed.
 
     States are (N, D) within the internal buffers, as A is, which decays in powers of 2. Strides of time are
     compiled in: as arguments they cost a third of the forward's instructions in addresses.
     """
     row, span = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(2).to(tl.int64)
     part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
-    d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
-    A = tl.load(A_ptr + n[:, None] * D_SIZE + d[None, :], mask=in_nd, other=0.0)
+    d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, FULL, BLOCK, N)
     nd = n[:, None] * D_SIZE + d[None, :]
+    if WHOLE:  # claims no alignment: the compiler then gives each lane one channel, rather than four
+        nd = tl.multiple_of(nd, (1, 1))
+    A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     state_at = (row * SPANS + span) * N_SIZE * D_SIZE + nd
     h, total = tl.zeros((N, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
     left_of_first, asked = h + 1.0, h
@@ -93,35 +107,48 @@ def _scan_forward(
     C_ptr += row * Cb + first * Ct
     y_ptr += row * yb + first * yt
     zero, left = d * 0, T - first
-    for i in range(0, SPAN // TILE):
-        if SAVE:
-            at = (part * (SPAN // TILE) + i) * N_SIZE * D_SIZE + nd
-            tl.store(tiles_ptr + at, h, mask=in_nd)
-        for j in tl.static_range(TILE):
-            t = i * TILE + j
-            inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + 0 * n[:, None] < left)
+    for i in range(0, SPAN // GROUP):
+        sizes, xs, Bs, Cs, gates, dys = (), (), (), (), (), ()
+        for j in tl.static_range(GROUP):  # loads of a group come together: none waits for a store
+            t = i * GROUP + j
+            inside, read = in_d, in_n
+            if not FULL:
+                inside, read = inside & (t + zero < left), read & (t + 0 * n < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-            size, _ = _step_size(raw, SOFTPLUS)
-            size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
-            decay = tl.exp2(size[None, :] * A)
-            h = h * decay + (size * x)[None, :] * B
-            total += size
-            gate = 1.0 + zero
+            B = tl.load(B_ptr + t * Bt + n * Bn, mask=read, other=0.0).to(tl.float32)[:, None]
+            size, _ = _step_size(raw, SOFTPLUS)
+            if not FULL:
+                size = tl.where(inside, size, 0.0)
+            sizes, xs, Bs = sizes + (size,), xs + (x,), Bs + (B,)  # type: ignore  # noqa: RUF005
             if WRITE or ASK:
-                C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
+                C = tl.load(C_ptr + t * Ct + n * Cn, mask=read, other=0.0).to(tl.float32)[:, None]
+                gate = 1.0 + zero
                 if HAS_Z:
                     z = tl.load(z_ptr + t * zt + d * zd, mask=inside, other=0.0).to(tl.float32)
                     gate = z / (1.0 + tl.exp(-z))
-            if WRITE:
-                y = tl.sum(h * C, axis=0) + skip * x
-                tl.store(y_ptr + t * yt + d * yd, (y * gate).to(y_ptr.dtype.element_ty), mask=inside)
+                Cs, gates = Cs + (C,), gates + (gate,)  # type: ignore  # noqa: RUF005
             if ASK:
                 dy = tl.load(y_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
+                dys = dys + (dy,)  # type: ignore  # noqa: RUF005
+        for j in tl.static_range(GROUP):
+            t = i * GROUP + j
+            if SAVE and j % TILE == 0:
+                at = (part * (SPAN // TILE) + t // TILE) * N_SIZE * D_SIZE + nd
+                tl.store(tiles_ptr + at, h, mask=in_nd)
+            size, x = sizes[j], xs[j]
+            decay = tl.exp2(size[None, :] * A)
+            h = h * decay + (size * x)[None, :] * Bs[j]
+            total += size
+            if WRITE:
+                inside = in_d
+                if not FULL:
+                    inside = inside & (t + zero < left)
+                y = tl.sum(h * Cs[j], axis=0) + skip * x
+                tl.store(y_ptr + t * yt + d * yd, (y * gates[j]).to(y_ptr.dtype.element_ty), mask=inside)
+            if ASK:
                 left_of_first *= decay
-                asked += left_of_first * C * (dy * gate)[None, :]
+                asked += left_of_first * Cs[j] * (dys[j] * gates[j])[None, :]
     if ASK:
         tl.store(ends_ptr + state_at, asked, mask=in_nd)
     if LOCAL:
@@ -132,7 +159,7 @@ def _scan_forward(
 @triton.jit
 def _scan_pass_on(
     A_ptr, local_ptr, total_ptr, first_ptr, met_ptr, last_ptr, D_SIZE, N_SIZE, SPANS,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    REVERSE: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute the state that each span meets when `first` (B, D, N) enters at one end, and the state that
     leaves.
@@ -144,15 +171,18 @@ def _scan_pass_on(
     dn, nd = d[None, :] * N_SIZE + n[:, None], n[:, None] * D_SIZE + d[None, :]
     A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     state = tl.load(first_ptr + row * N_SIZE * D_SIZE + dn, mask=in_nd, other=0.0)
-    for i in range(0, SPANS):
-        span = row * SPANS + i
-        if REVERSE:
-            span = row * SPANS + SPANS - 1 - i
-        at = span * N_SIZE * D_SIZE + nd
-        tl.store(met_ptr + at, state, mask=in_nd)
-        total = tl.load(total_ptr + span * D_SIZE + d, mask=in_d, other=0.0)
-        local = tl.load(local_ptr + at, mask=in_nd, other=0.0)
-        state = state * tl.exp2(total[None, :] * A) + local
+    for i in range(0, SPANS, TOGETHER):
+        locals, totals = (), ()
+        for j in tl.static_range(TOGETHER):  # loads come together, before any store
+            span = row * SPANS + (SPANS - 1 - i - j if REVERSE else i + j)
+            there = i + j < SPANS
+            local = tl.load(local_ptr + span * N_SIZE * D_SIZE + nd, mask=in_nd & there, other=0.0)
+            total = tl.load(total_ptr + span * D_SIZE + d, mask=in_d & there, other=0.0)
+            locals, totals = locals + (local,), totals + (total,)  # type: ignore  # noqa: RUF005
+        for j in tl.static_range(TOGETHER):
+            span = row * SPANS + (SPANS - 1 - i - j if REVERSE else i + j)
+            tl.store(met_ptr + span * N_SIZE * D_SIZE + nd, state, mask=in_nd & (i + j < SPANS))
+            state = state * tl.exp2(totals[j][None, :] * A) + locals[j]
     tl.store(last_ptr + row * N_SIZE * D_SIZE + dn, state, mask=in_nd)
 
 
@@ -164,7 +194,8 @@ def _scan_backward(
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    APART: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    APART: tl.constexpr, FULL: tl.constexpr, KEEP: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to.
 
@@ -172,7 +203,7 @@ def _scan_backward(
     """
     row, span = tl.program_id(0).to(tl.int64), FIRST + tl.program_id(2).to(tl.int64)
     part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
-    d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, BLOCK, N)
+    d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, FULL, BLOCK, N)
     nd = n[:, None] * D_SIZE + d[None, :]
     A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     carry = tl.load(carries_ptr + (row * SPANS + span) * N_SIZE * D_SIZE + nd, mask=in_nd, other=0.0)
@@ -206,17 +237,26 @@ def _scan_backward(
         at = (part * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
         h = tl.load(tiles_ptr + at, mask=in_nd, other=0.0)
         states, Cs, dys, zs = (h,), (), (), ()
+        sizes, slopes, xs, Bs, decays = (), (), (), (), ()
         for j in tl.static_range(TILE):
             t = tile * TILE + j
-            inside = in_d & (t + zero < left)
-            read = in_n[:, None] & (t + 0 * n[:, None] < left)
+            inside, read = in_d, in_n[:, None]
+            if not FULL:
+                inside, read = inside & (t + zero < left), read & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-            size, _ = _step_size(raw, SOFTPLUS)
-            size = tl.where(inside, size, 0.0)
+            size, slope = _step_size(raw, SOFTPLUS)
+            if not FULL:
+                size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
-            h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
+            decay = tl.exp2(size[None, :] * A)
+            h = h * decay + (size * x)[None, :] * B
             states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
+            sizes = sizes + (size,)  # type: ignore  # noqa: RUF005
+            slopes = slopes + (slope,)  # type: ignore  # noqa: RUF005
+            xs = xs + (x,)  # type: ignore  # noqa: RUF005
+            Bs = Bs + (B,)  # type: ignore  # noqa: RUF005
+            decays = decays + (decay,)  # type: ignore  # noqa: RUF005
             # read before the walk back begins to store, so that it does not wait between its stores
             C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
@@ -227,14 +267,24 @@ def _scan_backward(
                 zs = zs + (z,)  # type: ignore  # noqa: RUF005
         for j in tl.static_range(TILE):
             t = tile * TILE + TILE - 1 - j
-            inside = in_d & (t + zero < left)
-            in_tn = in_n & (t + 0 * n < left)
-            read = in_n[:, None] & (t + 0 * n[:, None] < left)
-            raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-            size, slope = _step_size(raw, SOFTPLUS)
-            size = tl.where(inside, size, 0.0)
-            x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
+            inside, in_tn, read = in_d, in_n, in_n[:, None]
+            if not FULL:
+                inside, in_tn = inside & (t + zero < left), in_tn & (t + 0 * n < left)
+                read = read & (t + 0 * n[:, None] < left)
+            if KEEP > 0:
+                size, slope, x, B = (
+                    sizes[TILE - 1 - j],
+                    slopes[TILE - 1 - j],
+                    xs[TILE - 1 - j],
+                    Bs[TILE - 1 - j],
+                )
+            else:
+                raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
+                size, slope = _step_size(raw, SOFTPLUS)
+                if not FULL:
+                    size = tl.where(inside, size, 0.0)
+                x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
+                B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
             C, dy = Cs[TILE - 1 - j], dys[TILE - 1 - j]
             after = states[TILE - j]
             if HAS_Z:
@@ -244,7 +294,10 @@ def _scan_backward(
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(dz_ptr + t * D_SIZE + d, dz.to(dz_ptr.dtype.element_ty), mask=inside)
                 dy *= z * gate
-            decay = tl.exp2(size[None, :] * A)
+            if KEEP > 1:
+                decay = decays[TILE - 1 - j]
+            else:
+                decay = tl.exp2(size[None, :] * A)
             grad = carry + C * dy[None, :]  # of the state after this step
             carry = grad * decay
             through = tl.sum(grad * B, axis=0)  # gradient of size * x
@@ -255,7 +308,10 @@ def _scan_backward(
             tl.store(ddt_ptr + t * D_SIZE + d, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
             dA += rate * size[None, :]
             dD += dy * x
-            dbias += tl.where(inside, ddt, 0.0)
+            if FULL:
+                dbias += ddt
+            else:
+                dbias += tl.where(inside, ddt, 0.0)
             dB = tl.sum(grad * (size * x)[None, :], axis=1)
             dC = tl.sum(after * dy[None, :], axis=1)
             tl.atomic_add(dB_ptr + t * N_SIZE + n, dB, mask=in_tn, sem="relaxed")
@@ -314,6 +370,7 @@ class _Call:
         self.sizes = (self.time, self.width, self.order, self.spans)
         self.options = {
             "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus,
+            "FULL": not (self.time % SPAN or self.width % BLOCK or self.order & (self.order - 1)),
             "SPAN": SPAN, "TILE": TILE, **self.shape,
         }  # fmt: skip
         if initial_state is None:
@@ -325,6 +382,13 @@ class _Call:
         """Sizes of the tensors in registers, for all kernels."""
         order = triton.next_power_of_2(self.order)
         return {"BLOCK": BLOCK, "N": order, "num_warps": WARPS}
+
+    def _how(self, usual: dict[str, Any], wide: dict[str, Any]) -> dict[str, Any]:
+        """Options of a pass: `wide` with more than 16 numbers a channel."""
+        how = dict(usual if self.order <= 16 else wide)
+        if torch.version.hip:
+            how.pop("maxnreg", None)
+        return how
 
     def _given(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """An absent tensor by any pointer, which is not read."""
@@ -351,14 +415,20 @@ class _Call:
         ends = self.states(self.spans) if local or dy is not None else None
         total = self.A.new_empty(self.batch, self.spans, self.width) if local else None
         given = y if dy is None else dy
+        how = LOCAL if local else ASK if y is None else WRITE
         _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
             *self._given(starts, ends, total, tiles, given), *self.sizes, spans.start,
             *strides(self.x, self.dt, self.z, self.B, self.C, given),
             LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, ASK=dy is not None,
-            HAS_D=self.D is not None, **self.options,
+            HAS_D=self.D is not None, **self.options, **self._how(how, {"GROUP": TILE, "WHOLE": False}),
         )  # fmt: skip
         return self._given(ends, total)
+
+    def _zeros(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Zeros of some shapes, float32, filled by one kernel."""
+        parts = self.A.new_zeros(sum(map(math.prod, shapes))).split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _tiles(self, spans: range) -> Tensor:
         return self.states(len(spans) * (SPAN // TILE))
@@ -367,7 +437,7 @@ class _Call:
         """Return what the spans meet, (B, spans, N, D), and what leaves, (B, D, N)."""
         met, last = self.states(self.spans), torch.empty_like(self.state)
         _scan_pass_on[self.grid[:2]](
-            self.A, local, total, first, met, last, *self.sizes[1:], REVERSE=reverse, **self.shape
+            self.A, local, total, first, met, last, *self.sizes[1:], REVERSE=reverse, TOGETHER=4, **self.shape
         )
         return met, last
 
@@ -393,8 +463,8 @@ class _Call:
         # programs that add to one number do so in any order, unless each has a place of its own
         apart = torch.are_deterministic_algorithms_enabled()
         spans, blocks = (self.batch * self.spans, self.grid[1]) if apart else (1, 1)
-        dA, dD, dbias = (self.A.new_zeros(spans, *shape) for shape in (self.A.shape, *2 * [(self.width,)]))
-        dB, dC = (self.A.new_zeros(blocks, self.batch, self.time, self.order) for _ in range(2))
+        dA, dD, dbias = self._zeros((spans, *self.A.shape), *2 * [(spans, self.width)])
+        dB, dC = self._zeros(*2 * [(blocks, self.batch, self.time, self.order)])
         for part in parts:
             if len(parts) > 1:
                 tiles = self._tiles(part)
@@ -403,8 +473,7 @@ class _Call:
                 *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
                 tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, part.start,
                 *strides(self.x, self.dt, self.z, self.B, self.C, dy),
-                HAS_D=self.D is not None, APART=apart,
-                **self.options, **(REGISTERS if self.order <= 16 else {}),
+                HAS_D=self.D is not None, APART=apart, **self.options, **self._how(BACK, {"KEEP": 0}),
             )  # fmt: skip
         dA, dB, dC, dD, dbias = (t.sum(0) if apart else t[0] for t in (dA, dB, dC, dD, dbias))
         return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate
