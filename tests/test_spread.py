@@ -6,6 +6,7 @@ from accelerate import dispatch_model
 
 import longroll
 from longroll.conformance import tiny
+from longroll.families._spread import spread
 
 NAMES = [
     "mamba",
@@ -31,6 +32,10 @@ def _halves(model, devices) -> dict[str, object]:
         if not name.startswith(f"{layers}."):
             part = name.rpartition(".")[0]
             place[part] = devices[0] if "embed" in part else devices[-1]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied:
+        head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        place[head] = devices[0]
     return place
 
 
@@ -110,3 +115,10 @@ def test_states_follow_their_layers(name):
         at = [d for part, d in place.items() if part.endswith(f".{layer}")]
         assert at == [device]
     longroll.diagnose(lm, ids[:, :257].repeat(2, 1), train_length=64)
+
+
+def test_a_map_that_parts_one_tensor():
+    """The head of a tied model is its embedding."""
+    place = {"backbone": "cpu", "lm_head": "meta"}
+    with pytest.raises(longroll.LongrollError, match=r"lm_head.weight are one tensor.*cpu and meta"):
+        spread(tiny.build("mamba"), place)

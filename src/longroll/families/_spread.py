@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from longroll.errors import LongrollError, named
@@ -32,6 +34,42 @@ def spread(model: PreTrainedModel, device_map: str | dict[str, Any]) -> None:
             device_map = infer_auto_device_map(model, memory, **whole)
         elif isinstance(device_map, str):
             device_map = {"": device_map}
+        check_tied(model, device_map)
         dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+    except LongrollError:
+        raise
     except Exception as error:  # unknown devices and modules, parts without a place
         raise LongrollError(f"`device_map` {device_map} cannot be followed: {named(error)}") from error
+
+
+def check_tied(model: PreTrainedModel, device_map: dict[str, Any]) -> None:
+    """Refuse a map that places parameters that are one tensor on several devices.
+
+    Raises:
+        LongrollError: with the parameters.
+    """
+    from accelerate.utils import find_tied_parameters
+
+    for group in find_tied_parameters(model):
+        places = {str(_entry(device_map, name)) for name in group}
+        if len(places) > 1:
+            names = " and ".join(sorted(group))
+            raise LongrollError(
+                f"`device_map`: {names} are one tensor and cannot lie on {' and '.join(sorted(places))}: "
+                "give them one device."
+            )
+
+
+def _entry(device_map: dict[str, Any], name: str) -> Any:
+    """Return where a map places a parameter: the entry of the nearest part that has one."""
+    while name and name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map.get(name)
+
+
+def device_of_part(part: nn.Module) -> torch.device:
+    """Return where a part of a model computes, which under accelerate's hooks need not be where it lies."""
+    place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+    if place is None:
+        return next(part.parameters()).device
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

@@ -21,6 +21,7 @@ from transformers.models.rwkv import modeling_rwkv
 from longroll.families._dispatch import Start, clear_handoffs, install, recurrent_handoff
 from longroll.families._family import Family
 from longroll.families._finals import Finals
+from longroll.families._spread import device_of_part
 from longroll.state import RecurrentState, StateKey
 
 _FEED_FORWARD_SHIFT, _ATTENTION_SHIFT, _NUMERATOR, _DENOMINATOR, _EXPONENT = range(5)  # transformers' order
@@ -33,11 +34,11 @@ class Rwkv4State:
 
     Args:
         initial: the state to start from, or None for the zero state.
-        zeros: makes a zero token shift, (B, hidden), in the model's dtype.
+        zeros: makes a zero token shift of a layer, (B, hidden), in the model's dtype, on the layer's device.
         tokens: how many will be read.
     """
 
-    def __init__(self, initial: RecurrentState | None, zeros: Callable[[], Tensor], tokens: int) -> None:
+    def __init__(self, initial: RecurrentState | None, zeros: Callable[[int], Tensor], tokens: int) -> None:
         self.initial = initial if initial is not None else RecurrentState({})
         self.zeros = zeros
         # upstream broadcasts a single token's (B, 1, hidden) against (B, hidden), mixing rows
@@ -58,11 +59,11 @@ class Rwkv4State:
         """Return what the model finds at the start."""
         if slot <= _ATTENTION_SHIFT:
             shift = self.initial.get(StateKey(layer, "conv", slot))
-            shift = self.zeros() if shift is None else shift
+            shift = self.zeros(layer) if shift is None else shift
             return shift.unflatten(0, self.shift_shape)
         mean, weight = (self.initial.get(StateKey(layer, "recurrent", i)) for i in (0, 1))
         recurrent_handoff.set((Start((mean, weight)),))
-        return self.zeros()  # not read: the recurrence takes its state from the handoff
+        return self.zeros(layer)  # not read: the recurrence takes its state from the handoff
 
     def write(self, slot: int, layer: int, tensor: Tensor) -> None:
         """Take the final state that the model leaves; for the recurrence, (mean, weight, nothing)."""
@@ -141,9 +142,11 @@ class Rwkv4(Family):
     def cache(self, model: PreTrainedModel, input_ids: Tensor, state: RecurrentState | None) -> Rwkv4State:
         """Return the list that starts a forward from `state`."""
 
-        def zeros() -> Tensor:
+        blocks: Any = model.base_model.blocks
+
+        def zeros(layer: int) -> Tensor:
             size = len(input_ids), model.config.hidden_size
-            return torch.zeros(size, dtype=model.dtype, device=input_ids.device)
+            return torch.zeros(size, dtype=model.dtype, device=device_of_part(blocks[layer]))
 
         return Rwkv4State(state, zeros, input_ids.shape[1])
 
