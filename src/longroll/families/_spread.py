@@ -34,7 +34,8 @@ def spread(model: PreTrainedModel, device_map: str | dict[str, Any]) -> None:
             device_map = infer_auto_device_map(model, memory, **whole)
         elif isinstance(device_map, str):
             device_map = {"": device_map}
-        check_tied(model, device_map)
+        place: Any = device_map
+        check_tied(model, place)
         dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
     except LongrollError:
         raise
