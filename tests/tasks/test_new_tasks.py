@@ -4,14 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import zoo
 from longroll import LongrollError
+from longroll.cli import app
+from longroll.cli._numbers import parse_counts
 from longroll.cli._tasks import warn_of
 from longroll.data import ByteTokenizer, HFTokenizer
 from longroll.data.lanes import IGNORED
+from longroll.results import TaskResult, read_results
 from longroll.tasks import (
     Niah,
+    Passkey,
     Recall,
     Row,
     StateTracking,
@@ -23,6 +28,7 @@ from longroll.tasks import (
     tracking_tokenizer,
     training_rows,
 )
+from longroll.tasks.evaluate import grid, summary
 from longroll.tasks.state_tracking import TAGGED, product_table
 
 TRACKING = HFTokenizer(tracking_tokenizer(), "tracking")
@@ -203,3 +209,51 @@ def test_a_hybrid_is_warned_of_samples_over_several_rows(windows, hybrid, warned
     rows = TaskRows([Recall(RECALL, 2)], 32, 4, lanes=2, windows=windows)
     warn_of("recall", rows, "none", hybrid=hybrid)
     assert ("attention of a hybrid starts each row" in capsys.readouterr().err.replace("\n", " ")) == warned
+
+
+def test_a_grid_names_what_a_guess_scores():
+    lm = zoo.lm_of("mamba2", vocab_size=200)
+    groups = [Row(group, StateTracking(TRACKING, group)) for group in ("parity", "s5")]
+    for rows, chance in ((groups, [1 / 2, 1 / 120]), ([Row("4 pairs", Recall(RECALL, 4))], [1 / 64])):
+        table = grid(evaluate_grid(lm, rows, [40], samples=2), rows, [40], rows[0].task.metric)
+        whole = chance if len(chance) == 1 else [*chance, sum(chance) / 2]
+        assert table["chance"] == pytest.approx(whole)
+    passkeys = [Row(0.5, Passkey(ByteTokenizer()), 0.5)]
+    cells = [{"length": 300, "row": 0.5, "scores": {"accuracy": {"mean": 0, "low": 0, "high": 1}}}]
+    assert "chance" not in grid(cells, passkeys, [300], "accuracy")
+
+
+@pytest.mark.parametrize("group", ["parity", "z5", "s3-swaps"])
+def test_a_guess_scores_the_chance_that_is_named(group):
+    task = StateTracking(TRACKING, group)
+    drawn = [task.sample(100, rng=rng(i)) for i in range(200)]
+    guesses = rng(999).choice(task.elements, size=(200, TAGGED + 1))
+    scores = [task.score(sample, guess, guess) for sample, guess in zip(drawn, guesses, strict=True)]
+    assert abs(np.mean([score["tagged"] for score in scores]) - task.chance) < 0.02
+
+
+def test_the_names_of_variables_count_in_either_case():
+    task = Variables(ByteTokenizer())
+    sample = task.sample(900, rng=rng())
+    first, second, *_ = sample.target.split()
+    written = task.encode(f" {first.lower()}, {second}")
+    assert task.score(sample, written) == {"accuracy": 2 / 5}
+
+
+def test_what_is_asked_for_twice_is_measured_once(tmp_path):
+    flags = ["--lengths", "8,8", "--groups", "parity, parity", "--samples", "2", "--device", "cpu"]
+    ran = CliRunner().invoke(
+        app, ["evaluate", "tracking", "specimen", *flags, "--json", str(tmp_path / "t.json")]
+    )
+    assert ran.exit_code == 0, ran.output
+    (found,) = read_results(tmp_path / "t.json", TaskResult, otherwise="")
+    assert found.tasks["tracking"].names == ["parity"] and len(found.cells) == 1
+    assert "chance" in ran.output and "0.50" in ran.output
+    assert parse_counts("4, 8,4", "--pairs") == [4, 8]
+
+
+def test_scores_that_are_all_alike_have_an_interval():
+    for values in ([0.25], [0.25] * 4, [0.5, 0.5]):
+        found = summary(values)
+        assert found["low"] < found["mean"] == values[0] < found["high"]
+    assert summary([1.0] * 4) == summary([1, 1, 1, 1])

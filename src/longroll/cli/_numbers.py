@@ -56,7 +56,7 @@ def parse_depths(text: str) -> list[float]:
 
 
 def parse_counts(text: str, flag: str) -> list[int]:
-    """Return whole numbers above 0 with commas between.
+    """Return whole numbers above 0 with commas between, each once.
 
     Raises:
         LongrollError: for anything else; it names the flag.
@@ -64,7 +64,7 @@ def parse_counts(text: str, flag: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
         raise LongrollError(f"{flag} {text}: give whole numbers above 0, with commas: 4,8,16.")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def length_option(*names: str, help: str, minimum: int = 1, **options: Any) -> Any:

@@ -238,8 +238,8 @@ def measure(grid_of: Callable[..., TaskGrid], flags: TaskFlags, **told: Any) -> 
 
 
 def parse_kinds(text: str) -> list[str]:
-    """Return names with commas."""
-    return [kind.strip() for kind in text.split(",")]
+    """Return names with commas, each once."""
+    return list(dict.fromkeys(kind.strip() for kind in text.split(",")))
 
 
 def open_haystack(source: str, tokenizer: Tokenizer, *, split: str, seed: int) -> Haystack:
@@ -362,7 +362,7 @@ def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str, *, hybrid: 
 
 
 def task_table(runs: Sequence[TaskResult], name: str) -> Table:
-    """Return lengths down, runs and their depths (or kinds) across, with 95 % intervals."""
+    """Return lengths down, runs and their depths (or kinds) across, with 95 % intervals and chance."""
     from rich.table import Table
 
     from longroll.report.units import position
@@ -380,6 +380,10 @@ def task_table(runs: Sequence[TaskResult], name: str) -> Table:
     for length in sorted({length for _, grid in held for length in grid.lengths}):
         values = [value for _, grid in held for value in _values(grid, length)]
         table.add_row(position(length), *values)
+    if any(grid.chance for _, grid in held):
+        table.add_section()
+        guesses = [guess for _, grid in held for guess in grid.chance or [None] * len(grid.names)]
+        table.add_row("chance", *(_share(guess, None, None) for guess in guesses))
     return table
 
 

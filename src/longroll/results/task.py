@@ -57,6 +57,8 @@ class Grid(Section):
     """Names of kinds, in place of depths."""
     metric: str | None = None
     unit: str | None = None
+    chance: list[Number] | None = None
+    """What a guess scores in each row, where that is above 0."""
 
     def __post_init__(self) -> None:
         width, names = len(self.accuracy[0]), self.names
@@ -65,6 +67,8 @@ class Grid(Section):
                 f"accuracy has shape ({len(self.accuracy)}, {width}), not {len(self.lengths)} lengths x "
                 f"{len(names)} depths"
             )
+        if self.chance is not None and len(self.chance) != width:
+            raise ValueError(f"chance has {len(self.chance)} entries for {width} depths")
         check_lengths(self, "lengths", "low", "high")
         check_width(self, width, "depths", "low", "high")
 

@@ -87,6 +87,11 @@ class Task:
             self.opening, self.closing = tokenizer.chat_frame()
 
     @property
+    def chance(self) -> float | None:
+        """What a guess among the possible answers scores; None where that is nearly 0."""
+        return None
+
+    @property
     def stop_id(self) -> int | None:
         """The token that ends what the model writes."""
         return self.tokenizer.separator_id

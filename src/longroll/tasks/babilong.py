@@ -127,6 +127,11 @@ class BABILong(Task):
         output = self.tokenizer.decode(written)
         return {"accuracy": float(compare_answers(sample.target, output, sample.question, LABELS[self.qa]))}
 
+    @property
+    def chance(self) -> float:
+        """One in as many labels as the question type has."""
+        return 1 / len(LABELS[self.qa])
+
     def settings(self) -> dict[str, Any]:
         """With the prompt's form and digests of facts and noise."""
         digests = {"stories": _digest(map(str, self.stories)), "books": _digest(self.books)}

@@ -152,16 +152,20 @@ def _summarise(answered: list[_Answered]) -> Cell:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Return mean and 95 % interval: Wilson's for scores that are 0 or 1, the bootstrap's else."""
+    """Return mean and 95 % interval: Wilson's for scores that are 0 or 1, the bootstrap's else.
+
+    Scores that are all alike have Wilson's, too: it is as wide as that of any scores from 0 to 1, and the
+    bootstrap's would have no width.
+    """
     mean = sum(values) / len(values)
-    if set(values) <= {0.0, 1.0}:
-        low, high = wilson(int(sum(values)), len(values))
+    if set(values) <= {0.0, 1.0} or len(set(values)) == 1:
+        low, high = wilson(sum(values), len(values))
     else:
         low, high = (end.item() for end in bootstrap_mean(torch.tensor(values)[:, None])[1:])
     return {"mean": mean, "low": low, "high": high}
 
 
-def wilson(right: int, samples: int) -> tuple[float, float]:
+def wilson(right: float, samples: int) -> tuple[float, float]:
     """Return the ends of Wilson's 95 % interval for `right` out of `samples` (Wilson 1927), good at 0 and 1
     too.
     """
@@ -183,12 +187,17 @@ def grid(cells: Sequence[Cell], rows: Sequence[Row], lengths: Sequence[int], sco
     table["rows" if kinds else "depths"] = [name for name in names if name is not None]
     for key, end in (("accuracy", "mean"), ("low", "low"), ("high", "high")):
         table[key] = [[found[length, name][end] for name in names] for length in table["lengths"]]
+    guessed = [row.task.chance for row in rows]
+    if any(guessed):
+        table["chance"] = guessed
     if kinds and len(names) > 1:
         table["rows"].append("mean")
         for values in table["accuracy"]:
             values.append(sum(values) / len(values))
         for values in [*table["low"], *table["high"]]:
             values.append(None)
+        if any(guessed):
+            table["chance"].append(sum(guess or 0 for guess in guessed) / len(guessed))
     return table
 
 

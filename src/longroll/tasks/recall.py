@@ -81,6 +81,11 @@ class Recall(Task):
         return super().settings() | {"words": WORDS}
 
     @property
+    def chance(self) -> float:
+        """One in as many values as there are."""
+        return 1 / WORDS
+
+    @property
     def stop_id(self) -> int | None:
         """Nothing ends one token."""
         return None

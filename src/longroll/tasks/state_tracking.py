@@ -157,6 +157,11 @@ class StateTracking(Task):
         return super().settings() | {"tagged": TAGGED}
 
     @property
+    def chance(self) -> float:
+        """One in as many as the group has elements."""
+        return 1 / len(self.table)
+
+    @property
     def stop_id(self) -> int | None:
         """Nothing ends one token."""
         return None

@@ -77,8 +77,8 @@ class Variables(Task):
     def score(
         self, sample: Sample, written: np.ndarray, forced: np.ndarray | None = None
     ) -> dict[str, float]:
-        """Share of the names that are anywhere in what was written."""
-        text, names = self.tokenizer.decode(written), sample.target.split()
+        """Share of the names that are anywhere in what was written, in either case, as in the source."""
+        text, names = self.tokenizer.decode(written).upper(), sample.target.split()
         return {"accuracy": sum(name in text for name in names) / len(names)}
 
     def settings(self) -> dict[str, Any]:
