@@ -69,7 +69,7 @@ def _entry(device_map: dict[str, Any], name: str) -> Any:
 
 
 def device_of_part(part: nn.Module) -> torch.device:
-    """Return where a part of a model computes, which under accelerate's hooks need not be where it lies."""
+    """Return where a part of a model computes, which under accelerate's hooks may run elsewhere."""
     place = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
     if place is None:
         return next(part.parameters()).device
