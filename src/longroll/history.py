@@ -8,38 +8,49 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longroll.errors import LongrollError
 from longroll.files import write_whole
 
 ENTRY = "longroll"
 BESIDE = "longroll.json"
+Kind = Literal["posttrain", "calibrate"]
+_NAMED_BY: dict[Kind, str] = {"posttrain": "intervention", "calibrate": "what"}
+"""What an entry of each kind has at least."""
 
 
-def record(config: Any, step: Mapping[str, Any]) -> None:
-    """Add a post-training run to a config.
+def record(config: Any, step: Mapping[str, Any], kind: Kind = "posttrain") -> None:
+    """Add a post-training run, or a calibration, to a config.
 
     Args:
         config: the config of the model.
-        step: plain data: `intervention` ("sp", ..., "none" for the control), `steps` and other settings.
+        step: plain data: `intervention` ("sp", ..., "none" for the control), `steps` and other settings; of a
+            calibration `what`, `unit` and `scales`.
+        kind: what was done.
     """
-    setattr(config, ENTRY, {"posttrain": [*history(config), dict(step)]})
+    told = _all(config)
+    setattr(config, ENTRY, told | {kind: [*told.get(kind, []), dict(step)]})
 
 
-def history(config: Any) -> list[dict[str, Any]]:
-    """Return the post-training runs that a config tells of, in order; an entry of another form tells of
-    none.
+def history(config: Any, kind: Kind = "posttrain") -> list[dict[str, Any]]:
+    """Return the post-training runs, or calibrations, that a config tells of, in order; an entry of another
+    form tells of none.
     """
     kept = getattr(config, ENTRY, None)
-    runs = kept.get("posttrain") if isinstance(kept, Mapping) else None
+    runs = kept.get(kind) if isinstance(kept, Mapping) else None
     known = [dict(run) for run in runs if isinstance(run, Mapping)] if isinstance(runs, list) else []
-    return [run for run in known if isinstance(run.get("intervention"), str)]
+    return [run for run in known if isinstance(run.get(_NAMED_BY[kind]), str)]
+
+
+def _all(config: Any) -> dict[str, Any]:
+    """Return what a config tells of, by kind."""
+    return {kind: found for kind in _NAMED_BY if (found := history(config, kind))}
 
 
 def save_beside(config: Any, place: Path) -> None:
     """Write the runs and `train_length` of a config beside an original checkpoint (`place`)."""
-    told = {"train_length": getattr(config, "train_length", None), ENTRY: {"posttrain": history(config)}}
+    told = {"train_length": getattr(config, "train_length", None), ENTRY: {"posttrain": []} | _all(config)}
     write_whole(_file_beside(place), json.dumps(told, indent=1).encode())
 
 

@@ -39,6 +39,17 @@ def test_diagnose_says_which_side_and_what_to_do():
     assert "window of 16 tokens" in found.advice and "no intervention on them" in found.advice
 
 
+@pytest.mark.slow
+def test_damage_that_begins_late_is_split_where_it_is():
+    """Past 16 T; positions are scaled to the end of the texts that were read."""
+    lm, text = twin_lm(state=True), texts(False, rows=4, length=480)[:, :481]
+    with torch.no_grad():
+        lm.model.model.layers[2].mamba.dt_bias[:] = -0.5  # its state grows slowly
+    found = diagnose(lm, text, train_length=8).to_json()
+    assert found["edge"] > 16 * 8 and found["blame"]["verdict"] == "state"
+    assert found["blame"]["factor"] == 64 and "No damage" not in found["coverage"]["causal_sentence"]
+
+
 @pytest.mark.parametrize("explain", [True, False])
 def test_damage_that_was_not_split_is_said_to_be(explain):
     found = diagnose(twin_lm(attention=True), texts(True), train_length=TRAIN_LENGTH, explain=explain)

@@ -5,13 +5,18 @@ import math
 import pytest
 import torch
 from planted import TRAIN_LENGTH, texts_of_twin, twin_lm
+from typer.testing import CliRunner
 
 import longroll
 import zoo
 from longroll import LongrollError, ops
+from longroll.cli import app
+from longroll.cli._posttrain import NO_GAIN
+from longroll.history import history
 from longroll.measure import position_loss
-from longroll.measure.calibration import Calibration, _decays, calibrate, readings_of
+from longroll.measure.calibration import Calibration, _decays, _gain, calibrate, readings_of
 from longroll.model import RecurrentLM
+from longroll.results import read_result
 
 
 def slow_twin(factor: float) -> RecurrentLM:
@@ -35,10 +40,10 @@ def test_a_planted_scale_is_found_again():
 
 @pytest.mark.parametrize("unit", ["layer", "head"])
 def test_the_model_has_the_scales_that_read_best(unit):
-    lm, text, done = slow_twin(8), texts_of_twin()[:, :129], []
+    lm, text, done = slow_twin(64), texts_of_twin()[:, :257], []
     found = calibrate(lm, text, train_length=TRAIN_LENGTH, unit=unit, progress=done.append)
     assert all(len(scales) == (1 if unit == "layer" else 4) for scales in found.scales.values())
-    assert sum(found.after) < sum(found.before) and "readings of 1,024 tokens" in found.sentence
+    assert sum(found.after) < sum(found.before) and "readings of 2,048 tokens" in found.sentence
     assert done == list(range(1, found.passes + 1)) and found.passes <= readings_of(lm, "A", unit, 1)
     now = position_loss(lm, text)
     assert [now.between(*octave) for octave in found.octaves] == pytest.approx(found.after)
@@ -86,6 +91,39 @@ def test_a_scale_of_a_is_one_of_the_log_decay(name):
         assert torch.allclose(weight, expected)
 
 
+def test_scales_that_gain_nothing_on_other_texts_are_taken_back():
+    """One random text, that scales fit, and others, that they do not."""
+    lm, other = zoo.lm_of("mamba2"), zoo.tokens(8, 129, seed=1)
+    before = {name: weight.clone() for name, weight in lm.model.named_parameters()}
+    found = calibrate(lm, zoo.tokens(1, 129), train_length=TRAIN_LENGTH, held_out=other)
+    assert any(scale != 1 for some in found.scales.values() for scale in some)
+    assert found.gain is not None and found.gain.texts == 8 and not found.gain.counts and not found.scaled
+    assert "not worth it: the model is as it was" in found.sentence
+    for name, weight in lm.model.named_parameters():
+        assert torch.equal(weight, before[name])
+
+
+def test_the_gain_is_measured_on_other_texts():
+    lm, text = slow_twin(64), texts_of_twin()[:, :257]
+    found = calibrate(lm, text[:2], train_length=TRAIN_LENGTH, held_out=text[2:], sweeps=0)
+    assert found.gain is not None and found.gain.held_out and found.scaled
+    after, before = (position_loss(one, text[2:]) for one in (lm, slow_twin(64)))
+    gained = [before.between(a, b) - after.between(a, b) for a, b in found.octaves]
+    assert found.gain.mean == pytest.approx(sum(gained) / len(gained), abs=1e-6)
+    assert found.gain.low <= found.gain.mean <= found.gain.high
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "counts"),
+    [([2.0, 3.0], [1.9, 2.9], True), ([2.0, 3.0], [2.1, 2.7], False), ([2.0, 3.0], [1.995, 2.995], False),
+     ([math.inf, 3.0], [9.0, 3.5], True), ([2.0, 3.0], [math.nan, 1.0], False)],
+)  # fmt: skip
+def test_a_gain_counts_beyond_its_interval(before, after, counts):
+    """A loss that becomes finite is a gain, and one that no longer is is none."""
+    losses = (torch.tensor(some)[:, None].double() for some in (before, after))
+    assert _gain(*losses, held_out=True, seed=0).counts == counts
+
+
 def test_scales_of_one_are_said_to_leave_the_model_as_it_was():
     found = Calibration(
         "A", "layer", {"a": [1.0], "b": [1.0]}, [(0, 8), (8, 32)], [2.0, 3.0], [2.0, 3.0], 4, 64
@@ -111,19 +149,47 @@ def test_refusals():
 def test_the_command_writes_an_ordinary_checkpoint(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from longroll.cli import app
-    from longroll.results import read_result
-
-    arguments = ["calibrate", "specimen", "--length", "256", "--sequences", "2", "--sweeps", "0"]
+    arguments = [
+        "calibrate",
+        "specimen",
+        "--train-length",
+        "64",
+        "--length",
+        "2048",
+        "--sequences",
+        "2",
+        "--sweeps",
+        "0",
+    ]
     app(
         [*arguments, "--output", str(tmp_path / "out"), "--json", str(tmp_path / "c.json")],
         standalone_mode=False,
     )
     found = read_result(tmp_path / "c.json")
-    assert found.kind == "calibration" and found.passes == 8 and found.train_length == 128
+    assert found.kind == "calibration" and found.passes == 8 and found.train_length == 64
     text = torch.randint(256, (1, 40))
     with torch.no_grad():
         here, _ = longroll.load(tmp_path / "out", device="cpu")(text)
         zoo.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(text).logits, here, 1e-4)
+    (done,) = history(longroll.load(tmp_path / "out", device="cpu").model.config, "calibrate")
+    assert done["scales"] == found.scales and found.gain["held_out"] and found.look["holds"] is False
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "specimen, calibrated by longroll" in card and f"{found.gain['texts']} held-out texts" in card
     with pytest.raises(LongrollError, match="out already holds a model"):
         app([*arguments, "--output", str(tmp_path / "out")], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("force", "status", "said"), [(False, 0, "there is nothing to calibrate"), (True, NO_GAIN, "as it was")]
+)
+def test_a_model_that_holds_is_declined(force, status, said, tmp_path):
+    """A random one, which reads all texts alike."""
+    zoo.build("mamba2", vocab_size=256).save_pretrained(tmp_path / "model")
+    out, json = str(tmp_path / "out"), str(tmp_path / "c.json")
+    arguments = ["calibrate", str(tmp_path / "model"), "--train-length", "16", "--length", "64"]
+    arguments += ["--sequences", "2", "--sweeps", "0", "--tokenizer", "bytes", "--output", out]
+    ran = CliRunner().invoke(app, [*arguments, "--json", json, *(["--force"] if force else [])])
+    found = read_result(tmp_path / "c.json")
+    assert ran.exit_code == status and said in ran.output and not (tmp_path / "out").exists()
+    assert found.output is None and not found.scaled and said in found.declined
+    assert (found.look is None) == force

@@ -104,9 +104,9 @@ def test_a_hybrid_whose_attention_breaks_is_not_sent_to_repair_its_states():
     assert found.advice.startswith("Its recurrent states are not the cause")
 
 
-@pytest.mark.parametrize(("length", "said"), [(28, "measure at least 32"), (384, "begins past position 256")])
+@pytest.mark.parametrize(("length", "said"), [(28, "measure at least 32"), (384, "No damage to explain")])
 def test_what_cannot_be_told_is_not_blamed(length, said):
-    """Texts below 2 T, and damage that begins past the positions over which heads are held."""
+    """Texts below 2 T, and a model without damage."""
     texts = texts_of_twin()[:, : length + 1]
     watch = StateWatch(planted_lm(), length, TRAIN_LENGTH, seed=0)
     carried = position_loss(twin_lm(), texts, stops=watch.stops, watch=watch)

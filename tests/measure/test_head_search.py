@@ -54,11 +54,26 @@ def test_an_excerpt_keeps_to_its_share(rows, times, trials):
     found = excerpt(ends, even, train_length, measured, trials=trials, share=share)
     read = found.trials * found.rows * (found.length - train_length)
     assert 1 <= found.trials <= trials and read <= share * rows * measured
-    # damage that only the end of the longest text shows is looked for there
-    longest = min(measured, 16 * train_length)
-    late = torch.tensor([8.0 * (0.9 * longest < end <= longest) for end in ends]).expand(rows, -1)
-    found = excerpt(ends, late, train_length, measured, trials=trials, share=share)
-    assert found.length == longest
-    assert (
-        found.trials == 1 or found.trials * found.rows * (longest - train_length) <= share * rows * measured
+    # damage that only the end of some text shows is looked for there
+    for longest in {min(measured, 16 * train_length), measured}:
+        late = torch.tensor([8.0 * (0.9 * longest < end <= longest) for end in ends]).expand(rows, -1)
+        found = excerpt(ends, late, train_length, measured, trials=trials, share=share)
+        assert found.length == longest
+        read = found.trials * found.rows * (longest - train_length)
+        assert found.trials == 1 or read <= share * rows * measured
+
+
+@pytest.mark.parametrize(
+    ("small", "from_", "large", "length"),
+    [(0.0, 32, 1.0, 64), (0.0, 32, math.nan, 64), (0.06, 64, 2.0, 128), (1.0, 64, 2.0, 16),
+     (0.0, 999, 0.0, 16), (math.nan, 16, math.nan, 16), (0.06, 32, 0.0, 16)],
+)  # fmt: skip
+def test_an_excerpt_reads_to_where_the_damage_is(small, from_, large, length):
+    """`small` nats past 8 T, `large` ones past `from_` T; texts of 128 T."""
+    train_length, rows = 64, 16
+    ends = [end for end in log_spaced(128 * train_length, 6) if end > train_length]
+    shown = torch.tensor(
+        [large if end > from_ * train_length else small * (end > 8 * train_length) for end in ends]
     )
+    found = excerpt(ends, shown.expand(rows, -1), train_length, 128 * train_length, trials=14, share=3.5)
+    assert found.length == length * train_length

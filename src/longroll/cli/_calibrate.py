@@ -18,6 +18,11 @@ class What(StrEnum):
     dt = "dt"
 
 
+LEFT = "It holds: there is nothing to calibrate. Nothing is scaled or written without `force`."
+RECORDED = ("what", "unit", "scales", "gain", "train_length")
+"""What the config of a calibrated model tells."""
+
+
 class Unit(StrEnum):
     """Units that share one scale."""
 
@@ -42,6 +47,9 @@ def calibrate(
     sequences: o.Sequences = 8,
     concatenate: o.Concatenate = False,
     chunk_size: o.ChunkSize = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Calibrate a model even if it holds past its training length.")
+    ] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -49,19 +57,30 @@ def calibrate(
     seed: o.Seed = 0,
     json: o.Json = None,
 ) -> None:
-    """Find scales of a model's decays on long training texts, without training, and save the model."""
+    """Find scales of a model's decays on long training texts, without training, and save the model.
+
+    A model that holds past its training length is declined. Scales that gain nothing beyond the interval of
+    held-out texts are not saved: status 3.
+    """
     import time
+    from typing import Any
 
     from longroll.checkpoint import Checkpoint
-    from longroll.cli._console import out
+    from longroll.cli._console import console, out
+    from longroll.cli._flags import in_flags, running
+    from longroll.cli._posttrain import NO_GAIN
     from longroll.cli._progress import progress
+    from longroll.history import record
     from longroll.measure.calibration import calibrate, readings_of
-    from longroll.ranks import rank
+    from longroll.ranks import rank, together
     from longroll.results import CalibrationResult, provenance
+    from longroll.training import Declined
+    from longroll.training.card import calibration_card
     from longroll.training.checkpoints import aside
     from longroll.training.faults import full_disk_is_said
     from longroll.training.output import refuse_model
     from longroll.training.saving import save_checkpoint
+    from longroll.training.until_healthy import look
 
     if rank() > 0:
         return  # not dealt: rank 0 reads
@@ -75,28 +94,51 @@ def calibrate(
         split="train",
     )  # fmt: skip
     began = time.perf_counter()
+    told: dict[str, Any] = {"model": lm.name, "train_length": train_length} | {
+        "what": what.value,
+        "unit": unit.value,
+    }
+
+    def write(**more: Any) -> None:
+        if json:
+            made = provenance(lm, seed=seed, seconds=time.perf_counter() - began)
+            CalibrationResult.from_json(told | {"provenance": made, **more}).write(json)
+
+    def say(sentence: str) -> None:
+        console.print(in_flags(sentence, running), markup=False, highlight=False, soft_wrap=True)
+
+    held_out, missing = o.read_held_out(text, tok, column=text_column, length=train_length, seed=seed)
+    if held_out is None:
+        say(f"Not looked whether the model breaks, nor measured on held-out text: {missing}.")
+    elif not force:
+        try:
+            with together(False):
+                told["look"] = look(lm, held_out, say, left=LEFT).to_json()
+        except Declined as declined:
+            said = in_flags(str(declined), running)
+            out.print(said, markup=False, highlight=False, soft_wrap=True)
+            told["look"] = declined.reading and declined.reading.to_json()
+            write(output=None, scales={}, octaves=[], before=None, after=None, passes=0, tokens=0,
+                  scaled=False, declined=said, sentence=said)  # fmt: skip
+            return
+    other = None if held_out is None else held_out.texts
     with progress("calibrating", total=most) as advance:
         found = calibrate(
             lm, tokens, train_length=train_length, what=what.value, unit=unit.value, sweeps=sweeps,
-            chunk_size=chunk_size, progress=advance,
+            chunk_size=chunk_size, progress=advance, held_out=other, seed=seed,
         )  # fmt: skip
+    out.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
+    if not found.scaled:
+        write(output=None, declined=found.sentence, **found.to_json())
+        raise typer.Exit(NO_GAIN)
     lm.model.config.train_length = train_length
+    told |= found.to_json()
+    record(lm.model.config, {name: told[name] for name in RECORDED}, "calibrate")
     with full_disk_is_said(output), aside(output) as partial:
         save_checkpoint(lm.model, partial, lm.checkpoint or Checkpoint(Path(), lm.model.dtype))
+        (partial / "README.md").write_text(calibration_card(lm, found, text=text), encoding="utf-8")
         tok.save(partial)
-    if json:
-        CalibrationResult.from_json(
-            found.to_json()
-            | {
-                "model": lm.name,
-                "output": str(output),
-                "train_length": train_length,
-                "provenance": provenance(lm, seed=seed, seconds=time.perf_counter() - began),
-            }
-        ).write(json)
-    out.print(found.sentence, soft_wrap=True)
-    if found.scaled:
-        out.print(
-            "Test it by `longroll evaluate`: scales that lower the far loss can lose what a task asks for."
-        )
+    write(output=str(output))
+    task = "Test it by `longroll evaluate`: scales that lower the far loss can lose what a task asks for."
+    out.print(task, soft_wrap=True)
     out.print(str(output))

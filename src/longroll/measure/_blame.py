@@ -150,6 +150,11 @@ class Blame:
         }
 
 
+def scaling_factor(length: int, train_length: int) -> float:
+    """Return the least power of two that brings `length` positions into T."""
+    return 2.0 ** math.ceil(math.log2(length / train_length))
+
+
 @torch.no_grad()
 def split_blame(
     lm: RecurrentLM,
@@ -206,7 +211,7 @@ def _split(
         raise LongrollError(
             f"{length} positions are too few to see damage: give at least {2 * train_length}."
         )
-    factor = factor or 2.0 ** math.ceil(math.log2(length / train_length))
+    factor = factor or scaling_factor(length, train_length)
     positions = Positions(lm)
     carried = carried or position_loss(lm, tokens, dealt=True)
     ends, excess = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)

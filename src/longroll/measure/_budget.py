@@ -18,7 +18,7 @@ HEADS, HEADS_OF_HYBRID, BLAME = 4.0, 2.5, 3.5
 """Readings that the search for heads may take; those in a hybrid, and its split of state and attention."""
 DAMAGE = 0.05
 """Nats: less damage than this has no cause worth looking for (`diagnose.TOLERANCE`)."""
-_LENGTHS = (16, 12, 8, 6, 4, 3, 2)  # training lengths of text
+_LENGTHS = (16, 12, 8, 6, 4, 3, 2)  # training lengths of text; longer ones where the damage begins later
 _TEXTS = 8  # 8 texts find what most heads do
 _SHORT, _FEWEST = 4096, 2048  # tokens of texts that are read whole at any cost; and of the least that tell
 _VISIBLE = 0.25  # of the damage in the longest text: shorter texts must show as much
@@ -41,7 +41,8 @@ def excerpt(
 ) -> Excerpt:
     """Choose the most text of which `trials` trials take at most `share` readings.
 
-    Where even the least text that shows the damage takes more, it is chosen, with as many trials as fit.
+    Texts are at most 16 T long, or twice that as often as it takes to show the damage. Where even the least
+    text that shows it takes more, it is chosen, with as many trials as fit.
 
     Args:
         ends: the ends of the probes.
@@ -52,7 +53,7 @@ def excerpt(
         share: readings of all texts at all positions.
     """
     texts = len(excess)
-    longest = min(_LENGTHS[0] * train_length, measured)
+    longest = _longest(ends, excess, train_length, measured)
     if texts * longest <= _SHORT:
         return Excerpt(texts, longest, trials)
     lengths = [longest, *(n * train_length for n in _LENGTHS if n * train_length < longest)]
@@ -70,6 +71,20 @@ def excerpt(
 
     rows, length = next((choice for choice in seen if afforded(*choice) >= trials), seen[-1])
     return Excerpt(rows, length, max(1, min(trials, afforded(rows, length))))
+
+
+def _longest(ends: list[int], excess: Tensor, train_length: int, measured: int) -> int:
+    """Return 16 T, doubled until a quarter of the damage in the longest text shows: no more than `measured`.
+
+    Damage that the longest text does not show is looked for where there is most.
+    """
+    lengths = [min(_LENGTHS[0] * train_length, measured)]
+    while lengths[-1] < measured:
+        lengths.append(min(2 * lengths[-1], measured))
+    found = [damage(ends, excess, train_length, length) for length in lengths]
+    least = max(DAMAGE, _VISIBLE * found[-1]) if math.isfinite(found[-1]) else DAMAGE
+    shown = [length for length, here in zip(lengths, found, strict=True) if not here < least]  # NaN is damage
+    return shown[0] if shown else lengths[found.index(max(found))]
 
 
 def damage(ends: list[int], excess: Tensor, train_length: int, length: int) -> float:

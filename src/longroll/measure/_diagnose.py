@@ -108,7 +108,7 @@ def diagnose(
             heads have left their range.
         train_length: T; default: what the model's config says.
         label: what to call this run in a report; default: the intervention that the config tells of
-            (`longroll.history`), else "base".
+            (`longroll.history`), "calibrated" after a calibration, else "base".
         bytes_per_token: bytes of text for each token, for bits per byte.
         chunk_size: tokens of a row in one forward.
         explain: measure remembrance too, which states left their range, and which of them do the damage:
@@ -178,8 +178,9 @@ def _diagnose(
             f"{rows} sequences are too few for an interval: give at least 4 (`tokens.shape[0]`)."
         )
     trained = [run["intervention"] for run in history(lm.model.config)]
+    scaled = history(lm.model.config, "calibrate")
     details: dict[str, Any] = {
-        "label": label or (trained[-1] if trained else "base"),
+        "label": label or (trained[-1] if trained else "calibrated" if scaled else "base"),
         "model": lm.name,
         "architecture": lm.family.architecture(lm.model),
         "parameters": sum(p.numel() for p in lm.parameters()),

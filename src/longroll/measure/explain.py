@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longroll import ranks
-from longroll.measure._blame import HOLDS, READINGS, Blame, split_blame
-from longroll.measure._budget import BLAME, DAMAGE, HEADS, HEADS_OF_HYBRID, REMEMBRANCE, Excerpt, excerpt
+from longroll.measure._blame import HOLDS, READINGS, Blame, scaling_factor, split_blame
+from longroll.measure._budget import BLAME, HEADS, HEADS_OF_HYBRID, REMEMBRANCE, Excerpt, excerpt
 from longroll.measure._coverage import Coverage, CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
 from longroll.measure._state_ablation import state_ablation, trials_for
@@ -28,7 +28,6 @@ Restarted = tuple[list[int], Tensor]
 """Where probes end, and the loss carried minus the loss restarted there (`excess_loss`)."""
 
 _REMEMBERED_ROWS = 4  # texts of the remembrance map: it reads each of them many times over
-_LATER = "The damage begins past position {length}, up to which heads are held in range: none is named."
 
 
 def stage(progress: Progress | None, what: str, total: int | None = None) -> Callable[..., None] | None:
@@ -164,10 +163,9 @@ def explain_coverage(
         progress=stage(progress, "holding heads in range", chosen.trials),
         dealt=True,
     )
-    later = test.damage <= DAMAGE and measured > chosen.length
     return section | {
         "causal": test.table(),
-        "causal_sentence": _LATER.format(length=chosen.length) if later else test.sentence,
+        "causal_sentence": test.sentence,
         "explained": test.explained,
     }
 
@@ -197,6 +195,7 @@ def explain_blame(
         texts,
         ranks.on_first(lambda: watch.compare(progress)),
         train_length,
+        factor=scaling_factor(measured, train_length),
         carried=losses,
         restarted=restarted,
         seed=seed,

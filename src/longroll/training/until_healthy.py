@@ -64,8 +64,17 @@ def look_in(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return next((entry["look"] for entry in log if "look" in entry), None)
 
 
-def look(lm: RecurrentLM, held_out: HeldOutData, tell: Tell) -> Reading:
+_LEFT = f"{LEAVE_ALONE.sentence} Nothing is trained or written without `force`."
+
+
+def look(lm: RecurrentLM, held_out: HeldOutData, tell: Tell, *, left: str = _LEFT) -> Reading:
     """Measure whether a model breaks on held-out data, on every rank together.
+
+    Args:
+        lm: the model.
+        held_out: the data.
+        tell: told what was seen of a model that breaks.
+        left: what is said of one that holds.
 
     Raises:
         Declined: for a model that holds.
@@ -74,8 +83,7 @@ def look(lm: RecurrentLM, held_out: HeldOutData, tell: Tell) -> Reading:
     seen = f"{reading.sentence} (a look at {reading.read}, {reading.seconds:.1f} s)"
     if reading.holds:
         unread = "Positions farther out were not read: longroll diagnose reads them."
-        said = f"{LEAVE_ALONE.sentence} Nothing is trained or written without `force`. {unread}"
-        raise Declined(f"{seen} {said}", reading=reading)
+        raise Declined(f"{seen} {left} {unread}", reading=reading)
     tell(seen)
     return reading
 
