@@ -15,6 +15,7 @@ from longroll.data import ByteTokenizer, HFTokenizer
 from longroll.data.lanes import IGNORED
 from longroll.results import TaskResult, read_results
 from longroll.tasks import (
+    Copying,
     Niah,
     Passkey,
     Recall,
@@ -257,3 +258,19 @@ def test_scores_that_are_all_alike_have_an_interval():
         found = summary(values)
         assert found["low"] < found["mean"] == values[0] < found["high"]
     assert summary([1.0] * 4) == summary([1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Recall(TRACKING), "recall needs a token for each key and value, and tracking has none"),
+        (lambda: StateTracking(RECALL, "parity"), "tracking needs a token for each element"),
+        (lambda: Copying(RECALL), "copying needs a token for each letter"),
+        (lambda: Passkey(RECALL), "recall.*no answer of passkey can be read"),
+        (lambda: Niah(TRACKING), "no answer of niah"),
+        (lambda: Variables(RECALL), "no answer of variables"),
+    ],
+)
+def test_a_tokenizer_of_other_words_is_refused(make, said):
+    with pytest.raises(LongrollError, match=said):
+        make()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,23 @@ _LONG = 2**28  # tokens from which the memory of a prompt is looked at
 def random_of(stream: int, *numbers: int) -> np.random.Generator:
     """Return the generator of one sample, given by its stream and numbers."""
     return np.random.default_rng([stream, *numbers])
+
+
+def own_tokens(tokenizer: Tokenizer, words: Sequence[str], *, task: str, what: str, mend: str) -> np.ndarray:
+    """Return the id of each word, (N,) int32.
+
+    Raises:
+        LongrollError: for a word that is several tokens, or the token of another one (the unknown token).
+    """
+    found: dict[int, str] = {}
+    for word in words:
+        ids = tokenizer.encode_inside(word)
+        if len(ids) != 1 or int(ids[0]) in found:
+            raise LongrollError(
+                f"{task} needs a token for each {what}, and {tokenizer.name} has none for {word!r}: {mend}."
+            )
+        found[int(ids[0])] = word
+    return np.array(list(found), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,15 @@ class Task:
     def encode(self, text: str) -> np.ndarray:
         """Return token ids of a piece inside a prompt, (T,) int32."""
         return self.tokenizer.encode_inside(text)
+
+    def _check_written(self, text: str) -> None:
+        """Refuse a tokenizer that cannot write what an answer is made of."""
+        read = "".join(self.tokenizer.decode_inside(self.encode(f" {text}")).split())
+        if text.upper() not in read.upper():
+            raise LongrollError(
+                f"The tokenizer ({self.tokenizer.name}) writes {text!r} as {read!r}, so that no answer of "
+                f"{self.name} can be read: take a tokenizer of text (`tokenizer`)."
+            )
 
     def _room(self, length: int, fixed: int) -> int:
         """Return tokens left for the haystack."""

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from longroll.data import Tokenizer
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
-from longroll.tasks._task import TRAINING, Sample, Task, random_of
+from longroll.tasks._task import TRAINING, Sample, Task, own_tokens, random_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,9 @@ class Copying(Task):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
-        self.letters = np.array([one_token(tokenizer, letter) for letter in LETTERS], dtype=np.int32)
+        mend = "use bytes or the tokenizer that recipes/copying.py makes"
+        found = own_tokens(tokenizer, [*LETTERS, "."], task="copying", what="letter", mend=mend)
+        self.letters, self.stop = found[:-1], int(found[-1])
         self.start, self.middle, self.end = (self.encode(mark) for mark in "$|.")
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
@@ -72,7 +74,7 @@ class Copying(Task):
     @property
     def stop_id(self) -> int | None:
         """`.` ends a copy."""
-        return one_token(self.tokenizer, ".")
+        return self.stop
 
 
 class CopyRows(Dataset[Item]):
@@ -127,21 +129,6 @@ class CopyRows(Dataset[Item]):
         labels = np.where(learned[1:], ids[1:], -100)
         tensors = {"input_ids": torch.from_numpy(ids[:-1]), "shift_labels": torch.from_numpy(labels)}
         return tensors | {"starts": torch.tensor(True)}
-
-
-def one_token(tokenizer: Tokenizer, character: str) -> int:
-    """Return the id of a single character.
-
-    Raises:
-        LongrollError: for a tokenizer that has none.
-    """
-    ids = tokenizer.encode_inside(character)
-    if len(ids) != 1:
-        raise LongrollError(
-            f"copying needs a token for each letter, and {tokenizer.name} has none for {character!r}: use "
-            "bytes or the tokenizer that recipes/copying.py makes."
-        )
-    return int(ids[0])
 
 
 def copying_tokenizer() -> PreTrainedTokenizerFast:

@@ -56,8 +56,8 @@ class Niah(Task):
         chat_template: see `Task`; the model's message begins with the cue, as in RULER.
 
     Raises:
-        LongrollError: for other `needles` or `prompts`, official ones without lm-eval, and official ones for
-            several needles.
+        LongrollError: for other `needles` or `prompts`, official ones without lm-eval, official ones for
+            several needles, and a tokenizer that cannot write digits.
     """
 
     name = "niah"
@@ -73,6 +73,7 @@ class Niah(Task):
         chat_template: bool = False,
     ) -> None:
         super().__init__(tokenizer, new_tokens=new_tokens, chat_template=chat_template)
+        self._check_written("1234567890")
         if needles not in NEEDLES:
             raise LongrollError(f"`needles` {needles} is not one of {', '.join(NEEDLES)}.")
         if needles != "single" and prompts == "official":

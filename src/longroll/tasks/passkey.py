@@ -32,6 +32,9 @@ class Passkey(Task):
         haystack: what the key is hidden in; default: the noise of the source.
         instruction: begin with a description of the task.
         chat_template: see `Task`; the model's message begins with `CUE`.
+
+    Raises:
+        LongrollError: as `Task`, and for a tokenizer that cannot write digits.
     """
 
     name = "passkey"
@@ -46,6 +49,7 @@ class Passkey(Task):
         chat_template: bool = False,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
+        self._check_written("1234567890")
         self.haystack = haystack or NoiseHaystack(tokenizer)
         self.instruction = instruction
         self.head = self.begin(INSTRUCTION if instruction else "")

@@ -15,7 +15,7 @@ import numpy as np
 
 from longroll.data import Tokenizer
 from longroll.errors import LongrollError
-from longroll.tasks._task import Sample, Task
+from longroll.tasks._task import Sample, Task, own_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,9 +49,10 @@ class Recall(Task):
         if not 1 <= pairs <= WORDS:
             raise LongrollError(f"`pairs` {pairs}: give 1 to {WORDS}.")
         self.pairs = pairs
-        self.keys, self.values = (
-            np.array([_token(tokenizer, f"{kind}{i}") for i in range(WORDS)], dtype=np.int32) for kind in "kv"
-        )
+        words = [f"{kind}{i}" for kind in "kv" for i in range(WORDS)]
+        mend = "use the tokenizer that longroll.tasks.recall_tokenizer makes"
+        found = own_tokens(tokenizer, words, task="recall", what="key and value", mend=mend)
+        self.keys, self.values = np.split(found, 2)
 
     def sample(self, length: int, *, depth: float | None = None, rng: np.random.Generator) -> Sample:
         """Tell the pairs, then noise, then ask for every key; `length` counts all of it."""
@@ -101,13 +102,3 @@ def recall_tokenizer() -> PreTrainedTokenizerFast:
     tokens = Tokens(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="*"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="*")
-
-
-def _token(tokenizer: Tokenizer, word: str) -> int:
-    ids = tokenizer.encode_inside(word)
-    if len(ids) != 1:
-        raise LongrollError(
-            f"recall needs a token for each key and value, and {tokenizer.name} has none for {word!r}: use "
-            "the tokenizer that longroll.tasks.recall_tokenizer makes."
-        )
-    return int(ids[0])

@@ -26,7 +26,7 @@ from longroll.data import Tokenizer
 from longroll.data.lanes import IGNORED
 from longroll.data.windows import Item
 from longroll.errors import LongrollError
-from longroll.tasks._task import TRAINING, Sample, Task, random_of
+from longroll.tasks._task import TRAINING, Sample, Task, own_tokens, random_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -115,8 +115,13 @@ class StateTracking(Task):
         super().__init__(tokenizer, new_tokens=1)
         self.group, self.table, self.drawn = group, product_table(group), drawn_elements(group)
         called = names(len(self.table))
-        self.elements = np.array([_token(tokenizer, name) for name in called], dtype=np.int32)
-        self.start, self.ask_id = (_token(tokenizer, mark) for mark in (START, ASK))
+        mend = (
+            "take a smaller group (`groups`), or the tokenizer that longroll.tasks.tracking_tokenizer makes"
+        )
+        *elements, self.start, self.ask_id = own_tokens(
+            tokenizer, [*called, START, ASK], task="tracking", what="element", mend=mend
+        ).tolist()
+        self.elements = np.array(elements, dtype=np.int32)
 
     def products(self, drawn: np.ndarray) -> np.ndarray:
         """Return the product of the first t elements, for every t, (T,)."""
@@ -208,13 +213,3 @@ def tracking_tokenizer() -> PreTrainedTokenizerFast:
     tokens = Tokens(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="*"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="*")
-
-
-def _token(tokenizer: Tokenizer, word: str) -> int:
-    ids = tokenizer.encode_inside(word)
-    if len(ids) != 1:
-        raise LongrollError(
-            f"tracking needs a token for each element, and {tokenizer.name} has none for {word!r}: take a "
-            "smaller group (`groups`), or the tokenizer that longroll.tasks.tracking_tokenizer makes."
-        )
-    return int(ids[0])

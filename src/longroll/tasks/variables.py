@@ -37,7 +37,7 @@ class Variables(Task):
         chat_template: see `Task`.
 
     Raises:
-        LongrollError: for fewer than one hop.
+        LongrollError: for fewer than one hop, and a tokenizer that cannot write letters.
     """
 
     name = "variables"
@@ -52,6 +52,7 @@ class Variables(Task):
         chat_template: bool = False,
     ) -> None:
         super().__init__(tokenizer, new_tokens=new_tokens, chat_template=chat_template)
+        self._check_written(string.ascii_uppercase)
         if hops < 1:
             raise LongrollError(f"`hops` {hops}: a value is passed on at least once.")
         self.hops, self.reserved = hops, new_tokens
