@@ -17,7 +17,7 @@ ENTRY = "longroll"
 BESIDE = "longroll.json"
 Kind = Literal["posttrain", "calibrate"]
 _NAMED_BY: dict[Kind, str] = {"posttrain": "intervention", "calibrate": "what"}
-"""What an entry of each kind has at least."""
+"""The field that an entry of each kind has at least."""
 
 
 def record(config: Any, step: Mapping[str, Any], kind: Kind = "posttrain") -> None:

@@ -20,7 +20,7 @@ class What(StrEnum):
 
 LEFT = "It holds: there is nothing to calibrate. Nothing is scaled or written without `force`."
 RECORDED = ("what", "unit", "scales", "gain", "train_length")
-"""What the config of a calibrated model tells."""
+"""Entries of a calibration in the config of the model."""
 
 
 class Unit(StrEnum):

@@ -88,7 +88,7 @@ class Calibration:
     tokens: int
     """Tokens read by all of them."""
     gain: Gain | None = None
-    """What the scales gain; None where all are 1."""
+    """Gain of the scales; None where all are 1."""
 
     @property
     def scaled(self) -> bool:
