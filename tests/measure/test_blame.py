@@ -164,7 +164,7 @@ def test_advice_follows_the_verdict(verdict, scaled):
     repair = Advice(
         "sp", "Repair it by State Passing.", "longroll posttrain m --intervention sp", 500, 1, 1.0
     )
-    told = of_blame(repair, found, "m", 128)
+    told = of_blame(repair, found, "m", 128, ["--dtype", "bfloat16"], length=8192)
     if verdict in ("state", None):
         assert told == repair
     elif verdict == "neither":
@@ -175,7 +175,29 @@ def test_advice_follows_the_verdict(verdict, scaled):
     elif scaled:
         assert told.intervention == "none" and "--intervention none --rope-scaling yarn:8" in told.command
     else:
-        assert told.command is None and "window of 128 tokens" in told.sentence
+        assert "window of 128 tokens" in told.sentence
+        assert told.command == (
+            "longroll evaluate loss m --dtype bfloat16 --reading window --window 128 --length 8192"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [({"window": 0.9, "window+first": 1.0}, "--reading window "),
+     ({"window": 0.5, "window+first": 1.0}, "--reading window+first"),
+     ({"clipped": 1.0, "yarn": 0.4, "ntk": 0.3}, "--rope-scaling yarn:8"),
+     ({"window": 0.9, "yarn": 0.4}, "--reading window "), ({"clipped": 0.9, "yarn": -0.1}, None)],
+)  # fmt: skip
+def test_attention_is_read_by_what_recovers_and_can_be_had(shares, said):
+    """A scaling that recovers little is advised where no key can be dropped."""
+    parts = {"state": share("state", 0.0), "attention": share("attention", 0.9)}
+    readings = sorted((share(*one) for one in shares.items()), key=lambda one: -one.recovered)
+    found = Blame(1.0, 8.0, [share("norms", 0.0)], readings, share("both", 0.9), parts, "rotary")
+    told = of_blame(Advice("sp", "Repair it."), found, "m", 128)
+    if said is None:
+        assert told.command is None and "no reading that longroll has" in told.sentence
+    else:
+        assert said in told.command
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Readings held in the range of training, by loss: each against what it says it is."""
 
+import re
+
 import pytest
 import torch
 
@@ -58,15 +60,19 @@ def test_refusals():
     for hold, name in (
         ("window", "mamba2"),
         ("window", "glm5_next"),
+        ("window+first", "mamba2"),
+        ("window+first", "bailing_hybrid"),
         ("rescan", "llama"),
         ("clip", "lfm2"),
     ):
-        with pytest.raises(LongrollError, match=f"`reading` {hold}"):
+        with pytest.raises(LongrollError, match=re.escape(f"`reading` {hold}:")):
             loss_under(hold, zoo.lm_of(name), text, WINDOW)
     with pytest.raises(LongrollError, match="not one of plain, reset"):
         make_hold("chunk", zoo.lm_of("bamba"), text, WINDOW, stride=STRIDE)
     with pytest.raises(LongrollError, match="give a longer one"):
         make_hold("window", zoo.lm_of("bamba"), text, STRIDE, stride=STRIDE)
+    with pytest.raises(LongrollError, match="keeps 4 tokens besides"):
+        make_hold("window+first", zoo.lm_of("bamba"), text, STRIDE + 4, stride=STRIDE)
 
 
 def test_the_command_reads_under_a_hold_and_refuses_what_it_would_ignore(tmp_path):

@@ -52,7 +52,14 @@ def test_a_saved_model_reads_alike_everywhere(name, scaling, tmp_path, caplog):
     assert "implicit factor" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "zamba", "kimi_linear", "mamba2"])
+@pytest.mark.parametrize("name", ["mamba2", "gla", "bamba_recurrent", "qwen3_next_recurrent"])
+def test_a_model_without_attention_is_refused(name, tmp_path):
+    """Also one whose config has rotary positions."""
+    with pytest.raises(LongrollError, match=r"has no attention whose positions could be scaled: leave"):
+        repaired(name, "linear:4", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["jamba", "nemotron_h", "zamba", "kimi_linear"])
 def test_attention_that_reads_no_rope_config_is_refused_by_name(name, tmp_path):
     with pytest.raises(LongrollError, match=f"^{name} has no attention that reads a RoPE config.*leave"):
         repaired(name, "yarn:4", tmp_path / "out")
@@ -67,12 +74,24 @@ def test_other_refusals(tmp_path):
     scale_rope(lm.model, RopeScaling("yarn", 4), T)
     with pytest.raises(LongrollError, match=r"scaled already \(yarn\)"):
         scale_rope(lm.model, RopeScaling("linear", 2), T)
-    with pytest.raises(LongrollError, match="different rotary positions for different layers"):
-        scale_rope(build("lfm3"), RopeScaling("yarn", 4), T)
+    for name in ("lfm3", "zaya"):
+        with pytest.raises(LongrollError, match="different rotary positions for different layers"):
+            scale_rope(build(name), RopeScaling("yarn", 4), T)
     with pytest.raises(LongrollError, match="yarn:4 cannot be had of recurrent_gemma"):
         scale_rope(build("recurrent_gemma"), RopeScaling("yarn", 4), T)
     with pytest.raises(LongrollError, match=r"no word for it.*ntk:4"):
         scale_rope(build("gla_hybrid"), RopeScaling("yarn", 4), T)
+
+
+@pytest.mark.parametrize(
+    ("name", "again"), [("bamba", "ntk:4"), ("bamba", "linear:2"), ("gla_hybrid", "ntk:4")]
+)
+def test_a_base_raised_by_an_earlier_run_is_not_scaled_again(name, again, tmp_path):
+    """Its config has a larger base, and no other word for it than the record of the run."""
+    repaired(name, "ntk:4", tmp_path / "once")
+    lm = longroll.load(tmp_path / "once", device="cpu")
+    with pytest.raises(LongrollError, match=r"scaled already \(ntk:4, by post-training\)"):
+        scale_rope(lm.model, RopeScaling.parse(again), T)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "ntk"])

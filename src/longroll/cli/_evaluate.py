@@ -32,7 +32,7 @@ def loss(
         str,
         typer.Option(
             help="plain; or held in the range of --window tokens: reset (all of the state), rescan, decay, "
-            "clip (the recurrent states), window (attention)."
+            "clip (the recurrent states), window, window+first (attention)."
         ),
     ] = "plain",
     window: t.Window = None,

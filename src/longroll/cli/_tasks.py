@@ -78,7 +78,8 @@ HowRead = Annotated[
         "--reading",
         help="plain; or a baseline: reset (only the last --window tokens), decay, clip (the state, to the "
         "range of --window tokens), chunk (answer from the best --window tokens: OPRM), rescan (recurrent "
-        "states of the last --window tokens), window (attention of the last --window tokens).",
+        "states of the last --window tokens), window (attention of the last --window tokens), window+first "
+        "(of the first four too).",
     ),
 ]
 Window = Annotated[

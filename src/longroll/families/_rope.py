@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,11 @@ from transformers import PreTrainedModel
 
 from longroll.errors import LongrollError, first_line
 from longroll.families.fla_models.layers import Attention
+from longroll.history import history
 
 KINDS = ("linear", "ntk", "yarn")
+MOST = 2.0**20
+"""The largest factor."""
 _SET = ("inv_freq", "original_inv_freq", "attention_scaling", "rope_type", "max_seq_len_cached")
 
 
@@ -44,14 +46,15 @@ class RopeScaling:
         """Read `yarn:4`.
 
         Raises:
-            LongrollError: for another kind, and a factor that is not above 1.
+            LongrollError: for another kind, and a factor that is not above 1 or above `MOST`.
         """
         kind, _, factor = text.partition(":")
         with contextlib.suppress(ValueError):
-            if kind in KINDS and 1 < float(factor) < math.inf:
+            if kind in KINDS and 1 < float(factor) <= MOST:
                 return cls(kind, float(factor))
         raise LongrollError(
-            f"`rope_scaling` {text}: give one of {', '.join(KINDS)} and a factor above 1, as yarn:4."
+            f"`rope_scaling` {text}: give one of {', '.join(KINDS)} and a factor above 1, at most "
+            f"{MOST:,.0f}, as yarn:4."
         )
 
     def __str__(self) -> str:
@@ -78,10 +81,19 @@ def check_scalable(model: PreTrainedModel) -> None:
             positions that differ between kinds of layers.
     """
     name = model.config.model_type
+    before = [run.get("rope_scaling") for run in history(model.config)]  # ntk leaves no other mark
+    if any(before):
+        raise LongrollError(
+            f"The rotary positions of this {name} are scaled already ({', '.join(map(str, filter(None, before)))}, by "
+            "post-training): leave `rope_scaling` out, or begin from the model before."
+        )
     if any(isinstance(module, Attention) for module in model.modules()):
         return
     found = _rotary_modules(model)
-    several = any(name.endswith("_attention_inv_freq") for name, _ in model.named_buffers())
+    several = any(
+        name.endswith("_inv_freq") and not name.endswith(".original_inv_freq")
+        for name, _ in model.named_buffers()
+    )
     if several and not found:
         raise LongrollError(
             f"{name} has different rotary positions for different layers, which `rope_scaling` does not "

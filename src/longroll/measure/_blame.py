@@ -34,6 +34,7 @@ from longroll.state import RecurrentState
 
 Side = Literal["state", "attention"]
 SIDES: tuple[Side, ...] = ("state", "attention")
+WINDOWS = ("window", "window+first")
 EXPLAINS = 0.2
 """Share of the damage from which a side is named as a cause."""
 READINGS = 14
@@ -105,12 +106,25 @@ class Blame:
 
     @property
     def scaling(self) -> RopeScaling | None:
-        """The RoPE scaling that recovers about as much as any reading of attention."""
+        """The RoPE scaling that recovers about as much as any reading of attention, or as can be had."""
         best = self.attentions[0].recovered if self.attentions else 0.0
         kinds = [share for share in self.attentions if share.what in KINDS]
-        if not kinds or best <= 0 or kinds[0].recovered < _AS_GOOD * best:
+        if not kinds or best <= 0 or kinds[0].recovered <= 0:
+            return None
+        if self.window is not None and kinds[0].recovered < _AS_GOOD * best:
             return None
         return RopeScaling(kinds[0].what, self.factor)
+
+    @property
+    def window(self) -> str | None:
+        """The reading with an attention window that recovers most, `window` or `window+first`; None where
+        none recovers.
+        """
+        windows = [share for share in self.attentions if share.what in WINDOWS and share.recovered > 0]
+        if not windows:
+            return None
+        plain = next((share for share in windows if share.what == WINDOWS[0]), windows[0])
+        return plain.what if plain.recovered >= _AS_GOOD * windows[0].recovered else windows[0].what
 
     @property
     def sentence(self) -> str:

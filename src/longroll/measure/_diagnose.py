@@ -288,7 +288,7 @@ def _diagnose(
             if blame is not None:
                 details["blame"] = blame.to_json()
                 opened = lm.name if lm.flags is not None else None
-                advice = of_blame(advice, blame, opened, train_length, lm.flags or ())
+                advice = of_blame(advice, blame, opened, train_length, lm.flags or (), length=length)
         if suffers and watch.has_attention and "blame" not in details:
             advice = not_split(advice, train_length)
     if explain:

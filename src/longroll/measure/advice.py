@@ -231,7 +231,13 @@ def of_ablation(advice: Advice, held: dict[str, Any] | None) -> Advice:
 
 
 def of_blame(
-    advice: Advice, blame: Blame, model: str | None, train_length: int, flags: Sequence[str] = ()
+    advice: Advice,
+    blame: Blame,
+    model: str | None,
+    train_length: int,
+    flags: Sequence[str] = (),
+    *,
+    length: int | None = None,
 ) -> Advice:
     """Return what to do with a hybrid, given which side of it does the damage.
 
@@ -241,14 +247,19 @@ def of_blame(
         model: its name, for the command; None: no command opens it.
         train_length: T.
         flags: what the command needs besides to open it.
+        length: positions that were read, for the command that reads with an attention window.
     """
     verdict, scaling = blame.verdict, blame.scaling
     if verdict in (None, "state"):
         return advice
     if verdict == "neither":
         return Advice(None, NEITHER)
-    window = f"read it with an attention window of {train_length} tokens (`reading` window)"
-    how = f"scale its rotary positions ({scaling})" if scaling else window
+    if scaling is not None:
+        how = f"scale its rotary positions ({scaling})"
+    elif blame.window is not None:
+        how = f"read it with an attention window of {train_length} tokens (`reading` {blame.window})"
+    else:
+        how = "no reading that longroll has keeps it in range"
     scaled = [] if scaling is None else ["--rope-scaling", str(scaling)]
     if verdict == "both" and advice.intervention is None:  # it keeps its level
         return replace(advice, sentence=f"{advice.sentence} Its attention does damage too: {how}.")
@@ -257,7 +268,12 @@ def of_blame(
         sentence = f"{advice.sentence} Its attention breaks too: {how}."
         return replace(advice, sentence=sentence, command=command)
     if scaling is None:
-        return Advice(None, f"{SOUND}: {window}.")
+        command = None
+        if model and blame.window is not None:
+            reading = ["--reading", blame.window, "--window", str(train_length)]
+            reading += [] if length is None else ["--length", str(length)]
+            command = shlex.join(["longroll", "evaluate", "loss", model, *flags, *reading])
+        return Advice(None, f"{SOUND}: {how}.", command)
     arguments = ["--intervention", "none", *scaled, "--train-length", str(train_length)]
     command = model and _command(model, flags, arguments)
     sentence = f"{SOUND}: {how}, and train it some steps from zero states."

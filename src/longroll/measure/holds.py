@@ -4,7 +4,7 @@
 - `rescan` reads them again for the recurrent states, while attention keeps all keys;
 - `decay` weakens the recurrent states a little for every token, and `clip` scales them back to the norms that
   they have in training (after thunlp/stuffed-mamba, Chen et al. 2025, who do so inside each step);
-- `window` keeps attention to the last keys.
+- `window` keeps attention to the last keys, `window+first` to these and the first ones (StreamingLLM).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from longroll import ranks
 from longroll.errors import LongrollError
 from longroll.heads import head_norms, scale_heads
-from longroll.measure._attention_readings import Hold, Positions, Rescan, Window
+from longroll.measure._attention_readings import FIRST, Hold, Positions, Rescan, Window
 from longroll.measure._position_loss import PositionLoss, token_losses
 from longroll.measure.kept import Kept
 from longroll.measure.roll_out import check_ids, roll_out
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState, StateKey
 
-HOLDS = ("reset", "decay", "clip", "rescan", "window")
+HOLDS = ("reset", "decay", "clip", "rescan", "window", "window+first")
 
 STRIDE = 64
 """Tokens between two looks at the state."""
@@ -98,6 +98,12 @@ def make_hold(name: str, lm: RecurrentLM, tokens: Tensor, window: int, *, stride
         )
     if name == "window":
         return Window(window - stride)
+    if name == "window+first":
+        if window - stride <= FIRST:
+            raise LongrollError(
+                f"`window` {window}: `reading` {name} keeps {FIRST} tokens besides: give a longer one."
+            )
+        return Window(window - stride, FIRST, Positions(lm).frequencies)
     if name in ("reset", "rescan"):
         return Rescan(lm, tokens, window - stride, attention=name == "rescan")
     if name == "decay":
@@ -109,13 +115,20 @@ def check_hold(name: str, lm: RecurrentLM) -> None:
     """Refuse a hold for a part of the state that a model does not have.
 
     Raises:
-        LongrollError: for `window` without attention or with keys that cannot be dropped, and for the others
-            but `reset` without a recurrent state.
+        LongrollError: for `window` and `window+first` without attention or with keys that cannot be dropped,
+            for `window+first` with positions that cannot be moved, and for the others but `reset` without a
+            recurrent state.
     """
     if name not in HOLDS:
         raise LongrollError(f"`reading` {name} is not one of plain, {', '.join(HOLDS)}.")
-    if name == "window" and not (lm.has_attention and Positions(lm).windows):
-        raise LongrollError(f"`reading` {name}: {lm.name} has no attention whose keys can be dropped.")
+    if name in ("window", "window+first"):
+        positions = Positions(lm) if lm.has_attention else None
+        if positions is None or not positions.windows:
+            raise LongrollError(f"`reading` {name}: {lm.name} has no attention whose keys can be dropped.")
+        if name == "window+first" and positions.kind == "other":
+            raise LongrollError(
+                f"`reading` {name}: the keys of {lm.name} cannot be moved to other positions: take window."
+            )
     if name in ("decay", "clip", "rescan") and not lm.layers:
         raise LongrollError(f"`reading` {name}: {lm.name} has no recurrent state.")
 
@@ -197,6 +210,7 @@ def loss_under(
             if name == "clip"
             else make_hold(name, lm, mine, window, stride=stride)
         )
+        kept = None if name == "window+first" else kept  # it remembers the first keys
         read = held_loss(lm, mine, hold, stride=stride, progress=progress, kept=kept)
         return PositionLoss(ranks.gather_rows(read.losses))
 

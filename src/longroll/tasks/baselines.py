@@ -21,7 +21,7 @@ from longroll.tasks._task import TRAINING, Sample, random_of
 from longroll.tasks.evaluate import Row
 from longroll.tasks.generate import Prefilled, Reading, prefill, prefill_samples
 
-READINGS = ("plain", "reset", "decay", "clip", "chunk", "rescan", "window")
+READINGS = ("plain", "reset", "decay", "clip", "chunk", "rescan", "window", "window+first")
 
 
 def last_window(window: int) -> Reading:
@@ -57,7 +57,7 @@ def decayed(per_token: float, *, after: int, stride: int = STRIDE) -> Reading:
 
 
 def held(name: str, window: int, *, stride: int) -> Reading:
-    """Read under `rescan` or `window` of `longroll.measure.holds`.
+    """Read under `rescan`, `window` or `window+first` of `longroll.measure.holds`.
 
     Args:
         name: the name of the hold.
@@ -174,7 +174,7 @@ def make_reading(
     check_hold(reading, lm)
     if reading == "decay":
         return decayed(1 - 1 / window, after=window)
-    if reading in ("rescan", "window"):
+    if reading in ("rescan", "window", "window+first"):
         return held(reading, window, stride=min(STRIDE, max(1, window // 4)))
     drawn = (rows[0].task.sample(length, rng=random_of(TRAINING, number)) for number in range(16))
     prompts = [sample.prompt[:window] for sample in drawn]

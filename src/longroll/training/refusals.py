@@ -26,6 +26,11 @@ def check_settings(lm: RecurrentLM, options: PosttrainOptions, *, intervenes: bo
     check_adapters(lm, options.lora_rank)
     _check_trained(lm, options)
     if options.rope_scaling is not None:
+        if not lm.has_attention:
+            raise LongrollError(
+                f"{lm.model.config.model_type} has no attention whose positions could be scaled: leave "
+                "`rope_scaling` out."
+            )
         with scaled_rope(lm.model, RopeScaling.parse(options.rope_scaling), options.length):
             pass
     if options.gradient_checkpointing and not getattr(lm.model, "supports_gradient_checkpointing", True):
