@@ -76,6 +76,14 @@ def test_how_attention_takes_positions(name, kind):
     assert found.windows
 
 
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "qwen3_next", "gla_hybrid"])
+def test_positions_are_seen_where_the_padding_token_has_no_embedding(name):
+    lm = lm_of(name)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[0] = 0
+    assert Positions(lm).kind == "rotary"
+
+
 @pytest.mark.parametrize("first", [0, 4])
 def test_a_window_is_a_fresh_start_on_what_it_keeps(first):
     """Of one layer of attention: deeper ones remember more through their values."""

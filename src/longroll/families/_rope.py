@@ -83,9 +83,10 @@ def check_scalable(model: PreTrainedModel) -> None:
     name = model.config.model_type
     before = [run.get("rope_scaling") for run in history(model.config)]  # ntk leaves no other mark
     if any(before):
+        done = ", ".join(str(scaling) for scaling in before if scaling)
         raise LongrollError(
-            f"The rotary positions of this {name} are scaled already ({', '.join(map(str, filter(None, before)))}, by "
-            "post-training): leave `rope_scaling` out, or begin from the model before."
+            f"The rotary positions of this {name} are scaled already ({done}, by post-training): leave "
+            "`rope_scaling` out, or begin from the model before."
         )
     if any(isinstance(module, Attention) for module in model.modules()):
         return

@@ -32,11 +32,12 @@ Hold = Callable[[int, RecurrentState], RecurrentState]
 FIRST = 4
 """First tokens that `window+first` keeps (StreamingLLM's number)."""
 _KEYS, _VALUES, _OTHER = 0, 1, 3  # slots of the part `attention`; 2 chooses keys, 3 and above are no keys
+_PROBES = 8  # tokens that are read at two positions
 _SHIFT = 5  # positions: any will do to see how keys turn
 
 
 class Positions:
-    """How the attention of a model takes positions, found by reading one token at two of them.
+    """How the attention of a model takes positions, found by reading single tokens at two of them.
 
     Without earlier tokens attention returns the token's own value wherever it stands, so that the keys of
     every layer at position 10 are those at position 5, turned. Position 0 is not read: RecurrentGemma's
@@ -50,10 +51,11 @@ class Positions:
         """Whether keys can be dropped."""
         self.kind = "none"
         """`none`, `rotary`, or `other`: positions that this module cannot change."""
-        token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+        count = min(_PROBES, lm.vocab_size)  # the embedding of one token may be zero: a padding token's is
+        tokens = torch.linspace(0, lm.vocab_size - 1, count, device=lm.device).long()[:, None]
         with torch.no_grad():
-            _, here = lm(token, RecurrentState({}, seen=_SHIFT), logits=False)
-            _, there = lm(token, RecurrentState({}, seen=2 * _SHIFT), logits=False)
+            _, here = lm(tokens, RecurrentState({}, seen=_SHIFT), logits=False)
+            _, there = lm(tokens, RecurrentState({}, seen=2 * _SHIFT), logits=False)
         for key in here:
             if key.part != "attention" or key.slot >= _OTHER:
                 continue
