@@ -21,6 +21,8 @@ from typing import Any
 
 from kernel_classes import by_class
 
+from longroll.tasks.state_tracking import product_table
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "recipes"))
 GLOBS = ("README.md", "docs/**/*.md", "benchmarks/*.md", "recipes/*.md")
@@ -42,6 +44,7 @@ ENDINGS = {
 }
 """How `kill_resume.py` ends runs, in words."""
 
+SEEDS = "-seeds_h200_2026-11-27"
 BIG = "_h200_2026-11-26"
 REAL_SIZES = {
     "loss": "loss, 9.8B hybrid, 1 x 131,072",
@@ -624,50 +627,88 @@ RIVALS_TASKS = {
 }
 
 
-def rivals_tasks(task: str, *, loss: bool) -> str:
-    """Readings, calibrations and training of a recurrent and a hybrid base: loss in range and far out, and
-    accuracy.
+def rivals_tasks(name: str, *, loss: bool) -> str:
+    """Readings, calibrations and training of the bases of several seeds: loss in range and far out, and
+    accuracy; mean, least and largest.
     """
-    bases = [
-        {way["way"]: way for way in result(f"rivals-{task}-{shape}_h200_2026-11-27")["ways"]}
-        for shape in ("mamba2", "bamba")
-    ]
+    found = {row["way"]: row for row in result(name)["summary"]}
     rows = []
-    for name, what in RIVALS_TASKS.items():
-        cells: list[str] = []
-        for base in bases:
-            way = base.get(name, {})
-            ends = [way["octaves"][at][2] for at in (0, -1)] if "octaves" in way else []
-            scores: dict[int, list[float]] = {}
-            for cell in way.get("cells", []):
-                (score, *_) = cell["scores"].values()
-                scores.setdefault(cell["length"], []).append(score["mean"])
-            cells += ([f"{value:.2f}" for value in ends] or ["", ""]) if loss else []
-            cells += [f"{statistics.mean(some):.2f}" for some in scores.values()] or [""] * 4
-        rows.append([what, *cells])
+    for way, what in RIVALS_TASKS.items():
+        if way not in found:
+            continue
+        row = found[way]
+        octaves = row.get("octaves")
+        ends = [_ranged(*octaves[at][2:]) for at in (0, -1)] if octaves else ["", ""]
+        cells = [_ranged(*numbers) for _, *numbers in row["accuracy"]]
+        rows.append([what, str(len(row["seeds"])), *(ends if loss else []), *cells])
     head = [*(["in range", "last octave"] if loss else []), "T", "4 T", "16 T", "64 T"]
-    return markdown(["", *(f"{column}{of}" for of in ("", ", hybrid") for column in head)], rows)
+    return markdown(["", "seeds", *head], rows)
 
 
-def tracking(name: str) -> str:
-    """Word problems of groups: accuracy at T to 64 T over seeds, by model, group and initial state."""
-    ways = {"base": "base", "none": "zero states", "sp": "State Passing", "tbptt": "TBPTT"}
-    models = {"delta_net": "DeltaNet", "mamba2": "Mamba-2", "gla": "GLA"}
-    rows = []
+def _ranged(mean: float, least: float, most: float) -> str:
+    """Return a mean with its range; without one where all seeds show the same number."""
+    low, high = f"{least:.2f}", f"{most:.2f}"
+    return f"{mean:.2f}" if low == high else f"{mean:.2f} ({low}-{high})"
+
+
+MODELS = {"delta_net": "DeltaNet", "rwkv7": "RWKV-7", "mamba2": "Mamba-2", "gla": "GLA"}
+LEARNED = 0.97
+"""Share of the products told at T above which a word problem counts as learned."""
+GROUPS = ("parity", "z3", "s3-swaps", "s5-swaps", "s3", "s5")
+
+
+def _tracked(name: str) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
+    """Return the runs of state tracking by model and group, then by initial state, in the order of MODELS."""
     data = result(name)
-    seeds = Counter((run["family"], run["group"], run["intervention"]) for run in data["runs"])
-    order = list(models)
-    for row in sorted(data["summary"], key=lambda row: order.index(row["family"])):
-        cells = [f"{mean:.2f} +- {std:.2f}" for _, mean, std, _, _ in row["accuracy"]]
-        asked = [
-            f"{free:.2f} +- {spread:.2f}" for *_, free, spread in (row["accuracy"][0], row["accuracy"][3])
-        ]
-        key = (row["family"], row["group"], row["intervention"])
-        if seeds[key] == 1:
-            cells, asked = ([cell.partition(" ")[0] for cell in some] for some in (cells, asked))
-        what = [models[key[0]], key[1], ways[key[2]], str(seeds[key])]
-        rows.append([*what, *cells, *asked])
-    columns = ["T", "2 T", "4 T", "16 T", "64 T", "asked, T", "asked, 16 T"]
+    runs: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for family in MODELS:
+        for group in GROUPS:
+            for run in data["runs"]:
+                if (run["family"], run["group"]) == (family, group):
+                    runs.setdefault((family, group), {}).setdefault(run["intervention"], []).append(run)
+    return runs
+
+
+def _over_seeds(runs: Sequence[dict[str, Any]], place: int, score: int) -> str:
+    values = [run["accuracy"][place][score] for run in runs]
+    return _ranged(statistics.mean(values), min(values), max(values))
+
+
+def tracking_learned(name: str) -> str:
+    """Word problems of groups: which bases learn them at T, after how many steps, and how far they hold."""
+    rows = []
+    for (family, group), ways in _tracked(name).items():
+        bases = ways["base"]
+        if group == "s3" and bases[0]["training"]["steps"] < 1000:  # ended while most elements were swaps
+            continue
+        steps = [run["training"]["steps"] for run in bases]
+        learned = sum(run["accuracy"][0][1] > LEARNED for run in bases)
+        rows.append([
+            MODELS[family], group, f"{1 / len(product_table(group)):.3f}", f"{learned} of {len(bases)}",
+            f"{statistics.mean(steps):,.0f}",
+            *(_over_seeds(bases, place, 2) for place in range(5)),
+        ])  # fmt: skip
+    columns = ["T", "2 T", "4 T", "16 T", "64 T"]
+    return markdown(["model", "group", "chance", "learned", "steps", *columns], rows)
+
+
+def tracking(name: str, *families: str) -> str:
+    """Word problems of groups: accuracy to 64 T by the initial state of more steps, over seeds."""
+    ways = {"base": "base", "none": "zero states", "sp": "State Passing", "fitted": "Fitted Noise"}
+    ways |= {"tbptt": "TBPTT"}
+    rows, times = [], 64
+    for (family, group), found in _tracked(name).items():
+        for way, what in ways.items():
+            some = found.get(way, [])
+            if family not in families or not some:
+                continue
+            places = range(len(some[0]["accuracy"]))
+            times = 4 ** (len(places) - 2)  # T, 2 T, 4 T, 16 T, 64 T
+            cells = [_over_seeds(some, place, 1) for place in places]
+            asked = [_over_seeds(some, place, 2) for place in (0, 2, 3)]
+            rows.append([MODELS[family], group, what, str(len(some)), *cells, *asked])
+    columns = ["T", "2 T", "4 T", "16 T", *(["64 T"] if times == 64 else [])]
+    columns += ["asked, T", "asked, 4 T", "asked, 16 T"]
     return markdown(["model", "group", "trained on from", "seeds", *columns], rows)
 
 
@@ -864,10 +905,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "blame-trained": blame_trained,
     "predictor": predictor,
     "rivals": rivals,
-    "rivals-passkey": partial(rivals_tasks, "passkey", loss=True),
-    "rivals-recall": partial(rivals_tasks, "recall", loss=False),
-    "tracking": partial(tracking, "tracking_cpu_2026-11-27"),
-    "tracking-families": partial(tracking, "tracking_h200_2026-11-27"),
+    "rivals-passkey": partial(rivals_tasks, f"rivals-passkey-mamba2{SEEDS}", loss=True),
+    "rivals-passkey-hybrid": partial(rivals_tasks, f"rivals-passkey-bamba{SEEDS}", loss=True),
+    "rivals-recall": partial(rivals_tasks, f"rivals-recall-mamba2{SEEDS}", loss=False),
+    "rivals-recall-hybrid": partial(rivals_tasks, f"rivals-recall-bamba{SEEDS}", loss=False),
+    "tracking": partial(tracking, "tracking_h200_2026-11-27", "delta_net"),
+    "tracking-learned": partial(tracking_learned, "tracking-curriculum_h200_2026-11-27"),
     "hybrid-repair": hybrid_repair,
     "loss": loss,
     "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),

@@ -26,6 +26,7 @@ def fit(
     steps: int,
     learning_rate: float,
     learned: float = 0.0,
+    warm: int = 0,
     cuda_graphs: bool = True,
 ) -> dict[str, Any]:
     """Train as `longroll.posttrain` does by default, in float32; return what came of it.
@@ -41,6 +42,7 @@ def fit(
         steps: at most.
         learning_rate: the largest.
         learned: ends training below this loss, in nats, the mean of `EVERY` steps.
+        warm: steps before which training does not end so, such as those of a curriculum.
         cuda_graphs: replay forward and backward as one CUDA graph, on a GPU.
     """
     began = time.perf_counter()
@@ -80,7 +82,7 @@ def fit(
         if step % EVERY == 0:
             losses.append([step, round(total.item() / EVERY, 4)])
             total.zero_()
-            if losses[-1][1] < learned or losses[-1][1] != losses[-1][1]:
+            if (step >= warm and losses[-1][1] < learned) or losses[-1][1] != losses[-1][1]:
                 break
     return {
         "steps": step,

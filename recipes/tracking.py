@@ -178,7 +178,8 @@ def try_one(job: tuple[int, str, str]) -> list[dict[str, Any]]:
         told = fit(
             lm, words, WAYS.get(way, WAYS["none"])(seed), steps=steps,
             learning_rate=options.learning_rate if way == "base" else options.learning_rate / 4,
-            learned=LEARNED if way == "base" else 0.0, cuda_graphs=options.cuda_graphs,
+            learned=LEARNED if way == "base" else 0.0, warm=round(curriculum),
+            cuda_graphs=options.cuda_graphs,
         )  # fmt: skip
         lengths = [times * options.length - 2 for times in (1, 2, 4, 16, 64) if times <= options.times]
         cells = evaluate_grid(

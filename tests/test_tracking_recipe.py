@@ -80,7 +80,9 @@ def test_steps_learn_and_end_once_learned():
     told = fit(lm, _words(task), StatePassing(), steps=40, learning_rate=1e-2)
     losses = [loss for _, loss in told["losses"]]
     assert told["steps"] == 40 and losses[-1] < losses[0]
-    assert fit(lm, _words(task), None, steps=40, learning_rate=1e-2, learned=10.0)["steps"] == 10
+    for warm, ended in ((0, 10), (25, 30)):
+        told = fit(lm, _words(task), None, steps=40, learning_rate=1e-2, learned=10.0, warm=warm)
+        assert told["steps"] == ended
 
 
 def test_a_summary_has_the_seeds_of_each_cell():

@@ -31,6 +31,7 @@ from longroll.tasks import (
 )
 from longroll.tasks.evaluate import grid, summary
 from longroll.tasks.state_tracking import TAGGED, product_table
+from longroll.training import PosttrainOptions, by_recipe
 
 TRACKING = HFTokenizer(tracking_tokenizer(), "tracking")
 RECALL = HFTokenizer(recall_tokenizer(), "recall")
@@ -274,3 +275,14 @@ def test_scores_that_are_all_alike_have_an_interval():
 def test_a_tokenizer_of_other_words_is_refused(make, said):
     with pytest.raises(LongrollError, match=said):
         make()
+
+
+def test_state_passing_is_not_chosen_for_words_and_warned_of(capsys):
+    rows = training_rows("tracking", TRACKING, length=32, rows=16, groups=["s3"])
+    options = PosttrainOptions(length=32, batch_size=4)
+    lm = zoo.lm_of("mamba2", vocab_size=200)
+    assert by_recipe(lm, rows, options).intervention.name == "fitted"
+    warn_of("tracking", rows, "sp", hybrid=False)
+    assert "wrong tool for tracking" in " ".join(capsys.readouterr().err.split())
+    warn_of("copying", training_rows("copying", ByteTokenizer(), length=220, rows=4), "sp", hybrid=False)
+    assert "Warning" not in capsys.readouterr().err

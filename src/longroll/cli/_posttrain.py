@@ -305,8 +305,10 @@ def posttrain(
         flag = next(iter(idle)).replace("_", "-")
         raise LongrollError(f"--{flag} is read with --until-healthy alone: add it, or leave --{flag} out.")
     if task in ("copying", "tracking") and intervention == "tbptt":
+        instead = "sp" if task == "copying" else NON_STATIONARY
         raise LongrollError(
-            f"--task {task.value} has no text that goes on from row to row: use --intervention sp."
+            f"--intervention tbptt: --task {task.value} has no text that goes on from row to row: use "
+            f"--intervention {instead}."
         )
     if push_to_hub is not None:
         check_push(push_to_hub, output, resume=resume)

@@ -341,12 +341,14 @@ def held_out_rows(
     return HeldOutSamples.of_tasks(tasks, options.length, seed=options.seed)
 
 
-def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str, *, hybrid: bool) -> None:
+def warn_of(task: str, rows: TaskRows | CopyRows | TrackingRows, intervention: str, *, hybrid: bool) -> None:
     """Warn where State Passing will do harm to a task, and where attention does not see a whole sample."""
     from longroll.cli._console import console
-    from longroll.tasks import TaskRows
+    from longroll.tasks import CopyRows, TaskRows
 
-    stationary = not isinstance(rows, TaskRows) or rows.tasks[0].stationary or rows.windows > 1
+    tasks = [] if isinstance(rows, CopyRows) else rows.tasks
+    several = isinstance(rows, TaskRows) and rows.windows > 1
+    stationary = several or all(task.stationary for task in tasks)
     if not stationary and intervention in ("sp", "tbptt"):
         console.print(
             f"Warning: --intervention {intervention} is the wrong tool for {task}: the final state of one "
@@ -354,7 +356,7 @@ def warn_of(task: str, rows: TaskRows | CopyRows, intervention: str, *, hybrid: 
             "--intervention fitted.",
             style="yellow",
         )
-    if hybrid and isinstance(rows, TaskRows) and rows.windows > 1:
+    if hybrid and isinstance(rows, TaskRows) and several:
         console.print(
             f"Warning: --windows {rows.windows}: the attention of a hybrid starts each row without keys, so "
             "only the recurrent states carry what a sample tells in an earlier row. Leave --windows out.",

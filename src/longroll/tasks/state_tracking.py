@@ -110,6 +110,7 @@ class StateTracking(Task):
     metric = "tagged"
     unit = "elements"
     forced = True
+    stationary = False
 
     def __init__(self, tokenizer: Tokenizer, group: str = "s5") -> None:
         super().__init__(tokenizer, new_tokens=1)
