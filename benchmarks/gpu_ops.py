@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_ops.py --json gpu_ops.json
     python benchmarks/gpu_ops.py --variants --json gpu_ops_variants.json    # tiles and warps of the SSD
-    python benchmarks/gpu_ops.py --scan-variants --json scan.json           # how the passes of the scan run
+    python benchmarks/gpu_ops.py --scan-variants --json scan.json           # spans and registers of the scan
 
 bf16, the shapes of the 130m Mamba (8 x 2048) and the 370m Mamba-2 (4 x 2048). Ours start from a state, take
 gradients through the final one and give that of the initial one; mamba-ssm's scan can do none of that and is
@@ -64,23 +64,8 @@ def scans() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
 
 SCAN_VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "groups of 2": {"LOCAL": {"GROUP": 2}, "WRITE": {"GROUP": 2}},
-    "groups of 8": {"LOCAL": {"GROUP": 8}, "WRITE": {"GROUP": 8}},
-    "four channels a lane": {
-        "LOCAL": {"GROUP": 2, "WHOLE": False},
-        "WRITE": {"GROUP": 2, "WHOLE": False},
-        "ASK": {"GROUP": 2, "WHOLE": False},
-    },
-    "asks: four channels a lane": {"ASK": {"WHOLE": False}},
-    "asks: groups of 4": {"ASK": {"GROUP": 4}},
-    "asks: 128 registers": {"ASK": {"maxnreg": 128}},
-    "asks: 112 registers": {"ASK": {"maxnreg": 112}},
-    "back: keeps sizes": {"BACK": {"KEEP": 1}},
-    "back: keeps sizes, 200 registers": {"BACK": {"KEEP": 1, "maxnreg": 200}},
-    "back: keeps decays, 255 registers": {"BACK": {"KEEP": 2, "maxnreg": 255}},
-    "back: 144 registers": {"BACK": {"maxnreg": 144}},
-    "back: 184 registers": {"BACK": {"maxnreg": 184}},
-    "back: 200 registers": {"BACK": {"maxnreg": 200}},
+    "back: 144 registers": {"REGISTERS": {"maxnreg": 144}},
+    "back: 200 registers": {"REGISTERS": {"maxnreg": 200}},
     "spans of 32": {"SPAN": 32},
     "spans of 128": {"SPAN": 128},
 }
@@ -184,17 +169,6 @@ def variants(
             setattr(kernels, key, value)
         print(f"{name:12} {kind:28} {rows[kind]}", flush=True)
     return rows
-
-
-def faster(rows: dict[str, dict]) -> dict[str, Any]:
-    """The settings of all variants of the scan that gain 0.3 % or more, the best first where they differ."""
-    found = {kind: row["forward_backward_ms"] for kind, row in rows.items() if "forward_backward_ms" in row}
-    together: dict[str, Any] = {}
-    for kind in sorted(found, key=found.__getitem__):
-        changes = SCAN_VARIANTS[kind]
-        if found[kind] < 0.997 * found["as it is"] and not changes.keys() & together.keys():
-            together |= changes
-    return together
 
 
 def attention() -> dict[str, dict]:
@@ -325,7 +299,7 @@ def main() -> None:
         "--scan-variants",
         nargs="*",
         choices=SCAN_VARIANTS,
-        help="only the scan, with other passes; none: all",
+        help="only the scan, in other spans; none: all",
     )
     parser.add_argument("--only", nargs="*", choices=("selective_scan", "ssd"), help="of the comparison")
     options = parser.parse_args()
@@ -337,30 +311,9 @@ def main() -> None:
             made = provenance(seed=0, seconds=time.perf_counter() - began, device="cuda")
             BenchmarkResult.from_json({"what": what, "ops": table, "provenance": made}).write(options.json)
 
-    def compare(op: str, ways: dict[str, tuple[Callable, list[torch.Tensor]]]) -> None:
-        table[op] = measured(op, ways)
-        ours = table[op]["longroll, with states"]["forward_backward_ms"]
-        for name, row in table[op].items():
-            low, high = row["forward_backward_spread_ms"]
-            print(
-                f"{op:15} {name:36} forward {row['forward_ms']:.3f} ms, with backward "
-                f"{row['forward_backward_ms']:.3f} ({low:.3f} to {high:.3f}) ms, {row['peak_gib']:.2f} GiB; "
-                f"ours takes {ours / row['forward_backward_ms']:.3f}x its time",
-                flush=True,
-            )
-
     if options.scan_variants is not None:
         kinds = {kind: SCAN_VARIANTS[kind] for kind in options.scan_variants or SCAN_VARIANTS}
-        rows = table["mamba-130m"] = variants("mamba-130m", scan_inputs(), scan_kernels, kinds)
-        write("gpu_ops_variants")
-        together = faster(rows)
-        print(f"together: {together}", flush=True)
-        rows |= variants("mamba-130m", scan_inputs(), scan_kernels, {"together": together})
-        for key, value in together.items():
-            usual = getattr(scan_kernels, key)
-            setattr(scan_kernels, key, usual | value if isinstance(value, dict) else value)
-        rows["together"]["settings"] = together
-        compare("selective_scan", scans())
+        table["mamba-130m"] = variants("mamba-130m", scan_inputs(), scan_kernels, kinds)
         write("gpu_ops_variants")
         return
     if options.variants is not None:
@@ -373,7 +326,16 @@ def main() -> None:
     for op, ways in (("selective_scan", scans), ("ssd", ssds)):
         if options.only and op not in options.only:
             continue
-        compare(op, ways())
+        table[op] = measured(op, ways())
+        ours = table[op]["longroll, with states"]["forward_backward_ms"]
+        for name, row in table[op].items():
+            low, high = row["forward_backward_spread_ms"]
+            print(
+                f"{op:15} {name:36} forward {row['forward_ms']:.3f} ms, with backward "
+                f"{row['forward_backward_ms']:.3f} ({low:.3f} to {high:.3f}) ms, {row['peak_gib']:.2f} GiB; "
+                f"ours takes {ours / row['forward_backward_ms']:.3f}x its time",
+                flush=True,
+            )
         write("gpu_ops")
 
 

@@ -913,7 +913,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tracking-learned": partial(tracking_learned, "tracking-curriculum_h200_2026-11-27"),
     "hybrid-repair": hybrid_repair,
     "loss": loss,
-    "ops": partial(ops, [(f"ops-scan{H200}", "H200"), (f"ops{H100}", "H100")]),
+    "ops": partial(ops, [("ops-scan_h200_2026-11-27", "H200"), (f"ops{H100}", "H100")]),
     "evaluation": partial(evaluation, [
         (f"evaluation-mamba2-370m{H200}", "H200"),
         (f"evaluation-mamba2-370m{H100}", "H100"),

@@ -24,14 +24,8 @@ from longroll.ops._common import LOG2_E, needs_graph, no_autocast, strides
 SPAN, TILE = 64, 2
 BLOCK, WARPS = 32, 1
 """A warp to a program, so that no sum over channels crosses warps; pinned, nothing is tuned."""
-LOCAL: dict[str, Any] = {"GROUP": 4, "WHOLE": True}
-WRITE: dict[str, Any] = {"GROUP": 4, "WHOLE": True}
-ASK: dict[str, Any] = {"GROUP": 2, "WHOLE": True}
-BACK: dict[str, Any] = {"KEEP": 0, "maxnreg": 168}
-"""How each pass runs with up to 16 numbers a channel. GROUP: steps read together, a multiple of TILE. WHOLE:
-a lane holds all numbers of one channel, and sums over them cross no lanes. KEEP: what the walk back does not
-compute again: 1, sizes of steps; 2, decays as well. maxnreg: registers of a lane; more leave fewer programs.
-"""
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
+"""Registers of a lane in backward, for up to 16 numbers a channel: more leave fewer programs running."""
 ROOM = 1 << 28
 """Numbers of the tiles' states that exist at a time: backward goes through a longer text part by part."""
 LN_2 = tl.constexpr(1 / LOG2_E)
@@ -75,8 +69,7 @@ def _scan_forward(
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     LOCAL: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr, ASK: tl.constexpr,
-    FULL: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
-    SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    FULL: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Read one span. LOCAL: from zero, for its end and the sum of its steps. SAVE: tiles' states. WRITE: y.
     ASK: `y_ptr` holds dy; what it asks of the state before the span. FULL: no mask is needed.
@@ -88,8 +81,6 @@ def _scan_forward(
     part = row * tl.num_programs(2) + span - FIRST  # of the tiles' states, which are of these spans only
     d, n, in_d, in_n, in_nd, bias = _channels(bias_ptr, D_SIZE, N_SIZE, HAS_BIAS, FULL, BLOCK, N)
     nd = n[:, None] * D_SIZE + d[None, :]
-    if WHOLE:  # claims no alignment: the compiler then gives each lane one channel, rather than four
-        nd = tl.multiple_of(nd, (1, 1))
     A = tl.load(A_ptr + nd, mask=in_nd, other=0.0)
     state_at = (row * SPANS + span) * N_SIZE * D_SIZE + nd
     h, total = tl.zeros((N, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -107,10 +98,10 @@ def _scan_forward(
     C_ptr += row * Cb + first * Ct
     y_ptr += row * yb + first * yt
     zero, left = d * 0, T - first
-    for i in range(0, SPAN // GROUP):
+    for i in range(0, SPAN // TILE):
         sizes, xs, Bs, Cs, gates, dys = (), (), (), (), (), ()
-        for j in tl.static_range(GROUP):  # loads of a group come together: none waits for a store
-            t = i * GROUP + j
+        for j in tl.static_range(TILE):  # loads of a tile come together: none waits for a store
+            t = i * TILE + j
             inside, read = in_d, in_n
             if not FULL:
                 inside, read = inside & (t + zero < left), read & (t + 0 * n < left)
@@ -131,11 +122,11 @@ def _scan_forward(
             if ASK:
                 dy = tl.load(y_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
                 dys = dys + (dy,)  # type: ignore  # noqa: RUF005
-        for j in tl.static_range(GROUP):
-            t = i * GROUP + j
-            if SAVE and j % TILE == 0:
-                at = (part * (SPAN // TILE) + t // TILE) * N_SIZE * D_SIZE + nd
-                tl.store(tiles_ptr + at, h, mask=in_nd)
+        if SAVE:
+            at = (part * (SPAN // TILE) + i) * N_SIZE * D_SIZE + nd
+            tl.store(tiles_ptr + at, h, mask=in_nd)
+        for j in tl.static_range(TILE):
+            t = i * TILE + j
             size, x = sizes[j], xs[j]
             decay = tl.exp2(size[None, :] * A)
             h = h * decay + (size * x)[None, :] * Bs[j]
@@ -194,7 +185,7 @@ def _scan_backward(
     xb, xt: tl.constexpr, xd, dtb, dtt: tl.constexpr, dtd, zb, zt: tl.constexpr, zd,
     Bb, Bt: tl.constexpr, Bn, Cb, Ct: tl.constexpr, Cn, yb, yt: tl.constexpr, yd,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    APART: tl.constexpr, FULL: tl.constexpr, KEEP: tl.constexpr,
+    APART: tl.constexpr, FULL: tl.constexpr,
     SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one span. dx, ddt and dz are contiguous; those of A, B, C, D and the bias are added to.
@@ -237,26 +228,19 @@ def _scan_backward(
         at = (part * (SPAN // TILE) + tile) * N_SIZE * D_SIZE + nd
         h = tl.load(tiles_ptr + at, mask=in_nd, other=0.0)
         states, Cs, dys, zs = (h,), (), (), ()
-        sizes, slopes, xs, Bs, decays = (), (), (), (), ()
         for j in tl.static_range(TILE):
             t = tile * TILE + j
             inside, read = in_d, in_n[:, None]
             if not FULL:
                 inside, read = inside & (t + zero < left), read & (t + 0 * n[:, None] < left)
             raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-            size, slope = _step_size(raw, SOFTPLUS)
+            size, _ = _step_size(raw, SOFTPLUS)
             if not FULL:
                 size = tl.where(inside, size, 0.0)
             x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
             B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
-            decay = tl.exp2(size[None, :] * A)
-            h = h * decay + (size * x)[None, :] * B
+            h = h * tl.exp2(size[None, :] * A) + (size * x)[None, :] * B
             states = states + (h,)  # type: ignore  # noqa: RUF005 (Triton knows no unpacking)
-            sizes = sizes + (size,)  # type: ignore  # noqa: RUF005
-            slopes = slopes + (slope,)  # type: ignore  # noqa: RUF005
-            xs = xs + (x,)  # type: ignore  # noqa: RUF005
-            Bs = Bs + (B,)  # type: ignore  # noqa: RUF005
-            decays = decays + (decay,)  # type: ignore  # noqa: RUF005
             # read before the walk back begins to store, so that it does not wait between its stores
             C = tl.load(C_ptr + t * Ct + n[:, None] * Cn, mask=read, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + t * yt + d * yd, mask=inside, other=0.0).to(tl.float32)
@@ -271,20 +255,12 @@ def _scan_backward(
             if not FULL:
                 inside, in_tn = inside & (t + zero < left), in_tn & (t + 0 * n < left)
                 read = read & (t + 0 * n[:, None] < left)
-            if KEEP > 0:
-                size, slope, x, B = (
-                    sizes[TILE - 1 - j],
-                    slopes[TILE - 1 - j],
-                    xs[TILE - 1 - j],
-                    Bs[TILE - 1 - j],
-                )
-            else:
-                raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
-                size, slope = _step_size(raw, SOFTPLUS)
-                if not FULL:
-                    size = tl.where(inside, size, 0.0)
-                x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
-                B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
+            raw = tl.load(dt_ptr + t * dtt + d * dtd, mask=inside, other=0.0).to(tl.float32) + bias
+            size, slope = _step_size(raw, SOFTPLUS)
+            if not FULL:
+                size = tl.where(inside, size, 0.0)
+            x = tl.load(x_ptr + t * xt + d * xd, mask=inside, other=0.0).to(tl.float32)
+            B = tl.load(B_ptr + t * Bt + n[:, None] * Bn, mask=read, other=0.0).to(tl.float32)
             C, dy = Cs[TILE - 1 - j], dys[TILE - 1 - j]
             after = states[TILE - j]
             if HAS_Z:
@@ -294,10 +270,7 @@ def _scan_backward(
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(dz_ptr + t * D_SIZE + d, dz.to(dz_ptr.dtype.element_ty), mask=inside)
                 dy *= z * gate
-            if KEEP > 1:
-                decay = decays[TILE - 1 - j]
-            else:
-                decay = tl.exp2(size[None, :] * A)
+            decay = tl.exp2(size[None, :] * A)
             grad = carry + C * dy[None, :]  # of the state after this step
             carry = grad * decay
             through = tl.sum(grad * B, axis=0)  # gradient of size * x
@@ -383,13 +356,6 @@ class _Call:
         order = triton.next_power_of_2(self.order)
         return {"BLOCK": BLOCK, "N": order, "num_warps": WARPS}
 
-    def _how(self, usual: dict[str, Any], wide: dict[str, Any]) -> dict[str, Any]:
-        """Options of a pass: `wide` with more than 16 numbers a channel."""
-        how = dict(usual if self.order <= 16 else wide)
-        if torch.version.hip:
-            how.pop("maxnreg", None)
-        return how
-
     def _given(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """An absent tensor by any pointer, which is not read."""
         return tuple(self.A if t is None else t for t in tensors)
@@ -415,13 +381,12 @@ class _Call:
         ends = self.states(self.spans) if local or dy is not None else None
         total = self.A.new_empty(self.batch, self.spans, self.width) if local else None
         given = y if dy is None else dy
-        how = LOCAL if local else ASK if y is None else WRITE
         _scan_forward[*self.grid[:2], len(spans)](
             *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
             *self._given(starts, ends, total, tiles, given), *self.sizes, spans.start,
             *strides(self.x, self.dt, self.z, self.B, self.C, given),
             LOCAL=local, SAVE=tiles is not None, WRITE=y is not None, ASK=dy is not None,
-            HAS_D=self.D is not None, **self.options, **self._how(how, {"GROUP": TILE, "WHOLE": False}),
+            HAS_D=self.D is not None, **self.options,
         )  # fmt: skip
         return self._given(ends, total)
 
@@ -473,7 +438,8 @@ class _Call:
                 *self._given(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias),
                 tiles, carries, dy, dx, ddt, dz, dA, dB, dC, dD, dbias, *self.sizes, part.start,
                 *strides(self.x, self.dt, self.z, self.B, self.C, dy),
-                HAS_D=self.D is not None, APART=apart, **self.options, **self._how(BACK, {"KEEP": 0}),
+                HAS_D=self.D is not None, APART=apart,
+                **self.options, **(REGISTERS if self.order <= 16 else {}),
             )  # fmt: skip
         dA, dB, dC, dD, dbias = (t.sum(0) if apart else t[0] for t in (dA, dB, dC, dD, dbias))
         return dx, ddt, dA.t(), dB, dC, dD, dz, dbias, dstate
