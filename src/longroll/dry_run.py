@@ -23,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from longroll._dry_functions import repeated_functions
 from longroll.errors import LongrollError, named
 from longroll.families import model_class
 from longroll.families.int8 import to_int8
 from longroll.model import RecurrentLM
+from longroll.ops._common import few_turns
 from longroll.outline import entries_of
 from longroll.state import StateKey
 
@@ -70,15 +72,19 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
-class _Masks(TorchDispatchMode):
-    """A mask leaves a size that only numbers tell: here it leaves all."""
+class _Dry(Ledger):
+    """A ledger of tensors without numbers.
+
+    A mask leaves a size that only numbers tell: here it leaves all.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.long)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in _all_of(index)], *args[2:])
-        return func(*args, **(kwargs or {}))
+        elif func is torch.ops.aten.nonzero.default:
+            func, args = torch.ops.aten.new_empty.default, (args[0], (args[0].numel(), args[0].ndim))
+            kwargs = {"dtype": torch.long}
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _all_of(index: Tensor | None) -> list[Tensor | None]:
@@ -95,7 +101,7 @@ def dry_run() -> Iterator[Ledger]:
     torch_log.setLevel(logging.CRITICAL)
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, _Masks(), _no_launches(), _moved_anew(), Ledger() as ledger:
+        with fake, _no_launches(), _moved_anew(), few_turns(), _Dry() as ledger, repeated_functions(ledger):
             yield ledger
     finally:
         torch_log.setLevel(before)

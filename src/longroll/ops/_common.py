@@ -1,8 +1,9 @@
 """Shared code of the recurrences: precision, argument checks, work space, and how time is cut into blocks."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,26 @@ class Span(NamedTuple):
     def stop(self) -> int:
         """First time step after the span."""
         return self.start + self.blocks * self.length
+
+
+_few: ContextVar[bool] = ContextVar("longroll_few_turns", default=False)
+
+
+@contextmanager
+def few_turns() -> Iterator[None]:
+    """Let `turns` leave out what allocates as its neighbours do: for runs without numbers."""
+    token = _few.set(True)
+    try:
+        yield
+    finally:
+        _few.reset(token)
+
+
+def turns(whole: range) -> Sequence[int]:
+    """Return the turns of a loop that leaves nothing in memory but what was there before; all but within
+    `few_turns`.
+    """
+    return whole if len(whole) < 4 or not _few.get() else (*whole[:2], whole[-1])
 
 
 class Scratch:

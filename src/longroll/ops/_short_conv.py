@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longroll.ops._backend import choose
-from longroll.ops._common import cast, check_floats, check_shape, no_autocast, state_dtype
+from longroll.ops._common import cast, check_floats, check_shape, no_autocast, state_dtype, turns
 
 WORK = 1 << 18  # numbers of work space that stay in a CPU's second-level cache
 
@@ -138,7 +138,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, past: Tensor | None, reach: int) -> 
     columns = torch.zeros(reach + 1, channels, dtype=x.dtype, device=x.device)
     block = max(1, WORK // (batch * channels))
     work = x.new_empty(batch, min(block, time), channels)
-    for start in range(0, time, block):
+    for start in turns(range(0, time, block)):
         for w in range(reach + 1):
             lag = reach - w
             first, stop = max(start, lag), min(start + block, time)
