@@ -1,4 +1,4 @@
-"""In a dry run, each function of autograd in `longroll.ops` runs once for inputs of a kind.
+"""In a dry run, each function of autograd that longroll wrote runs once for inputs of a kind.
 
 The layers of a model call the same functions with inputs of the same shapes, and a function over chunks of
 time makes hundreds of operations. What a call allocates, keeps and returns depends on the kinds of its inputs
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_OPS = "longroll.ops."
+from longroll.ops._common import without_numbers
+
+_OPS = ("longroll.ops.", "longroll.families.int8")
 
 
 class Counter(Protocol):
@@ -53,7 +55,19 @@ _calls: dict[Any, _Call | None] = {}  # also of earlier dry runs: a plan makes o
 
 @contextmanager
 def repeated_functions(counter: Counter) -> Iterator[None]:
-    """Within it, functions of `longroll.ops` run once for inputs of a kind; `counter` counts as if all ran."""
+    """Within it, functions of longroll run once for inputs of a kind; `counter` counts as if all ran."""
+
+    def once(function: Callable[..., Any], *args: Any) -> Any:
+        """Make a call without a gradient."""
+        key = None if torch.is_grad_enabled() else _key(function, args, _autocast(args))
+        call = _calls.get(key)
+        if call is not None:
+            return _allocated(call, args, counter)[0]
+        outputs, above = _measured(counter, lambda: function(*args))
+        if key is not None and key not in _calls:
+            _calls[key] = _described(args, outputs, _Noted(None, None), above)
+        return outputs
+
     kinds: dict[type, type] = {}
     before = Function.__dict__["apply"]
 
@@ -66,7 +80,8 @@ def repeated_functions(counter: Counter) -> Iterator[None]:
 
     Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
-        yield
+        with without_numbers(once):
+            yield
     finally:
         Function.apply = before
 
@@ -75,9 +90,7 @@ def _repeating(cls: Any, counter: Counter) -> type:
     """Return a function of autograd that does what `cls` does, or what it did before."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        key = _key(cls, args, (ctx.needs_input_grad, torch.is_grad_enabled(), autocast))
+        key = _key(cls, args, (ctx.needs_input_grad, torch.is_grad_enabled(), _autocast(args)))
         if key is None:
             return cls.forward(ctx, *args)
         ctx.kind_of_call = key
@@ -146,6 +159,11 @@ def _measured(counter: Counter, run: Callable[[], Any]) -> tuple[Any, int]:
     above = counter.peak - before
     counter.peak = max(peak, counter.peak)
     return found, above
+
+
+def _autocast(args: Sequence[Any]) -> tuple[bool, torch.dtype]:
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _key(first: Any, args: Sequence[Any], rest: Any) -> Any:

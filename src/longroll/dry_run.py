@@ -28,7 +28,6 @@ from longroll.errors import LongrollError, named
 from longroll.families import model_class
 from longroll.families.int8 import to_int8
 from longroll.model import RecurrentLM
-from longroll.ops._common import few_turns
 from longroll.outline import entries_of
 from longroll.state import StateKey
 
@@ -101,7 +100,7 @@ def dry_run() -> Iterator[Ledger]:
     torch_log.setLevel(logging.CRITICAL)
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, _no_launches(), _moved_anew(), few_turns(), _Dry() as ledger, repeated_functions(ledger):
+        with fake, _no_launches(), _moved_anew(), _Dry() as ledger, repeated_functions(ledger):
             yield ledger
     finally:
         torch_log.setLevel(before)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from longroll.errors import LongrollError
-from longroll.ops._common import product_dtype
+from longroll.ops._common import plainly, product_dtype
 
 _SMALL = 4
 """A projection to or from less than a quarter of the width keeps its numbers: routers, steps of heads,
@@ -65,7 +65,8 @@ class Int8Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features): the numbers that the codes stand for, in the dtype that they had."""
-        return _numbers(self.codes, self.scale, self.exact, self.exact.dtype)
+        with torch.no_grad():
+            return plainly(_numbers, self.codes, self.scale, self.exact, self.exact.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) of (..., in_features)."""

@@ -9,6 +9,7 @@ given: the zero state is then no state, and any other enters.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ class RecurrentGemma(Family):
     def prepare(self, model: PreTrainedModel) -> None:
         """Give the recurrent blocks a forward that takes its state from a StateCache."""
         super().prepare(model)
-        for layer, decoder in enumerate(model.base_model.layers):  # type: ignore[arg-type]
+        base: Any = model.base_model
+        if "normalizer" in base._buffers:  # a number on the CPU goes with tensors of any GPU
+            base.normalizer = base._buffers.pop("normalizer").cpu()
+            base._non_persistent_buffers_set.discard("normalizer")
+        for layer, decoder in enumerate(base.layers):
             block = decoder.temporal_block
             if isinstance(block, RecurrentGemmaRecurrentBlock):
                 replace_forward(block, functools.partial(_forward, block, layer))

@@ -1,13 +1,15 @@
 """Shared code of the recurrences: precision, argument checks, work space, and how time is cut into blocks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 LOG2_E = math.log2(math.e)
 """Decays are powers of 2: on a CPU `torch.exp2` measured 4.5 times the speed of `torch.exp`."""
@@ -29,24 +31,33 @@ class Span(NamedTuple):
         return self.start + self.blocks * self.length
 
 
-_few: ContextVar[bool] = ContextVar("longroll_few_turns", default=False)
+_once: ContextVar[Callable[..., Any] | None] = ContextVar("longroll_once", default=None)
 
 
 @contextmanager
-def few_turns() -> Iterator[None]:
-    """Let `turns` leave out what allocates as its neighbours do: for runs without numbers."""
-    token = _few.set(True)
+def without_numbers(once: Callable[..., Any]) -> Iterator[None]:
+    """For runs whose tensors have no numbers: `turns` leaves out what allocates as its neighbours do, and
+    `once(function, *arguments)` makes the calls of `plainly`.
+    """
+    token = _once.set(once)
     try:
         yield
     finally:
-        _few.reset(token)
+        _once.reset(token)
 
 
 def turns(whole: range) -> Sequence[int]:
-    """Return the turns of a loop that leaves nothing in memory but what was there before; all but within
-    `few_turns`.
+    """Return the turns of a loop that leaves in memory only what was there before: all, but in runs without
+    numbers.
     """
-    return whole if len(whole) < 4 or not _few.get() else (*whole[:2], whole[-1])
+    return whole if len(whole) < 4 or _once.get() is None else (*whole[:2], whole[-1])
+
+
+def plainly(function: Callable[..., T], *arguments: Any) -> T:
+    """Return what a function without a gradient returns."""
+    once = _once.get()
+    found: T = function(*arguments) if once is None else once(function, *arguments)
+    return found
 
 
 class Scratch:

@@ -22,6 +22,7 @@ from longroll.ops._common import (
     check_shape,
     needs_graph,
     no_autocast,
+    plainly,
     room_for,
     spans,
     state_dtype,
@@ -83,7 +84,7 @@ def selective_scan(
         y, final = _Scan.apply(*arguments, dt_softplus, output_final_state)  # type: ignore[no-untyped-call]
     else:
         with no_autocast(x):
-            y, final = _forward(*arguments, dt_softplus, None)
+            y, final = plainly(_forward, *arguments, dt_softplus, None)
     return (y, final.transpose(1, 2)) if output_final_state else y
 
 

@@ -23,6 +23,7 @@ from longroll.ops._common import (
     check_shape,
     needs_graph,
     no_autocast,
+    plainly,
     room_for,
     spans,
     state_dtype,
@@ -90,7 +91,7 @@ def ssd(
         y, final = _SSD.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         with no_autocast(x):
-            y, final = _forward(*arguments, None)
+            y, final = plainly(_forward, *arguments, None)
     if not output_final_state:
         return y
     assert final is not None

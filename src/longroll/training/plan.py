@@ -142,6 +142,7 @@ class Outline:
     ) -> None:
         self.config, self.dtype, self.device, self.int8 = config, dtype, device, int8
         self.held = memory_of(device) if held is None else held
+        self._planned: dict[Setting, Memory] = {}
 
     @functools.cached_property
     def sizes(self) -> Sizes:
@@ -217,7 +218,9 @@ class Outline:
 
     def training(self, setting: Setting) -> Memory:
         """Return the memory that a step takes on one device, the moments of AdamW included."""
-        return self._counted(self._training, setting)
+        if setting not in self._planned:
+            self._planned[setting] = self._counted(self._training, setting)
+        return self._planned[setting]
 
     def _training(self, setting: Setting, *, device: torch.device) -> Memory:
         adapters = setting.lora_rank > 0
