@@ -28,7 +28,13 @@ LAYERS = (
 )
 """Packages and modules, lowest first: each imports from lower layers only; the last is the package itself."""
 
-PARTS = {"_dry_functions": "dry_run", "_plugins": "model", "_self_check": "model", "harness_arguments": "harness", "__main__": "longroll"}
+PARTS = {
+    "_dry_functions": "dry_run",
+    "_plugins": "model",
+    "_self_check": "model",
+    "harness_arguments": "harness",
+    "__main__": "longroll",
+}
 """Private modules, by what they are a part of."""
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

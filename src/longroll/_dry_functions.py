@@ -212,7 +212,9 @@ def _described(args: Sequence[Any], outputs: Any, noted: _Noted, above: int) -> 
     if noted._more or not all(t is None or isinstance(t, Tensor) for t in (*every, *noted._saved)):
         return None
     results, saved = tuple(map(made, every)), tuple(map(made, noted._saved))
-    same = all(m is None or m.source[0] == "given" or m.dtype == pieces[m.source[1]][1] for m in (*results, *saved))
+    same = all(
+        m is None or m.source[0] == "given" or m.dtype == pieces[m.source[1]][1] for m in (*results, *saved)
+    )
     if not same or any(m is not None and m.source[0] == "given" for m in results):
         return None
     return _Call(tuple(pieces), results, single, saved, above, noted._attributes, noted._materialize)
