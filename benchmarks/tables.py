@@ -788,10 +788,10 @@ def memory_by_arithmetic() -> str:
 
 def planned_memory() -> str:
     """Return the memory that `longroll plan` counts beside that which was measured."""
-    lines = []
-    earlier, later = (result(f"plan-memory_h200_{date}")["rows"] for date in ("2026-11-26", "2026-11-27"))
-    again = {f"{case}, again": row for case, row in later.items() if case in earlier}
-    for case, row in (earlier | {c: row for c, row in later.items() if c not in earlier} | again).items():
+    lines, newest = [], dict[str, dict[str, Any]]()
+    for file in ("plan-memory_h200_2026-11-26", "plan-memory_h200_2026-11-27", "plan-memory-late_h200_2026-11-27"):
+        newest |= result(file)["rows"]
+    for case, row in newest.items():
         if "error" not in row:
             sizes = [f"{row[name]:.1f}" for name in ("planned_gib", "measured_gib")]
             lines.append([case, *sizes, f"{row['ratio']:.2f}"])
