@@ -789,8 +789,9 @@ def memory_by_arithmetic() -> str:
 def planned_memory() -> str:
     """Return the memory that `longroll plan` counts beside that which was measured."""
     lines, newest = [], dict[str, dict[str, Any]]()
-    for file in ("plan-memory_h200_2026-11-26", "plan-memory_h200_2026-11-27", "plan-memory-late_h200_2026-11-27"):
-        newest |= result(file)["rows"]
+    for name in ("plan-memory_h200_2026-11-26", "plan-memory_h200_2026-11-27"):
+        newest |= result(name)["rows"]
+    newest |= result("plan-memory-late_h200_2026-11-27")["rows"]
     for case, row in newest.items():
         if "error" not in row:
             sizes = [f"{row[name]:.1f}" for name in ("planned_gib", "measured_gib")]
