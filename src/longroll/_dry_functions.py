@@ -83,7 +83,7 @@ def repeated_functions(counter: Counter) -> Iterator[None]:
         with without_numbers(once):
             yield
     finally:
-        Function.apply = before
+        Function.apply = before  # type: ignore[method-assign]
 
 
 def _repeating(cls: Any, counter: Counter) -> type:
