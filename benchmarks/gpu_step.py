@@ -34,21 +34,15 @@ from kernel_classes import by_class
 import longroll
 from longroll.ops._backend import SWITCH
 from longroll.results import BenchmarkResult, provenance
-from longroll.training._adamw import AdamW
 from longroll.training.graphs import StepGraph
 from longroll.training.loss import loss_and_state
 
-Settings = dict[str, Any]
-"""`module:attribute` -> value; a dict is put into the dict that is there."""
-
 OPS = "longroll.ops.gpu"
 SSD, CONV, NORM = f"{OPS}.ssd", f"{OPS}.short_conv", f"{OPS}.rms_norm"
-OPTIMIZER: type[torch.optim.Optimizer] = torch.optim.AdamW
-"""What moves the weights of a variant."""
-MOVES: Settings = {f"{__name__}:OPTIMIZER": AdamW}
-OVERLAP: Settings = {f"{OPS}._overlap:OVERLAPS": True}
-SUMS_AT_ONCE: Settings = {f"{SSD}:SUMS": True}
 MIXERS, NORMS = "longroll.families._mixers", "longroll.families._norms"
+
+Settings = dict[str, Any]
+"""`module:attribute` -> value; a dict is put into the dict that is there."""
 
 BEFORE: Settings = {f"{MIXERS}:KEPT": 0.0, f"{MIXERS}:LINEAR": False, f"{NORMS}:ADDS": False}
 KEPT: Settings = {f"{MIXERS}:KEPT": 1 / 4}
@@ -58,11 +52,6 @@ ALL: Settings = {**KEPT, **SUMS, **LINEAR}
 STEPS: dict[str, Settings] = {
     "before": {},
     "all": ALL,
-    "all, sums over states with B and C": {**ALL, **SUMS_AT_ONCE},
-    "all, kernels overlap": {**ALL, **OVERLAP},
-    "all, sums over states with B and C, kernels overlap": {**ALL, **SUMS_AT_ONCE, **OVERLAP},
-    "all, AdamW in one pass": {**ALL, **MOVES},
-    "all, AdamW in one pass, kernels overlap": {**ALL, **MOVES, **OVERLAP},
     "all, nothing kept": {**SUMS, **LINEAR},
     "states and convolutions kept": KEPT,
     "residual added by the next norm": SUMS,
@@ -73,22 +62,15 @@ STEPS: dict[str, Settings] = {
 
 SSDS: dict[str, Settings] = {
     "as it is": {},
-    "sums: with B and C": SUMS_AT_ONCE,
-    "sums: of_x of 168 registers": {**SUMS_AT_ONCE, f"{SSD}:OF_X": {"maxnreg": 168}},
-    "walk: 4 stages": {f"{SSD}:WALK": {"num_stages": 4}},
-    "overlap: all kernels": OVERLAP,
-    "sums: of_x with later loads, 168 registers": {
-        **SUMS_AT_ONCE,
-        f"{SSD}:OF_X": {"EARLY": False, "maxnreg": 168},
+    "of_x: early loads": {f"{SSD}:OF_X_64": {"EARLY": True}},
+    "of_x: 2 heads in 2 stages": {f"{SSD}:OF_X": {"HEADS": 2, "num_stages": 2}},
+    "walk: 4 stages": {f"{SSD}:WALK_64": {"num_stages": 4}},
+    "walk: 1 chunk of 128 columns, 8 warps": {f"{SSD}:WALK_64": {"AT_ONCE": 1, "N": 128, "num_warps": 8}},
+    "walk: 1 chunk of 128 columns, 8 warps, 4 stages": {
+        f"{SSD}:WALK_64": {"AT_ONCE": 1, "N": 128, "num_warps": 8, "num_stages": 4}
     },
-    "walk: 2 chunks, 64 columns, 4 warps": {f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64, "num_warps": 4}},
-    "sums: B and C in 2 stages": {**SUMS_AT_ONCE, f"{SSD}:OF_B_AND_C": {"num_stages": 2}},
-    "sums: B and C in 32 columns": {**SUMS_AT_ONCE, f"{SSD}:OF_B_AND_C": {"N": 32}},
     "of_b_and_c: 2 stages": {f"{SSD}:OF_B_AND_C": {"num_stages": 2}},
-    "walk: 2 chunks, 64 columns, 4 warps, 4 stages": {
-        f"{SSD}:WALK": {"AT_ONCE": 2, "N": 64, "num_warps": 4, "num_stages": 4}
-    },
-    "sums: of_x of 2 heads in 2 stages": {**SUMS_AT_ONCE, f"{SSD}:OF_X": {"HEADS": 2, "num_stages": 2}},
+    "outputs: 32 heads": {f"{SSD}:OUTPUTS": {"HEADS": 32}},
 }
 """Kernel, colon, what is other. `best` takes the fastest of each kernel."""
 CONVS: dict[str, Settings] = {
@@ -131,10 +113,7 @@ class Steps:
         self.length = bench.size(2048, 64)
         self.lm = bench.model("mamba2-370m", torch.float32).train()
         self.ids = bench.tokens(self.lm, 4, self.length).to(bench.device)
-        self.optimizers = {
-            kind: kind(self.lm.parameters(), lr=1e-4, fused=bench.cuda) for kind in (torch.optim.AdamW, AdamW)
-        }
-        self.moved_by: dict[StepGraph, torch.optim.Optimizer] = {}
+        self.optimizer = torch.optim.AdamW(self.lm.parameters(), lr=1e-4, fused=bench.cuda)
         self.passing = longroll.StatePassing()
         self.pool = torch.cuda.graph_pool_handle() if bench.cuda else None
 
@@ -143,7 +122,6 @@ class Steps:
         with settings(given):
             graph = StepGraph(self.lm, dtype=torch.bfloat16, pool=self.pool)
             graph.capture(self.ids[:, :-1])
-            self.moved_by[graph] = self.optimizers[OPTIMIZER]
         return graph
 
     def gradients(self, given: Settings, kernels: str = "triton", *, low: bool = True) -> torch.Tensor:
@@ -165,15 +143,15 @@ class Steps:
             loss_and_state(self.lm, ids[:, :-1], ids[:, 1:], state)[0].backward()
         os.environ[SWITCH] = "triton"
         found = torch.cat([p.grad.flatten() for p in self.lm.parameters() if p.grad is not None])
-        self.lm.model.zero_grad()
+        self.optimizer.zero_grad()
         return found
 
     def run(self, graph: StepGraph) -> None:
         """A step of State Passing."""
         state = self.passing.initial_state({"input_ids": self.ids})
         _, final = graph(self.ids[:, :-1], self.ids[:, 1:], state)
-        self.moved_by[graph].step()
-        self.moved_by[graph].zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.passing.observe(final)
 
 
@@ -423,7 +401,7 @@ def ranks(bench: Bench, seconds: float, write: Callable[[dict[str, Any]], None])
         rows[name] = {"ranks": world, "capture_seconds": time.perf_counter() - since, "ms": []}
         graphs[name](made.ids[:, :-1], made.ids[:, 1:])
         found[name] = torch.cat([p.grad.flatten() for p in made.lm.parameters() if p.grad is not None])
-        made.lm.model.zero_grad()
+        made.optimizer.zero_grad()
     dist.all_reduce(found["alone"])
     distance = (found["sums in the graph"] - found["alone"]).norm() / found["alone"].norm()
     rows["sums in the graph"]["apart"] = distance.item()
@@ -495,8 +473,6 @@ def main() -> None:
     else:
         if options.tiles:
             STEPS["all, best tiles"] = {**ALL, **best(_rows(options.tiles))}
-            STEPS["all, best tiles, AdamW"] = {**STEPS["all, best tiles"], **MOVES}
-            STEPS["all, best tiles, AdamW, kernels overlap"] = {**STEPS["all, best tiles, AdamW"], **OVERLAP}
         first = ["before", "all", *(["all, best tiles"] if options.tiles else [])]
         found = steps(
             bench, options.only or dict.fromkeys([*first, *STEPS]), options.turns, options.seconds, write

@@ -807,10 +807,22 @@ def step_kernels() -> str:
     return markdown(["kernels", "ms a step", "share"], [*lines, ["all", f"{total:.1f}", ""]])
 
 
-def step_changes() -> str:
-    """Return the time of a step without and with changes."""
+STEP_SUMS = {
+    "all": "as before",
+    "all, sums over states with B and C": "sums beside B and C",
+    "all, best tiles": "the same, in 168 registers, and two chunks at once: the default",
+    "all, AdamW in one pass": "as before, AdamW by another kernel",
+    "all, best tiles, AdamW": "the default, AdamW by another kernel",
+    "all, kernels overlap": "as before, launches that overlap",
+}
+"""Variants of `step-sums`, and what they are."""
+
+
+def step_changes(file: str, names: dict[str, str] | None = None) -> str:
+    """Return the time of a step without and with changes, under `names`."""
     lines = []
-    for name, row in result("step-changes_h200_2026-11-27")["rows"].items():
+    rows = result(file)["rows"]
+    for name, row in rows.items() if names is None else [(names[key], rows[key]) for key in names]:
         speed = f"{row['tokens_per_second']:,.0f}"
         spread = f"{digits(min(row['ms']), 4)} to {digits(max(row['ms']), 4)}"
         lines.append([name, digits(row["median_ms"], 4), spread, speed, f"{row['mfu']:.3f}"])
@@ -823,7 +835,17 @@ def ssd_graph() -> str:
     for name, file, row in (
         ("in the evening of 26 November", "ssd-tiles-first_h200_2026-11-26", "ssd, two kernels"),
         ("at night", "ssd-tiles_h200_2026-11-26", "ssd, as it is"),
-        ("now", "ssd-tiles_h200_2026-11-27", "ssd, as it is"),
+        ("in the night of 27 November", "ssd-tiles_h200_2026-11-27", "ssd, as it is"),
+        (
+            "sums beside B and C",
+            "ssd-tiles-sums_h200_2026-11-27",
+            "ssd, sums: of_x with later loads, 168 registers",
+        ),
+        (
+            "two chunks at once",
+            "ssd-tiles-sums_h200_2026-11-27",
+            "ssd, walk: 2 chunks, 64 columns, 4 warps",
+        ),
     ):
         found = result(file)["rows"][row]
         lines.append([name, *(digits(found[way]["ms"], 3) for way in ("forward", "forward_backward"))])
@@ -886,7 +908,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan-memory": planned_memory,
     "real-sizes": real_sizes,
     "step-kernels": step_kernels,
-    "step-changes": step_changes,
+    "step-changes": partial(step_changes, "step-changes_h200_2026-11-27"),
+    "step-sums": partial(step_changes, "step-sums_h200_2026-11-27", STEP_SUMS),
     "ssd-graph": ssd_graph,
     "train-mamba2-370m": partial(training, f"train-mamba2-370m{H200}", "transformers"),
     "train-mamba-130m": partial(training, f"train-mamba-130m{H200}", "mamba-ssm"),

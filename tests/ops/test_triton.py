@@ -115,6 +115,27 @@ def test_ssd_takes_wide_states_in_parts(size, monkeypatch):
     assert_close(found, run(ssd_reference, arguments, options), 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [((1, 130, 2, 1, 20, 70), (0.2, 1.1)), ((1, 128, 2, 2, 16, 32), (0.0, float("inf")))],
+)
+def test_ssd_as_in_heads_of_64_in_16_bits(size, limit, monkeypatch):
+    """The sums over states are made beside the gradients of B and C, and two chunks are walked at once."""
+    from longroll.ops.gpu import ssd as kernels
+
+    made = kernels._Call.__init__
+
+    def of_64(call, *arguments, **options):
+        made(call, *arguments, **options)
+        call.of_64 = True
+
+    monkeypatch.setattr(kernels._Call, "__init__", of_64)
+    arguments, options = drawn(test_ssd, size, (True,) * 4, True)
+    options["dt_limit"] = limit
+    found = run(ssd, arguments, options, dtype=torch.float32)
+    assert_close(found, run(ssd_reference, arguments, options), 1e-4)
+
+
 def test_ssd_takes_float16_from_which_x_was_widened():
     """Products in tf32: as many digits as float16, and states beyond its range."""
     arguments, options = drawn(test_ssd, (1, 70, 2, 2, 5, 17), (True, False, True, True), True)

@@ -6,15 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longroll.ops.gpu._overlap import begin, overlap
-
 TILE = {"ROWS": 256, "COLUMNS": 32, "num_warps": 8}
 """Numbers that a program reads at once."""
 
 
 @triton.jit
 def _column_sums(parts_ptr, sums_ptr, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    begin()
     r, c = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     parts_ptr += tl.program_id(1).to(tl.int64) * R * C
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -29,7 +26,5 @@ def column_sums(parts: Tensor) -> Tensor:
     matrices, rows, columns = parts.shape
     sums = parts.new_empty(matrices, columns)
     tile = TILE | {"ROWS": min(TILE["ROWS"], triton.next_power_of_2(rows))}
-    _column_sums[(triton.cdiv(columns, TILE["COLUMNS"]), matrices)](
-        parts, sums, rows, columns, **tile, **overlap(parts.device)
-    )
+    _column_sums[(triton.cdiv(columns, TILE["COLUMNS"]), matrices)](parts, sums, rows, columns, **tile)
     return sums

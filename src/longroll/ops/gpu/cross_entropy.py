@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longroll.ops.gpu._overlap import begin, overlap
-
 IGNORED = -100
 BLOCK, WARPS = 4096, 8
 
@@ -24,7 +22,6 @@ def _entropy_forward(
     logits_ptr, target_ptr, loss_ptr, level_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Loss of each row, and the logarithm of its sum of exponentials."""
-    begin()
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits_ptr += row * V
     highest, total = tl.full((), -3.4e38, tl.float32), tl.zeros((), tl.float32)  # finite: exp(-inf + inf)
@@ -46,7 +43,6 @@ def _entropy_backward(
     logits_ptr, target_ptr, level_ptr, dloss_ptr, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Overwrite the logits by the gradient of the loss's sum, times `dloss`."""
-    begin()
     row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits_ptr += row * V
     target, level = tl.load(target_ptr + row), tl.load(level_ptr + row)
@@ -74,15 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         losses, levels = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         _entropy_forward[(len(logits),)](
-            logits,
-            targets,
-            losses,
-            levels,
-            logits.shape[1],
-            IGNORED,
-            BLOCK,
-            num_warps=WARPS,
-            **overlap(logits.device),
+            logits, targets, losses, levels, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS
         )
         ctx.save_for_backward(logits, targets, levels)
         return losses.sum()
@@ -92,15 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         logits, targets, levels = ctx.saved_tensors
         _entropy_backward[(len(logits),)](
-            logits,
-            targets,
-            levels,
-            dloss,
-            logits.shape[1],
-            IGNORED,
-            BLOCK,
-            num_warps=WARPS,
-            **overlap(logits.device),
+            logits, targets, levels, dloss, logits.shape[1], IGNORED, BLOCK, num_warps=WARPS
         )
         torch.autograd.graph.increment_version(logits)
         return logits, None

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longroll.ops.gpu._math import sigmoid
-from longroll.ops.gpu._overlap import begin, overlap
 from longroll.ops.gpu._sums import column_sums
 
 _PROGRAMS = {"plain": 512, "gated": 256}  # of backward; each sums the weight's gradient over its rows
@@ -33,7 +32,6 @@ def _norm_forward(
     HAS_ADD: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With `add`, the norm is that of x + add, which is written into `sum`."""
-    begin()
     row, group, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
     stored = tl.load(x_ptr + row * xr + at, mask=inside, other=0.0)
@@ -73,7 +71,6 @@ def _norm_backward(
     """dx, to which `more` is added, its copy `dadd`, and dy are contiguous; dweight (programs, GROUPS SIZE)
     float32, of each program by itself.
     """
-    begin()
     group, i = tl.program_id(1), tl.arange(0, BLOCK)
     inside, at = i < SIZE, group * SIZE + i
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -158,7 +155,7 @@ def forward(
     _norm_forward[(len(rows), groups)](
         *(rows if t is None else t for t in (rows, adds, gates)), weight, total, y, rstd, eps, groups, size,
         *(0 if t is None else t.stride(0) for t in (rows, adds, gates)),
-        HAS_ADD=add is not None, **_options(gate, size), **overlap(x.device),
+        HAS_ADD=add is not None, **_options(gate, size),
     )  # fmt: skip
     return y, rstd, total
 
@@ -190,7 +187,7 @@ def backward(
         rows, rows if gates is None else gates, weight, rstd,
         dy, dy if more is None else more, dx, dx if dadd is None else dadd, dgates, dweight,
         len(rows), groups, size, rows.stride(0), 0 if gates is None else gates.stride(0), dgates.stride(-2),
-        HAS_MORE=more is not None, HAS_ADD=dadd is not None, **_options(gate, size), **overlap(x.device),
+        HAS_MORE=more is not None, HAS_ADD=dadd is not None, **_options(gate, size),
     )  # fmt: skip
     return dx, column_sums(dweight)[0].to(weight.dtype)
 

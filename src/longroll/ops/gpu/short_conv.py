@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from longroll.ops._common import strides
 from longroll.ops.gpu._math import sigmoid
-from longroll.ops.gpu._overlap import begin, overlap
 from longroll.ops.gpu._sums import column_sums
 
 TILE, CHANNELS = 8, 256
@@ -62,7 +61,6 @@ def _conv_forward(
     W: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PAST: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    begin()
     row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * STEPS
     far = first.to(tl.int64)  # a row may hold more than 2^31 numbers
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -100,7 +98,6 @@ def _conv_backward(
 
     An input's gradient is known W - 1 steps after it: of its steps a program owns all but the last W - 1.
     """
-    begin()
     own: tl.constexpr = STEPS - (W - 1)
     row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * own
     far = first.to(tl.int64)
@@ -188,7 +185,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None,
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _conv_forward[_grid(batch, time, channels, FORWARD["STEPS"])](
         x, *_arguments(weight, bias, past), y, time, channels, *strides(x, past),
-        **_options(weight, bias, past, silu), **FORWARD, **overlap(x.device),
+        **_options(weight, bias, past, silu), **FORWARD,
     )  # fmt: skip
     return y
 
@@ -208,7 +205,7 @@ def backward(
     _conv_backward[grid](
         x, *_arguments(weight, bias, past), dy, dx, weight if dpast is None else dpast, sums,
         time, channels, *strides(x, past), *dy.stride(), *dx.stride()[:2],
-        **_options(weight, bias, past, silu), **BACKWARD, **overlap(x.device),
+        **_options(weight, bias, past, silu), **BACKWARD,
     )  # fmt: skip
     dweight, dbias = column_sums(sums)[0].split((weight.numel(), channels))
     return dweight.view_as(weight), None if bias is None else dbias, dpast

@@ -23,17 +23,17 @@ from torch.autograd.function import once_differentiable
 from longroll.ops._backend import WIDEST_AT_ONCE, shared_memory
 from longroll.ops._common import LOG2_E as _LOG2_E
 from longroll.ops._common import NO_LIMIT, no_autocast
-from longroll.ops.gpu._overlap import begin, overlap
 from longroll.ops.gpu._sums import column_sums
 from longroll.ops.gpu.selective_scan import _step_size
 
 CHUNK = 64
 WALK = {"P": 64, "N": 128, "AT_ONCE": 1, "num_warps": 8, "num_stages": 3}
 """Largest block of a state that a program of `_ssd_walk` carries, and how it runs: pinned, not tuned."""
+WALK_64 = {"N": 64, "AT_ONCE": 2, "num_warps": 4}
+OF_X_64 = {"EARLY": False, "maxnreg": 168}
+"""What differs for heads of 64 in 16 bits. Three programs of `OF_X` share a multiprocessor then."""
 STEPS = {"HEADS": 32, "num_warps": 4}
 OUTPUTS = {"HEADS": 16, "num_warps": 4, "num_stages": 3}
-SUMS = False
-"""Whether the kernel of B's and C's gradients makes the sums over the states at the chunks' starts, too."""
 OF_X = {"HEADS": 1, "EARLY": True, "num_warps": 4, "num_stages": 1}
 OF_B_AND_C = {"HEADS": 32, "N": 64, "num_warps": 4, "num_stages": 3}
 NARROW = 64
@@ -73,7 +73,6 @@ def _ssd_steps(
 
     With LOGS the A that is given is log(-A), and A is written into `rates`.
     """
-    begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     sizes, _slopes = _step_sizes(
@@ -99,7 +98,6 @@ def _ssd_steps_backward(
     CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """ddt, of any strides, and the sum of each chunk's (B, CHUNKS, H)."""
-    begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     _sizes, slopes = _step_sizes(
@@ -182,7 +180,6 @@ def _ssd_walk(
 
     In reverse it carries the gradient of the state, to which dy and C are what x and B are to the state.
     """
-    begin()
     row, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     p, n = tl.program_id(1) * P + tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
     in_p, in_n = _inside(p, P_SIZE, WHOLE), _inside(n, N_SIZE, WHOLE)
@@ -230,7 +227,6 @@ def _ssd_outputs(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H, P), contiguous, from the chunk's inputs and the states at its start."""
-    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
@@ -283,7 +279,6 @@ def _ssd_gradients_of_x(
     With BLOCKS the sums that need the state at the start are those that `_ssd_gradients_of_B_and_C` left.
     With LOGS dA is the gradient of log(-A).
     """
-    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     first, group = chunk * CHUNK, tl.program_id(0) * HEADS // RATIO
     step, p, n = tl.arange(0, CHUNK), tl.arange(0, P), tl.arange(0, N)
@@ -386,7 +381,6 @@ def _ssd_gradients_of_B_and_C(
     With SUMS, for each block of N columns, what the state at the start gives to y by dy, (B, blocks, H,
     CHUNKS CHUNK), and the rows of that state by those of the gradient at the end, (B, blocks, CHUNKS, H, P).
     """
-    begin()
     row, chunk = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(N_SIZE, N)
     heads, first = tl.program_id(0) // blocks, chunk * CHUNK
@@ -502,7 +496,6 @@ class Steps(NamedTuple):
             time, heads, chunks, *self.dt.stride(), *map(float, self.limit), *more,
             HAS_BIAS=self.bias is not None, SOFTPLUS=self.softplus, LIMITED=tuple(self.limit) != NO_LIMIT,
             HAS_OUT=self.out is not None, CHUNK=CHUNK, **STEPS | {"HEADS": tile}, **options,
-            **overlap(self.dt.device),
         )  # fmt: skip
 
     def sizes(self, A: Tensor, *, logs: bool = False) -> tuple[Tensor, Tensor]:
@@ -548,6 +541,9 @@ class _Call:
         self.blocks = tuple(max(16, triton.next_power_of_2(size)) for size in self.ends)
         self.few_warps = {"num_warps": 2} if min(self.blocks) < NARROW else {}
         self.precision = "tf32" if tf32 else "ieee"
+        # only CUDA's compiler takes a number of registers
+        nvidia = torch.version.cuda is not None
+        self.of_64 = nvidia and self.blocks[0] == 64 <= self.blocks[1] and x.element_size() == 2
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -565,15 +561,16 @@ class _Call:
         if first is not None and first.stride()[2:] != (self.order, 1):
             first = first.contiguous()
         after = self.A.new_empty(self.batch, self.heads, self.width, self.order) if last else None
-        options = WALK | {"AT_ONCE": math.gcd(WALK["AT_ONCE"], self.chunks)}
-        options |= {name: min(WALK[name], b) for name, b in zip("PN", self.blocks, strict=True)}
+        options = WALK | (WALK_64 if self.of_64 else {})
+        options["AT_ONCE"] = math.gcd(options["AT_ONCE"], self.chunks)
+        options |= {name: min(options[name], b) for name, b in zip("PN", self.blocks, strict=True)}
         parts = (triton.cdiv(size, options[name]) for name, size in zip("PN", self.ends, strict=True))
         _ssd_walk[(self.batch * self.heads, *parts)](
             x, self.dt, self.levels, B, *(self.A if t is None else t for t in (first, met, after)),
             *self.sizes, *((0, 0) if first is None else first.stride()[:2]), *x.stride(), *B.stride(),
             *self.ends,
             REVERSE=reverse, HAS_FIRST=first is not None, HAS_LAST=last, CHUNK=CHUNK,
-            **self.sureties(options["P"], options["N"]), **options | self.few_warps, **overlap(x.device),
+            **self.sureties(options["P"], options["N"]), **options | self.few_warps,
         )  # fmt: skip
         return met, after
 
@@ -600,7 +597,7 @@ class _Call:
         kernel[programs, self.chunks, self.batch](
             *self.tensors, *tensors, *self.sizes, *strides, *self.ends, *more,
             HAS_D=self.D is not None, CHUNK=CHUNK, **self.sureties(p, n),
-            **options | {"P": p, "N": n} | split | self.few_warps, **overlap(self.x.device),
+            **options | {"P": p, "N": n} | split | self.few_warps,
         )  # fmt: skip
 
     def stages(self, most: int, p: int, n: int) -> dict[str, int]:
@@ -693,17 +690,18 @@ def backward(
     whole = programs == B.shape[2]  # each program has all heads of its B and C
     parts = (dB, dC) if whole else tuple(A.new_empty(2, *x.shape[:2], programs, call.order))
     strides = (*parts[0].stride()[:3], *parts[1].stride()[:3])
-    left, blocks = (A, A), 0  # any pointers, which are not read
-    if SUMS:
-        width, n = call.blocks[0], min(call.blocks[1], options["N"])
-        blocks = triton.cdiv(call.order, n)
+    left, blocks, x_options = (A, A), 0, call.sharing(OF_X)  # any pointers, which are not read
+    if call.of_64:
+        blocks = triton.cdiv(call.order, min(call.blocks[1], options["N"]))
         shape = (call.batch, blocks, call.heads * call.chunks)
-        left = A.new_empty(*shape, CHUNK), A.new_empty(*shape, width)
+        left = A.new_empty(*shape, CHUNK), A.new_empty(*shape, call.blocks[0])
+        x_options |= OF_X_64
     call.side_by_side(
-        _ssd_gradients_of_B_and_C, options | {"SUMS": SUMS}, starts, dends, dy, *left, *parts, more=strides
-    )
+        _ssd_gradients_of_B_and_C, options | {"SUMS": call.of_64}, starts, dends, dy, *left, *parts,
+        more=strides,
+    )  # fmt: skip
     call.side_by_side(
-        _ssd_gradients_of_x, call.sharing(OF_X) | {"BLOCKS": blocks, "LOGS": logs}, starts, dends, dy, *left,
+        _ssd_gradients_of_x, x_options | {"BLOCKS": blocks, "LOGS": logs}, starts, dends, dy, *left,
         dx, dsizes, dA, dD, more=dx.stride()[:3],
     )  # fmt: skip
     for part, total in () if whole else zip(parts, (dB, dC), strict=True):
