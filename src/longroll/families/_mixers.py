@@ -26,6 +26,7 @@ from longroll.families._replace import replace_forward
 from longroll.families._room import free_bytes
 from longroll.ops._backend import choose
 from longroll.ops._common import needs_graph, product_dtype, state_dtype, widen_float16
+from longroll.ops._linear import is_faster, linear
 from longroll.ops._short_conv import last_inputs
 
 KEPT = 1 / 4
@@ -60,6 +61,8 @@ def _in_longroll(
 def _projected(layer: Any, x: Tensor) -> Tensor:
     """Return `layer(x)`; under autocast a weight's gradient is made in the weight's precision."""
     plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not hooked(layer)
+    if plain and layer.bias is None and is_faster(x, layer.weight):
+        return linear(x, layer.weight)
     if LINEAR and plain and needs_graph(layer.weight):
         dtype = product_dtype(layer.weight, x)
         if dtype.itemsize == 2 and layer.weight.dtype == torch.float32:
