@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 import zoo
 from longroll import LongrollError, RecurrentLM
 from longroll.cli import app
+from longroll.cli._plan import _bytes, _train_length
 from longroll.conformance.tiny import build
 from longroll.dry_run import Ledger
 from longroll.outline import outline
@@ -112,3 +114,22 @@ def test_hostile_configs_are_refused_in_one_line(entries, said, tmp_path):
     with pytest.raises(LongrollError, match=said) as refused:
         _ = Outline(*outline(tmp_path)).sizes
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("80", 80 * 2**30), ("80GB", 80 * 10**9), ("79.6 GiB", int(79.6 * 2**30)), ("512mb", 512 * 10**6)],
+)
+def test_a_size_of_memory_may_have_its_unit(given, found):
+    assert _bytes(given) == found
+
+
+@pytest.mark.parametrize("given", ["inf", "nan", "1e300", "9" * 400, "0", "-3", "80 people", "", "0.00001"])
+def test_what_is_no_size_of_memory_is_refused(given):
+    with pytest.raises(LongrollError, match="no size of a device"):
+        _bytes(given)
+
+
+@pytest.mark.parametrize("stated", [0, "many", -5, None, [64]])
+def test_a_training_length_that_is_none_is_not_taken(stated):
+    assert _train_length(SimpleNamespace(train_length=stated, context_length=512)) == 512

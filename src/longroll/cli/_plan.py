@@ -30,7 +30,8 @@ def plan(
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the weights over --gpus.")] = False,
     gpus: Annotated[int, typer.Option(help="Devices of the run.", min=1, max=65_536)] = 1,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of one device. Default: those of the device here.", min=0.1)
+        str | None,
+        typer.Option(help="GiB of one device, or a size such as 80GB. Default: those of the device here."),
     ] = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -62,7 +63,7 @@ def plan(
     int8 = dtype == "int8"
     if int8 and fsdp:
         raise LongrollError("--dtype int8 does not go with --fsdp, which shards weights: leave one out.")
-    held = int(memory * GIB) if memory else memory_of(place)
+    held = memory_of(place) if memory is None else _bytes(memory)
     subject = Outline(config, weights_dtype, place, int8=int8, held=held)
     room = ROOM * held
     token = 8 + 2 * getattr(config.get_text_config(), "hidden_size", 0)  # its id, one layer's hidden state
@@ -97,6 +98,14 @@ def plan(
         f"{kept:.3g} MiB of keys and values after {length:,} tokens.",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+    if getattr(config, "quantization_config", None):
+        out.print("Quantized weights are planned as longroll reads them: dequantized.", highlight=False)
+    if memory is not None and device is None and place.type == "cpu":
+        out.print(
+            f"No GPU is here: the plan is that of PyTorch's operations in {precision} on this CPU. The kernels "
+            "of a GPU, in bfloat16, take less memory and time.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     table = Table(title=f"GiB at the peak, of {held / GIB:.3g} GiB a device", title_justify="left", padding=0)
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -166,4 +175,23 @@ def _row(name: str, setting: str, tokens: str, memory: Memory, speed: float, roo
 
 def _train_length(config: Any) -> int | None:
     stated = (getattr(config, name, None) for name in ("train_length", "context_length"))
-    return next((length for length in stated if length), None)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+
+
+_UNITS = {"": 2**30, "G": 2**30, "GIB": 2**30, "GB": 10**9, "M": 2**20, "MIB": 2**20, "MB": 10**6, "T": 2**40,
+          "TIB": 2**40, "TB": 10**12}  # fmt: skip
+_LEAST, _MOST = 2**20, 2**50
+
+
+def _bytes(text: str) -> int:
+    """Return the bytes of a size: a number of GiB, or one with its unit."""
+    import re
+
+    from longroll.errors import LongrollError
+
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(parts[2].upper()) if parts else None
+    size = int(float(parts[1]) * unit) if parts and unit and len(parts[1]) < 20 else 0
+    if not _LEAST <= size <= _MOST:
+        raise LongrollError(f"--memory {text} is no size of a device: give GiB, such as 80, or 80GB.")
+    return size
