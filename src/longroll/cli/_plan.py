@@ -102,8 +102,8 @@ def plan(
         out.print("Quantized weights are planned as longroll reads them: dequantized.", highlight=False)
     if memory is not None and device is None and place.type == "cpu":
         out.print(
-            f"No GPU is here: the plan is that of PyTorch's operations in {precision} on this CPU. The kernels "
-            "of a GPU, in bfloat16, take less memory and time.",
+            f"No GPU is here: the plan is that of PyTorch's operations in {precision} on this CPU. The "
+            "kernels of a GPU, in bfloat16, take less memory and time.",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     table = Table(title=f"GiB at the peak, of {held / GIB:.3g} GiB a device", title_justify="left", padding=0)
