@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ MOMENTS = 2
 
 def gathered_bytes(model: nn.Module) -> int:
     """Return the bytes of whole layers that exist at a time under FSDP2: two, the embedding and the head."""
-    return 2 * max(_layer_bytes(model), default=0) + sum(map(parameter_bytes, _ends(model)))
+    return 2 * max(layer_bytes(model), default=0) + sum(map(parameter_bytes, ends_of(model)))
 
 
 def parameter_bytes(model: nn.Module, *, trained: bool = False) -> int:
@@ -44,7 +42,7 @@ def check_micro_batch(lm: RecurrentLM, rows: int, length: int, device: torch.dev
     check_bytes(f"`batch_size` {rows} x `length` {length}", least, mend, held=memory_of(device or lm.device))
 
 
-def _layer_bytes(model: nn.Module) -> Iterable[int]:
+def layer_bytes(model: nn.Module) -> list[int]:
     """Return the bytes of each module that FSDP2 shards by itself: the layers, by transformers' names of
     them.
     """
@@ -52,7 +50,7 @@ def _layer_bytes(model: nn.Module) -> Iterable[int]:
     return [parameter_bytes(m) for m in model.modules() if type(m).__name__ in names]
 
 
-def _ends(model: nn.Module) -> list[nn.Module]:
+def ends_of(model: nn.Module) -> list[nn.Module]:
     """Return the embedding and the head; one where they are tied."""
     found = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     if found[0] is not None and found[1] is not None and found[0].weight is found[1].weight:

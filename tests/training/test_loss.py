@@ -34,6 +34,25 @@ def test_it_is_pytorchs(rows_at_once, dtype, ignored, monkeypatch):
             assert_close(next_token_loss((30 * F.linear(found, head)).to(dtype), targets, items), loss, 1e-6)
 
 
+@pytest.mark.parametrize("tokens_at_once", [5, 1000])
+def test_it_is_float64_in_float64(tokens_at_once, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS", tokens_at_once * VOCAB)
+    monkeypatch.setattr(module, "_WIDTHS", 0)
+    lm, ids = lm_of("mamba2").train(), tokens(2, 14)
+    lm.model.double()
+    loss, _ = module.loss_and_state(lm, ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    lm.model.zero_grad()
+    logits = lm.family.head(lm.model, lm(ids[:, :-1], logits=False)[0])  # transformers makes them float32
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    expected.backward()
+    assert loss.dtype == torch.float64
+    assert_close(loss, expected, 1e-13)
+    for name, p in lm.named_parameters():
+        assert_close(found[name], p.grad, 1e-11, name)
+
+
 @pytest.mark.parametrize("name", ["mamba2", "granitemoehybrid", "recurrent_gemma", "gla", "xlstm"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])

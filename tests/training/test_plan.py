@@ -70,6 +70,23 @@ def test_settings_take_less_in_turn_and_the_first_that_fits_is_found():
     assert isinstance(whole, Memory) and str(whole).count("GiB") == 1
 
 
+def test_replicas_hold_gradients_twice_unless_they_are_sharded():
+    subject = outline_of(zoo.lm_of("mamba2"))
+    one, many, sharded = (
+        subject.training(Setting(rows=2, length=64, autocast=False, **how))
+        for how in ({}, {"replicas": 4}, {"replicas": 4, "shards": 4})
+    )
+    assert many.total - one.total == one.gradients and sharded.gradients == one.gradients // 4
+
+
+def test_a_reading_over_gpus_takes_the_fullest_share():
+    subject = outline_of(zoo.lm_of("bamba"))
+    one, two, many = (subject.reading(2, 256, 64, gpus) for gpus in (1, 2, 100))
+    assert one.weights / 2 < two.weights < one.weights and many.weights < two.weights
+    assert two.keys_and_values >= one.keys_and_values / 2 and two.states >= one.states / 2
+    assert two.activations == many.activations == one.activations and two.logits == one.logits
+
+
 def test_what_would_fit_is_named_where_memory_is_short(monkeypatch):
     options = PosttrainOptions(length=64, batch_size=16)
     lm = zoo.lm_of("mamba2")
@@ -96,6 +113,18 @@ def test_the_command_plans_the_specimen(tmp_path):
     for row in found["rows"]:
         assert row["total"] == sum(row["memory"].values()) and row["tokens_per_second"] > 0
     assert "steps" in found["sentence"]
+    assert "--trainable scales" in {row["setting"] for row in found["rows"]}
+
+
+def test_layers_over_several_gpus_are_planned():
+    done = run("specimen", "--device", "auto", "--gpus", "2", "--memory", "1", "--sequences", "1", "--length", "512")
+    assert done.exit_code == 0 and "over" in done.output, done.output
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "1e400"])
+def test_memory_is_a_finite_number(memory):
+    done = run("specimen", "--memory", memory)
+    assert isinstance(done.exception, LongrollError) and "--memory" in str(done.exception)
 
 
 @pytest.mark.parametrize(

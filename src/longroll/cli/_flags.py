@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -106,9 +107,14 @@ class Command(TyperCommand):
             LongrollError: for an unknown or missing flag, and a value that is not allowed.
         """
         try:
-            return super().parse_args(ctx, args)
+            left = super().parse_args(ctx, args)
         except UsageError as error:
             raise LongrollError(in_one_line(error)) from None
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise LongrollError(f"{param.opts[0]} {value} is no number: give a finite one.")
+        return left
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

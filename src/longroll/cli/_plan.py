@@ -28,7 +28,9 @@ def plan(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the weights over --gpus.")] = False,
-    gpus: Annotated[int, typer.Option(help="Devices of the run.", min=1, max=65_536)] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(help="Devices of the run. Default: 1, or all for --device auto.", min=1, max=65_536)
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="GiB of one device, or a size such as 80GB. Default: those of the device here."),
@@ -41,10 +43,11 @@ def plan(
     """Say how much memory and time reading and training a model take, from its config alone."""
     import time
 
+    import torch
     from rich.table import Table
 
     from longroll.cli._console import hush_libraries, out
-    from longroll.cli._flags import in_flags, running
+    from longroll.cli._flags import in_flags
     from longroll.errors import LongrollError
     from longroll.memory import GIB, memory_of
     from longroll.outline import outline
@@ -54,8 +57,10 @@ def plan(
 
     hush_libraries()
     began = time.perf_counter()
+    spread = device == "auto"
+    gpus = gpus or (max(1, torch.cuda.device_count()) if spread else 1)
     config, weights_dtype, place = outline(
-        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        model, device=None if spread else device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     if fsdp and gpus == 1:
         raise LongrollError("--fsdp shards the weights over several GPUs: give --gpus.")
@@ -75,19 +80,21 @@ def plan(
     run = f"`steps` {steps} x `accumulation` {accumulation} x {micro_batch}"
     check_tokens(run, steps * accumulation * batch_size * trained, "ask for fewer")
     check_tokens(f"`sequences` {sequences} x `length` {length}", sequences * length, "ask for fewer")
-    chunk = chunk_size or subject.chunk(sequences, length, room)
-    reading = subject.reading(sequences, length, chunk)
+    layers_over = gpus if spread else 1
+    chunk = chunk_size or subject.chunk(sequences, length, room, layers_over)
+    reading = subject.reading(sequences, length, chunk, layers_over)
     speed = subject.tokens_per_second()
     asked = Setting(
         rows=batch_size, length=trained, lora_rank=lora_rank or 16 * int8,
-        gradient_checkpointing=gradient_checkpointing, shards=gpus if fsdp else 1,
+        gradient_checkpointing=gradient_checkpointing, shards=gpus if fsdp else 1, replicas=gpus,
         autocast=place.type == "cuda", accumulates=accumulation > 1, int8=int8,
     )  # fmt: skip
-    rows = [_row("reading", "reading", f"{sequences} x {length:,}", reading, speed, room)]
+    name = "reading" if layers_over == 1 else f"reading over {layers_over}"
+    rows = [_row(name, name, f"{sequences} x {length:,}", reading, speed, room)]
     for setting in settings_for(asked, gpus, int8=subject.takes_int8):
         each = subject.tokens_per_second(setting)
         what = f"{batch_size} x {trained:,}"
-        flags = in_flags(setting.arguments, running)
+        flags = in_flags(setting.arguments, _FLAGS)
         rows.append(_row(setting.name, flags, what, subject.training(setting), each * gpus, room))
     sizes = subject.sizes
     kept = sizes.keys_and_values(length) / 2**20
@@ -149,6 +156,12 @@ def plan(
 
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "states", "keys_and_values", "logits")
+
+_FLAGS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in ("lora_rank", "trainable", "dtype", "gradient_checkpointing", "fsdp")
+}
+"""Flags of `longroll posttrain` by argument."""
 
 _LABELS = {"keys_and_values": "KV"}
 

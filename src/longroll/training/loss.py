@@ -82,7 +82,7 @@ class _InPieces(torch.autograd.Function):
         *_: Tensor,
     ) -> Tensor:
         dhidden, dweights = hidden.new_empty(hidden.shape), [torch.zeros_like(w) for w in weights]
-        loss = torch.zeros((), device=hidden.device)
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         sizes = [y.shape[1] for y in targets]
         parts = (t.flatten(0, 1).split(sizes) for t in (hidden.detach(), dhidden))
         for h, dh, y in zip(*parts, targets, strict=True):
@@ -111,17 +111,18 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
     for, the logits may be overwritten: on a GPU they, their softmax and its gradients outweigh all else.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()
+    wide = torch.promote_types(logits.dtype, torch.float32)
     if not needs_graph(logits):
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(logits.to(wide), targets, reduction="sum")
     elif kernel := choose("cross_entropy", logits.device, logits.dtype).kernel:
         loss = kernel(logits.contiguous(), targets.contiguous())
     else:
-        loss = _CrossEntropy.apply(logits.float(), targets)  # type: ignore[no-untyped-call]
+        loss = _CrossEntropy.apply(logits.to(wide), targets)  # type: ignore[no-untyped-call]
     return loss / ((targets != -100).sum().clamp_min(1) if num_items is None else num_items)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over rows of `logits` (M, V) float32, whose gradient is made at once and in their place."""
+    """Sum over rows of `logits` (M, V) float32 or float64, whose gradient is made at once and in their place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

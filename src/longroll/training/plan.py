@@ -28,7 +28,7 @@ from longroll.families._room import assume_free
 from longroll.families.int8 import large_layers
 from longroll.measure._position_loss import token_losses
 from longroll.measure.roll_out import most_tokens, tokens_beside, tokens_within
-from longroll.memory import GIB, MOMENTS, gathered_bytes, memory_of, parameter_bytes
+from longroll.memory import GIB, MOMENTS, ends_of, gathered_bytes, layer_bytes, memory_of, parameter_bytes
 from longroll.model import RecurrentLM
 from longroll.sizes import ROOM
 from longroll.state import RecurrentState
@@ -64,6 +64,8 @@ class Setting:
     """Layers run again in the backward pass."""
     shards: int = 1
     """Processes over which weights, gradients and moments are spread (FSDP2)."""
+    replicas: int = 1
+    """Processes of the run; without shards each holds the whole model, and DDP's buckets its gradients again."""
     autocast: bool = True
     """Matrices are multiplied in bfloat16."""
     accumulates: bool = False
@@ -175,10 +177,12 @@ class Outline:
             logger.debug("a dry run on %s failed: %s", self.device, first_line(error))
             return count(*arguments, device=torch.device("cpu"))
 
-    def chunk(self, rows: int, length: int, room: float) -> int:
-        """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes."""
-        keys = rows * self.sizes.keys_and_values(length)
-        tokens = self._counted(self._chunk, room - self.sizes.weights, keys)
+    def chunk(self, rows: int, length: int, room: float, gpus: int = 1) -> int:
+        """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes of each
+        GPU.
+        """
+        keys = rows * self.sizes.keys_and_values(length) / gpus
+        tokens = self._counted(self._chunk, room - self.sizes.weights / gpus, keys)
         return max(64, tokens // rows)
 
     def _chunk(self, free: float, keys: float, *, device: torch.device) -> int:
@@ -187,12 +191,28 @@ class Outline:
         each = forward_bytes(self.config, self.dtype, device) if device.type == "cuda" else 0.0
         return tokens_beside(tokens_within(most, free, each), each, keys, self.sizes.weights)
 
-    def reading(self, rows: int, length: int, chunk: int) -> Memory:
+    def reading(self, rows: int, length: int, chunk: int, gpus: int = 1) -> Memory:
         """Return the memory that the loss of `rows` texts takes, read `chunk` tokens of each at a time.
 
-        Keys and values of the text are counted whole.
+        Keys and values of the text are counted whole. Over several GPUs, whose layers `device_map` "auto"
+        deals evenly, the memory is that of the fullest, which also holds the embedding or the head.
         """
-        return self._counted(self._reading, rows, length, min(chunk, length))
+        one = self._counted(self._reading, rows, length, min(chunk, length))
+        if gpus == 1:
+            return one
+        share, ends = self._share(gpus)
+        return replace(
+            one,
+            weights=int(share * (one.weights - sum(ends))) + max(ends),
+            states=int(share * one.states),
+            keys_and_values=int(share * one.keys_and_values),
+        )
+
+    def _share(self, gpus: int) -> tuple[float, list[int]]:
+        """Return the share of the layers that the fullest GPU holds; bytes of the embedding and the head."""
+        with self._model(self.dtype, torch.device("cpu"), self.int8) as (lm, _):
+            layers = len(layer_bytes(lm.model)) or 1
+            return math.ceil(layers / gpus) / layers, [parameter_bytes(m) for m in ends_of(lm.model)]
 
     def _reading(self, rows: int, length: int, chunk: int, *, device: torch.device) -> Memory:
         with self._model(self.dtype, device, self.int8) as (lm, ledger), torch.no_grad():
@@ -254,7 +274,7 @@ class Outline:
         logits = min(tokens * vocabulary * (2 if setting.autocast else 4), rest)
         return Memory(
             weights=weights // setting.shards,
-            gradients=trained // setting.shards,
+            gradients=(2 if setting.shards == 1 < setting.replicas else 1) * trained // setting.shards,
             optimizer=MOMENTS * trained // setting.shards,
             activations=rest - logits + gathered,
             states=states,
@@ -327,6 +347,7 @@ def setting_of(lm: RecurrentLM, options: PosttrainOptions) -> Setting:
         trainable=options.trainable or "all",
         gradient_checkpointing=options.gradient_checkpointing,
         shards=ranks.world_size() if options.fsdp else 1,
+        replicas=ranks.world_size(),
         autocast=autocasts(lm, options),
         accumulates=options.accumulation > 1,
         int8=lm.int8,
