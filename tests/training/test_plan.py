@@ -117,7 +117,8 @@ def test_the_command_plans_the_specimen(tmp_path):
 
 
 def test_layers_over_several_gpus_are_planned():
-    done = run("specimen", "--device", "auto", "--gpus", "2", "--memory", "1", "--sequences", "1", "--length", "512")
+    where = ("--device", "auto", "--gpus", "2", "--memory", "1")
+    done = run("specimen", *where, "--sequences", "1", "--length", "512")
     assert done.exit_code == 0 and "over" in done.output, done.output
 
 

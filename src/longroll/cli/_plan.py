@@ -29,7 +29,8 @@ def plan(
     ] = False,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the weights over --gpus.")] = False,
     gpus: Annotated[
-        int | None, typer.Option(help="Devices of the run. Default: 1, or all for --device auto.", min=1, max=65_536)
+        int | None,
+        typer.Option(help="Devices of the run. Default: 1, or all for --device auto.", min=1, max=65_536),
     ] = None,
     memory: Annotated[
         str | None,
