@@ -65,7 +65,7 @@ class Setting:
     shards: int = 1
     """Processes over which weights, gradients and moments are spread (FSDP2)."""
     replicas: int = 1
-    """Processes of the run; without shards each holds the whole model, and DDP's buckets its gradients again."""
+    """Processes of the run; without shards each holds the whole model, and the buckets of DDP its gradients."""
     autocast: bool = True
     """Matrices are multiplied in bfloat16."""
     accumulates: bool = False
@@ -178,9 +178,7 @@ class Outline:
             return count(*arguments, device=torch.device("cpu"))
 
     def chunk(self, rows: int, length: int, room: float, gpus: int = 1) -> int:
-        """Return how many tokens of each of `rows` texts a reading takes at a time within `room` bytes of each
-        GPU.
-        """
+        """Return how many tokens of each of `rows` texts a reading takes at a time in `room` bytes a GPU."""
         keys = rows * self.sizes.keys_and_values(length) / gpus
         tokens = self._counted(self._chunk, room - self.sizes.weights / gpus, keys)
         return max(64, tokens // rows)
