@@ -132,8 +132,8 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def device_of(device: str | int | torch.device) -> torch.device:
-    """Return a device that tensors can lie on.
+def device_of(device: str | int | torch.device, argument: str = "device") -> torch.device:
+    """Return a device that tensors can lie on; `argument` named it.
 
     Raises:
         LongrollError: for a device that cannot be used here.
@@ -141,7 +141,8 @@ def device_of(device: str | int | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise LongrollError(f"`device` {device} cannot be used here: {first_line(error)}. Try cpu.") from None
+        why = first_line(error).rstrip(".")
+        raise LongrollError(f"`{argument}` {device} cannot be used here: {why}. Try cpu.") from None
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -415,7 +415,7 @@ def read(
         )
     if device_map is not None and device_map not in STRATEGIES:
         for place in {*device_map.values()} - {"disk"} if isinstance(device_map, dict) else {device_map}:
-            device_of(place)
+            device_of(place, "device_map")
     untried = device is None and device_map is None and default_device() in UNTRIED
     device = torch.device(default_device()) if untried else device_of(device or default_device())
     int8 = dtype in ("int8", torch.int8)

@@ -25,6 +25,7 @@ from longroll.locate import (
 
 _MANY = 1 << 40  # above it no entry of a config is a size
 _DEEPEST = 4096
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def outline(
@@ -90,6 +91,8 @@ def check_entries(config: dict[str, Any], source: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         deep = "layer" in name and value > _DEEPEST
+        if name in _DEPTHS and value < 1:
+            raise LongrollError(f"{source}: {name} {value} leaves no layer: correct its config.json.")
         if deep or abs(value) > _MANY:
             raise LongrollError(f"{source}: {name} {value:,} is no size of a model: correct its config.json.")
 

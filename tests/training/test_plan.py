@@ -116,6 +116,13 @@ def test_the_command_plans_the_specimen(tmp_path):
     assert "--trainable scales" in {row["setting"] for row in found["rows"]}
 
 
+def test_a_model_without_recurrence_is_read_and_not_trained(tmp_path):
+    zoo.lm_of("gpt2").model.config.save_pretrained(tmp_path)
+    done = run(str(tmp_path), "--memory", "1", "--length", "64", "--sequences", "1", "--batch-size", "1")
+    assert done.exit_code == 0 and "no recurrent layer" in " ".join(done.output.split()), done.output
+    assert "LoRA" not in done.output
+
+
 def test_layers_over_several_gpus_are_planned():
     where = ("--device", "auto", "--gpus", "2", "--memory", "1")
     done = run("specimen", *where, "--sequences", "1", "--length", "512")
@@ -132,6 +139,7 @@ def test_memory_is_a_finite_number(memory):
     ("entries", "said"),
     [
         ({"model_type": "mamba2", "num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000 is no size"),
+        ({"model_type": "mamba2", "num_hidden_layers": 0}, "num_hidden_layers 0 leaves no layer"),
         ({"model_type": "mamba2", "hidden_size": -3}, "no model has this config.json"),
         ({"model_type": "mamba2", "hidden_size": "wide"}, "no model has this config.json"),
         ({"model_type": "bamba", "layer_types": [["deep"]]}, "bamba|config.json"),

@@ -92,7 +92,8 @@ def plan(
     )  # fmt: skip
     name = "reading" if layers_over == 1 else f"reading over {layers_over}"
     rows = [_row(name, name, f"{sequences} x {length:,}", reading, speed, room)]
-    for setting in settings_for(asked, gpus, int8=subject.takes_int8):
+    settings = settings_for(asked, gpus, int8=subject.takes_int8) if subject.recurrent else []
+    for setting in settings:
         each = subject.tokens_per_second(setting)
         what = f"{batch_size} x {trained:,}"
         flags = in_flags(setting.arguments, _FLAGS)
@@ -133,6 +134,9 @@ def plan(
         f"{steps} steps of {accumulation} x {batch_size} x {trained:,} tokens take {duration} by "
         f"{first['setting']}; a reading takes {in_words(sequences * length / speed)}."
         if first
+        else f"{model} has no recurrent layer, so `longroll posttrain` refuses it; a reading takes "
+        f"{in_words(sequences * length / speed)}."
+        if not settings
         else f"No setting fits at {batch_size} rows: take fewer (`--batch-size`), or more GPUs."
     )
     out.print(said, soft_wrap=True, highlight=False)

@@ -122,7 +122,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: Tensor | int | N
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over rows of `logits` (M, V), float32 or float64, whose gradient is made at once and in their place."""
+    """Sum over rows of `logits` (M, V), float32 or float64. Their gradient takes their place at once."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

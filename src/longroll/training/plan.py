@@ -65,7 +65,7 @@ class Setting:
     shards: int = 1
     """Processes over which weights, gradients and moments are spread (FSDP2)."""
     replicas: int = 1
-    """Processes of the run; without shards each holds the whole model, and the buckets of DDP its gradients."""
+    """Processes of the run. Each holds the whole model without shards, and DDP holds its gradients twice."""
     autocast: bool = True
     """Matrices are multiplied in bfloat16."""
     accumulates: bool = False
@@ -151,6 +151,12 @@ class Outline:
         """Parameters, operations, bytes of weights and of the state."""
         with self._model(self.dtype, torch.device("cpu"), self.int8) as (lm, _):
             return sizes_of(lm)
+
+    @functools.cached_property
+    def recurrent(self) -> bool:
+        """Whether it has recurrent layers, without which `posttrain` refuses it."""
+        with self._model(self.dtype, torch.device("cpu"), False) as (lm, _):
+            return lm.family.recurrent
 
     @functools.cached_property
     def takes_int8(self) -> bool:
@@ -315,7 +321,7 @@ def reading_line(lm: RecurrentLM, rows: int, length: int, chunk: int) -> str | N
         logger.debug("no plan of a reading: %s", first_line(error))
         return None
     seconds = rows * length / speed
-    pace = f"{speed:,.0f} tokens/s, {in_words(seconds)} a reading"
+    pace = f"an estimated {speed:,.0f} tokens/s, {in_words(seconds)} a reading"
     return f"Plan: {needs} for {rows} x {length:,} positions; {pace}."
 
 
@@ -331,7 +337,7 @@ def training_line(lm: RecurrentLM, setting: Setting, tokens: int) -> str | None:
         logger.debug("no plan of the training: %s", first_line(error))
         return None
     return (
-        f"Plan: {needs} for {setting.rows} x {setting.length:,} tokens; {speed:,.0f} tokens/s, "
+        f"Plan: {needs} for {setting.rows} x {setting.length:,} tokens; an estimated {speed:,.0f} tokens/s, "
         f"{in_words(tokens / speed)}."
     )
 
