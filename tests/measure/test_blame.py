@@ -47,7 +47,8 @@ def test_damage_that_begins_late_is_split_where_it_is():
         lm.model.model.layers[2].mamba.dt_bias[:] = -0.5  # its state grows slowly
     found = diagnose(lm, text, train_length=8).to_json()
     assert found["edge"] > 16 * 8 and found["blame"]["verdict"] == "state"
-    assert found["blame"]["factor"] == 64 and "No damage" not in found["coverage"]["causal_sentence"]
+    assert found["blame"]["length"] == 8 * found["blame"]["factor"] > 16 * 8
+    assert "No damage" not in found["coverage"]["causal_sentence"]
 
 
 @pytest.mark.parametrize("explain", [True, False])
@@ -172,7 +173,7 @@ def test_advice_follows_the_verdict(verdict, scaled):
     repair = Advice(
         "sp", "Repair it by State Passing.", "longroll posttrain m --intervention sp", 500, 1, 1.0
     )
-    told = of_blame(repair, found, "m", 128, ["--dtype", "bfloat16"], length=8192)
+    told = of_blame(repair, found, "m", 128, ["--dtype", "bfloat16"], length=1024)
     if verdict in ("state", None):
         assert told == repair
     elif verdict == "neither":
@@ -185,7 +186,7 @@ def test_advice_follows_the_verdict(verdict, scaled):
     else:
         assert "window of 128 tokens" in told.sentence
         assert told.command == (
-            "longroll evaluate loss m --dtype bfloat16 --reading window --window 128 --length 8192"
+            "longroll evaluate loss m --dtype bfloat16 --reading window --window 128 --length 1024"
         )
 
 

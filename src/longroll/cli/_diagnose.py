@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longroll.cli import _options as o
+from longroll.cli._flags import in_flags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,6 +251,10 @@ def run_diagnosis(lm: RecurrentLM, tokens: Tensor, *, label: str | None, **optio
         return diagnose(lm, tokens, label=label, progress=advance, **options).result()
 
 
+FLAGS = {"length": "--length", "explain": "--explain", "reading": "evaluate --reading"}
+"""Flags in place of the Python arguments that an advice names."""
+
+
 def findings(found: DiagnosisResult) -> list[str]:
     """Return what a diagnosis says in words: the verdict, the heads that do the damage, what to do, and
     how.
@@ -259,4 +264,4 @@ def findings(found: DiagnosisResult) -> list[str]:
         lines.append(found.blame.sentence)
     if found.advice:
         lines += [found.advice.sentence, found.advice.command and f"  {found.advice.command}"]
-    return [line for line in lines if line]
+    return [in_flags(line, FLAGS) for line in lines if line]

@@ -29,6 +29,7 @@ from longroll.measure._position_loss import PositionLoss, position_loss
 from longroll.measure.bootstrap import bootstrap_ratio
 from longroll.measure.excess_loss import excess_loss
 from longroll.measure.holds import held_loss
+from longroll.measure.judge import short
 from longroll.model import RecurrentLM
 from longroll.state import RecurrentState
 
@@ -86,6 +87,8 @@ class Blame:
     """How attention takes positions: `none`, `rotary`, `other`."""
     left: dict[Side, Share] = field(default_factory=dict)
     """The share of the damage that each side does while the other side alone is held."""
+    length: int | None = None
+    """Positions that were read: the damage is that of their last octave."""
 
     def _is_named(self, side: Side) -> bool:
         """Return whether a side does a large share of the damage, or breaks the model by itself."""
@@ -146,6 +149,8 @@ class Blame:
         }[self.verdict]
         finite = math.isfinite(self.damage)
         damage = f"{self.damage:.2f} nats" if finite else "the texts whose loss is not finite"
+        if self.length is not None:
+            damage += f" at {short(self.length // 2)}-{short(self.length)}"
         return f"{whose}: of {damage}, {state}, {attention} (95 % intervals over texts)."
 
     def to_json(self) -> dict[str, Any]:
@@ -156,6 +161,7 @@ class Blame:
             "damage": self.damage,
             "positions": self.positions,
             "factor": self.factor,
+            "length": self.length,
             "parts": [vars(share) for share in self.parts.values()],
             "left": [vars(share) for share in self.left.values()],
             "states": [vars(share) for share in self.states],
@@ -234,7 +240,7 @@ def _split(
     whole = excess[:, far].double().mean(dim=1)  # (B,)
     damage = whole.mean().item()
     if damage <= DAMAGE:
-        return Blame(damage, factor, [], [], None, {}, positions.kind)
+        return Blame(damage, factor, [], [], None, {}, positions.kind, length=length)
     share = ranks.deal(len(tokens))
     mine = tokens[share.rows]
     readings = _Readings(lm, mine, train_length, [(ends[i] - half, ends[i]) for i in far], progress)
@@ -273,7 +279,7 @@ def _split(
             alone_attentions[kind] = recovered(None, kind)
     if not alone_attentions:
         alone = _shares(alone_states, whole, seed)
-        return Blame(damage, factor, [*alone.values()], [], None, {}, positions.kind)
+        return Blame(damage, factor, [*alone.values()], [], None, {}, positions.kind, length=length)
     best_state, best_attention = (
         max(alone, key=lambda name: _finite(alone[name])) for alone in (alone_states, alone_attentions)
     )
@@ -292,7 +298,7 @@ def _split(
     return Blame(
         damage, factor, ranked(alone_states), ranked(alone_attentions), best,
         {"state": shares["state"], "attention": shares["attention"]}, positions.kind,
-        {side: replace(shares[f"{side} left"], what=side) for side in SIDES},
+        {side: replace(shares[f"{side} left"], what=side) for side in SIDES}, length,
     )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ DAMAGE = 0.05
 _LENGTHS = (16, 12, 8, 6, 4, 3, 2)  # training lengths of text; longer ones where the damage begins later
 _TEXTS = 8  # 8 texts find what most heads do
 _SHORT, _FEWEST = 4096, 2048  # tokens of texts that are read whole at any cost; and of the least that tell
-_VISIBLE = 0.25  # of the damage in the longest text: shorter texts must show as much
+VISIBLE, VISIBLE_OF_HYBRID = 0.25, 0.5
+"""Shares of the damage in the longest text that shorter ones must show: to find heads, and to split it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class Excerpt:
 
 
 def excerpt(
-    ends: list[int], excess: Tensor, train_length: int, measured: int, *, trials: int, share: float
+    ends: list[int],
+    excess: Tensor,
+    train_length: int,
+    measured: int,
+    *,
+    trials: int,
+    share: float,
+    visible: float = VISIBLE,
 ) -> Excerpt:
     """Choose the most text of which `trials` trials take at most `share` readings.
 
@@ -51,13 +59,14 @@ def excerpt(
         measured: positions of each text, at least 2 T.
         trials: wanted.
         share: readings of all texts at all positions.
+        visible: share of the damage in a longer text that a shorter one must show.
     """
     texts = len(excess)
-    longest = _longest(ends, excess, train_length, measured)
+    longest = _longest(ends, excess, train_length, measured, visible)
     if texts * longest <= _SHORT:
         return Excerpt(texts, longest, trials)
     lengths = [longest, *(n * train_length for n in _LENGTHS if n * train_length < longest)]
-    least = max(DAMAGE, _VISIBLE * damage(ends, excess, train_length, longest))
+    least = max(DAMAGE, visible * damage(ends, excess, train_length, longest))
     choices = [(rows, length) for length in lengths for rows in dict.fromkeys([texts, min(texts, _TEXTS)])]
     seen = [
         (rows, length)
@@ -73,8 +82,8 @@ def excerpt(
     return Excerpt(rows, length, max(1, min(trials, afforded(rows, length))))
 
 
-def _longest(ends: list[int], excess: Tensor, train_length: int, measured: int) -> int:
-    """Return 16 T, doubled until a quarter of the damage in the longest text shows: no more than `measured`.
+def _longest(ends: list[int], excess: Tensor, train_length: int, measured: int, visible: float) -> int:
+    """Return 16 T, doubled until a share of the damage in the longest text shows: no more than `measured`.
 
     Damage that the longest text does not show is looked for where there is most.
     """
@@ -82,7 +91,7 @@ def _longest(ends: list[int], excess: Tensor, train_length: int, measured: int) 
     while lengths[-1] < measured:
         lengths.append(min(2 * lengths[-1], measured))
     found = [damage(ends, excess, train_length, length) for length in lengths]
-    least = max(DAMAGE, _VISIBLE * found[-1]) if math.isfinite(found[-1]) else DAMAGE
+    least = max(DAMAGE, visible * found[-1]) if math.isfinite(found[-1]) else DAMAGE
     shown = [length for length, here in zip(lengths, found, strict=True) if not here < least]  # NaN is damage
     return shown[0] if shown else lengths[found.index(max(found))]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from longroll.data import DocumentLengths
 from longroll.interventions.recipes import DEFAULT, NAMES, NON_STATIONARY, WINDOWS, choose, recipe_of
-from longroll.measure._blame import Blame
+from longroll.measure._blame import Blame, scaling_factor
 from longroll.measure.compare import Comparison
 from longroll.measure.iid import IIDTest
 from longroll.measure.judge import TOLERANCE
@@ -247,9 +247,12 @@ def of_blame(
         model: its name, for the command; None: no command opens it.
         train_length: T.
         flags: what the command needs besides to open it.
-        length: positions that were read, for the command that reads with an attention window.
+        length: positions of the diagnosis, which a RoPE scaling brings into T, and which the command that
+            reads with an attention window reads.
     """
     verdict, scaling = blame.verdict, blame.scaling
+    if scaling is not None and length is not None:
+        scaling = replace(scaling, factor=scaling_factor(length, train_length))
     if verdict in (None, "state"):
         return advice
     if verdict == "neither":

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from longroll import ranks
-from longroll.measure._blame import HOLDS, READINGS, Blame, scaling_factor, split_blame
-from longroll.measure._budget import BLAME, HEADS, HEADS_OF_HYBRID, REMEMBRANCE, Excerpt, excerpt
+from longroll.measure._blame import HOLDS, READINGS, Blame, split_blame
+from longroll.measure._budget import (
+    BLAME,
+    HEADS,
+    HEADS_OF_HYBRID,
+    REMEMBRANCE,
+    VISIBLE_OF_HYBRID,
+    Excerpt,
+    excerpt,
+)
 from longroll.measure._coverage import Coverage, CoverageRecorder, far_positions, in_range_positions
 from longroll.measure._position_loss import PositionLoss, log_spaced
 from longroll.measure._state_ablation import state_ablation, trials_for
@@ -188,14 +196,15 @@ def explain_blame(
     if not watch.has_attention or measured < 2 * train_length:
         return None
     restarted = restarted or excess_loss(lm, tokens, carried, train_length, dealt=True)
-    chosen = excerpt(*restarted, train_length, measured, trials=READINGS, share=BLAME)
+    chosen = excerpt(
+        *restarted, train_length, measured, trials=READINGS, share=BLAME, visible=VISIBLE_OF_HYBRID
+    )
     texts, losses, restarted = _cut(tokens, carried, restarted, chosen)
     return split_blame(
         lm,
         texts,
         ranks.on_first(lambda: watch.compare(progress)),
         train_length,
-        factor=scaling_factor(measured, train_length),
         carried=losses,
         restarted=restarted,
         seed=seed,

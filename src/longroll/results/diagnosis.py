@@ -179,6 +179,8 @@ class BlameResult(Section):
     """How attention takes positions: `none`, `rotary`, `other`."""
     factor: Number = None
     """By which rotary positions were scaled."""
+    length: Count | None = None
+    """Positions read, of which `damage` is the last octave; null in older files."""
     left: list[BlameShare] = field(default_factory=list)
     """The share of the damage that each side does while the other side alone is held in range."""
 
