@@ -136,7 +136,7 @@ def share(what: str, value: float, spread: float = 0.05) -> Share:
 @pytest.mark.parametrize(
     ("state", "attention", "spread", "verdict"),
     [(0.9, 0.05, 0.05, "state"), (0.05, 0.9, 0.05, "attention"), (0.5, 0.4, 0.1, "both"),
-     (0.02, 0.03, 0.05, "neither"), (0.1, 0.1, 0.5, None), (0.3, 0.3, 0.5, None),
+     (0.02, 0.03, 0.05, "neither"), (0.1, 0.1, 0.5, None), (0.3, 0.3, 0.5, None), (0.54, 0.67, 0.6, None),
      (float("nan"), 0.3, 0.5, None)],
 )  # fmt: skip
 def test_verdicts(state, attention, spread, verdict):
@@ -145,6 +145,14 @@ def test_verdicts(state, attention, spread, verdict):
     found = Blame(1.0, 8.0, [share("norms", 0.5)], readings, share("norms and window", 0.9), parts, "rotary")
     assert found.verdict == verdict and str(found.scaling) == "yarn:8"
     assert found.to_json()["parts"][0]["what"] == "state"
+
+
+def test_a_side_is_not_called_sound_where_its_interval_does_not_say_so():
+    parts = {"state": Share("state", 0.54, -0.03, 1.08), "attention": Share("attention", 0.67, 0.24, 1.24)}
+    found = Blame(
+        0.07, 8.0, [share("norms", 0.5)], [share("window", 0.9)], share("both", 0.9), parts, "rotary"
+    )
+    assert found.verdict is None and "too few or too short" in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def calibrate(
 ) -> None:
     """Find scales of a model's decays on long training texts, without training, and save the model.
 
-    A model that holds past its training length is declined. Scales that gain nothing beyond the interval of
-    held-out texts are not saved: status 3.
+    A model that reads held-out text far out no worse than from a fresh start is declined. Scales that gain
+    nothing beyond the interval of held-out texts are not saved: status 3.
     """
     import time
     from typing import Any

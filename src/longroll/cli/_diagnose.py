@@ -219,11 +219,14 @@ def run_forecast(
 
     from longroll.cli._console import out
     from longroll.cli._progress import progress
+    from longroll.errors import LongrollError
     from longroll.measure import forecast
     from longroll.measure._forecast import readings_of
     from longroll.ranks import rank
     from longroll.results import ForecastResult, provenance
 
+    if length <= train_length:
+        raise LongrollError(f"`length` {length} does not go past `train_length` {train_length}: give more.")
     if rank() > 0:
         return  # not dealt: rank 0 reads
     began, times = time.perf_counter(), max(1, length // train_length)

@@ -73,6 +73,10 @@ def loss(
         if chunk_size is not None:
             raise LongrollError(f"`chunk_size` {chunk_size}: `reading` {reading} has its own: leave it out.")
         check_hold(reading, lm)
+        if window is None and train_length is None:
+            raise LongrollError(
+                f"`reading` {reading} needs a `window`: the model does not say how long it was trained."
+            )
         span, _ = lm.find_train_length(window)
     tok = o.open_tokenizer(lm, model, tokenizer, bos=bos, trust_remote_code=trust_remote_code)
     tokens, bytes_per_token = o.read_sequences(

@@ -103,8 +103,9 @@ class Blame:
         named = [side for side in self.parts if self._is_named(side)]
         if len(named) == 2:
             return "both"
-        if named:
-            return named[0]
+        if named:  # the other side may do as much where its interval says neither that nor the contrary
+            other = self.parts["attention" if named[0] == "state" else "state"]
+            return None if other.low <= 0 and other.high > EXPLAINS else named[0]
         return None if any(part.high > EXPLAINS for part in self.parts.values()) else "neither"
 
     @property

@@ -53,6 +53,8 @@ class Forecast:
     """`mean` plus the loss of the same tokens from the zero state, above the level in range (K,)."""
     low_rise: list[float]
     """Lower ends of their 95 % intervals (K,)."""
+    has_attention: bool = False
+    """Whether the model has attention, which is left out."""
 
     @property
     def edge(self) -> int | None:
@@ -75,12 +77,14 @@ class Forecast:
     def sentence(self) -> str:
         """The forecast in words."""
         longest = short(self.times[-1] * self.train_length)
+        what = "its recurrent states hold" if self.has_attention else "it holds"
+        less = " Its attention is not forecast." if self.has_attention else ""
         if self.edge is None:
-            return f"Forecast from texts of {self.train_length} tokens: it holds to {longest}."
+            return f"Forecast from texts of {self.train_length} tokens: {what} to {longest}.{less}"
         return (
             f"Forecast from texts of {self.train_length} tokens: it breaks near t ~ {short(self.edge)}; at "
             f"{longest} it is {self.mean[-1]:.2f} nats above the state "
-            "of one text."
+            f"of one text.{less}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def forecast(
     cost = read_far - read_far[:, :1]
     mean, low, high = (end.tolist() for end in bootstrap_mean(cost, seed=seed))
     rise, low_rise, _ = (end.tolist() for end in bootstrap_mean(cost + late - level, seed=seed))
-    return Forecast(train_length, counts, mean, low, high, rise, low_rise)
+    return Forecast(train_length, counts, mean, low, high, rise, low_rise, lm.has_attention)
 
 
 def _left(moved: Tensor, foreign: Tensor) -> Tensor:
