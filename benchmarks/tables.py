@@ -652,6 +652,8 @@ def _ranged(mean: float, least: float, most: float) -> str:
 
 
 MODELS = {"delta_net": "DeltaNet", "rwkv7": "RWKV-7", "mamba2": "Mamba-2", "gla": "GLA"}
+SEEDED = 3
+"""Seeds of a row of state tracking, at least."""
 LEARNED = 0.97
 """Share of the products told at T above which a word problem counts as learned."""
 GROUPS = ("parity", "z3", "s3-swaps", "s5-swaps", "s3", "s5")
@@ -700,7 +702,7 @@ def tracking(name: str, *families: str) -> str:
     for (family, group), found in _tracked(name).items():
         for way, what in ways.items():
             some = found.get(way, [])
-            if family not in families or not some:
+            if family not in families or len(some) < SEEDED:
                 continue
             places = range(len(some[0]["accuracy"]))
             times = 4 ** (len(places) - 2)  # T, 2 T, 4 T, 16 T, 64 T
@@ -934,6 +936,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rivals-recall": partial(rivals_tasks, f"rivals-recall-mamba2{SEEDS}", loss=False),
     "rivals-recall-hybrid": partial(rivals_tasks, f"rivals-recall-bamba{SEEDS}", loss=False),
     "tracking": partial(tracking, "tracking_h200_2026-11-27", "delta_net"),
+    "tracking-cpu": partial(tracking, "tracking-families_cpu_2026-11-27", "rwkv7", "mamba2", "gla"),
     "tracking-learned": partial(tracking_learned, "tracking-curriculum_h200_2026-11-27"),
     "hybrid-repair": hybrid_repair,
     "loss": loss,
