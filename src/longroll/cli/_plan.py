@@ -125,7 +125,7 @@ def plan(
     table.add_row("total", *(_gib(row["total"]) for row in rows))
     table.add_row("fits", *("yes" if row["fits"] else "no" for row in rows))
     table.add_row("tokens", *(row["tokens"] for row in rows))
-    table.add_row("tokens/s", *(f"{row['tokens_per_second']:,.0f}" for row in rows))
+    table.add_row("tokens/s", *(_speed(row["tokens_per_second"]) for row in rows))
     out.print(table)
     tokens = steps * accumulation * batch_size * trained * gpus
     first = next((row for row in rows[1:] if row["fits"]), None)
@@ -177,6 +177,11 @@ def _gib(size: int) -> str:
 
     found = size / GIB
     return f"{found:.3g}" if found >= 0.005 or not size else "<0.01"
+
+
+def _speed(tokens: float) -> str:
+    """Return tokens a second, slow ones in two digits."""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
 
 
 def _row(name: str, setting: str, tokens: str, memory: Memory, speed: float, room: float) -> dict[str, Any]:
