@@ -48,8 +48,10 @@ def combinations(shape: str, factor: int) -> list[tuple[str, str | None]]:
 def train_base(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train a shape at T from the zero state, save it and diagnose it."""
     ids, valid = _data
-    lm = hybrids.build(shape, size=options.size, length=options.length, slow=options.slow, seed=options.seed)
-    lm = lm.to(options.device)
+    lm = hybrids.build(
+        shape, size=options.size, length=options.length, slow=options.slow, seed=options.seed,
+        rates=tuple(options.rates),
+    ).to(options.device)  # fmt: skip
     trained = hybrids.train(
         lm, ids, (), length=options.length, pieces=1, steps=options.steps, batch=options.batch,
         learning_rate=3e-3, seed=options.seed, seconds=options.seconds,
@@ -141,6 +143,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="d_model")
     parser.add_argument("--length", type=int, default=128, help="T")
     parser.add_argument("--slow", type=float, default=0.5, help="share of heads slow to forget")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=hybrids.SLOW, help="least and largest decay rate of slow heads"
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=1e9, help="of training a base, at most")
     parser.add_argument("--batch", type=int, default=64)
