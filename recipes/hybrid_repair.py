@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="T")
     parser.add_argument("--slow", type=float, default=0.5, help="share of heads slow to forget")
     parser.add_argument(
-        "--rates", type=float, nargs=2, default=hybrids.SLOW, help="least and largest decay rate of slow heads"
+        "--rates", type=float, nargs=2, default=hybrids.SLOW, help="decay rates of slow heads lie between"
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=1e9, help="of training a base, at most")
