@@ -370,7 +370,7 @@ def documents() -> str:
 
 def cpu_training() -> str:
     """Return Mamba-1 and Mamba-2 on a CPU against transformers' own path."""
-    rows = result("train_cpu_2026-11-24")["rows"]
+    rows = result("train_cpu_2026-11-27")["rows"]
     theirs = {(r["model"], r["work"], r["time"]): r for r in rows if r["side"] == "transformers"}
     lines = []
     for row in rows:
