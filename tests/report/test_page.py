@@ -81,6 +81,13 @@ def test_advice_is_given_for_the_base_alone():
     assert advice not in render(runs("base", "tbptt", "sp"))
 
 
+def test_advice_names_arguments_without_backticks():
+    base = run("base")
+    base["advice"]["sentence"] = "Read it with an attention window (`reading` window)."
+    page = render([base])
+    assert "(reading window)" in page and "`reading`" not in page
+
+
 def test_ranges_are_set_with_dashes_that_do_not_break():
     assert "Breaks at t\u00a0≈\u00a0212" in render([run("base")])
     assert "at 8k\u2060\u2013\u206016k it is" in render([run("base")])

@@ -105,11 +105,14 @@ def parameters(count: float) -> str:
 
 
 def typeset(sentence: str) -> str:
-    """Set ranges with a dash, "about" and "times" with their signs, none at a line break: 8k-16k, t ~ 212."""
+    """Set ranges with a dash, "about" and "times" with their signs, none at a line break: 8k-16k, t ~ 212.
+
+    Arguments of Python lose their backticks.
+    """
     sentence = re.sub(r"(?<=\d[kM])-(?=\d)|(?<=\d)-(?=\d)", f"\N{WORD JOINER}{DASH}\N{WORD JOINER}", sentence)
     sentence = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", sentence)
     sentence = re.sub(r"(?<=\d) x (?=\d)", f" {TIMES} ", sentence)
-    return sentence.replace(" ~ ", "\N{NO-BREAK SPACE}\N{ALMOST EQUAL TO}\N{NO-BREAK SPACE}")
+    return sentence.replace("`", "").replace(" ~ ", "\N{NO-BREAK SPACE}\N{ALMOST EQUAL TO}\N{NO-BREAK SPACE}")
 
 
 def minus(text: str) -> str:
