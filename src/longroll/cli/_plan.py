@@ -129,16 +129,16 @@ def plan(
     out.print(table)
     tokens = steps * accumulation * batch_size * trained * gpus
     first = next((row for row in rows[1:] if row["fits"]), None)
-    duration = "" if first is None else in_words(tokens / first["tokens_per_second"])
-    said = (
-        f"{steps} steps of {accumulation} x {batch_size} x {trained:,} tokens take {duration} by "
-        f"{first['setting']}; a reading takes {in_words(sequences * length / speed)}."
-        if first
-        else f"{model} has no recurrent layer, so `longroll posttrain` refuses it; a reading takes "
-        f"{in_words(sequences * length / speed)}."
-        if not settings
-        else f"No setting fits at {batch_size} rows: take fewer (`--batch-size`), or more GPUs."
-    )
+    read = in_words(sequences * length / speed)
+    if not settings:
+        said = f"{model} has no recurrent layer, so `longroll posttrain` refuses it; a reading takes {read}."
+    elif first is None:
+        said = f"No setting fits at {batch_size} rows: take fewer (`--batch-size`), or more GPUs."
+    else:
+        said = (
+            f"{steps} steps of {accumulation} x {batch_size} x {trained:,} tokens take "
+            f"{in_words(tokens / first['tokens_per_second'])} by {first['setting']}; a reading takes {read}."
+        )
     out.print(said, soft_wrap=True, highlight=False)
     if json:
         PlanResult.from_json(

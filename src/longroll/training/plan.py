@@ -152,11 +152,10 @@ class Outline:
         with self._model(self.dtype, torch.device("cpu"), self.int8) as (lm, _):
             return sizes_of(lm)
 
-    @functools.cached_property
+    @property
     def recurrent(self) -> bool:
         """Whether it has recurrent layers, without which `posttrain` refuses it."""
-        with self._model(self.dtype, torch.device("cpu"), False) as (lm, _):
-            return lm.family.recurrent
+        return self.sizes.recurrent > 0
 
     @functools.cached_property
     def takes_int8(self) -> bool:
